@@ -1,0 +1,200 @@
+"""The seam between the engine and a compression method, and the laws every method keeps.
+
+A backend is the storage of one table: a module whose parameters are all 2-D, so that a row is the unit of
+row-wise optimizers, sparse updates and sharded checkpoints. One file per method implements it.
+
+Laws (``tests/backends/test_contract.py`` runs them over every method):
+
+1. ``num_params(tables) == sum(p.numel())`` over the built parameters, exactly and without building them.
+2. ``map_ids`` is a pure integer function: equal ids give equal slots, whatever else is in the batch.
+3. ``pooled(tables, bags)`` equals pooling ``rows(map_ids(ids))`` feature by feature: values and gradients.
+4. ``rows`` is differentiable in every parameter (gradcheck in float64).
+5. ``to_dense()[ids] == rows(map_ids(ids))``.
+6. A fresh table's elements have standard deviation ``table.row_std`` and mean 0, whatever the method.
+7. ``from_dense(to_dense())`` reproduces the table when the method has a closed form, and raises
+   :class:`ConfigError` without touching a weight when it has none.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recemb.bags import Bags
+from recemb.errors import ConfigError
+from recemb.spec import Compression, TableSpec
+
+# A block of rows being rebuilt for to_dense or from_dense holds at most this many elements (64 MB of fp32).
+BLOCK_NUMEL = 2**24
+
+
+class Backend(nn.Module, ABC):
+    """Storage of one table under one compression method.
+
+    Args:
+        table: the table.
+        peers: the tables that share its storage, ``table`` among them; ``(table,)`` for most methods.
+        owner: the backend of the first peer, which holds the parameters, or ``None`` when this is it.
+        device: where the parameters live; ``meta`` allocates nothing.
+    """
+
+    compression_type: ClassVar[type[Compression]]
+
+    def __init__(
+        self,
+        table: TableSpec,
+        peers: Sequence[TableSpec],
+        owner: Backend | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.peers = tuple(peers)
+        # In a tuple, so that nn.Module does not register the owner's parameters a second time: a shared
+        # array then has one state-dict key, and .to(), to_empty() and assign-loading cannot split it.
+        self._owner = () if owner is None else (owner,)
+        if owner is None:
+            dtype = getattr(torch, table.dtype)
+            for name, shape in self.param_shapes(self.peers).items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+    @classmethod
+    def storage_key(cls, table: TableSpec) -> str:
+        """Tables of one method with equal keys share their storage."""
+        return table.name
+
+    @classmethod
+    @abstractmethod
+    def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
+        """Name and 2-D shape of each parameter of one storage.
+
+        Args:
+            tables: every table that shares the storage.
+
+        Raises:
+            ConfigError: the tables cannot be stored together, or not with these settings.
+        """
+
+    @classmethod
+    def num_params(cls, tables: Sequence[TableSpec]) -> int:
+        """Exact number of parameters of the storage shared by ``tables``; builds nothing."""
+        return sum(math.prod(shape) for shape in cls.param_shapes(tables).values())
+
+    @abstractmethod
+    def map_ids(self, ids: Tensor) -> Tensor:
+        """Slots of each id: [L] int64 -> [L, K] int64."""
+
+    @abstractmethod
+    def rows(self, slots: Tensor) -> Tensor:
+        """The rows stored at ``slots``: [L, K] -> [L, D], the paper's formula in plain torch."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters from torch's generator so that rows have deviation ``table.row_std``."""
+
+    @classmethod
+    def pooled(cls, tables: Sequence[Any], bags: Bags) -> Tensor:
+        """Pool every feature of a batch in its table.
+
+        Args:
+            tables: F backends of this method, ``tables[f]`` for feature f; one may occur several times.
+            bags: F features, ids already checked.
+
+        Returns:
+            [B, sum of the tables' D].
+        """
+        pooled = [table.pooled_feature(bags.feature(f)) for f, table in enumerate(tables)]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+
+    def pooled_feature(self, bags: Bags) -> Tensor:
+        """[B, D]: one feature's bags; each distinct id of the batch is rebuilt once."""
+        unique, inverse = torch.unique(bags.ids, return_inverse=True)
+        return self.pool(self.rows(self.map_ids(unique)), inverse, bags)
+
+    def pool(self, rows: Tensor, index: Tensor, bags: Bags) -> Tensor:
+        """Sum or average ``rows[index]`` over each bag: [U, D], [L] -> [B, D]; an empty bag gives 0."""
+        if not rows.shape[0]:
+            # embedding_bag refuses an empty table; keep the graph so that gradients are zero, not missing.
+            return rows.sum(dim=0, keepdim=True).expand(bags.batch_size, -1)
+        return F.embedding_bag(
+            index,
+            rows,
+            bags.offsets,
+            mode=self.table.pooling,
+            per_sample_weights=None if bags.weights is None else bags.weights.to(rows.dtype),
+            include_last_offset=True,
+        )
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of this table's storage, those of its owner when it shares one."""
+        return dict((self._owner[0] if self._owner else self).named_parameters())
+
+    @torch.no_grad()
+    def to_dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows ``start`` .. ``stop`` - 1 as a dense [stop - start, D] tensor, rebuilt block by block."""
+        stop = self.table.num_embeddings if stop is None else stop
+        if not 0 <= start <= stop <= self.table.num_embeddings:
+            raise ConfigError(
+                f"table {self.table.name!r}: rows [{start}, {stop}) are not within "
+                f"[0, {self.table.num_embeddings})"
+            )
+        parameter = next(iter(self.own_parameters().values()))
+        if parameter.is_meta:
+            raise ConfigError(
+                f"table {self.table.name!r} is on the meta device and has no rows yet; call "
+                "to_empty(device=...) and reset_parameters() or load a checkpoint first"
+            )
+        dense = torch.empty(
+            stop - start, self.table.embedding_dim, dtype=parameter.dtype, device=parameter.device
+        )
+        for first, last in self.row_blocks(start, stop):
+            ids = torch.arange(first, last, device=parameter.device)
+            dense[first - start : last - start] = self.rows(self.map_ids(ids))
+        return dense
+
+    def from_dense(self, weight: Tensor) -> None:
+        """Overwrite the parameters, in place, with the method's best approximation of ``weight`` [N, D].
+
+        Raises:
+            ConfigError: wrong shape or dtype, non-finite values, or the method has no closed form here.
+        """
+        expected = (self.table.num_embeddings, self.table.embedding_dim)
+        if tuple(weight.shape) != expected or not weight.is_floating_point():
+            raise ConfigError(
+                f"table {self.table.name!r}: from_dense needs a floating-point tensor of shape {expected}, "
+                f"got {weight.dtype} of shape {tuple(weight.shape)}"
+            )
+        if any(parameter.is_meta for parameter in self.own_parameters().values()):
+            raise ConfigError(
+                f"table {self.table.name!r} is on the meta device; call to_empty(device=...) first"
+            )
+        if any(not bool(torch.isfinite(weight[a:b]).all()) for a, b in self.row_blocks(0, expected[0])):
+            raise ConfigError(f"table {self.table.name!r}: from_dense was given NaN or infinite weights")
+        with torch.no_grad():
+            for name, value in self.approximate(weight.detach()).items():
+                self.own_parameters()[name].copy_(value)
+
+    def approximate(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters, by name, that come closest to ``weight`` [N, D] in the Frobenius norm.
+
+        Raises:
+            ConfigError: the method has no closed form for this table.
+        """
+        raise ConfigError(
+            f"table {self.table.name!r}: method {self.table.compression.method!r} has no from_dense"
+        )
+
+    def row_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Split rows [start, stop) into blocks of at most ``BLOCK_NUMEL`` elements."""
+        step = max(1, BLOCK_NUMEL // self.table.embedding_dim)
+        for first in range(start, stop, step):
+            yield first, min(stop, first + step)
+
+    def extra_repr(self) -> str:
+        return f"{self.table.num_embeddings}, {self.table.embedding_dim}, {self.table.compression}"

@@ -1,0 +1,41 @@
+"""The uncompressed table. Bit-identical to ``nn.EmbeddingBag``, outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recemb.backends.base import Backend
+from recemb.bags import Bags
+from recemb.spec import Dense, TableSpec
+
+
+class DenseBackend(Backend):
+    """weight [N, D]; slot = id."""
+
+    compression_type = Dense
+    weight: nn.Parameter
+
+    @classmethod
+    def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
+        (table,) = tables
+        return {"weight": (table.num_embeddings, table.embedding_dim)}
+
+    def map_ids(self, ids: Tensor) -> Tensor:
+        return ids[:, None]
+
+    def rows(self, slots: Tensor) -> Tensor:
+        return self.weight[slots[:, 0]]
+
+    def pooled_feature(self, bags: Bags) -> Tensor:
+        return self.pool(self.weight, bags.ids, bags)
+
+    def reset_parameters(self) -> None:
+        bound = 3**0.5 * self.table.row_std
+        with torch.no_grad():
+            self.weight.uniform_(-bound, bound)
+
+    def approximate(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight}

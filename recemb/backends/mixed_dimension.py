@@ -1,0 +1,72 @@
+"""Mixed dimension embeddings (Ginart et al., arXiv 1909.11810): row i = E[i] P."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recemb.backends.base import Backend
+from recemb.backends.low_rank import gram, leading_eigenvectors
+from recemb.bags import Bags
+from recemb.errors import ConfigError
+from recemb.spec import MixedDimension, TableSpec
+
+
+def mixed_dimension_dims(
+    tables: Sequence[TableSpec], temperature: float, *, round_dims: bool = True
+) -> list[int]:
+    """d_i = lambda * n_i**(-temperature), with lambda such that the smallest table keeps its D.
+
+    Clipped to [1, D_i]; ``round_dims`` rounds to the nearest power of two first, as in the paper.
+    """
+    if not 0 <= temperature <= 1:
+        raise ConfigError(f"temperature={temperature!r} must be in [0, 1], e.g. 0.3")
+    if not tables:
+        return []
+    smallest = min(table.num_embeddings for table in tables)
+    dims = []
+    for table in tables:
+        dim = table.embedding_dim * (table.num_embeddings / smallest) ** -temperature
+        rounded = 2 ** round(math.log2(dim)) if round_dims else round(dim)
+        dims.append(min(table.embedding_dim, max(1, int(rounded))))
+    return dims
+
+
+class MixedDimensionBackend(Backend):
+    """e [N, d] and p [d, D]; slot = id."""
+
+    compression_type = MixedDimension
+    e: nn.Parameter
+    p: nn.Parameter
+
+    @classmethod
+    def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
+        (table,) = tables
+        assert isinstance(table.compression, MixedDimension)
+        dim = table.compression.dim
+        return {"e": (table.num_embeddings, dim), "p": (dim, table.embedding_dim)}
+
+    def map_ids(self, ids: Tensor) -> Tensor:
+        return ids[:, None]
+
+    def rows(self, slots: Tensor) -> Tensor:
+        return self.e[slots[:, 0]] @ self.p
+
+    def pooled_feature(self, bags: Bags) -> Tensor:
+        # The projection is linear: pool the narrow rows first and project B bags instead of L ids.
+        return self.pool(self.e, bags.ids, bags) @ self.p
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.e.normal_(0, self.table.row_std)
+            self.p.normal_(0, self.p.shape[0] ** -0.5)
+
+    def approximate(self, weight: Tensor) -> dict[str, Tensor]:
+        """Truncated SVD, the best rank-d approximation (Eckart and Young, 1936)."""
+        blocks = [weight[a:b] for a, b in self.row_blocks(0, weight.shape[0])]
+        basis = leading_eigenvectors(gram(blocks), self.p.shape[0])
+        e = torch.cat([(block.to(basis.dtype) @ basis).to(self.e.dtype) for block in blocks])
+        return {"e": e, "p": basis.T}

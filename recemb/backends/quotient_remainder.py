@@ -1,0 +1,116 @@
+"""Quotient-remainder trick (Shi et al., KDD 2020, arXiv 1909.02107).
+
+row i = E_q[i // c] o E_r[i mod c]. The public dlrm code pools both sides first and combines the sums, which
+is another function as soon as a bag holds two ids; here rows are combined before pooling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recemb.backends.base import Backend
+from recemb.id_maps.radix import ceil_div, quotient_remainder
+from recemb.spec import QuotientRemainder, TableSpec
+
+# Spread of the remainder rows around 1 under "mult": wide enough that ids of one quotient differ from the
+# start, narrow enough that gradients reach the quotient rows at full size.
+_REMAINDER_STD = 12**-0.5
+_SWEEPS = 50
+
+
+class QuotientRemainderBackend(Backend):
+    """q [ceil(N/c), D_q] and r [c, D_r]; D_q = D_r = D, or D_q + D_r = D under ``concat``."""
+
+    compression_type = QuotientRemainder
+    q: nn.Parameter
+    r: nn.Parameter
+
+    @classmethod
+    def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
+        (table,) = tables
+        compression = _compression(table)
+        quotients = ceil_div(table.num_embeddings, compression.collisions)
+        dim = table.embedding_dim
+        left, right = (dim // 2, dim - dim // 2) if compression.operation == "concat" else (dim, dim)
+        return {"q": (quotients, left), "r": (compression.collisions, right)}
+
+    def map_ids(self, ids: Tensor) -> Tensor:
+        return quotient_remainder(ids, _compression(self.table).collisions)
+
+    def rows(self, slots: Tensor) -> Tensor:
+        return self._combine(self.q[slots[:, 0]], self.r[slots[:, 1]])
+
+    def _combine(self, left: Tensor, right: Tensor) -> Tensor:
+        operation = _compression(self.table).operation
+        if operation == "mult":
+            return left * right
+        if operation == "add":
+            return left + right
+        return torch.cat((left, right), dim=-1)
+
+    def reset_parameters(self) -> None:
+        std, operation = self.table.row_std, _compression(self.table).operation
+        with torch.no_grad():
+            if operation == "mult":
+                half = math.sqrt(3) * _REMAINDER_STD
+                self.r.uniform_(1 - half, 1 + half)
+                self.q.normal_(0, std / math.sqrt(1 + _REMAINDER_STD**2))
+            else:
+                part = std / math.sqrt(2) if operation == "add" else std
+                self.q.normal_(0, part)
+                self.r.normal_(0, part)
+
+    def approximate(self, weight: Tensor) -> dict[str, Tensor]:
+        """Least squares: exact group means for ``concat``, alternating least squares for the others.
+
+        Under ``add`` and ``mult`` each half step is a closed form, so the error never rises; for whole
+        quotient groups ``mult`` is the power iteration of one rank-1 SVD per column.
+        """
+        quotients, collisions = self.q.shape[0], self.r.shape[0]
+        operation, split = _compression(self.table).operation, self.q.shape[1]
+        present = torch.ones(quotients * collisions, dtype=torch.float64, device=weight.device)
+        present[weight.shape[0] :] = 0
+        present = present.view(quotients, collisions)
+        q, r = self.q.double(), self.r.double()
+        # Column by column: the columns are independent, and one fp64 column is all that is held at a time.
+        for column in range(weight.shape[1]):
+            grid = torch.zeros_like(present)
+            grid.view(-1)[: weight.shape[0]] = weight[:, column]
+            if operation == "mult":
+                q[:, column], r[:, column] = _fit_product(grid, present)
+            elif operation == "add":
+                q[:, column], r[:, column] = _fit_sum(grid, present)
+            elif column < split:
+                q[:, column] = grid.sum(1) / present.sum(1)
+            else:
+                r[:, column - split] = grid.sum(0) / present.sum(0)
+        return {"q": q, "r": r}
+
+
+def _fit_sum(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """q, r that minimise sum present * (grid - q - r)**2; ``grid`` is 0 where absent."""
+    r = grid.new_zeros(grid.shape[1])
+    for _ in range(_SWEEPS):
+        q = (grid - present * r).sum(1) / present.sum(1)
+        r = (grid - present * q[:, None]).sum(0) / present.sum(0)
+    return q, r
+
+
+def _fit_product(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """q, r that minimise sum present * (grid - q * r)**2; ``grid`` is 0 where absent."""
+    tiny = torch.finfo(torch.float64).tiny
+    # The group with the largest norm is a row of the grid, so it has a part along the leading direction.
+    r = grid[grid.square().sum(1).argmax()]
+    for _ in range(_SWEEPS):
+        q = (grid * r).sum(1) / (present * r.square()).sum(1).clamp(min=tiny)
+        r = (grid * q[:, None]).sum(0) / (present * q[:, None].square()).sum(0).clamp(min=tiny)
+    return q, r
+
+
+def _compression(table: TableSpec) -> QuotientRemainder:
+    assert isinstance(table.compression, QuotientRemainder)
+    return table.compression

@@ -1,0 +1,122 @@
+"""Random offset block embedding, ROBE-Z (Desai et al., MLSys 2022, arXiv 2108.02191).
+
+One array M serves every table of a group. Element j of row x of table e lies in block b = j // Z and is
+
+    g(e, x, b) * M[(h(e, x, b) mod |M| + j mod Z) mod |M|]
+
+with h universal and g = +-1 hashed per block (1 unless ``use_sign``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recemb.backends.base import Backend
+from recemb.errors import ConfigError
+from recemb.id_maps.hashing import UniversalHash, stable_integer
+from recemb.id_maps.radix import ceil_div
+from recemb.spec import ROBE, TableSpec
+
+
+class ROBEBackend(Backend):
+    """array [|M| / Z, Z], held by the first table of the group; slots are block starts in [0, |M|).
+
+    A table is hashed by its name, so that neither the order of the tables nor the rank they live on
+    changes a row. A block whose sign is -1 has the slot ``~start``.
+    """
+
+    compression_type = ROBE
+    array: nn.Parameter
+
+    @classmethod
+    def storage_key(cls, table: TableSpec) -> str:
+        return _compression(table).group
+
+    @classmethod
+    def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
+        first = _compression(tables[0])
+        for table in tables[1:]:
+            if _compression(table) != first or table.dtype != tables[0].dtype:
+                raise ConfigError(
+                    f"tables {tables[0].name!r} ({first}, {tables[0].dtype}) and {table.name!r} "
+                    f"({table.compression}, {table.dtype}) share the ROBE array {first.group!r} but differ; "
+                    "use equal settings or another group"
+                )
+        dense_numel = sum(table.dense_numel for table in tables)
+        blocks = max(1, round(dense_numel / first.compress_rate / first.block_size))
+        widest = max(tables, key=lambda table: table.embedding_dim)
+        if blocks * first.block_size < widest.embedding_dim:
+            raise ConfigError(
+                f"table {widest.name!r}: the ROBE array {first.group!r} has {blocks * first.block_size} "
+                f"weights, fewer than embedding_dim={widest.embedding_dim}; use compress_rate <= "
+                f"{dense_numel / ceil_div(widest.embedding_dim, first.block_size) / first.block_size:.6g}"
+            )
+        return {"array": (blocks, first.block_size)}
+
+    @property
+    def storage(self) -> nn.Parameter:
+        """The shared array."""
+        return self.own_parameters()["array"]
+
+    def map_ids(self, ids: Tensor) -> Tensor:
+        compression = _compression(self.table)
+        (blocks, block_size), table = self.storage.shape, stable_integer(self.table.name)
+        per_row = ceil_div(self.table.embedding_dim, block_size)
+        place = UniversalHash.from_seed(compression.seed, "robe/slot")
+        starts = place.blocks(table, ids, per_row) % (blocks * block_size)
+        if not compression.use_sign:
+            return starts
+        sign = UniversalHash.from_seed(compression.seed, "robe/sign").blocks(table, ids, per_row) & 1
+        return torch.where(sign == 1, ~starts, starts)
+
+    def _elements(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """[L, D] position in the flat array of every element of a row, and whether it is negated."""
+        block_size = self.storage.shape[1]
+        position = torch.arange(self.table.embedding_dim, device=slots.device)
+        block = slots[:, position // block_size]
+        negative = block < 0
+        start = torch.where(negative, ~block, block)
+        return (start + position % block_size) % self.storage.numel(), negative
+
+    def rows(self, slots: Tensor) -> Tensor:
+        index, negative = self._elements(slots)
+        values = self.storage.view(-1)[index]
+        return torch.where(negative, -values, values) if _compression(self.table).use_sign else values
+
+    def reset_parameters(self) -> None:
+        if self._owner:
+            return
+        # One array serves tables of different sizes: match their mean variance, weighted by their weights.
+        total = sum(table.dense_numel for table in self.peers)
+        variance = sum(table.dense_numel * table.row_std**2 for table in self.peers) / total
+        bound = math.sqrt(3 * variance)
+        with torch.no_grad():
+            self.array.uniform_(-bound, bound)
+
+    def approximate(self, weight: Tensor) -> dict[str, Tensor]:
+        """Least squares: every weight of M becomes the mean of the elements hashed onto it."""
+        if len(self.peers) > 1:
+            others = [table.name for table in self.peers if table.name != self.table.name]
+            raise ConfigError(
+                f"table {self.table.name!r}: from_dense is not available because its ROBE array "
+                f"{_compression(self.table).group!r} is shared with {', '.join(map(repr, others))}, whose "
+                "rows would change too; give the table a group of its own"
+            )
+        device = self.storage.device
+        total = torch.zeros(self.storage.numel(), dtype=torch.float64, device=device)
+        count = torch.zeros_like(total)
+        for first, last in self.row_blocks(0, weight.shape[0]):
+            index, negative = self._elements(self.map_ids(torch.arange(first, last, device=device)))
+            signed = torch.where(negative, -weight[first:last], weight[first:last]).double()
+            total.index_add_(0, index.flatten(), signed.flatten())
+            count.index_add_(0, index.flatten(), torch.ones_like(signed).flatten())
+        return {"array": (total / count.clamp(min=1)).view(self.storage.shape)}
+
+
+def _compression(table: TableSpec) -> ROBE:
+    assert isinstance(table.compression, ROBE)
+    return table.compression

@@ -1,0 +1,139 @@
+"""Tensor-train tables (TT-Rec, Yin et al., MLSys 2021; TT-SVD, Oseledets, 2011).
+
+row i = G_1[i_1] G_2[i_2] ... G_d[i_d], with G_k[i_k] of shape [R_{k-1}, q_k, R_k] and (i_1 .. i_d) the
+mixed-radix digits of i in base p; the q axes, first core slowest, spell out the D columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from recemb.backends.base import Backend
+from recemb.backends.low_rank import truncated_factors
+from recemb.backends.tt_shapes import core_sizes, table_shapes
+from recemb.id_maps.radix import mixed_radix
+from recemb.spec import TableSpec, TensorTrain
+
+# TT-SVD is repeated until the rows beyond N settle, to a float32 rounding of the table.
+_SWEEPS = 30
+_CONVERGED = 1e-7
+
+
+class TensorTrainBackend(Backend):
+    """core_0 .. core_{d-1} of shape [p_k, R_{k-1} * q_k * R_k]; slots are the digits of the id."""
+
+    compression_type = TensorTrain
+
+    @classmethod
+    def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
+        (table,) = tables
+        row_shape, dim_shape = table_shapes(table)
+        widths = core_sizes(dim_shape, _compression(table).ranks)
+        return {f"core_{k}": shape for k, shape in enumerate(zip(row_shape, widths, strict=True))}
+
+    @property
+    def cores(self) -> list[Tensor]:
+        """The cores as [p_k, R_{k-1}, q_k, R_k]."""
+        return self._unfold(self.own_parameters())
+
+    def _unfold(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        dims, ranks = table_shapes(self.table)[1], _compression(self.table).ranks
+        return [parameters[f"core_{k}"].view(-1, ranks[k], q, ranks[k + 1]) for k, q in enumerate(dims)]
+
+    def map_ids(self, ids: Tensor) -> Tensor:
+        return mixed_radix(ids, table_shapes(self.table)[0])
+
+    def rows(self, slots: Tensor) -> Tensor:
+        return _contract(self.cores, slots)
+
+    def reset_parameters(self) -> None:
+        """Gaussian cores, scaled so that the elements of the product have variance ``row_std**2``.
+
+        An element is a sum over prod(R_k) paths of products of d core entries, so i.i.d. cores of variance
+        (row_std**2 / prod(R_k))**(1/d) are right in expectation for any d and R. (TT-Rec's code takes a cube
+        root and leaves the rank out.) A product's realised scale still strays by tens of per cent when the
+        cores are small; its norm has a closed form, so that is divided out.
+        """
+        paths = math.prod(_compression(self.table).ranks)
+        parameters = list(self.own_parameters().values())
+        std = (self.table.row_std**2 / paths) ** (0.5 / len(parameters))
+        with torch.no_grad():
+            for core in parameters:
+                core.normal_(0, std)
+            realised = self._mean_square()
+            if realised > 0:
+                for core in parameters:
+                    core.mul_((self.table.row_std**2 / realised) ** (0.5 / len(parameters)))
+
+    def _mean_square(self) -> float:
+        """Mean square of the elements of all prod(p) rows, by contracting the train with itself."""
+        total, count = torch.ones(1, 1, dtype=torch.float64, device=self.cores[0].device), 1
+        for core in self.cores:
+            wide = core.double()
+            half = torch.einsum("rs,prqt->psqt", total, wide)
+            total = torch.einsum("psqt,psqu->tu", half, wide)
+            count *= core.shape[0] * core.shape[2]
+        return float(total) / count
+
+    def approximate(self, weight: Tensor) -> dict[str, Tensor]:
+        """TT-SVD: error**2 <= the sum over bonds of the singular values squared that the rank cuts off.
+
+        Rows N .. prod(p) - 1 exist in the train only. They start at 0 and are then replaced by what the fit
+        says of them, again and again (Mazumder et al., 2010), so that they do not cost the real rows.
+        """
+        rows, dims = table_shapes(self.table)
+        padded = weight.new_zeros(math.prod(rows), weight.shape[1])
+        padded[: weight.shape[0]] = weight
+        spare = padded[weight.shape[0] :]
+        digits = mixed_radix(torch.arange(weight.shape[0], padded.shape[0], device=weight.device), rows)
+        scale = float(weight.double().norm())
+        for _ in range(_SWEEPS):
+            cores = _tt_svd(padded, rows, dims, _compression(self.table).ranks)
+            fitted = _contract(self._unfold(cores), digits).to(spare.dtype)
+            moved = float((fitted - spare).double().norm())
+            spare.copy_(fitted)
+            if moved <= _CONVERGED * scale:
+                break
+        return cores
+
+
+def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:
+    """[L, D]: the product of the cores' slices at each row of digits."""
+    count = slots.shape[0]
+    product = cores[0][slots[:, 0]].squeeze(1)  # [L, q_1, R_1]
+    for k in range(1, len(cores)):
+        _, rank, q, next_rank = cores[k].shape
+        core = cores[k][slots[:, k]].view(count, rank, q * next_rank)
+        product = torch.bmm(product, core).view(count, product.shape[1] * q, next_rank)
+    return product.squeeze(2)
+
+
+def _tt_svd(
+    table: Tensor, rows: Sequence[int], dims: Sequence[int], ranks: Sequence[int]
+) -> dict[str, Tensor]:
+    """Cores of a [prod(p), D] table by successive truncated SVDs, first bond first (Oseledets, 2011)."""
+    order = len(rows)
+    # [p_1 .. p_d, q_1 .. q_d] -> [p_1, q_1, p_2, q_2, ..]
+    axes = [axis for k in range(order) for axis in (k, order + k)]
+    rest = table.view(*rows, *dims).permute(axes).reshape(rows[0] * dims[0], -1)
+    cores = {}
+    for k in range(order - 1):
+        left, rest = truncated_factors(rest, ranks[k + 1])
+        cores[f"core_{k}"] = _core(left, ranks[k], rows[k], dims[k])
+        rest = rest.reshape(ranks[k + 1] * rows[k + 1] * dims[k + 1], -1)
+    cores[f"core_{order - 1}"] = _core(rest, ranks[order - 1], rows[-1], dims[-1])
+    return cores
+
+
+def _core(factor: Tensor, rank: int, rows: int, dim: int) -> Tensor:
+    """[R_{k-1} * p_k * q_k, R_k] -> the stored [p_k, R_{k-1} * q_k * R_k]."""
+    return factor.reshape(rank, rows, dim, -1).permute(1, 0, 2, 3).reshape(rows, -1)
+
+
+def _compression(table: TableSpec) -> TensorTrain:
+    assert isinstance(table.compression, TensorTrain)
+    return table.compression

@@ -1,0 +1,201 @@
+"""A batch of bags of ids, and the only place where ids, offsets and weights are checked.
+
+The layout is that of FBGEMM's table-batched embeddings: the bag of feature f and sample b is
+``ids[offsets[f * B + b] : offsets[f * B + b + 1]]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from recemb.errors import BatchError
+
+
+@dataclass(frozen=True, eq=False)
+class Bags:
+    """The bags of F features over one batch of B samples.
+
+    Args:
+        ids: [L] int64, logical row ids.
+        offsets: [F * B + 1] int64, rising from 0 to L.
+        num_features: F.
+        weights: [L] per-sample weights, or ``None``.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    num_features: int
+    weights: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return (self.offsets.numel() - 1) // self.num_features if self.num_features else 0
+
+    @cached_property
+    def feature_bounds(self) -> list[int]:
+        """F + 1 positions: the ids of feature f are ``ids[bounds[f] : bounds[f + 1]]``."""
+        positions = torch.arange(self.num_features + 1, device=self.offsets.device) * self.batch_size
+        bounds: list[int] = self.offsets[positions].tolist()
+        return bounds
+
+    def select(self, features: Sequence[int]) -> Bags:
+        """The bags of some features, in the order given; no copy when they are neighbours."""
+        if list(features) == list(range(self.num_features)):
+            return self
+        runs = _runs(features)
+        parts = [self._run(first, last) for first, last in runs]
+        if len(parts) == 1:
+            return parts[0]
+        offsets, base = [parts[0].offsets[:1]], 0
+        for part in parts:
+            offsets.append(part.offsets[1:] + base)
+            base += part.ids.numel()
+        return Bags(
+            ids=torch.cat([part.ids for part in parts]),
+            offsets=torch.cat(offsets),
+            num_features=len(features),
+            weights=None
+            if self.weights is None
+            else torch.cat([part.weights for part in parts if part.weights is not None]),
+        )
+
+    def feature(self, index: int) -> Bags:
+        """The bags of one feature (F = 1)."""
+        return self._run(index, index)
+
+    def lengths(self) -> Tensor:
+        """[F * B] int64, ids in each bag."""
+        return self.offsets.diff()
+
+    def _run(self, first: int, last: int) -> Bags:
+        if first == 0 and last == self.num_features - 1:
+            return self
+        begin, end = self.feature_bounds[first], self.feature_bounds[last + 1]
+        offsets = self.offsets[first * self.batch_size : (last + 1) * self.batch_size + 1]
+        return Bags(
+            ids=self.ids[begin:end],
+            offsets=offsets - begin if begin else offsets,
+            num_features=last - first + 1,
+            weights=None if self.weights is None else self.weights[begin:end],
+        )
+
+
+@dataclass(frozen=True)
+class LookupTarget:
+    """The table that one feature of a :class:`Bags` is looked up in; names appear in error messages."""
+
+    feature: str
+    table: str
+    num_embeddings: int
+
+
+def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
+    """Raise :class:`BatchError` unless every bag is well formed and every id has a row.
+
+    Args:
+        bags: the batch.
+        targets: one per feature of ``bags``.
+
+    Raises:
+        BatchError: names feature, table, sample, position and value. Nothing has been computed by then.
+    """
+    check_structure(bags, targets)
+    _check_weights(bags, targets)
+    _check_ids(bags, targets)
+
+
+def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
+    """Raise :class:`BatchError` unless ids are int64 and the offsets rise from 0 to their number."""
+    if bags.ids.dtype != torch.int64 or bags.ids.dim() != 1:
+        raise BatchError(
+            f"ids must be a 1-D int64 tensor, got {bags.ids.dtype} of shape {tuple(bags.ids.shape)}; "
+            "build the KeyedJaggedTensor with values=values.long()"
+        )
+    if bags.num_features != len(targets):
+        raise BatchError(f"batch has {bags.num_features} features, the tables expect {len(targets)}")
+    if bags.num_features and (bags.offsets.numel() - 1) % bags.num_features:
+        raise BatchError(
+            f"offsets have {bags.offsets.numel()} entries, which is not features x batch size + 1 for "
+            f"{bags.num_features} features"
+        )
+    lengths = bags.lengths()
+    if bool((lengths < 0).any()):
+        bag = int((lengths < 0).nonzero()[0])
+        feature, sample = divmod(bag, bags.batch_size)
+        raise BatchError(
+            f"feature {targets[feature].feature!r} (table {targets[feature].table!r}): sample {sample} has "
+            f"length {int(lengths[bag])}; lengths must be >= 0 and offsets must not fall"
+        )
+    first, last = int(bags.offsets[0]), int(bags.offsets[-1])
+    if first != 0 or last != bags.ids.numel():
+        raise BatchError(
+            f"offsets run from {first} to {last} but there are {bags.ids.numel()} ids: lengths must sum to "
+            "the number of values, and offsets must start at 0"
+        )
+
+
+def _check_weights(bags: Bags, targets: Sequence[LookupTarget]) -> None:
+    weights = bags.weights
+    if weights is None:
+        return
+    if weights.dim() != 1 or weights.numel() != bags.ids.numel():
+        raise BatchError(
+            f"weights have shape {tuple(weights.shape)}, one per id ({bags.ids.numel()}) is needed"
+        )
+    if not weights.is_floating_point():
+        raise BatchError(f"weights have dtype {weights.dtype}; per-sample weights must be floating point")
+    finite = torch.isfinite(weights.detach())
+    if not bool(finite.all()):
+        position = int((~finite).nonzero()[0])
+        raise BatchError(
+            f"{_where(bags, targets, position)}: weight {float(weights[position])} is not finite"
+        )
+
+
+def _check_ids(bags: Bags, targets: Sequence[LookupTarget]) -> None:
+    if not bags.ids.numel():
+        return
+    device = bags.ids.device
+    rows = torch.tensor([target.num_embeddings for target in targets], device=device)
+    per_feature = bags.offsets[torch.arange(len(targets) + 1, device=device) * bags.batch_size].diff()
+    limits = rows.repeat_interleave(per_feature, output_size=bags.ids.numel())
+    bad = (bags.ids < 0) | (bags.ids >= limits)
+    if not bool(bad.any()):
+        return
+    position = int(bad.nonzero()[0])
+    limit = int(limits[position])
+    raise BatchError(
+        f"{_where(bags, targets, position)}: id {int(bags.ids[position])} is outside [0, {limit}) "
+        f"({int(bad.sum())} bad ids in the batch); raise num_embeddings or map such ids to an "
+        "out-of-vocabulary row before the lookup"
+    )
+
+
+def _where(bags: Bags, targets: Sequence[LookupTarget], position: int) -> str:
+    """Name the feature, table, sample and place in the bag of ``ids[position]``."""
+    at = torch.tensor(position, device=bags.offsets.device)
+    # right=True skips the empty bags that start at the same offset.
+    bag = int(torch.searchsorted(bags.offsets, at, right=True)) - 1
+    feature, sample = divmod(bag, bags.batch_size)
+    target = targets[feature]
+    return (
+        f"feature {target.feature!r} (table {target.table!r}), sample {sample}, "
+        f"position {position - int(bags.offsets[bag])} of its bag"
+    )
+
+
+def _runs(features: Sequence[int]) -> list[tuple[int, int]]:
+    """Split a list of features into maximal runs of consecutive ones, as (first, last)."""
+    runs: list[tuple[int, int]] = []
+    for feature in features:
+        if runs and feature == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], feature)
+        else:
+            runs.append((feature, feature))
+    return runs

@@ -1,0 +1,45 @@
+"""Every error a user can cause, with the exit code that the command line gives it.
+
+All of them are raised before any weight changes, and each message names the table, feature, file or flag
+and the way to mend it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RecembError(Exception):
+    """Base of the errors below; ``exit_code`` is what ``recemb`` exits with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(RecembError, ValueError):
+    """A table, compression, flag or configuration file that cannot be honoured (exit code 2)."""
+
+    exit_code = 2
+
+
+class BatchError(RecembError, ValueError):
+    """A batch whose keys, ids, lengths or weights cannot be looked up (exit code 3)."""
+
+    exit_code = 3
+
+
+class DataError(RecembError, ValueError):
+    """A data file or row that cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class NonFiniteError(RecembError, ArithmeticError):
+    """A loss or an input that is NaN or infinite; no weight was changed by its batch (exit code 5)."""
+
+    exit_code = 5
+
+
+class Interrupted(RecembError):  # noqa: N818 - an interruption is not a mistake
+    """The run was asked to stop and can be resumed (exit code 75)."""
+
+    exit_code = 75

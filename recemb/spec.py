@@ -1,0 +1,271 @@
+"""What the user asks for: tables and their compressions. No storage, no device, no torch.
+
+Letters used throughout recemb: N = ``num_embeddings`` (rows), D = ``embedding_dim``, B = batch size,
+F = number of features, L = number of ids in a batch, R = tensor-train rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from recemb.errors import ConfigError
+
+Pooling = Literal["sum", "mean"]
+DTypeName = Literal["float32", "float16", "bfloat16"]
+DTYPE_BYTES: dict[DTypeName, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How one table is stored. Each method is a frozen subclass that validates itself.
+
+    ``method`` is the short name used by ``--method``, ``memory()`` and result files.
+    """
+
+    method: ClassVar[str] = ""
+
+    def check(self, table: TableSpec) -> None:
+        """Raise :class:`ConfigError` when this compression cannot hold ``table``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Compression):
+    """The uncompressed table: N x D weights, exactly torchrec's own."""
+
+    method: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorTrain(Compression):
+    """Tensor-train (TT-Rec, Yin et al., MLSys 2021, arXiv 2101.11714).
+
+    The N x D table is a product of ``num_cores`` small cores G_k of shape [p_k, R_{k-1}, q_k, R_k] with
+    prod(p) >= N, prod(q) = D and R_0 = R_d = 1; row i = G_1[i_1] G_2[i_2] ... with (i_1, i_2, ...) the
+    mixed-radix digits of i in base p.
+
+    Args:
+        rank: bond rank R, one int for every bond or one per bond (``num_cores - 1`` of them).
+        num_cores: number of cores d >= 2. TT-Rec uses 3.
+        row_shape: p, or ``None`` for the shape with the fewest parameters.
+        dim_shape: q, or ``None`` for the most even split of D.
+    """
+
+    rank: int | tuple[int, ...]
+    num_cores: int = 3
+    row_shape: tuple[int, ...] | None = None
+    dim_shape: tuple[int, ...] | None = None
+    method: ClassVar[str] = "tt"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "row_shape", "dim_shape"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(value))
+        if not _is_int(self.num_cores) or self.num_cores < 2:
+            raise ConfigError(f"TensorTrain: num_cores={self.num_cores!r} must be an int >= 2, e.g. 3")
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * (self.num_cores - 1)
+        if len(ranks) != self.num_cores - 1:
+            raise ConfigError(
+                f"TensorTrain: rank={self.rank!r} has {len(ranks)} bonds but {self.num_cores} cores have "
+                f"{self.num_cores - 1}; give one int or {self.num_cores - 1} of them"
+            )
+        if not all(_is_int(r) and r >= 1 for r in ranks):
+            raise ConfigError(f"TensorTrain: rank={self.rank!r} must be ints >= 1, e.g. rank=16")
+        for name in ("row_shape", "dim_shape"):
+            shape = getattr(self, name)
+            if shape is None:
+                continue
+            if len(shape) != self.num_cores:
+                raise ConfigError(
+                    f"TensorTrain: {name}={shape} has {len(shape)} factors but num_cores={self.num_cores}; "
+                    f"set num_cores={len(shape)} or give {self.num_cores} factors"
+                )
+            if not all(_is_int(s) and s >= 1 for s in shape):
+                raise ConfigError(f"TensorTrain: {name}={shape} must hold ints >= 1")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """R_0 .. R_d with the outer ones."""
+        inner = self.rank if isinstance(self.rank, tuple) else (self.rank,) * (self.num_cores - 1)
+        return (1, *inner, 1)
+
+    def check(self, table: TableSpec) -> None:
+        if self.row_shape is not None and math.prod(self.row_shape) < table.num_embeddings:
+            last = -(-table.num_embeddings // math.prod(self.row_shape[:-1]))
+            raise ConfigError(
+                f"table {table.name!r}: TensorTrain row_shape={self.row_shape} holds "
+                f"{math.prod(self.row_shape)} rows, fewer than num_embeddings={table.num_embeddings}; "
+                f"e.g. row_shape={(*self.row_shape[:-1], last)}, or row_shape=None to choose one"
+            )
+        if self.dim_shape is not None and math.prod(self.dim_shape) != table.embedding_dim:
+            raise ConfigError(
+                f"table {table.name!r}: TensorTrain dim_shape={self.dim_shape} multiplies to "
+                f"{math.prod(self.dim_shape)}, not to embedding_dim={table.embedding_dim}; "
+                "use dim_shape=None to choose one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotientRemainder(Compression):
+    """Quotient-remainder trick (Shi et al., KDD 2020, arXiv 1909.02107).
+
+    row i = E_q[i // c] o E_r[i mod c]; the two partitions are complementary, so every id keeps a row of
+    its own. Combined before pooling, in int64.
+
+    Args:
+        collisions: c, how many ids share a quotient row; storage is ceil(N/c) + c rows.
+        operation: ``mult``, ``add`` (both D wide) or ``concat`` (D/2 wide each).
+    """
+
+    collisions: int
+    operation: Literal["mult", "add", "concat"] = "mult"
+    method: ClassVar[str] = "qr"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.collisions) or self.collisions < 1:
+            raise ConfigError(
+                f"QuotientRemainder: collisions={self.collisions!r} must be an int >= 1, e.g. 4"
+            )
+        if self.operation not in ("mult", "add", "concat"):
+            raise ConfigError(
+                f"QuotientRemainder: operation={self.operation!r} must be 'mult', 'add' or 'concat'"
+            )
+
+    def check(self, table: TableSpec) -> None:
+        if self.collisions > table.num_embeddings:
+            raise ConfigError(
+                f"table {table.name!r}: QuotientRemainder collisions={self.collisions} exceeds "
+                f"num_embeddings={table.num_embeddings}; the fewest rows come at "
+                f"collisions={max(1, math.isqrt(table.num_embeddings))}"
+            )
+        if self.operation == "concat" and table.embedding_dim < 2:
+            raise ConfigError(
+                f"table {table.name!r}: operation='concat' splits embedding_dim, which is "
+                f"{table.embedding_dim}; use operation='mult'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROBE(Compression):
+    """Random offset block embedding (Desai et al., MLSys 2022, arXiv 2108.02191).
+
+    One array M of weights is shared by every table of ``group``. Element j of row x of table e is
+    M[(h(e, x, j // Z) mod |M| + j mod Z) mod |M|] with a universal hash h.
+
+    Args:
+        compress_rate: (sum of N*D over the group's tables) / |M|; equal for all tables of the group.
+        block_size: Z, how many consecutive elements one hash places.
+        group: name of the shared array.
+        use_sign: multiply each block by a hashed +1 or -1, which makes collisions cancel on average.
+        seed: selects the hash functions; equal for all tables of the group.
+    """
+
+    compress_rate: float
+    block_size: int
+    group: str = "robe"
+    use_sign: bool = False
+    seed: int = 0
+    method: ClassVar[str] = "robe"
+
+    def __post_init__(self) -> None:
+        rate = self.compress_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not (1 <= rate < math.inf):
+            raise ConfigError(f"ROBE: compress_rate={rate!r} must be a number >= 1, e.g. 100")
+        if not _is_int(self.block_size) or self.block_size < 1:
+            raise ConfigError(f"ROBE: block_size={self.block_size!r} must be an int >= 1, e.g. 16")
+        if not self.group:
+            raise ConfigError("ROBE: group is empty; give the shared array a name, e.g. group='robe'")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"ROBE: seed={self.seed!r} must be an int in [0, 2**63)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedDimension(Compression):
+    """Mixed dimension embeddings (Ginart et al., arXiv 1909.11810).
+
+    row i = E[i] P with E of shape [N, d] and a learned projection P of shape [d, D].
+
+    Args:
+        dim: d, between 1 and the table's ``embedding_dim``.
+    """
+
+    dim: int
+    method: ClassVar[str] = "md"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.dim) or self.dim < 1:
+            raise ConfigError(f"MixedDimension: dim={self.dim!r} must be an int >= 1, e.g. 4")
+
+    def check(self, table: TableSpec) -> None:
+        if self.dim > table.embedding_dim:
+            raise ConfigError(
+                f"table {table.name!r}: MixedDimension dim={self.dim} exceeds "
+                f"embedding_dim={table.embedding_dim}; use dim <= {table.embedding_dim}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """One table as recemb sees it, free of torch.
+
+    Args:
+        name: table name, part of the state-dict key ``embedding_bags.<name>.<param>``.
+        num_embeddings: N, number of logical rows.
+        embedding_dim: D.
+        feature_names: features looked up in this table; the table's own name when empty.
+        pooling: ``sum`` or ``mean``; the mean of an empty bag is 0.
+        compression: how the table is stored.
+        init_std: standard deviation that a freshly initialised row's elements have, whatever the method;
+            ``None`` for torchrec's U(-1/sqrt(N), 1/sqrt(N)), whose deviation is 1/sqrt(3N).
+        dtype: storage type of every parameter of the table.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    feature_names: tuple[str, ...] = ()
+    pooling: Pooling = "sum"
+    compression: Compression = field(default_factory=Dense)
+    init_std: float | None = None
+    dtype: DTypeName = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.name or "." in self.name:
+            raise ConfigError(f"table name {self.name!r} must be non-empty and without '.'")
+        for key in ("num_embeddings", "embedding_dim"):
+            value = getattr(self, key)
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"table {self.name!r}: {key}={value!r} must be an int >= 1")
+            if value >= 2**61:
+                raise ConfigError(f"table {self.name!r}: {key}={value} must be below 2**61")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"table {self.name!r}: dtype={self.dtype!r} must be one of {[*DTYPE_BYTES]}")
+        if self.pooling not in ("sum", "mean"):
+            raise ConfigError(f"table {self.name!r}: pooling={self.pooling!r} must be 'sum' or 'mean'")
+        if not isinstance(self.compression, Compression):
+            raise ConfigError(
+                f"table {self.name!r}: compression={self.compression!r} is not a recemb compression; "
+                "use e.g. TensorTrain(rank=16) or Dense()"
+            )
+        if self.init_std is not None and not (0 <= self.init_std < math.inf):
+            raise ConfigError(f"table {self.name!r}: init_std={self.init_std!r} must be finite and >= 0")
+        if not self.feature_names:
+            object.__setattr__(self, "feature_names", (self.name,))
+        self.compression.check(self)
+
+    @property
+    def row_std(self) -> float:
+        """Standard deviation of a fresh row's elements."""
+        return self.init_std if self.init_std is not None else math.sqrt(1 / (3 * self.num_embeddings))
+
+    @property
+    def dense_numel(self) -> int:
+        """N * D, the uncompressed number of weights."""
+        return self.num_embeddings * self.embedding_dim
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,7 @@
+"""The torchrec face: the only package, with ``models``, that imports torchrec."""
+
+from __future__ import annotations
+
+from recemb.torchrec_io.stack import check_stack
+
+check_stack()

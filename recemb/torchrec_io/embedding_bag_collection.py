@@ -1,0 +1,155 @@
+"""``EmbeddingBagCollection``: torchrec's module, with compressed storage behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig as TorchrecEmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection as TorchrecEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from recemb.backends import build
+from recemb.backends.base import Backend
+from recemb.backends.dense import DenseBackend
+from recemb.backends.memory import MemoryReport, memory_report
+from recemb.engine import Engine
+from recemb.errors import ConfigError
+from recemb.spec import TableSpec
+from recemb.torchrec_io.configs import as_recemb_config, table_spec
+from recemb.torchrec_io.kjt import bags_from_kjt
+
+
+class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[misc] # torchrec ships no types
+    """A drop-in for ``torchrec.EmbeddingBagCollection`` whose tables may be compressed.
+
+    With F features, B samples and table dimensions D_f, it maps a ``KeyedJaggedTensor`` of F keys to a
+    ``KeyedTensor`` of values [B, sum of D_f]: the sum or mean over each bag of its rows, times the
+    per-sample weights when ``is_weighted``. Keys, their order, dtypes and state-dict keys
+    (``embedding_bags.<table>.<param>``) follow torchrec; uncompressed tables give the same bits.
+
+    Args:
+        tables: recemb configs, or plain torchrec configs for uncompressed tables.
+        is_weighted: whether the input carries per-sample weights.
+        device: where the parameters live; ``meta`` allocates nothing.
+
+    Raises:
+        ConfigError: a table that cannot be stored as asked, before anything is allocated.
+
+    Example::
+
+        #        0       1        2   <- sample
+        # "f1"   [0,1]   []       [2]
+        # "f2"   [3]     [4]      [5,6,7]
+        ebc = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(name="t1", num_embeddings=1_000_000, embedding_dim=16,
+                                   feature_names=["f1"], compression=TensorTrain(rank=16)),
+                EmbeddingBagConfig(name="t2", num_embeddings=100, embedding_dim=8, feature_names=["f2"]),
+            ]
+        )
+        features = KeyedJaggedTensor(
+            keys=["f1", "f2"],
+            values=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]),
+            lengths=torch.tensor([2, 0, 1, 1, 1, 3]),
+        )
+        ebc(features)["f1"]   # [3, 16]
+        print(ebc.memory())   # t1: 31,744 bytes instead of 64,000,000
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TorchrecEmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        configs = [as_recemb_config(config) for config in tables]
+        specs = [table_spec(config) for config in configs]
+        _check_weighted_mean(specs, is_weighted)
+        target = torch.device(device) if device is not None else torch.device("cpu")
+        built = build(specs, target)
+        # The parent's own tables are placeholders on meta, replaced below: N x D is never allocated.
+        super().__init__(tables=configs, is_weighted=is_weighted, device=torch.device("meta"))
+        for name, backend in built.items():
+            self.embedding_bags[name] = backend
+        self._device = target
+        self._engine = Engine(specs)
+        self._specs = tuple(specs)
+        self.reset_parameters()
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool a batch.
+
+        Args:
+            features: keys in any order; a TensorDict of jagged tensors is taken too.
+
+        Returns:
+            KeyedTensor with float32 values [B, sum of D_f].
+
+        Raises:
+            BatchError: names table, feature, sample and value; nothing has been computed by then.
+        """
+        bags, inverse = bags_from_kjt(
+            maybe_td_to_kjt(features, None), self._engine.targets, self._is_weighted
+        )
+        pooled = self._engine(self.embedding_bags, bags).float()
+        if inverse is not None:
+            pieces = torch.split(pooled, self._lengths_per_embedding, dim=1)
+            pooled = torch.cat([piece[rows] for piece, rows in zip(pieces, inverse, strict=True)], dim=1)
+        return KeyedTensor(
+            keys=self._embedding_names, values=pooled, length_per_key=self._lengths_per_embedding
+        )
+
+    def memory(self) -> MemoryReport:
+        """Per table: rows, dim, method, bytes, uncompressed bytes and their ratio; prints as a table."""
+        return memory_report(self._specs)
+
+    def to_dense(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rebuild a table, or its rows [start, stop), as a dense [rows, D] tensor, block by block."""
+        return self._backend(table).to_dense(start, stop)
+
+    def from_dense(self, table: str, weight: Tensor) -> None:
+        """Overwrite a table, in place, with its method's best approximation of ``weight`` [N, D].
+
+        Exact for ``Dense``, TT-SVD for ``TensorTrain``, truncated SVD for ``MixedDimension``, least squares
+        for ``QuotientRemainder`` and for a ``ROBE`` table that has its array to itself.
+
+        Raises:
+            ConfigError: wrong shape, or a ROBE array shared with other tables; no weight has changed.
+        """
+        self._backend(table).from_dense(weight)
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters for every table; uncompressed tables use their config's ``init_fn``."""
+        # torchrec's __init__ calls this before the tables exist.
+        if not hasattr(self, "_specs"):
+            return
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return
+        for config in self._embedding_bag_configs:
+            backend = self._backend(config.name)
+            if isinstance(backend, DenseBackend):
+                with torch.no_grad():
+                    config.init_fn(backend.weight)
+            else:
+                backend.reset_parameters()
+
+    def _backend(self, table: str) -> Backend:
+        if table not in self.embedding_bags:
+            raise ConfigError(f"no table {table!r}; the tables are {list(self.embedding_bags.keys())}")
+        backend = self.embedding_bags[table]
+        assert isinstance(backend, Backend)
+        return backend
+
+
+def _check_weighted_mean(specs: Sequence[TableSpec], is_weighted: bool) -> None:
+    for spec in specs:
+        if is_weighted and spec.pooling == "mean":
+            # nn.EmbeddingBag refuses it, sharded torchrec divides by the count or by the sum of weights
+            # depending on the plan: no answer would be the right one.
+            raise ConfigError(
+                f"table {spec.name!r}: pooling MEAN with is_weighted=True has no agreed meaning; use SUM "
+                "with weights divided by the bag length"
+            )

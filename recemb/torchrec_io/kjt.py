@@ -1,0 +1,102 @@
+"""KeyedJaggedTensor -> :class:`recemb.bags.Bags`, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.bags import Bags, LookupTarget, check_structure
+from recemb.errors import BatchError
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def bags_from_kjt(
+    features: KeyedJaggedTensor, targets: Sequence[LookupTarget], is_weighted: bool
+) -> tuple[Bags, Tensor | None]:
+    """The bags of ``targets``' features, in the order of ``targets``.
+
+    Keys may come in any order and keys without a target are ignored, as in torchrec. Under a variable
+    batch size per feature (VBE), short features are padded with empty bags.
+
+    Returns:
+        The bags, and the [F, B] map from a sample to its bag that VBE asks for, or ``None``.
+
+    Raises:
+        BatchError: duplicate or missing keys, wrong dtypes, malformed lengths, missing weights.
+    """
+    keys = list(features.keys())
+    _check_keys(keys, targets)
+    values = features.values()
+    if values.dtype not in _INTEGERS:
+        raise BatchError(
+            f"values of the KeyedJaggedTensor have dtype {values.dtype}; ids must be int64 (or int32), "
+            "floats above 2**24 have already lost ids"
+        )
+    weights = features.weights_or_none() if is_weighted else None
+    if is_weighted and weights is None:
+        raise BatchError(
+            "the collection was built with is_weighted=True but the KeyedJaggedTensor has no weights; "
+            "pass weights=... or build it with is_weighted=False"
+        )
+    owner = {target.feature: target for target in targets}
+    named = [owner.get(key, LookupTarget(key, "none", 0)) for key in keys]
+    inverse = None
+    if features.variable_stride_per_key():
+        offsets, inverse = _pad_variable_batch(features, keys, targets)
+    else:
+        offsets = features.offsets()
+        expected = len(keys) * features.stride() + 1
+        if offsets.numel() != expected:
+            raise BatchError(
+                f"the KeyedJaggedTensor has {offsets.numel()} offsets; {len(keys)} keys x batch size "
+                f"{features.stride()} + 1 = {expected} are needed"
+            )
+    bags = Bags(values.long(), offsets.long(), len(keys), weights)
+    check_structure(bags, named)
+    position = {key: k for k, key in enumerate(keys)}
+    return bags.select([position[target.feature] for target in targets]), inverse
+
+
+def _check_keys(keys: Sequence[str], targets: Sequence[LookupTarget]) -> None:
+    present = set(keys)
+    if len(present) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BatchError(f"the KeyedJaggedTensor has the key {twice!r} more than once; keys must be unique")
+    for target in targets:
+        if target.feature not in present:
+            raise BatchError(
+                f"feature {target.feature!r} of table {target.table!r} is missing from the "
+                f"KeyedJaggedTensor, whose keys are {list(keys)}"
+            )
+
+
+def _pad_variable_batch(
+    features: KeyedJaggedTensor, keys: Sequence[str], targets: Sequence[LookupTarget]
+) -> tuple[Tensor, Tensor]:
+    """Offsets with every feature padded to the longest batch, and the inverse indices in target order."""
+    strides = features.stride_per_key()
+    lengths = features.lengths().long()
+    if lengths.numel() != sum(strides):
+        raise BatchError(
+            f"the KeyedJaggedTensor has {lengths.numel()} lengths, its strides per key {strides} ask for "
+            f"{sum(strides)}"
+        )
+    inverse = features.inverse_indices_or_none()
+    if inverse is None:
+        raise BatchError(
+            f"the batch sizes per key differ ({dict(zip(keys, strides, strict=True))}) and the "
+            "KeyedJaggedTensor has no inverse_indices to expand them to one batch"
+        )
+    padded = lengths.new_zeros(len(keys), max(strides, default=0))
+    for row, part in zip(padded, lengths.split(strides), strict=True):
+        row[: part.numel()] = part
+    offsets = torch.cat([lengths.new_zeros(1), padded.flatten().cumsum(0)])
+    missing = [target.feature for target in targets if target.feature not in inverse[0]]
+    if missing:
+        raise BatchError(f"inverse_indices have no entry for feature {missing[0]!r}")
+    order = [inverse[0].index(target.feature) for target in targets]
+    return offsets, inverse[1][order]
