@@ -28,8 +28,8 @@ TOLERANCE = 0.05
 # Exponent of the popularity rule; dlrm's default for mixed dimensions.
 TEMPERATURE = 0.3
 METHODS = ("dense", "tt", "qr", "robe", "md")
-# A row costs about R**2 multiply-adds, so past this a larger rank stops being a table one would train.
-_MAX_RANK = 256
+# Whole vectors from 8 on; a row costs about R**2 multiply-adds, so past the last one would rather not train.
+_RANKS = (1, 2, 3, 4, 6, 8, 12, *range(16, 257, 8))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _last_true(holds: Callable[[int], bool], last: int) -> int:
 
 def _ladder(table: TableSpec, method: str) -> _Ladder:
     if method == "tt":
-        return _Ladder(table, lambda step: TensorTrain(rank=step + 1), _MAX_RANK - 1)
+        return _Ladder(table, lambda step: TensorTrain(rank=_RANKS[step]), len(_RANKS) - 1)
     if method == "md":
         return _Ladder(table, lambda step: MixedDimension(dim=step + 1), table.embedding_dim - 1)
     # ceil(N / c) + c rows is smallest at c = sqrt(N); more collisions would waste both parts.
@@ -158,17 +158,22 @@ def _allocate(ladders: Sequence[_Ladder], budget: float) -> list[TableSpec]:
         middle = (low + high) / 2
         low, high = (middle, high) if total(steps_at(2.0**middle)) <= budget else (low, middle)
     steps = steps_at(2.0**low)
-    slack = budget - total(steps)
     order = sorted(range(len(ladders)), key=lambda i: -ladders[i].table.dense_numel)
-    moved = True
-    while moved:
-        moved = False
-        for i in order:
-            if steps[i] == ladders[i].top:
-                continue
-            extra = ladders[i].numel(steps[i] + 1) - ladders[i].numel(steps[i])
-            if extra <= slack:
-                steps[i], slack, moved = steps[i] + 1, slack - extra, True
+
+    def step_up(room: float) -> None:
+        slack, moved = room - total(steps), True
+        while moved:
+            moved = False
+            for i in order:
+                if steps[i] == ladders[i].top:
+                    continue
+                extra = ladders[i].numel(steps[i] + 1) - ladders[i].numel(steps[i])
+                if extra <= slack:
+                    steps[i], slack, moved = steps[i] + 1, slack - extra, True
+
+    step_up(budget)
+    if total(steps) < (1 - TOLERANCE) * budget:
+        step_up((1 + TOLERANCE / 2) * budget)
     return [ladder.at(step) for ladder, step in zip(ladders, steps, strict=True)]
 
 

@@ -1,0 +1,167 @@
+"""Compiles a C++ kernel for the shapes at hand, once, and loads it with ctypes.
+
+As Triton compiles a kernel for the GPU when its shapes are known, this does for the CPU: ``g++ -O3
+-march=native`` with ranks and widths as constants takes about a second and is cached on disk. The library
+shares torch's OpenMP runtime, because torch's ``libgomp.so.1`` is already loaded under that name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+INCLUDE = Path(__file__).parent / "include"
+# Reassociation lets sums vectorise; NaN and infinity keep their meaning, unlike under -ffast-math.
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+_libraries: dict[str, ctypes.CDLL] = {}
+_memory_lock = threading.Lock()
+
+
+class KernelUnavailableError(RuntimeError):
+    """No native kernel can be had here; the message says why and what to install."""
+
+
+def load(name: str, sources: Sequence[Path], constants: Mapping[str, int | str]) -> ctypes.CDLL:
+    """Compile ``sources`` with ``-DNAME=value`` for every constant, or take the cached library, and load it.
+
+    Safe in several threads and processes at once. A cached file that does not load is rebuilt.
+
+    Args:
+        name: names the file in the cache.
+        sources: C++ files, compiled together with ``recemb_kernels/include`` on the include path.
+        constants: preprocessor definitions.
+
+    Raises:
+        KernelUnavailableError: no compiler, or it fails; the message holds its first errors.
+    """
+    key = _key(sources, constants)
+    with _memory_lock:
+        if key not in _libraries:
+            _libraries[key] = _load_or_build(name, key, sources, constants)
+        return _libraries[key]
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: ``$CXX``, else g++, else clang++; ``None`` when there is none."""
+    for candidate in (os.environ.get("CXX"), "g++", "clang++"):
+        found = shutil.which(candidate) if candidate else None
+        if found:
+            return found
+    return None
+
+
+@lru_cache(maxsize=1)
+def cache_dir() -> Path:
+    """A writable folder: ``$RECEMB_CACHE_DIR``, else the user's cache, else a temporary folder."""
+    candidates = [
+        os.environ.get("RECEMB_CACHE_DIR"),
+        os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "recemb"),
+    ]
+    for candidate in candidates:
+        if candidate and _writable(Path(candidate)):
+            return Path(candidate)
+    fallback = Path(tempfile.gettempdir()) / f"recemb-{os.getuid()}"
+    if _writable(fallback) and fallback.stat().st_uid == os.getuid():
+        return fallback
+    return Path(tempfile.mkdtemp(prefix="recemb-"))
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _key(sources: Sequence[Path], constants: Mapping[str, int | str]) -> str:
+    digest = hashlib.sha256()
+    for path in (*sources, *sorted(INCLUDE.glob("*.h"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr(sorted(constants.items())).encode())
+    digest.update(repr((FLAGS, _compiler_version(compiler()), _cpu())).encode())
+    return digest.hexdigest()[:24]
+
+
+@lru_cache(maxsize=8)
+def _compiler_version(path: str | None) -> str:
+    if path is None:
+        return "none"
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return path + done.stdout.split("\n")[0]
+
+
+@lru_cache(maxsize=1)
+def _cpu() -> str:
+    """What -march=native depends on: a cache on a shared home serves machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _load_or_build(
+    name: str, key: str, sources: Sequence[Path], constants: Mapping[str, int | str]
+) -> ctypes.CDLL:
+    target = cache_dir() / f"{name}-{key}.so"
+    with _locked(target.with_suffix(".lock")):
+        if target.exists():
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError:
+                warnings.warn(f"recemb: rebuilding the damaged kernel cache entry {target}", stacklevel=2)
+                target.unlink()
+        _compile(target, sources, constants)
+    return ctypes.CDLL(str(target))
+
+
+def _compile(target: Path, sources: Sequence[Path], constants: Mapping[str, int | str]) -> None:
+    path = compiler()
+    if path is None:
+        raise KernelUnavailableError("no C++ compiler found; install g++ or clang++, or set CXX")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        output = Path(folder) / target.name
+        defines = [f"-D{key}={value}" for key, value in constants.items()]
+        command = [path, *FLAGS, *defines, f"-I{INCLUDE}", *map(str, sources), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise KernelUnavailableError(f"{path} failed on {target.name}: {done.stderr[:2000]}")
+        # Same folder, so the rename is atomic: another process sees the whole library or none.
+        os.replace(output, target)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)

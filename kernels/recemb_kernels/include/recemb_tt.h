@@ -1,0 +1,74 @@
+// What the table-independent driver and the compiled tensor-train kernels agree on.
+//
+// A train of order d is walked level by level. A node of level l is a distinct prefix (i_1 .. i_{l+1}) of the
+// batch's ids; the nodes of level d - 1 are the distinct rows. Nodes are sorted, so the children of a node
+// are neighbours, and every node's product of cores is computed once.
+#pragma once
+#include <cstdint>
+
+namespace recemb {
+
+constexpr int MAX_ORDER = 8;
+
+// What the plan finds out about one table; 64-bit fields, saved from the forward for the backward.
+struct Counts {
+  int64_t base, ids, rows_at;    // the table's ids are [base, base + ids) of the plan's per-id arrays
+  int64_t nodes[MAX_ORDER];      // distinct prefixes per level
+  int64_t touched[MAX_ORDER];    // distinct digits per level
+  int64_t packed_at[MAX_ORDER];  // where the touched slices' packed copies start
+  int64_t partial_at[MAX_ORDER]; // where the products of cores start (levels 1 .. d - 2)
+  int64_t grad_at[MAX_ORDER];    // where their gradients start (levels 0 .. d - 2)
+};
+
+// One level of one table: counts, and pointers into the plan that are bound anew for each call.
+struct Level {
+  int64_t nodes, touched;
+  const int32_t* parent;         // [nodes] node of the level above
+  const int32_t* first;          // [nodes + 1] children in the level below (rows: ids in `perm`)
+  const int32_t* slice;          // [nodes] its digit, as an index into `touched_digit`
+  const int32_t* by_digit;       // [nodes] nodes ordered by digit
+  const int32_t* touched_digit;  // [touched]
+  const int32_t* touched_start;  // [touched + 1] into by_digit
+};
+
+// One feature's bags: where they start and where they are pooled to. 64-bit fields throughout.
+struct Feature {
+  int64_t table, column, mean;
+};
+
+struct Table {
+  int64_t order, dim;
+  int64_t radix[MAX_ORDER];
+  float* core[MAX_ORDER];    // [p_k, R_{k-1} q_k R_k]
+  float* grad[MAX_ORDER];    // same shape, zeroed; null when the update is fused
+  float* state[MAX_ORDER];   // first optimizer state of each core
+  float* state2[MAX_ORDER];  // second one (Adam)
+  void (*forward)(const Table*, struct Call*);
+  void (*backward)(const Table*, struct Call*);
+  int64_t packed_width[MAX_ORDER];   // floats of one packed slice
+  int64_t product_width[MAX_ORDER];  // floats of one node's product of cores
+  const Counts* counts;
+  Level level[MAX_ORDER];
+};
+
+struct Call {
+  int64_t num_tables, num_features, batch, num_ids, out_stride, optimizer;
+  const int64_t* ids;
+  const int64_t* offsets;
+  const float* weights;  // null when unweighted
+  const Feature* features;
+  Table* tables;
+  Counts* counts;
+  int32_t* plan;
+  float* packed;
+  float* partials;
+  float* rows;
+  float* out;
+  const float* grad_out;
+  float* grad_weights;   // null when not asked for
+  float* grad_rows;
+  float* grad_partials;
+  double lr, eps, beta1, beta2, weight_decay, step;
+};
+
+}  // namespace recemb

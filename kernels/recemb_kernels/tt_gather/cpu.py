@@ -1,0 +1,258 @@
+"""The tensor-train look-up on CPU: fills the C++ structures and calls the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.build import load
+
+_HERE = Path(__file__).parent
+MAX_ORDER = 8
+_LANES = 8
+# int32 arrays of a plan (driver.cpp, struct Layout), each as long as the ids plus one per table.
+_ARRAYS, _ARRAYS_PER_LEVEL = 3, 6
+_Pointers = ctypes.c_void_p * MAX_ORDER
+_Integers = ctypes.c_int64 * MAX_ORDER
+
+
+class _Counts(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("base", "ids", "rows_at")),
+        *((name, _Integers) for name in ("nodes", "touched", "packed_at", "partial_at", "grad_at")),
+    )
+
+
+class _Level(ctypes.Structure):
+    _fields_ = (
+        ("nodes", ctypes.c_int64),
+        ("touched", ctypes.c_int64),
+        ("pointers", ctypes.c_void_p * 6),
+    )
+
+
+class _Feature(ctypes.Structure):
+    _fields_ = (("table", ctypes.c_int64), ("column", ctypes.c_int64), ("mean", ctypes.c_int64))
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("order", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("radix", _Integers),
+        ("core", _Pointers),
+        ("grad", _Pointers),
+        ("state", _Pointers),
+        ("state2", _Pointers),
+        ("forward", ctypes.c_void_p),
+        ("backward", ctypes.c_void_p),
+        ("packed_width", _Integers),
+        ("product_width", _Integers),
+        ("counts", ctypes.c_void_p),
+        ("level", _Level * MAX_ORDER),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_tables", "num_features", "batch", "num_ids")),
+        ("out_stride", ctypes.c_int64),
+        ("optimizer", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "features", "tables")),
+        *((name, ctypes.c_void_p) for name in ("counts", "plan")),
+        *((name, ctypes.c_void_p) for name in ("packed", "partials", "rows", "out", "grad_out")),
+        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_rows", "grad_partials")),
+        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "weight_decay", "step")),
+    )
+
+
+@dataclass(frozen=True)
+class TrainShape:
+    """One table's train: p, q and R_0 .. R_d."""
+
+    row_shape: tuple[int, ...]
+    dim_shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def order(self) -> int:
+        """d."""
+        return len(self.row_shape)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a forward leaves for its backward, as tensors that may move in memory.
+
+    Attributes:
+        counts: [tables, *] int64, what the plan counted.
+        plan: int32, the sorted and grouped ids.
+        rows: the distinct rows of every table.
+        partials: products of cores per distinct prefix.
+        packed: padded copies of the touched core slices.
+        grad_numel: [1] int64, floats of the products' gradients.
+    """
+
+    counts: Tensor
+    plan: Tensor
+    rows: Tensor
+    partials: Tensor
+    packed: Tensor
+    grad_numel: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contiguous int64 ids [L] and offsets [F * B + 1], float32 weights [L] or ``None``."""
+
+    ids: Tensor
+    offsets: Tensor
+    weights: Tensor | None
+    batch_size: int
+
+
+class TrainGroup:
+    """The tables of one call, with everything that does not change from batch to batch.
+
+    Args:
+        shapes: one per table.
+        features: (table, is mean) per feature; their columns follow each other in this order.
+
+    Raises:
+        KernelUnavailableError: nothing can be compiled here.
+    """
+
+    def __init__(self, shapes: Sequence[TrainShape], features: Sequence[tuple[int, bool]]) -> None:
+        self._driver = _driver()
+        self.order = max(shape.order for shape in shapes)
+        self._tables = (_Table * len(shapes))()
+        for table, shape in zip(self._tables, shapes, strict=True):
+            self._describe(table, shape)
+        self._features = (_Feature * len(features))()
+        self.columns = 0
+        for feature, (index, mean) in zip(self._features, features, strict=True):
+            feature.table, feature.column, feature.mean = index, self.columns, int(mean)
+            self.columns += self._tables[index].dim
+
+    def _describe(self, table: _Table, shape: TrainShape) -> None:
+        kernel = _kernel(shape.dim_shape, shape.ranks)
+        table.forward = ctypes.cast(kernel.recemb_tt_table_forward, ctypes.c_void_p)
+        table.backward = ctypes.cast(kernel.recemb_tt_table_backward, ctypes.c_void_p)
+        table.order, done = shape.order, 1
+        for k, (rows, q) in enumerate(zip(shape.row_shape, shape.dim_shape, strict=True)):
+            left, right, last = shape.ranks[k], shape.ranks[k + 1], k + 1 == shape.order
+            done *= q
+            table.radix[k] = rows
+            table.product_width[k] = done * _padded(right)
+            table.packed_width[k] = q * _padded(left) if last else left * q * _padded(right)
+        table.dim = done
+
+    def forward(self, cores: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Saved]:
+        """Pool a batch: [B, sum of D], and what the backward needs."""
+        counts = torch.zeros(self.counts_shape, dtype=torch.int64)
+        call, tables = self._call(batch, counts)
+        _point(tables, "core", cores)
+        pointer, threads = ctypes.addressof(call), torch.get_num_threads()
+        # Zeroed, like the counts, so that what is saved depends on the inputs alone.
+        plan = torch.zeros(self.plan_numel(batch.ids.numel()), dtype=torch.int32)
+        call.plan = plan.data_ptr()
+        sizes = (ctypes.c_int64 * 4)()
+        self._driver.recemb_tt_plan(pointer, threads, ctypes.addressof(sizes))
+        rows, partials, packed = (torch.empty(sizes[k]) for k in (0, 1, 3))
+        saved = Saved(counts, plan, rows, partials, packed, torch.tensor([sizes[2]]))
+        out = torch.empty(batch.batch_size, self.columns)
+        _attach(call, saved)
+        call.out = out.data_ptr()
+        self._driver.recemb_tt_forward(pointer, threads)
+        return out, saved
+
+    def backward(
+        self, grad_out: Tensor, cores: Sequence[Tensor], batch: Batch, saved: Saved, want_weights: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Gradients of every core, and of the per-sample weights when asked for."""
+        call, tables = self._call(batch, saved.counts)
+        grads = [torch.zeros_like(core) for core in cores]
+        _point(tables, "core", cores)
+        _point(tables, "grad", grads)
+        grad_out = grad_out.contiguous()
+        grad_rows, grad_partials = torch.empty_like(saved.rows), torch.empty(int(saved.grad_numel))
+        grad_weights = torch.empty(batch.ids.numel()) if want_weights else None
+        _attach(call, saved)
+        call.grad_out, call.grad_rows = grad_out.data_ptr(), grad_rows.data_ptr()
+        call.grad_partials = grad_partials.data_ptr()
+        call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
+        self._driver.recemb_tt_backward(ctypes.addressof(call), torch.get_num_threads())
+        return grads, grad_weights
+
+    @property
+    def counts_shape(self) -> tuple[int, int]:
+        """Shape of ``Saved.counts``."""
+        return len(self._tables), ctypes.sizeof(_Counts) // 8
+
+    def plan_numel(self, num_ids: Any) -> Any:
+        """Size of ``Saved.plan``; ``num_ids`` may be symbolic."""
+        return (_ARRAYS + _ARRAYS_PER_LEVEL * self.order) * (num_ids + len(self._tables))
+
+    def _call(self, batch: Batch, counts: Tensor) -> tuple[_Call, ctypes.Array[_Table]]:
+        """The call structure and a copy of the table structures, which it points to."""
+        tables = type(self._tables).from_buffer_copy(self._tables)
+        call = _Call(
+            num_tables=len(self._tables),
+            num_features=len(self._features),
+            batch=batch.batch_size,
+            num_ids=batch.ids.numel(),
+            out_stride=self.columns,
+            ids=batch.ids.data_ptr(),
+            offsets=batch.offsets.data_ptr(),
+            weights=None if batch.weights is None else batch.weights.data_ptr(),
+            features=ctypes.addressof(self._features),
+            tables=ctypes.addressof(tables),
+            counts=counts.data_ptr(),
+        )
+        return call, tables
+
+
+def _point(tables: ctypes.Array[_Table], field: str, tensors: Sequence[Tensor]) -> None:
+    """Set every core's pointer in ``field``; ``tensors`` holds them table by table, core by core."""
+    position = 0
+    for table in tables:
+        pointers = getattr(table, field)
+        for k in range(table.order):
+            pointers[k] = tensors[position].data_ptr()
+            position += 1
+
+
+def _attach(call: _Call, saved: Saved) -> None:
+    call.plan, call.rows = saved.plan.data_ptr(), saved.rows.data_ptr()
+    call.partials, call.packed = saved.partials.data_ptr(), saved.packed.data_ptr()
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // _LANES) * _LANES
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    library = load("tt_driver", [_HERE / "driver.cpp"], {})
+    for name, structure in (("call", _Call), ("table", _Table), ("counts", _Counts)):
+        size = getattr(library, f"recemb_tt_{name}_size")
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(structure):
+            raise RuntimeError(f"the {name} structure of driver.cpp and of cpu.py differ")
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.recemb_tt_plan.argtypes = (pointer, integer, pointer)
+    library.recemb_tt_forward.argtypes = library.recemb_tt_backward.argtypes = (pointer, integer)
+    return library
+
+
+@cache
+def _kernel(dim_shape: tuple[int, ...], ranks: tuple[int, ...]) -> ctypes.CDLL:
+    constants = {"DIMS": ",".join(map(str, dim_shape)), "RANKS": ",".join(map(str, ranks))}
+    return load("tt_table", [_HERE / "cpu.cpp"], constants)

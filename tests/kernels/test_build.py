@@ -1,0 +1,165 @@
+"""The compile-and-cache layer: damaged entries, races, no compiler, read-only homes, sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from recemb_kernels import build, native
+
+SOURCE = 'extern "C" int answer() { return ANSWER; }'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty kernel cache of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RECEMB_CACHE_DIR", str(folder))
+    build.cache_dir.cache_clear()
+    monkeypatch.setattr(build, "_libraries", {})
+    yield folder
+    build.cache_dir.cache_clear()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "answer.cpp"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_constants_and_sources_make_the_key(cache: Path, source: Path) -> None:
+    assert build.load("answer", [source], {"ANSWER": 41}).answer() == 41
+    assert build.load("answer", [source], {"ANSWER": 42}).answer() == 42
+    source.write_text(SOURCE.replace("ANSWER;", "ANSWER + 1;"))
+    assert build.load("answer", [source], {"ANSWER": 42}).answer() == 43
+    assert len(list(cache.glob("*.so"))) == 3
+
+
+def test_second_load_does_not_compile(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.load("answer", [source], {"ANSWER": 1})
+    monkeypatch.setattr(build, "_libraries", {})
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert build.load("answer", [source], {"ANSWER": 1}).answer() == 1
+
+
+def test_damaged_entry_is_rebuilt(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True)
+    key = build._key([source], {"ANSWER": 5})
+    (cache / f"answer-{key}.so").write_bytes(b"\x7fELF then nothing")
+    with pytest.warns(UserWarning, match="damaged kernel cache entry"):
+        assert build.load("answer", [source], {"ANSWER": 5}).answer() == 5
+
+
+def test_compile_error_is_reported_and_leaves_no_file(cache: Path, source: Path) -> None:
+    source.write_text('extern "C" int answer() { return nonsense; }')
+    with pytest.raises(build.KernelUnavailableError, match="nonsense"):
+        build.load("answer", [source], {})
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_two_processes_at_once(cache: Path, source: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from recemb_kernels.build import load\n"
+        "print(load('answer', [Path(sys.argv[1])], {'ANSWER': 7}).answer())"
+    )
+    environment = {**os.environ, "RECEMB_CACHE_DIR": str(cache)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(source)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0].strip() for process in running] == ["7"] * 3
+    assert len(list(cache.glob("*.so"))) == 1
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_cache_dir_that_cannot_be_made_falls_back(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    for name in ("RECEMB_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(blocker / "below"))
+    build.cache_dir.cache_clear()
+    try:
+        folder = build.cache_dir()
+        assert folder.is_dir()
+        assert os.access(folder, os.W_OK)
+        assert build.load("answer", [source], {"ANSWER": 8}).answer() == 8
+    finally:
+        build.cache_dir.cache_clear()
+
+
+def test_no_compiler_warns_once_and_names_the_fix(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "_unavailable", {})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert native.attempt("tt_gather", lambda: build.load("answer", [source], {})) is None
+    assert len(caught) == 1
+    assert "install g++ or clang++" in str(caught[0].message)
+    assert "no C++ compiler" in native.status()["tt_gather"]
+
+
+_SANITIZED = """
+import torch
+from recemb_kernels.tt_gather.cpu import Batch, TrainGroup, TrainShape
+
+torch.manual_seed(0)
+shapes = [
+    TrainShape((9, 8, 7), (2, 2, 4), (1, 13, 9, 1)),
+    TrainShape((11, 7), (3, 2), (1, 5, 1)),
+    TrainShape((3, 3, 3, 3), (2, 1, 2, 2), (1, 2, 3, 2, 1)),
+]
+group = TrainGroup(shapes, [(0, False), (1, True), (2, False), (0, True)])
+cores = [
+    torch.randn(p, r * q * s)
+    for shape in shapes
+    for p, q, r, s in zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:])
+]
+for batch_size, longest in ((0, 1), (1, 1), (33, 4)):
+    lengths = torch.randint(0, longest + 1, (4 * batch_size,))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    rows = torch.tensor([504, 77, 81, 504]).repeat_interleave(batch_size).repeat_interleave(lengths)
+    ids = (torch.rand(rows.numel()) * rows).long()
+    ids[-1:] = rows[-1:] - 1
+    batch = Batch(ids, offsets, torch.rand(ids.numel()), batch_size)
+    out, saved = group.forward(cores, batch)
+    grads, weights = group.backward(torch.randn_like(out), cores, batch, saved, True)
+    assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in (*grads, weights))
+print("clean")
+"""
+
+
+def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    path = build.compiler()
+    assert path is not None
+    library = subprocess.run(
+        [path, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert Path(library).is_absolute(), "the compiler has no AddressSanitizer runtime"
+    program = (
+        f"import recemb_kernels.build as b; b.FLAGS = (*b.FLAGS, '-fsanitize=address', '-g')\n{_SANITIZED}"
+    )
+    environment = {
+        **os.environ,
+        "RECEMB_CACHE_DIR": str(tmp_path),
+        "LD_PRELOAD": library,
+        # Python itself leaks by design; overflows are what is looked for.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "clean", done.stderr[-3000:]

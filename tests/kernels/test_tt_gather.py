@@ -1,0 +1,227 @@
+"""The compiled tensor-train kernel against plain torch in float64, through the backend it serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recemb.backends import build
+from recemb.backends.base import Backend
+from recemb.backends.tensor_train import TensorTrainBackend
+from recemb.backends.tt_shapes import table_shapes
+from recemb.bags import Bags
+from recemb.spec import TableSpec, TensorTrain
+from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
+
+# (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
+TABLES = {
+    "rank32": (5000, 16, TensorTrain(rank=32)),
+    "rank13": (1000, 16, TensorTrain(rank=13)),
+    "two_cores": (77, 7, TensorTrain(rank=5, num_cores=2)),
+    "four_cores": (5000, 12, TensorTrain(rank=(3, 9, 2), num_cores=4)),
+    "five_cores": (3000, 32, TensorTrain(rank=8, num_cores=5)),
+    "wide": (2000, 64, TensorTrain(rank=24)),
+    "one_column": (300, 1, TensorTrain(rank=3)),
+    "given_shape": (60, 8, TensorTrain(rank=1, row_shape=(3, 4, 5), dim_shape=(4, 1, 2))),
+}
+
+
+def _tables(names: Sequence[str], pooling: str) -> list[TensorTrainBackend]:
+    specs = [
+        TableSpec(name=name, num_embeddings=n, embedding_dim=d, compression=c, pooling=pooling, init_std=0.5)
+        for name in names
+        for n, d, c in (TABLES[name],)
+    ]
+    built = build(specs, torch.device("cpu"))
+    for table in built.values():
+        table.reset_parameters()
+    return [table for table in built.values() if isinstance(table, TensorTrainBackend)]
+
+
+def _bags(
+    tables: Sequence[TensorTrainBackend], batch: int, longest: int, *, weighted: bool, seed: int
+) -> Bags:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (len(tables) * batch,), generator=generator)
+    if longest == 1:
+        lengths.fill_(1)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    ids = [
+        # Squared uniforms: hot ids repeat, as in real logs.
+        (torch.rand(int(part.sum()), generator=generator) ** 2 * table.table.num_embeddings).long()
+        for table, part in zip(tables, lengths.split(batch), strict=True)
+    ]
+    flat = torch.cat(ids)
+    weights = torch.rand(flat.numel(), generator=generator, requires_grad=True) if weighted else None
+    return Bags(flat, offsets, len(tables), weights)
+
+
+def _parameters(tables: Sequence[TensorTrainBackend]) -> list[Tensor]:
+    return [core for table in dict.fromkeys(tables) for core in table.own_parameters().values()]
+
+
+def _outcome(
+    tables: Sequence[TensorTrainBackend], bags: Bags, grad: Tensor | None, *, native: bool
+) -> list[Tensor]:
+    """Pooled values, core gradients and weight gradients on one of the two paths."""
+    pooled = (
+        TensorTrainBackend.pooled(tables, bags)
+        if native
+        else super(TensorTrainBackend, tables[0]).pooled(tables, bags)
+    )
+    wanted = _parameters(tables) + ([] if bags.weights is None else [bags.weights])
+    upstream = torch.ones_like(pooled) if grad is None else grad.to(pooled.dtype)
+    return [pooled.detach(), *torch.autograd.grad(pooled, wanted, upstream)]
+
+
+def _assert_error_law(names: Sequence[str], *, pooling: str, weighted: bool, longest: int, seed: int) -> None:
+    """max |x - ref64| <= 2 x the error of plain torch in float32, plus one ulp of the largest value."""
+    torch.manual_seed(seed)
+    tables = _tables(names, pooling)
+    bags = _bags(tables, 29, longest, weighted=weighted, seed=seed)
+    grad = torch.randn(29, sum(table.table.embedding_dim for table in tables))
+    assert all(table.runs_native() for table in tables)
+    native = _outcome(tables, bags, grad, native=True)
+    plain = _outcome(tables, bags, grad, native=False)
+    for table in tables:
+        table.double()
+    wide = Bags(bags.ids, bags.offsets, bags.num_features, None)
+    if bags.weights is not None:
+        weights = bags.weights.detach().double().requires_grad_()
+        wide = Bags(bags.ids, bags.offsets, bags.num_features, weights)
+    exact = _outcome(tables, wide, grad, native=False)
+    for ours, torchs, truth in zip(native, plain, exact, strict=True):
+        assert ours.shape == truth.shape
+        ulp = torch.finfo(torch.float32).eps * float(truth.abs().max()) if truth.numel() else 0.0
+        error = float((ours - truth).abs().max()) if truth.numel() else 0.0
+        allowed = 2 * float((torchs - truth).abs().max()) + ulp if truth.numel() else 0.0
+        assert error <= allowed
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(("pooling", "weighted"), [("sum", False), ("sum", True), ("mean", False)])
+def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None:
+    _assert_error_law([name], pooling=pooling, weighted=weighted, longest=4, seed=1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    names=st.lists(st.sampled_from(sorted(TABLES)), min_size=1, max_size=5, unique=True),
+    longest=st.integers(1, 6),
+    weighted=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_error_law_of_several_tables_in_one_call(
+    names: list[str], longest: int, weighted: bool, seed: int
+) -> None:
+    _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=seed)
+
+
+def test_a_table_of_several_features_is_updated_once() -> None:
+    torch.manual_seed(0)
+    (table,) = _tables(["rank13"], "sum")
+    bags = _bags([table] * 3, 11, 3, weighted=False, seed=3)
+    native = _outcome([table] * 3, bags, None, native=True)
+    plain = _outcome([table] * 3, bags, None, native=False)
+    for ours, torchs in zip(native, plain, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_empty_bags_and_batches(batch: int) -> None:
+    tables = _tables(["rank13", "two_cores"], "mean")
+    bags = Bags(torch.empty(0, dtype=torch.int64), torch.zeros(2 * batch + 1, dtype=torch.int64), 2)
+    pooled, *grads = _outcome(tables, bags, None, native=True)
+    assert pooled.shape == (batch, 23)
+    assert not pooled.any()
+    assert all(not grad.any() for grad in grads)
+
+
+def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tables = _tables(["rank32", "four_cores"], "sum")
+    bags = _bags(tables, 17, 3, weighted=True, seed=5)
+    clean = _outcome(tables, bags, None, native=True)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(math.nan if not kw else 7)
+    )
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape).fill_(math.nan))
+    for poisoned, expected in zip(_outcome(tables, bags, None, native=True), clean, strict=True):
+        assert torch.equal(poisoned, expected)
+
+
+def test_bit_identical_between_runs_and_thread_counts() -> None:
+    torch.manual_seed(0)
+    tables = _tables(["rank32", "wide", "two_cores"], "sum")
+    bags = _bags(tables, 200, 5, weighted=True, seed=7)
+    threads = torch.get_num_threads()
+    outcomes = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            outcomes.append(_outcome(tables, bags, None, native=True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+
+
+def test_sample_does_not_depend_on_its_batch() -> None:
+    torch.manual_seed(0)
+    (table,) = _tables(["rank32"], "sum")
+    ids = torch.randint(0, 5000, (64,))
+    whole = TensorTrainBackend.pooled([table], Bags(ids, torch.arange(65), 1))
+    for b in range(64):
+        alone = TensorTrainBackend.pooled([table], Bags(ids[b : b + 1], torch.arange(2), 1))
+        assert torch.equal(alone[0], whole[b])
+
+
+@pytest.mark.parametrize("position", [2**31 - 1, 2**31, 2**31 + 1, 2**33 - 1])
+def test_f14_ids_beyond_32_bits(position: int) -> None:
+    spec = TableSpec(
+        name="t", num_embeddings=2**33, embedding_dim=16, compression=TensorTrain(rank=4), init_std=1.0
+    )
+    built = build([spec], torch.device("cpu"))["t"]
+    built.reset_parameters()
+    ids = torch.tensor([0, position, position])
+    native = built.pooled([built], Bags(ids, torch.tensor([0, 1, 3]), 1))
+    rows = built.rows(built.map_ids(ids))
+    torch.testing.assert_close(native, torch.stack([rows[0], 2 * rows[1]]), rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck_and_compile() -> None:
+    torch.manual_seed(0)
+    tables = _tables(["rank13", "two_cores"], "sum")
+    bags = _bags(tables, 9, 3, weighted=True, seed=9)
+    shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
+    code = encode(shapes, [(0, False), (1, False)])
+    cores = _parameters(tables)
+    arguments = (cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, *map(list, code))
+    torch.library.opcheck(torch.ops.recemb.tt_gather.default, arguments)
+
+    def lookup(*cores: Tensor) -> Tensor:
+        return 2 * tt_gather(cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, code)
+
+    compiled = torch.compile(lookup, backend="aot_eager")
+    expected = torch.autograd.grad(lookup(*cores).sum(), cores)
+    actual = torch.autograd.grad(compiled(*cores).sum(), cores)
+    assert torch.equal(compiled(*cores), lookup(*cores))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_float64_and_deep_trains_take_the_torch_path() -> None:
+    (table,) = _tables(["rank13"], "sum")
+    assert table.runs_native()
+    assert not table.double().runs_native()
+
+
+def _ranks(table: Backend) -> tuple[int, ...]:
+    assert isinstance(table.table.compression, TensorTrain)
+    return table.table.compression.ranks
