@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,12 +37,15 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
 def truncated_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(left [m, rank], right [rank, n]) with left @ right the best rank-``rank`` approximation, float64.
 
-    ``left`` or ``right`` is orthonormal, whichever belongs to the shorter side; columns beyond min(m, n)
-    are zero.
+    The columns of ``left`` are orthonormal, those beyond min(m, n) zero: a later approximation of ``right``
+    then costs the product no more than it costs ``right``, which the error bound of TT-SVD rests on.
     """
     wide = matrix.double()
     if wide.shape[0] <= wide.shape[1]:
         left = leading_eigenvectors(wide @ wide.T, rank)
         return left, left.T @ wide
-    right = leading_eigenvectors(wide.T @ wide, rank).T
-    return wide @ right.T, right
+    basis = leading_eigenvectors(wide.T @ wide, min(rank, wide.shape[1]))
+    left, triangle = torch.linalg.qr(wide @ basis)
+    right = triangle @ basis.T
+    spare = rank - left.shape[1]
+    return F.pad(left, (0, spare)), F.pad(right, (0, 0, 0, spare))

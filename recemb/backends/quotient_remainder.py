@@ -16,10 +16,13 @@ from recemb.backends.base import Backend
 from recemb.id_maps.radix import ceil_div, quotient_remainder
 from recemb.spec import QuotientRemainder, TableSpec
 
-# Spread of the remainder rows around 1 under "mult": wide enough that ids of one quotient differ from the
-# start, narrow enough that gradients reach the quotient rows at full size.
-_REMAINDER_STD = 12**-0.5
-_SWEEPS = 50
+# Under "mult" the shorter table starts around 1 with this deviation: wide enough that ids that share a row
+# differ from the start, narrow enough that gradients reach the longer table at full size.
+_FACTOR_STD = 12**-0.5
+_SWEEPS = 200
+_CONVERGED = 1e-9
+# Singular directions followed at once; only their first is kept.
+_SUBSPACE = 8
 
 
 class QuotientRemainderBackend(Backend):
@@ -56,9 +59,10 @@ class QuotientRemainderBackend(Backend):
         std, operation = self.table.row_std, _compression(self.table).operation
         with torch.no_grad():
             if operation == "mult":
-                half = math.sqrt(3) * _REMAINDER_STD
-                self.r.uniform_(1 - half, 1 + half)
-                self.q.normal_(0, std / math.sqrt(1 + _REMAINDER_STD**2))
+                longer, shorter = (self.q, self.r) if len(self.q) >= len(self.r) else (self.r, self.q)
+                half = math.sqrt(3) * _FACTOR_STD
+                shorter.uniform_(1 - half, 1 + half)
+                longer.normal_(0, std / math.sqrt(1 + _FACTOR_STD**2))
             else:
                 part = std / math.sqrt(2) if operation == "add" else std
                 self.q.normal_(0, part)
@@ -101,14 +105,30 @@ def _fit_sum(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit_product(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """q, r that minimise sum present * (grid - q * r)**2; ``grid`` is 0 where absent."""
-    tiny = torch.finfo(torch.float64).tiny
-    # The group with the largest norm is a row of the grid, so it has a part along the leading direction.
-    r = grid[grid.square().sum(1).argmax()]
+    """q, r that minimise sum present * (grid - q * r)**2; ``grid`` is 0 where absent.
+
+    Subspace iteration for the leading singular pair: a single vector converges slowly when the next singular
+    value is close, and never leaves a start that is orthogonal to the leading direction. The absent cells of
+    the last group are replaced by what the fit says of them, so that they do not cost the present ones.
+    """
+    generator = torch.Generator(device=grid.device).manual_seed(0)
+    width = min(_SUBSPACE, *grid.shape)
+    start = torch.randn(grid.shape[0], width, dtype=grid.dtype, device=grid.device, generator=generator)
+    absent, filled = present[-1] == 0, grid.clone()
+    # Dividing by the scale keeps tiny weights clear of underflow; all-zero columns stay zero.
+    scale = float(grid.abs().max()) or 1.0
+    filled /= scale
+    basis = torch.linalg.qr(filled.T @ start).Q
+    q, r = filled.new_zeros(grid.shape[0]), filled.new_zeros(grid.shape[1])
     for _ in range(_SWEEPS):
-        q = (grid * r).sum(1) / (present * r.square()).sum(1).clamp(min=tiny)
-        r = (grid * q[:, None]).sum(0) / (present * q[:, None].square()).sum(0).clamp(min=tiny)
-    return q, r
+        basis = torch.linalg.qr(filled.T @ (filled @ basis)).Q
+        inside = filled @ basis
+        top = torch.linalg.eigh(inside.T @ inside).eigenvectors[:, -1]
+        before, q, r = r, inside @ top, basis @ top
+        filled[-1, absent] = q[-1] * r[absent]
+        if float((r - before).abs().max()) <= _CONVERGED:
+            break
+    return q * scale, r
 
 
 def _compression(table: TableSpec) -> QuotientRemainder:

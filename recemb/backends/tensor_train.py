@@ -98,13 +98,15 @@ class TensorTrainBackend(Backend):
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         """TT-SVD: error**2 <= the sum over bonds of the singular values squared that the rank cuts off.
 
-        Rows N .. prod(p) - 1 exist in the train only. They start at 0 and are then replaced by what the fit
-        says of them, again and again (Mazumder et al., 2010), so that they do not cost the real rows.
+        Rows N .. prod(p) - 1 exist in the train only. They start at what a fit of the rows before them says
+        and are then replaced by what each fit says of them, again and again (Mazumder et al., 2010), so that
+        they do not cost the real rows.
         """
         rows, dims = table_shapes(self.table)
         padded = weight.new_zeros(math.prod(rows), weight.shape[1])
         padded[: weight.shape[0]] = weight
         spare = padded[weight.shape[0] :]
+        _extrapolate(padded, weight.shape[0], rows, dims, _compression(self.table).ranks)
         digits = mixed_radix(torch.arange(weight.shape[0], padded.shape[0], device=weight.device), rows)
         scale = float(weight.double().norm())
         for _ in range(_SWEEPS):
@@ -154,6 +156,32 @@ def _tt_svd(
         rest = rest.reshape(ranks[k + 1] * rows[k + 1] * dims[k + 1], -1)
     cores[f"core_{order - 1}"] = _core(rest, ranks[order - 1], rows[-1], dims[-1])
     return cores
+
+
+def _extrapolate(
+    padded: Tensor, known: int, rows: Sequence[int], dims: Sequence[int], ranks: Sequence[int]
+) -> None:
+    """Fill the rest of the first core's slice in which row ``known`` falls, in place.
+
+    The slices before it are whole and give cores 2 .. d; the rows of this slice that are known then give
+    its part of the first core by least squares. Later slices hold no known row and stay 0.
+    """
+    below = math.prod(rows[1:])
+    whole, partial = divmod(known, below)
+    if not whole or not partial:
+        return
+    cores = _tt_svd(padded[: whole * below], (whole, *rows[1:]), dims, ranks)
+    tail = [cores[f"core_{k}"].view(-1, ranks[k], dims[k], ranks[k + 1]) for k in range(1, len(rows))]
+    # The first bond joins the columns of the tail, which makes it a train of its own: [below, R_1, D / q_1].
+    tail[0] = tail[0].view(rows[1], 1, ranks[1] * dims[1], ranks[2])
+    digits = mixed_radix(torch.arange(below, device=padded.device), rows[1:])
+    ends = _contract(tail, digits).view(below, ranks[1], -1)
+    slice_ = padded[whole * below : (whole + 1) * below].view(below, dims[0], -1)
+    equations = ends[:partial].transpose(1, 2).reshape(-1, ranks[1])
+    values = slice_[:partial].double().transpose(1, 2).reshape(-1, dims[0])
+    normal, target = equations.T @ equations, equations.T @ values
+    head = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12) @ target
+    slice_[partial:] = torch.einsum("rq,irc->iqc", head, ends[partial:]).to(padded.dtype)
 
 
 def _core(factor: Tensor, rank: int, rows: int, dim: int) -> Tensor:

@@ -81,7 +81,7 @@ def _search(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tu
         return _search_two(rows, costs, budget)
     least: float = budget
     shape: tuple[int, ...] = ()
-    middle = max(1, round(_balanced(rows, costs) / costs[0]))
+    middle = min(rows, max(1, round(_balanced(rows, costs) / costs[0])))
     # Outwards from the continuous optimum, each way until the convex lower bound passes the best so far.
     for step in (1, -1):
         first = middle if step == 1 else middle - 1
