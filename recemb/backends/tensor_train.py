@@ -17,6 +17,7 @@ from recemb.backends.low_rank import truncated_factors
 from recemb.backends.tt_shapes import core_sizes, table_shapes
 from recemb.bags import Bags
 from recemb.id_maps.radix import mixed_radix
+from recemb.optim import fused_update
 from recemb.spec import TableSpec, TensorTrain
 from recemb_kernels.native import attempt
 from recemb_kernels.tt_gather import MAX_ORDER, TrainShape, encode, tt_gather
@@ -127,7 +128,8 @@ def _pooled_native(tables: Sequence[TensorTrainBackend], bags: Bags) -> Tensor:
     code = encode(shapes, [(index[table], table.table.pooling == "mean") for table in tables])
     cores = [core for table in distinct for core in table.own_parameters().values()]
     weights = None if bags.weights is None else bags.weights.float()
-    return tt_gather(cores, bags.ids, bags.offsets, weights, bags.batch_size, code)
+    update = fused_update(cores) if torch.is_grad_enabled() else None
+    return tt_gather(cores, bags.ids, bags.offsets, weights, bags.batch_size, code, update)
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:

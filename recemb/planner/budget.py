@@ -138,9 +138,9 @@ def _ladder(table: TableSpec, method: str) -> _Ladder:
         return _Ladder(table, lambda step: TensorTrain(rank=_RANKS[step]), len(_RANKS) - 1)
     if method == "md":
         return _Ladder(table, lambda step: MixedDimension(dim=step + 1), table.embedding_dim - 1)
-    # c + ceil(N / c) rows rise on both sides of c = sqrt(N). On the upper side the remainder is the longer table:
-    # with ids in order of frequency, as `recemb prepare` gives them, the c hottest ids then have a remainder row
-    # each, which colder ids share under another quotient. On the lower side the hot ids would share.
+    # c + ceil(N / c) rows rise on both sides of c = sqrt(N). On the upper side the remainder is the longer
+    # table: with ids in order of frequency, as `recemb prepare` gives them, the c hottest ids then have a
+    # remainder row each, which colder ids share under another quotient. On the lower side hot ids would share.
     least = math.isqrt(table.num_embeddings - 1) + 1
     return _Ladder(
         table, lambda step: QuotientRemainder(collisions=least + step), table.num_embeddings - least

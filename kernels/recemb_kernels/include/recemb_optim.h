@@ -9,17 +9,13 @@ namespace recemb {
 enum Optimizer : int64_t { GRADIENT = 0, SGD = 1, ADAGRAD = 2, ROWWISE_ADAGRAD = 3, ADAM = 4 };
 
 struct Hyper {
-  double lr, eps, beta1, beta2, weight_decay, step;
+  double lr, eps, beta1, beta2, step;
 };
 
 // w[n] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise).
-static inline void update_row(int64_t kind, const Hyper& h, int64_t n, float* w, float* g, float* state,
+static inline void update_row(int64_t kind, const Hyper& h, int64_t n, float* w, const float* g, float* state,
                               float* state2) {
   const float lr = static_cast<float>(h.lr), eps = static_cast<float>(h.eps);
-  if (h.weight_decay != 0) {
-    const float decay = static_cast<float>(h.weight_decay);
-    for (int64_t i = 0; i < n; i++) g[i] += decay * w[i];
-  }
   switch (kind) {
     case SGD:
       for (int64_t i = 0; i < n; i++) w[i] -= lr * g[i];

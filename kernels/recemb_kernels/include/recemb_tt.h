@@ -68,7 +68,7 @@ struct Call {
   float* grad_weights;   // null when not asked for
   float* grad_rows;
   float* grad_partials;
-  double lr, eps, beta1, beta2, weight_decay, step;
+  double lr, eps, beta1, beta2, step;
 };
 
 }  // namespace recemb

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from recemb_kernels.build import KernelUnavailableError
 from recemb_kernels.tt_gather.cpu import MAX_ORDER, Batch, Saved, TrainGroup, TrainShape
+from recemb_kernels.update import Update
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -46,6 +47,7 @@ def tt_gather(
     weights: Tensor | None,
     batch_size: int,
     code: tuple[tuple[int, ...], tuple[int, ...]],
+    update: Callable[[], Update] | None = None,
 ) -> Tensor:
     """Pool a batch of F features.
 
@@ -56,6 +58,7 @@ def tt_gather(
         weights: [L] float32, or ``None``.
         batch_size: B.
         code: what :func:`encode` returned.
+        update: makes the optimizer step to take in the backward, in place of core gradients; eager mode only.
 
     Returns:
         [B, sum of D over the features].
@@ -69,7 +72,10 @@ def tt_gather(
     else:
         # The same forward and backward without the dispatcher, which costs four times the kernel at B = 64.
         apply: Any = _Eager.apply
-        out = apply(code, ids, offsets, weights, batch_size, *cores)
+        anchor = None if update is None else torch.empty(0, requires_grad=True)
+        # Detached under a fused update, so that hooks on the cores' gradients do not fire for nothing.
+        inputs = cores if update is None else [core.detach() for core in cores]
+        out = apply((code, batch_size, update), anchor, ids, offsets, weights, *inputs)
     return out
 
 
@@ -125,7 +131,7 @@ def _backward(grad_out: Tensor, *arguments: Any) -> tuple[list[Tensor], Tensor]:
     group = _group(tuple(shapes), tuple(features))
     batch = _batch(ids, offsets, weights, batch_size)
     grads, grad_weights = group.backward(
-        grad_out, [core.contiguous() for core in cores], batch, Saved(*saved), want_weights
+        grad_out, [core.contiguous() for core in cores], batch, Saved(*saved), want_weights=want_weights
     )
     return grads, grad_out.new_empty(0) if grad_weights is None else grad_weights
 
@@ -186,23 +192,31 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, code: Any, ids: Tensor, offsets: Tensor, weights: Any, batch: int, *cores: Any
+        ctx: Any, static: Any, anchor: Any, ids: Tensor, offsets: Tensor, weights: Any, *cores: Any
     ) -> Any:
-        ctx.group, ctx.batch_size, ctx.weighted = _group(*code), batch, weights is not None
-        out, saved = ctx.group.forward(cores, _batch(ids, offsets, weights, batch))
-        ctx.saved, ctx.num_cores = saved, len(cores)
-        ctx.save_for_backward(ids, offsets, *(() if weights is None else (weights,)), *cores)
+        code, ctx.batch_size, ctx.update = static
+        ctx.group, ctx.weighted = _group(*code), weights is not None
+        out, ctx.saved = ctx.group.forward(cores, _batch(ids, offsets, weights, ctx.batch_size))
+        # The fused update writes to the cores, which save_for_backward would take for a mistake.
+        ctx.cores = cores if ctx.update is not None else ()
+        kept = () if ctx.update is not None else cores
+        ctx.save_for_backward(ids, offsets, *((weights,) if ctx.weighted else ()), *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         ids, offsets, *rest = ctx.saved_tensors
-        weights, cores = (rest[0], rest[1:]) if ctx.weighted else (None, rest)
-        want = ctx.weighted and ctx.needs_input_grad[3]
-        batch = _batch(ids, offsets, weights, ctx.batch_size)
-        grads, grad_weights = ctx.group.backward(grad_out, cores, batch, ctx.saved, want)
-        return None, None, None, grad_weights, None, *grads
+        weights, kept = (rest[0], rest[1:]) if ctx.weighted else (None, rest)
+        grads, grad_weights = ctx.group.backward(
+            grad_out,
+            kept or ctx.cores,
+            _batch(ids, offsets, weights, ctx.batch_size),
+            ctx.saved,
+            want_weights=ctx.weighted and ctx.needs_input_grad[4],
+            update=None if ctx.update is None else ctx.update(),
+        )
+        return None, None, None, None, grad_weights, *(grads or [None] * len(ctx.cores))
 
 
 _LIBRARY.impl("tt_gather", _forward, "CPU")

@@ -98,7 +98,7 @@ void finish(const Table& table, const Call& call, int64_t digit, const float* pa
     std::copy(grad, grad + WIDTH(l), table.grad[l] + digit * WIDTH(l));
     return;
   }
-  const Hyper h{call.lr, call.eps, call.beta1, call.beta2, call.weight_decay, call.step};
+  const Hyper h{call.lr, call.eps, call.beta1, call.beta2, call.step};
   const int64_t width = call.optimizer == ROWWISE_ADAGRAD ? 1 : WIDTH(l);
   float* state = table.state[l] ? table.state[l] + digit * width : nullptr;
   float* state2 = table.state2[l] ? table.state2[l] + digit * width : nullptr;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.build import load
+from recemb_kernels.update import Update
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
@@ -69,7 +70,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("counts", "plan")),
         *((name, ctypes.c_void_p) for name in ("packed", "partials", "rows", "out", "grad_out")),
         *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_rows", "grad_partials")),
-        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "weight_decay", "step")),
+        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "step")),
     )
 
 
@@ -174,13 +175,30 @@ class TrainGroup:
         return out, saved
 
     def backward(
-        self, grad_out: Tensor, cores: Sequence[Tensor], batch: Batch, saved: Saved, want_weights: bool
+        self,
+        grad_out: Tensor,
+        cores: Sequence[Tensor],
+        batch: Batch,
+        saved: Saved,
+        *,
+        want_weights: bool,
+        update: Update | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Gradients of every core, and of the per-sample weights when asked for."""
+        """Gradients of every core, and of the per-sample weights when asked for.
+
+        With an ``update``, the touched slices are updated in place instead and no core gradient comes back.
+        """
         call, tables = self._call(batch, saved.counts)
-        grads = [torch.zeros_like(core) for core in cores]
         _point(tables, "core", cores)
-        _point(tables, "grad", grads)
+        grads = []
+        if update is None:
+            grads = [torch.zeros_like(core) for core in cores]
+            _point(tables, "grad", grads)
+        else:
+            call.optimizer, call.lr, call.eps = update.kind, update.lr, update.eps
+            call.beta1, call.beta2, call.step = update.beta1, update.beta2, update.step
+            _point(tables, "state", update.state)
+            _point(tables, "state2", update.state2)
         grad_out = grad_out.contiguous()
         grad_rows, grad_partials = torch.empty_like(saved.rows), torch.empty(int(saved.grad_numel))
         grad_weights = torch.empty(batch.ids.numel()) if want_weights else None
@@ -220,8 +238,10 @@ class TrainGroup:
 
 
 def _point(tables: ctypes.Array[_Table], field: str, tensors: Sequence[Tensor]) -> None:
-    """Set every core's pointer in ``field``; ``tensors`` holds them table by table, core by core."""
+    """Set every core's pointer in ``field``; ``tensors`` holds them table by table, core by core, or none."""
     position = 0
+    if not tensors:
+        return
     for table in tables:
         pointers = getattr(table, field)
         for k in range(table.order):

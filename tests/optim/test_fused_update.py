@@ -1,0 +1,188 @@
+"""Optimizers attached by apply_optimizer_in_backward: the fused step equals torch's on the same batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torchrec
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import KeyedJaggedTensor
+
+from recemb import EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
+from recemb.optim import fused_update
+
+ROWS = {"a": 4000, "b": 90}
+STEPS, BATCH = 6, 40
+# Rates at which six steps move the weights by far more than the tolerance.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.5}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.05, "eps": 1e-8}),
+    "adagrad_decay": (torch.optim.Adagrad, {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.05, "eps": 1e-8}),
+}
+
+
+def _collection() -> EmbeddingBagCollection:
+    torch.manual_seed(0)
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                num_embeddings=rows,
+                embedding_dim=16,
+                # Feature c shares table b: its slices must be updated once, not twice.
+                feature_names=[name] if name == "a" else ["b", "c"],
+                weight_init_min=-1.0,
+                weight_init_max=1.0,
+                compression=TensorTrain(rank=8),
+            )
+            for name, rows in ROWS.items()
+        ]
+    )
+
+
+def _batches(seed: int = 1) -> list[KeyedJaggedTensor]:
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(STEPS):
+        lengths = torch.randint(0, 4, (3 * BATCH,), generator=generator)
+        parts = [
+            # The first rows only, so that most slices are never touched.
+            torch.randint(0, rows // 3, (int(part.sum()),), generator=generator)
+            for rows, part in zip((ROWS["a"], ROWS["b"], ROWS["b"]), lengths.split(BATCH), strict=True)
+        ]
+        batches.append(KeyedJaggedTensor(keys=["a", "b", "c"], values=torch.cat(parts), lengths=lengths))
+    return batches
+
+
+def _loss(collection: EmbeddingBagCollection, batch: KeyedJaggedTensor) -> Tensor:
+    values = collection(batch).values()
+    return (values - torch.linspace(-1, 1, values.shape[1])).square().mean()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_equals_torch(name: str) -> None:
+    kind, settings = OPTIMIZERS[name]
+    ours, torchs = _collection(), _collection()
+    apply_optimizer_in_backward(kind, ours.parameters(), dict(settings))
+    optimizer = kind(torchs.parameters(), **settings)
+    start = [parameter.detach().clone() for parameter in ours.parameters()]
+    for batch in _batches():
+        _loss(ours, batch).backward()
+        optimizer.zero_grad()
+        _loss(torchs, batch).backward()
+        optimizer.step()
+        assert all(parameter.grad is None for parameter in ours.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), start, strict=True))
+    for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        (attached,) = mine._in_backward_optimizers
+        expected = optimizer.state[theirs]
+        assert attached.state[mine].keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(attached.state[mine][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_moves_touched_rows_by_adams_formula_and_no_others() -> None:
+    ours, oracle = _collection(), _collection()
+    lr, eps, beta1, beta2 = 0.02, 1e-8, 0.9, 0.999
+    apply_optimizer_in_backward(torch.optim.Adam, ours.parameters(), {"lr": lr, "eps": eps})
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in oracle.parameters()]
+    for step, batch in enumerate(_batches(), start=1):
+        _loss(ours, batch).backward()
+        grads = torch.autograd.grad(_loss(oracle, batch), list(oracle.parameters()))
+        with torch.no_grad():
+            for parameter, grad, (first, second) in zip(oracle.parameters(), grads, moments, strict=True):
+                for row in grad.any(dim=1).nonzero().flatten():
+                    first[row] = beta1 * first[row] + (1 - beta1) * grad[row]
+                    second[row] = beta2 * second[row] + (1 - beta2) * grad[row] ** 2
+                    root = (second[row] / (1 - beta2**step)).sqrt() + eps
+                    parameter[row] -= lr / (1 - beta1**step) * first[row] / root
+    # A gradient of a few ulps has a sign of its own on each side, and Adam takes a full step on signs.
+    for mine, theirs in zip(ours.parameters(), oracle.parameters(), strict=True):
+        close = torch.isclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert float(close.float().mean()) > 0.999
+
+
+def test_learning_rate_schedule_acts_on_the_fused_step() -> None:
+    ours = _collection()
+    apply_optimizer_in_backward(torch.optim.SGD, ours.parameters(), {"lr": 0.5})
+    for parameter in ours.parameters():
+        parameter._in_backward_optimizers[0].param_groups[0]["lr"] = 0.0
+    before = copy.deepcopy(ours.state_dict())
+    _loss(ours, _batches()[0]).backward()
+    assert all(torch.equal(before[key], value) for key, value in ours.state_dict().items())
+
+
+def test_state_dict_of_the_optimizer_resumes_the_run() -> None:
+    kind, settings = OPTIMIZERS["rowwise_adagrad"]
+    straight, resumed = _collection(), _collection()
+    apply_optimizer_in_backward(kind, straight.parameters(), dict(settings))
+    batches = _batches()
+    for batch in batches[:3]:
+        _loss(straight, batch).backward()
+    resumed.load_state_dict(straight.state_dict())
+    apply_optimizer_in_backward(kind, resumed.parameters(), dict(settings))
+    for old, new in zip(straight.parameters(), resumed.parameters(), strict=True):
+        new._in_backward_optimizers[0].load_state_dict(
+            copy.deepcopy(old._in_backward_optimizers[0].state_dict())
+        )
+    for batch in batches[3:]:
+        _loss(straight, batch).backward()
+        _loss(resumed, batch).backward()
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.1}),
+        (torch.optim.RMSprop, {"lr": 0.1}),
+    ],
+)
+def test_what_cannot_be_fused_steps_through_torchs_hook(
+    kind: type[torch.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    ours, torchs = _collection(), _collection()
+    apply_optimizer_in_backward(kind, ours.parameters(), dict(settings))
+    assert fused_update(list(ours.parameters())) is None
+    optimizer = kind(torchs.parameters(), **settings)
+    for batch in _batches():
+        _loss(ours, batch).backward()
+        optimizer.zero_grad()
+        _loss(torchs, batch).backward()
+        optimizer.step()
+    for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_tables_with_different_optimizers_each_take_their_own_step() -> None:
+    ours, torchs = _collection(), _collection()
+    optimizers = []
+    for table, rate in (("a", 0.5), ("b", 0.1)):
+        apply_optimizer_in_backward(torch.optim.SGD, ours.embedding_bags[table].parameters(), {"lr": rate})
+        optimizers.append(torch.optim.SGD(torchs.embedding_bags[table].parameters(), lr=rate))
+    for batch in _batches():
+        _loss(ours, batch).backward()
+        _loss(torchs, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_alone_changes_nothing() -> None:
+    ours = _collection()
+    apply_optimizer_in_backward(torch.optim.Adagrad, ours.parameters(), {"lr": 0.5})
+    before = copy.deepcopy(ours.state_dict())
+    for batch in _batches():
+        _loss(ours, batch)
+    assert all(torch.equal(before[key], value) for key, value in ours.state_dict().items())
+    for parameter in ours.parameters():
+        assert float(parameter._in_backward_optimizers[0].state[parameter]["step"]) == 0
