@@ -1,0 +1,244 @@
+"""Finished runs side by side: one line per setting, seeds aggregated, accuracy loss paired by seed.
+
+A setting is a configuration without its seed and paths. Its loss against dense is taken seed by seed from
+the dense run of the same configuration and seed, then averaged: the spread between seeds (0.001 to 0.002
+AUC on small logs) is larger than the differences of interest, and most of it is common to both runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recemb.errors import ConfigError, DataError
+from recemb.training.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from recemb.training.yaml_file import read_yaml
+
+# Keys of a configuration that do not change what is trained, and those that say how tables are stored.
+_IDENTITY_KEYS = frozenset({"output", "overwrite", "compare", "seed"})
+_COMPRESSION_KEYS = frozenset({"method", "compress_rate", "method_threshold"})
+_SEARCH_DEPTH = 3
+TABLE_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, read back.
+
+    ``result`` is result.json, ``config`` resolved_config.yaml, ``curve`` the lines of metrics.jsonl.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    config: dict[str, Any]
+    curve: tuple[dict[str, Any], ...]
+
+    @property
+    def setting(self) -> str:
+        """Equal for runs that differ in their seed and paths alone."""
+        return _key(self.config, _IDENTITY_KEYS)
+
+    @property
+    def twin(self) -> tuple[str, int]:
+        """Equal for a run and the dense run that it is compared with."""
+        return _key(self.config, _IDENTITY_KEYS | _COMPRESSION_KEYS), int(self.result["seed"])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds; ``std`` is ``None`` for a single one."""
+
+    mean: float
+    std: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Over the values that are known, ``None`` when none is."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+    def text(self, digits: int, sign: str = "") -> str:
+        """``0.7512`` or ``0.7512±.0011``."""
+        if not math.isfinite(self.mean):
+            return "-"
+        body = f"{self.mean:{sign}.{digits}f}"
+        if self.std is None:
+            return body
+        spread = f"{self.std:.{digits}f}"
+        return f"{body}±{spread.removeprefix('0') if digits else spread}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The runs of one setting and what is compared of them."""
+
+    name: str
+    method: str
+    runs: tuple[Run, ...]
+    embedding_bytes: int
+    ratio: float
+    auc: Spread | None
+    auc_loss: Spread | None
+    logloss: Spread | None
+    samples_per_second: Spread | None
+    step_ms: Spread | None
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run directories; a directory without a result stands for the runs below it.
+
+    Raises:
+        ConfigError: a path holds no finished run.
+        DataError: a file of a run cannot be read.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if (path / RESULT_FILE).is_file():
+            here = [path / RESULT_FILE]
+        else:
+            patterns = ["*/" * depth + RESULT_FILE for depth in range(1, _SEARCH_DEPTH + 1)]
+            here = sorted(match for pattern in patterns for match in path.glob(pattern))
+        if not here:
+            raise ConfigError(
+                f"{path} holds no finished run ({RESULT_FILE} is missing); give a run of recemb train"
+            )
+        found.update(dict.fromkeys(result.parent for result in here))
+    return [_load(path) for path in found]
+
+
+def summarise(runs: Sequence[Run]) -> list[Setting]:
+    """One entry per setting: dense first, then by falling embedding bytes."""
+    dense_auc = {run.twin: run.result["auc"] for run in runs if run.result["method"] == "dense"}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.setting, []).append(run)
+    names = _names(list(groups.values()))
+    settings = [
+        _summarise(name, group, dense_auc) for name, group in zip(names, groups.values(), strict=True)
+    ]
+    return sorted(settings, key=lambda setting: (setting.method != "dense", -setting.embedding_bytes))
+
+
+def comparison_table(runs: Sequence[Run]) -> str:
+    """The comparison as text of at most 100 columns."""
+    header = ("run", "method", "emb. MB", "ratio", "AUC", "ΔAUC", "logloss", "samples/s", "ms/step")
+    settings = summarise(runs)
+    rows = [header, *(_row(setting) for setting in settings)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    gaps = len(widths) - 1
+    gap = "  " if sum(widths) + 2 * gaps <= TABLE_WIDTH else " "
+    # Names alone have no bound, so they give way.
+    widths[0] = max(8, min(widths[0], TABLE_WIDTH - sum(widths[1:]) - len(gap) * gaps))
+    lines = [gap.join(_cells(row, widths)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join([*lines, *footnotes(runs, settings)])
+
+
+def footnotes(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:
+    """What a reader must know to read the table: split, paired seeds, the best possible AUC, shortfalls."""
+    notes = []
+    splits = sorted({str(run.result["split"]) for run in runs if run.result["split"]})
+    if splits:
+        notes.append(f"AUC and logloss on the {' and '.join(splits)} split, best weights on validation")
+    if any(setting.auc_loss is not None and setting.method != "dense" for setting in settings):
+        notes.append("ΔAUC: against the dense run of the same seed and configuration")
+    if any(len(setting.runs) > 1 for setting in settings):
+        notes.append("±: sample standard deviation over n seeds")
+    best = sorted({run.result["best_auc"] for run in runs if run.result.get("best_auc") is not None})
+    if best:
+        known = ", ".join(f"{value:.4f}" for value in best)
+        notes.append(
+            f"best possible AUC on this log (it is synthetic, its click probabilities are known): {known}"
+        )
+    for run in runs:
+        if run.result.get("shortfall"):
+            notes.append(f"{run.result['method']}: {run.result['shortfall']}")
+        if run.result["status"] != "completed":
+            notes.append(f"{run.path}: {run.result['status']} after step {run.result['steps']}")
+    return list(dict.fromkeys(notes))
+
+
+def _load(path: Path) -> Run:
+    try:
+        result = json.loads((path / RESULT_FILE).read_text(encoding="utf-8"))
+        lines = (path / METRICS_FILE).read_text(encoding="utf-8") if (path / METRICS_FILE).exists() else ""
+        curve = tuple(json.loads(line) for line in lines.splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a run ({error}); train it again") from error
+    needed = ("auc", "logloss", "embedding_bytes", "compression_ratio", "seed", "method", "status", "split")
+    missing = [key for key in needed if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise DataError(f"{path / RESULT_FILE}: lacks {', '.join(missing)}; train it again")
+    return Run(path, result, read_yaml(path / CONFIG_FILE).values, curve)
+
+
+def _key(config: dict[str, Any], without: frozenset[str]) -> str:
+    return json.dumps({key: value for key, value in config.items() if key not in without}, sort_keys=True)
+
+
+def _names(groups: Sequence[list[Run]]) -> list[str]:
+    """What tells the settings apart: method and rate, else the directory too."""
+    short = []
+    for group in groups:
+        rate = group[0].config.get("compress_rate")
+        seeds = f" (n={len(group)})" if len(group) > 1 else ""
+        short.append(f"{group[0].result['method']}{f' {rate:g}x' if rate else ''}{seeds}")
+    return [
+        name if short.count(name) == 1 else f"{group[0].path.name}: {name}"
+        for name, group in zip(short, groups, strict=True)
+    ]
+
+
+def _summarise(name: str, runs: list[Run], dense_auc: dict[tuple[str, int], float | None]) -> Setting:
+    losses = []
+    for run in runs:
+        dense = dense_auc.get(run.twin)
+        if dense is not None and run.result["auc"] is not None and run.result["method"] != "dense":
+            losses.append(run.result["auc"] - dense)
+    results = [run.result for run in runs]
+    return Setting(
+        name=name,
+        method=results[0]["method"],
+        runs=tuple(runs),
+        embedding_bytes=results[0]["embedding_bytes"],
+        ratio=results[0]["compression_ratio"],
+        auc=Spread.of(result["auc"] for result in results),
+        auc_loss=Spread.of(losses),
+        logloss=Spread.of(result["logloss"] for result in results),
+        samples_per_second=Spread.of(result.get("samples_per_second") for result in results),
+        step_ms=Spread.of(result.get("step_ms_p50") for result in results),
+    )
+
+
+def _row(setting: Setting) -> tuple[str, ...]:
+    def text(spread: Spread | None, digits: int, sign: str = "") -> str:
+        return "-" if spread is None else spread.text(digits, sign)
+
+    def mean(spread: Spread | None, digits: int) -> str:
+        return "-" if spread is None else f"{spread.mean:,.{digits}f}"
+
+    return (
+        setting.name,
+        setting.method,
+        f"{setting.embedding_bytes / 1e6:,.2f}",
+        f"{setting.ratio:,.{0 if setting.ratio >= 1000 else 1}f}x",
+        text(setting.auc, 4),
+        text(setting.auc_loss, 4, "+"),
+        text(setting.logloss, 4),
+        mean(setting.samples_per_second, 0),
+        mean(setting.step_ms, 1),
+    )
+
+
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    name = row[0] if len(row[0]) <= widths[0] else f"{row[0][: widths[0] - 1]}…"
+    first = [name.ljust(widths[0]), row[1].ljust(widths[1])]
+    return first + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]

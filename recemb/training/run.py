@@ -1,0 +1,187 @@
+"""One training run from configuration to run directory: ``recemb train`` without its flags."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from recemb.data.click_log import ClickLog
+from recemb.errors import Interrupted, NonFiniteError
+from recemb.planner.budget import BudgetedTables
+from recemb.training.config import RunConfig
+from recemb.training.environment import peak_rss_bytes, reset_peak_rss, versions
+from recemb.training.interrupt import StopRequest
+from recemb.training.loop import Evaluation, Outcome, Trainer
+from recemb.training.metrics import MetricValues
+from recemb.training.run_dir import RunDir
+from recemb.training.seeds import deterministic_algorithms
+from recemb.training.setup import (
+    build_model,
+    build_optimizer,
+    choose_tables,
+    make_batches,
+    open_log,
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is fixed once a run has started."""
+
+    config: RunConfig
+    directory: RunDir
+    log: ClickLog
+    tables: BudgetedTables
+
+
+def train(config: RunConfig) -> list[Path]:
+    """Train as configured and write the run directory, or two of them under it with ``compare``.
+
+    With ``compare: dense`` the compressed run goes to ``<output>/<method>`` and its uncompressed twin (same
+    data, seed, batches and initial dense layers) to ``<output>/dense``.
+
+    Returns:
+        the run directories, in the order in which they were trained.
+
+    Raises:
+        ConfigError, DataError: before anything is trained or written.
+        NonFiniteError: training stopped before a batch that would have destroyed the weights.
+        Interrupted: a signal came; what had been reached by then is in the run directory.
+    """
+    root = Path(config.output)
+    if config.compare is None:
+        plans = [(config, RunDir(root))]
+    else:
+        single = config.model_copy(update={"compare": None})
+        plans = [(single, RunDir(root / config.method)), (config.dense_twin(), RunDir(root / "dense"))]
+    # Everything that can be refused is refused before the first run starts.
+    for part, directory in plans:
+        RunDir(root).check_free(config.overwrite)
+        directory.check_free(part.overwrite)
+    log = open_log(config)
+    runs = [_Run(part, directory, log, choose_tables(part, log)) for part, directory in plans]
+    with StopRequest() as stop:
+        for run in runs:
+            _train_one(run, stop)
+    return [run.directory.path for run in runs]
+
+
+def _train_one(run: _Run, stop: StopRequest) -> None:
+    config, directory = run.config, run.directory
+    reset_peak_rss()
+    with deterministic_algorithms(config.device):
+        model = build_model(config, run.log, run.tables)
+        # Whoever trains from this file again should not lose this run by it.
+        directory.create(config.model_copy(update={"overwrite": False}).to_yaml())
+        _announce(run)
+        trainer = Trainer(
+            config,
+            model,
+            build_optimizer(config, model),
+            make_batches(config, run.log),
+            stop,
+            lambda evaluation: directory.append_metrics(_metrics_record(evaluation)),
+        )
+        try:
+            outcome = trainer.train()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}\n{_keep_best(directory, model, trainer.outcome)}") from error
+        test = trainer.test() if outcome.interrupted is None else None
+        outcome = replace(outcome, interrupted=stop.requested)
+    directory.save_weights(model, _checkpoint_metadata(outcome))
+    directory.write_result(_result(run, outcome, test))
+    if outcome.interrupted is not None:
+        raise Interrupted(
+            f"{outcome.interrupted} came after step {outcome.steps}; weights and figures so far are in "
+            f"{directory.path}. Give the same command with --overwrite to train again"
+        )
+
+
+def _announce(run: _Run) -> None:
+    total = run.tables.memory.total
+    lines = [
+        f"{run.config.method}: {len(run.tables.tables)} tables, {total.num_embeddings:,} rows, "
+        f"{total.num_bytes / 1e6:,.2f} MB instead of {total.dense_bytes / 1e6:,.2f} MB ({total.ratio:.1f}x)"
+    ]
+    if run.tables.shortfall is not None:
+        lines.append(f"{run.config.method}: note: {run.tables.shortfall}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _keep_best(directory: RunDir, model: nn.Module, outcome: Outcome) -> str:
+    """Save the best weights of a run that cannot go on, and say where they are."""
+    if outcome.best is None:
+        return "No evaluation had been made by then, so there is no checkpoint."
+    directory.save_weights(model, _checkpoint_metadata(outcome))
+    return f"The best weights, of step {outcome.best.step}, are in {directory.checkpoint}."
+
+
+def _checkpoint_metadata(outcome: Outcome) -> dict[str, str]:
+    step = outcome.best.step if outcome.best is not None else outcome.steps
+    return {"format": "pt", "step": str(step), **{f"version.{k}": v for k, v in versions().items()}}
+
+
+def _metrics_record(evaluation: Evaluation) -> dict[str, object]:
+    return {
+        "step": evaluation.step,
+        "epoch": evaluation.epoch,
+        "samples": evaluation.samples,
+        "split": evaluation.split,
+        **asdict(evaluation.values),
+        "best": evaluation.best,
+        "train_auc": evaluation.train.auc,
+        "train_logloss": evaluation.train.logloss,
+        "evaluation_seconds": evaluation.seconds,
+    }
+
+
+def _result(run: _Run, outcome: Outcome, test: MetricValues | None) -> dict[str, Any]:
+    """``result.json``: the figures of the best weights, on the test split if there is one, else on val.
+
+    ``step_ms_p50`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation.
+    """
+    best = outcome.best
+    values = test if test is not None else best.values if best is not None else None
+    memory, stats = run.tables.memory, run.log.stats
+    step_ms = np.frombuffer(outcome.step_ms, dtype=np.float64)
+    return {
+        "auc": values.auc if values else None,
+        "logloss": values.logloss if values else None,
+        "ne": values.ne if values else None,
+        "calibration": values.calibration if values else None,
+        "embedding_bytes": memory.total.num_bytes,
+        "dense_embedding_bytes": memory.total.dense_bytes,
+        "compression_ratio": memory.total.ratio,
+        "samples_per_second": outcome.samples_per_second,
+        "step_ms_p50": float(np.median(step_ms)) if step_ms.size else None,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "seed": run.config.seed,
+        "versions": versions(),
+        "status": "interrupted" if outcome.interrupted else "completed",
+        "stopped": outcome.stopped,
+        "method": run.config.method,
+        "compress_rate": run.config.compress_rate,
+        "shortfall": run.tables.shortfall,
+        "split": "test" if test is not None else "val" if best is not None else None,
+        "num_samples": values.num_samples if values else 0,
+        "auc_error_bound": values.auc_error_bound if values else None,
+        "val": asdict(best.values) if best is not None else None,
+        "test": asdict(test) if test is not None else None,
+        "best_step": best.step if best is not None else None,
+        "steps": outcome.steps,
+        "epochs": outcome.epochs,
+        "train_samples": outcome.samples,
+        "train_seconds": outcome.train_seconds,
+        "step_ms_p80": float(np.percentile(step_ms, 80)) if step_ms.size else None,
+        "num_threads": torch.get_num_threads(),
+        "dataset_name": stats.get("dataset_name"),
+        "best_auc": stats.get("best_auc"),
+        "best_logloss": stats.get("best_logloss"),
+        "tables": [{**asdict(record), "ratio": record.ratio} for record in memory],
+    }

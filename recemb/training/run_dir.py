@@ -1,0 +1,144 @@
+"""A run directory, whose files are complete or absent: each is written aside, synced and renamed.
+
+::
+
+    resolved_config.yaml            every setting, readable by --config
+    metrics.jsonl                   one line per evaluation, flushed as it happens
+    result.json                     written last; its presence says that the run is over
+    checkpoints/model.safetensors   the best weights
+    report/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+from recemb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RESULT_FILE = "result.json"
+CONFIG_FILE = "resolved_config.yaml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FILE = "checkpoints/model.safetensors"
+REPORT_DIR = "report"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run under ``path``."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the best weights are."""
+        return self.path / CHECKPOINT_FILE
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a directory that holds the result of another run, unless it may be overwritten.
+
+        Raises:
+            ConfigError: naming the ways out. Nothing has been changed.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--output {self.path} is a file; give a directory")
+        if (self.path / RESULT_FILE).exists() and not overwrite:
+            raise ConfigError(
+                f"--output {self.path} already holds the result of a run ({RESULT_FILE}); "
+                "give another --output, or --overwrite to replace it"
+            )
+
+    def create(self, config_yaml: str) -> None:
+        """Make the directory, remove what an earlier run left in it, and write the configuration.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        with _writing(self.path):
+            for folder in (self.checkpoint.parent, self.path / REPORT_DIR):
+                folder.mkdir(parents=True, exist_ok=True)
+            # The result goes first: without it the directory counts as unfinished.
+            for name in (RESULT_FILE, METRICS_FILE, CHECKPOINT_FILE, CONFIG_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            write_text(self.path / CONFIG_FILE, config_yaml)
+
+    def append_metrics(self, record: Mapping[str, object]) -> None:
+        """Add one line to ``metrics.jsonl``."""
+        with _writing(self.path), (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(to_json(record) + "\n")
+
+    def save_weights(self, model: nn.Module, metadata: Mapping[str, str]) -> None:
+        """Write the model's weights as safetensors (no pickle); ``metadata`` goes into the file's header."""
+        # Imported here, as torch is above: reports read run directories without loading either.
+        from safetensors.torch import save_model
+
+        with _writing(self.path):
+            _write_aside(self.checkpoint, lambda aside: save_model(model, str(aside), dict(metadata)))
+
+    def write_result(self, result: Mapping[str, object]) -> None:
+        """Write ``result.json``; NaN becomes null."""
+        with _writing(self.path):
+            write_text(self.path / RESULT_FILE, to_json(result, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    _write_aside(path, write)
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _write_aside(path: Path, write: Callable[[Path], None]) -> None:
+    aside = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
+    try:
+        write(aside)
+        with aside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    # The rename itself is durable only once the directory is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"--output {path}: cannot write: {error}; free the disk or give another --output"
+        ) from error

@@ -1,0 +1,161 @@
+"""From a configuration and a prepared log to what the loop needs: tables, model, optimizer, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchrec.datasets.utils import Batch
+
+from recemb.data.click_log import ClickLog
+from recemb.errors import ConfigError
+from recemb.models import dlrm
+from recemb.planner.budget import BudgetedTables, compress
+from recemb.spec import TableSpec
+from recemb.torchrec_io.batches import to_batch
+from recemb.torchrec_io.configs import to_configs
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.training.config import RunConfig
+from recemb.training.seeds import derive_seed, seeded
+
+
+@dataclass(frozen=True)
+class ClickBatches:
+    """The log's batches as torchrec batches, in the order and number that the configuration asks for."""
+
+    log: ClickLog
+    config: RunConfig
+    hash_sizes: tuple[int | None, ...] | None
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """One epoch of the train split; shuffled anew each epoch when ``shuffle_batches`` is set."""
+        config = self.config
+        shuffle_seed = derive_seed(config.seed, "shuffle", epoch) if config.shuffle_batches else None
+        clicks = self.log.batches(
+            "train", config.batch_size, shuffle_seed=shuffle_seed, limit_batches=config.limit_train_batches
+        )
+        return (to_batch(batch, self.log.feature_names, self.hash_sizes) for batch in clicks)
+
+    def evaluation(self, split: str) -> Iterator[Batch]:
+        """The val or test split in time order."""
+        clicks = self.log.batches(split, self._test_batch_size, limit_batches=self._limit(split))
+        return (to_batch(batch, self.log.feature_names, self.hash_sizes) for batch in clicks)
+
+    def count(self, split: str) -> int:
+        """How many batches one pass over ``split`` has."""
+        batch_size = self.config.batch_size if split == "train" else self._test_batch_size
+        batches = self.log.num_batches(split, batch_size, 0, 1)
+        limit = self._limit(split)
+        return batches if limit is None else min(batches, limit)
+
+    @property
+    def _test_batch_size(self) -> int:
+        assert self.config.test_batch_size is not None  # the configuration fills it in
+        return self.config.test_batch_size
+
+    def _limit(self, split: str) -> int | None:
+        limits = {
+            "train": self.config.limit_train_batches,
+            "val": self.config.limit_val_batches,
+            "test": self.config.limit_test_batches,
+        }
+        return limits[split]
+
+
+def open_log(config: RunConfig) -> ClickLog:
+    """Open ``data_dir`` and check that the configuration fits it, before anything is built.
+
+    Raises:
+        DataError: the directory is not a prepared log.
+        ConfigError: another data set than ``dataset_name``, an empty train split, or ``patience`` without a
+            validation split.
+    """
+    log = ClickLog.open(config.data_dir)
+    found = log.stats.get("dataset_name")
+    if config.dataset_name is not None and found is not None and found != config.dataset_name:
+        raise ConfigError(
+            f"--dataset_name {config.dataset_name}: {config.data_dir} holds {found}; "
+            "give the directory of that data set, or leave --dataset_name out"
+        )
+    if log.num_rows("train") == 0:
+        raise ConfigError(f"{config.data_dir} has no row to train on; prepare more rows")
+    if config.patience is not None and log.num_rows("val") == 0:
+        raise ConfigError(
+            f"--patience {config.patience} needs a validation split and {config.data_dir} has none; "
+            "prepare it with --val_fraction 0.1, or leave --patience out"
+        )
+    return log
+
+
+def make_batches(config: RunConfig, log: ClickLog) -> ClickBatches:
+    """The batches of ``log``; ids are folded for tables smaller than their feature's vocabulary."""
+    sizes = table_sizes(config, log)
+    fold = [size if size < n else None for size, n in zip(sizes, log.num_embeddings_per_feature, strict=True)]
+    return ClickBatches(log, config, tuple(fold) if any(size is not None for size in fold) else None)
+
+
+def table_sizes(config: RunConfig, log: ClickLog) -> list[int]:
+    """Rows of each table: the vocabulary's, capped by ``num_embeddings``, or as given per feature."""
+    vocabulary = log.num_embeddings_per_feature
+    if config.num_embeddings_per_feature is not None:
+        given = config.num_embeddings_per_feature
+        if len(given) != len(vocabulary):
+            raise ConfigError(
+                f"--num_embeddings_per_feature has {len(given)} sizes and {config.data_dir} has "
+                f"{len(vocabulary)} categorical features; give one size for each"
+            )
+        return list(given)
+    if config.num_embeddings is not None:
+        return [min(rows, config.num_embeddings) for rows in vocabulary]
+    return list(vocabulary)
+
+
+def choose_tables(config: RunConfig, log: ClickLog) -> BudgetedTables:
+    """One table per categorical feature (``t_<feature>``, as dlrm_main names them), compressed as asked."""
+    tables = [
+        TableSpec(
+            name=f"t_{feature}",
+            num_embeddings=size,
+            embedding_dim=config.embedding_dim,
+            feature_names=(feature,),
+        )
+        for feature, size in zip(log.feature_names, table_sizes(config, log), strict=True)
+    ]
+    return compress(tables, config.method, config.compress_rate or 1.0, config.method_threshold)
+
+
+def build_model(config: RunConfig, log: ClickLog, tables: BudgetedTables) -> nn.Module:
+    """The click model on ``config.device``, initialised from the configuration's seed."""
+    assert config.dense_arch_layer_sizes is not None  # the configuration fills it in
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu, or see recemb doctor")
+    with seeded(config.seed, "tables"):
+        collection = EmbeddingBagCollection(tables=to_configs(tables.tables), device=config.device)
+    with seeded(config.seed, "dense_layers"):
+        model: nn.Module = dlrm(
+            collection,
+            len(log.dense_names),
+            config.dense_arch_layer_sizes,
+            config.over_arch_layer_sizes,
+            config.device,
+            config.interaction_type,
+            config.dcn_num_layers,
+            config.dcn_low_rank_dim,
+        )
+        return model.to(config.device)
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of all parameters, tables included."""
+    assert config.learning_rate is not None  # the configuration fills it in
+    parameters = list(model.parameters())
+    # The fused CPU kernels update a parameter in one pass over memory: 8 instead of 53 ms for 9.6 M weights.
+    fused = config.device == "cpu" or config.optimizer != "adagrad"
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate, fused=fused)
+    assert config.eps is not None
+    if config.optimizer == "adagrad":
+        return torch.optim.Adagrad(parameters, lr=config.learning_rate, eps=config.eps, fused=fused)
+    return torch.optim.Adam(parameters, lr=config.learning_rate, eps=config.eps, fused=fused)

@@ -1,0 +1,114 @@
+"""The command itself: help, usage errors, exit codes, what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from recemb import __version__
+from recemb.cli import doctor, train
+from recemb.errors import BatchError, ConfigError, DataError, Interrupted, NonFiniteError
+
+Recemb = Callable[..., Any]
+HEAVY = ("torch", "torchrec", "numpy", "pyarrow", "pydantic", "yaml", "matplotlib", "tqdm")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["report", "--help"], ["prepare", "--help"]]
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    script = (
+        "import sys; from recemb.cli.main import main; code = main(sys.argv[1:]); "
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules)); print('HEAVY', heavy, code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "HEAVY [] 0"
+
+
+def test_help_takes_at_most_100_ms() -> None:
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "recemb", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    # The fastest: on a shared machine the others measure their neighbours.
+    assert min(times) <= 0.100
+
+
+def test_help_lists_the_verbs_that_exist(recemb: Recemb) -> None:
+    code, out, err = recemb("--help")
+    assert (code, err) == (0, "")
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert listed == ["prepare", "train", "report", "doctor"]
+
+
+def test_version(recemb: Recemb) -> None:
+    assert recemb("--version") == (0, f"recemb {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tran"], "invalid choice: 'tran'; did you mean train?"),
+        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, report, doctor"),
+        ([], "the following arguments are required: VERB"),
+        (
+            ["train", "--bath_size", "3", "--seed", "1"],
+            "unknown argument --bath_size; did you mean --batch_size?",
+        ),
+        (["train", "--seed=1", "--compres_rate=3"], "did you mean --compress_rate?"),
+        (["train", "--qqqqqq"], "unknown argument --qqqqqq\n"),
+        (["train", "stray"], "unknown argument stray"),
+        (["train", "--seed"], "argument --seed: expected one argument"),
+        (["doctor", "--format", "jsn"], "invalid choice: 'jsn'; did you mean json?"),
+        (["report", "run"], "required: --output"),
+    ],
+)
+def test_usage_errors_exit_2_with_a_suggestion(recemb: Recemb, words: list[str], message: str) -> None:
+    code, out, err = recemb(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (DataError, 3), (BatchError, 3), (NonFiniteError, 5), (Interrupted, 75)],
+)
+def test_each_error_has_its_exit_code(
+    recemb: Recemb, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: int
+) -> None:
+    def fail(args: object) -> int:
+        raise error("what went wrong")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert recemb("doctor") == (code, "", "recemb doctor: error: what went wrong\n")
+
+
+def test_defects_keep_their_traceback(recemb: Recemb, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise KeyError("defect")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    with pytest.raises(KeyError):
+        recemb("doctor")
+
+
+def test_ctrl_c_is_no_traceback(recemb: Recemb, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", fail)
+    assert recemb("train") == (130, "", "recemb train: interrupted\n")
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m recemb doctor --format json | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "[\n"
+    assert done.stderr == ""
