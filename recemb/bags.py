@@ -111,7 +111,7 @@ def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
 
 
 def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
-    """Raise :class:`BatchError` unless ids are int64 and the offsets rise from 0 to their number."""
+    """Raise :class:`BatchError` unless ids are int64, offsets rise from 0 to their number, weights match."""
     if bags.ids.dtype != torch.int64 or bags.ids.dim() != 1:
         raise BatchError(
             f"ids must be a 1-D int64 tensor, got {bags.ids.dtype} of shape {tuple(bags.ids.shape)}; "
@@ -138,16 +138,17 @@ def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
             f"offsets run from {first} to {last} but there are {bags.ids.numel()} ids: lengths must sum to "
             "the number of values, and offsets must start at 0"
         )
+    weights = bags.weights
+    if weights is not None and (weights.dim() != 1 or weights.numel() != bags.ids.numel()):
+        raise BatchError(
+            f"weights have shape {tuple(weights.shape)}, one per id ({bags.ids.numel()}) is needed"
+        )
 
 
 def _check_weights(bags: Bags, targets: Sequence[LookupTarget]) -> None:
     weights = bags.weights
     if weights is None:
         return
-    if weights.dim() != 1 or weights.numel() != bags.ids.numel():
-        raise BatchError(
-            f"weights have shape {tuple(weights.shape)}, one per id ({bags.ids.numel()}) is needed"
-        )
     if not weights.is_floating_point():
         raise BatchError(f"weights have dtype {weights.dtype}; per-sample weights must be floating point")
     finite = torch.isfinite(weights.detach())

@@ -67,6 +67,6 @@ class Engine:
             return outputs[0]
         columns: dict[int, Tensor] = {}
         for group, output in zip(self._groups, outputs, strict=True):
-            pieces = output.split([self.dims[f] for f in group.features], dim=1)
+            pieces = torch.split(output, [self.dims[f] for f in group.features], dim=1)
             columns.update(zip(group.features, pieces, strict=True))
         return torch.cat([columns[f] for f in range(len(self.targets))], dim=1)

@@ -62,7 +62,7 @@ class TensorTrain(Compression):
     def __post_init__(self) -> None:
         for name in ("rank", "row_shape", "dim_shape"):
             value = getattr(self, name)
-            if isinstance(value, Sequence):
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         if not _is_int(self.num_cores) or self.num_cores < 2:
             raise ConfigError(f"TensorTrain: num_cores={self.num_cores!r} must be an int >= 2, e.g. 3")
@@ -78,6 +78,10 @@ class TensorTrain(Compression):
             shape = getattr(self, name)
             if shape is None:
                 continue
+            if not isinstance(shape, tuple):
+                raise ConfigError(
+                    f"TensorTrain: {name}={shape!r} must be {self.num_cores} ints, or None to choose"
+                )
             if len(shape) != self.num_cores:
                 raise ConfigError(
                     f"TensorTrain: {name}={shape} has {len(shape)} factors but num_cores={self.num_cores}; "

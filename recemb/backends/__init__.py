@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
 from recemb.backends.base import Backend
 from recemb.backends.dense import DenseBackend
@@ -55,6 +56,13 @@ def build(tables: Sequence[TableSpec], device: torch.device) -> dict[str, Backen
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"duplicate table name {twice!r}; give each table a name of its own")
+    reserved = nn.ModuleDict()
+    for name in names:
+        # torch answers with a bare KeyError; torchrec keeps its tables in a ModuleDict.
+        if hasattr(reserved, name):
+            raise ConfigError(
+                f"table name {name!r} is taken by torch's nn.ModuleDict; use another, e.g. {'t_' + name!r}"
+            )
     built: dict[str, Backend] = {}
     for backend, peers in storages(tables):
         owner: Backend | None = None

@@ -19,10 +19,10 @@ from recemb.spec import QuotientRemainder, TableSpec
 # Under "mult" the shorter table starts around 1 with this deviation: wide enough that ids that share a row
 # differ from the start, narrow enough that gradients reach the longer table at full size.
 _FACTOR_STD = 12**-0.5
-_SWEEPS = 200
-_CONVERGED = 1e-9
+_SWEEPS = 50
 # Singular directions followed at once; only their first is kept.
 _SUBSPACE = 8
+_SUBSPACE_SWEEPS = 20
 
 
 class QuotientRemainderBackend(Backend):
@@ -71,8 +71,8 @@ class QuotientRemainderBackend(Backend):
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         """Least squares: exact group means for ``concat``, alternating least squares for the others.
 
-        Under ``add`` and ``mult`` each half step is a closed form, so the error never rises; for whole
-        quotient groups ``mult`` is the power iteration of one rank-1 SVD per column.
+        Under ``add`` each half step is a closed form, so the error never rises; ``mult`` is one rank-1 SVD
+        per column, exact for whole quotient groups.
         """
         quotients, collisions = self.q.shape[0], self.r.shape[0]
         operation, split = _compression(self.table).operation, self.q.shape[1]
@@ -107,28 +107,29 @@ def _fit_sum(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 def _fit_product(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """q, r that minimise sum present * (grid - q * r)**2; ``grid`` is 0 where absent.
 
-    Subspace iteration for the leading singular pair: a single vector converges slowly when the next singular
-    value is close, and never leaves a start that is orthogonal to the leading direction. The absent cells of
-    the last group are replaced by what the fit says of them, so that they do not cost the present ones.
+    For whole groups this is the leading singular pair, found by subspace iteration: a single vector
+    converges slowly when the next singular value is close, and never leaves a start that is orthogonal to the
+    leading direction. Absent cells, all in the last group, take what the fit says of them; alternating least
+    squares over the present cells ends it, which settles faster when much of a small table is absent.
     """
-    generator = torch.Generator(device=grid.device).manual_seed(0)
     width = min(_SUBSPACE, *grid.shape)
+    generator = torch.Generator(device=grid.device).manual_seed(0)
     start = torch.randn(grid.shape[0], width, dtype=grid.dtype, device=grid.device, generator=generator)
     absent, filled = present[-1] == 0, grid.clone()
-    # Dividing by the scale keeps tiny weights clear of underflow; all-zero columns stay zero.
-    scale = float(grid.abs().max()) or 1.0
-    filled /= scale
     basis = torch.linalg.qr(filled.T @ start).Q
-    q, r = filled.new_zeros(grid.shape[0]), filled.new_zeros(grid.shape[1])
-    for _ in range(_SWEEPS):
+    for _ in range(_SUBSPACE_SWEEPS):
         basis = torch.linalg.qr(filled.T @ (filled @ basis)).Q
         inside = filled @ basis
         top = torch.linalg.eigh(inside.T @ inside).eigenvectors[:, -1]
-        before, q, r = r, inside @ top, basis @ top
+        q, r = inside @ top, basis @ top
         filled[-1, absent] = q[-1] * r[absent]
-        if float((r - before).abs().max()) <= _CONVERGED:
-            break
-    return q * scale, r
+    if not bool(absent.any()):
+        return q, r
+    tiny = torch.finfo(grid.dtype).tiny
+    for _ in range(_SWEEPS):
+        q = (grid * r).sum(1) / (present * r.square()).sum(1).clamp(min=tiny)
+        r = (grid * q[:, None]).sum(0) / (present * q[:, None].square()).sum(0).clamp(min=tiny)
+    return q, r
 
 
 def _compression(table: TableSpec) -> QuotientRemainder:

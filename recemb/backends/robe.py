@@ -50,10 +50,11 @@ class ROBEBackend(Backend):
         blocks = max(1, round(dense_numel / first.compress_rate / first.block_size))
         widest = max(tables, key=lambda table: table.embedding_dim)
         if blocks * first.block_size < widest.embedding_dim:
+            rate = dense_numel / ceil_div(widest.embedding_dim, first.block_size) / first.block_size
             raise ConfigError(
                 f"table {widest.name!r}: the ROBE array {first.group!r} has {blocks * first.block_size} "
-                f"weights, fewer than embedding_dim={widest.embedding_dim}; use compress_rate <= "
-                f"{dense_numel / ceil_div(widest.embedding_dim, first.block_size) / first.block_size:.6g}"
+                f"weights, fewer than embedding_dim={widest.embedding_dim}; use "
+                f"{f'compress_rate <= {rate:.6g} or ' if rate >= 1 else ''}block_size={widest.embedding_dim}"
             )
         return {"array": (blocks, first.block_size)}
 

@@ -140,7 +140,8 @@ def _ladder(table: TableSpec, method: str) -> _Ladder:
         return _Ladder(table, lambda step: MixedDimension(dim=step + 1), table.embedding_dim - 1)
     # c + ceil(N / c) rows rise on both sides of c = sqrt(N). On the upper side the remainder is the longer
     # table: with ids in order of frequency, as `recemb prepare` gives them, the c hottest ids then have a
-    # remainder row each, which colder ids share under another quotient. On the lower side hot ids would share.
+    # remainder row each, which colder ids share under another quotient. On the lower side hot ids would
+    # share.
     least = math.isqrt(table.num_embeddings - 1) + 1
     return _Ladder(
         table, lambda step: QuotientRemainder(collisions=least + step), table.num_embeddings - least
@@ -186,9 +187,12 @@ def _share_array(tables: Sequence[TableSpec], budget: float) -> list[TableSpec]:
     if not tables:
         return []
     total = sum(table.dense_numel for table in tables)
+    if budget >= total:
+        return list(tables)
     block = min(table.embedding_dim for table in tables)
     widest = max(table.embedding_dim for table in tables)
-    rate = max(1.0, total / max(budget, block * -(-widest // block)))
+    # Whole blocks, so that rounding cannot take the array above the budget.
+    rate = total / max(block * int(budget // block), block * -(-widest // block))
     return [replace(t, compression=ROBE(compress_rate=rate, block_size=block)) for t in tables]
 
 

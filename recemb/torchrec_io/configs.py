@@ -127,9 +127,12 @@ def as_recemb_config(config: TorchrecEmbeddingBagConfig) -> EmbeddingBagConfig:
 def _init_std(config: TorchrecEmbeddingBagConfig) -> float:
     """Deviation of the rows that the config's ``init_fn`` draws."""
     init = config.init_fn
-    if isinstance(init, partial) and init.func is torch.nn.init.uniform_:
-        low, high = config.get_weight_init_min(), config.get_weight_init_max()
-        return float(high - low) / math.sqrt(12)
+    if (
+        isinstance(init, partial)
+        and init.func is torch.nn.init.uniform_
+        and init.keywords.keys() == {"a", "b"}
+    ):
+        return float(init.keywords["b"] - init.keywords["a"]) / math.sqrt(12)
     if not _compressed(config):
         return float(config.get_weight_init_max() - config.get_weight_init_min()) / math.sqrt(12)
     # A custom init_fn fills an N x D tensor; a compressed table can only match its scale, so measure that.

@@ -44,9 +44,8 @@ def bags_from_kjt(
         )
     owner = {target.feature: target for target in targets}
     named = [owner.get(key, LookupTarget(key, "none", 0)) for key in keys]
-    inverse = None
     if features.variable_stride_per_key():
-        offsets, inverse = _pad_variable_batch(features, keys, targets)
+        offsets = _pad_variable_batch(features, keys)
     else:
         offsets = features.offsets()
         expected = len(keys) * features.stride() + 1
@@ -58,7 +57,8 @@ def bags_from_kjt(
     bags = Bags(values.long(), offsets.long(), len(keys), weights)
     check_structure(bags, named)
     position = {key: k for k, key in enumerate(keys)}
-    return bags.select([position[target.feature] for target in targets]), inverse
+    selected = bags.select([position[target.feature] for target in targets])
+    return selected, _inverse_indices(features, keys, targets)
 
 
 def _check_keys(keys: Sequence[str], targets: Sequence[LookupTarget]) -> None:
@@ -74,10 +74,8 @@ def _check_keys(keys: Sequence[str], targets: Sequence[LookupTarget]) -> None:
             )
 
 
-def _pad_variable_batch(
-    features: KeyedJaggedTensor, keys: Sequence[str], targets: Sequence[LookupTarget]
-) -> tuple[Tensor, Tensor]:
-    """Offsets with every feature padded to the longest batch, and the inverse indices in target order."""
+def _pad_variable_batch(features: KeyedJaggedTensor, keys: Sequence[str]) -> Tensor:
+    """Offsets with every feature padded to the longest batch."""
     strides = features.stride_per_key()
     lengths = features.lengths().long()
     if lengths.numel() != sum(strides):
@@ -85,8 +83,7 @@ def _pad_variable_batch(
             f"the KeyedJaggedTensor has {lengths.numel()} lengths, its strides per key {strides} ask for "
             f"{sum(strides)}"
         )
-    inverse = features.inverse_indices_or_none()
-    if inverse is None:
+    if features.inverse_indices_or_none() is None:
         raise BatchError(
             f"the batch sizes per key differ ({dict(zip(keys, strides, strict=True))}) and the "
             "KeyedJaggedTensor has no inverse_indices to expand them to one batch"
@@ -94,9 +91,28 @@ def _pad_variable_batch(
     padded = lengths.new_zeros(len(keys), max(strides, default=0))
     for row, part in zip(padded, lengths.split(strides), strict=True):
         row[: part.numel()] = part
-    offsets = torch.cat([lengths.new_zeros(1), padded.flatten().cumsum(0)])
-    missing = [target.feature for target in targets if target.feature not in inverse[0]]
+    return torch.cat([lengths.new_zeros(1), padded.flatten().cumsum(0)])
+
+
+def _inverse_indices(
+    features: KeyedJaggedTensor, keys: Sequence[str], targets: Sequence[LookupTarget]
+) -> Tensor | None:
+    """[F, B] bag of each sample in target order, or ``None`` when the batch is not deduplicated."""
+    inverse = features.inverse_indices_or_none()
+    if inverse is None:
+        return None
+    names, bags = inverse
+    missing = [target.feature for target in targets if target.feature not in names]
     if missing:
         raise BatchError(f"inverse_indices have no entry for feature {missing[0]!r}")
-    order = [inverse[0].index(target.feature) for target in targets]
-    return offsets, inverse[1][order]
+    ordered: Tensor = bags[[names.index(target.feature) for target in targets]]
+    strides = dict(zip(keys, features.stride_per_key(), strict=True))
+    limits = torch.tensor([strides[target.feature] for target in targets], device=ordered.device)
+    bad = (ordered < 0) | (ordered >= limits[:, None])
+    if bool(bad.any()):
+        row, sample = bad.nonzero()[0].tolist()
+        raise BatchError(
+            f"inverse_indices of feature {targets[row].feature!r}, sample {sample}: "
+            f"{int(ordered[row, sample])} is outside [0, {int(limits[row])}), the feature's batch"
+        )
+    return ordered
