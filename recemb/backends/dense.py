@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
+from recemb.backends.native import pooled_native
 from recemb.bags import Bags
 from recemb.spec import Dense, TableSpec
+from recemb_kernels.pooled_gather import Operation, RowShape, encode, pooled_gather
 
 
 class DenseBackend(Backend):
@@ -29,6 +31,15 @@ class DenseBackend(Backend):
     def rows(self, slots: Tensor) -> Tensor:
         return self.weight[slots[:, 0]]
 
+    @classmethod
+    def pooled(cls, tables: Sequence[DenseBackend], bags: Bags) -> Tensor:
+        # With a fused optimizer no gradient of N x D is made. Without one, plain torch: the same bits as
+        # nn.EmbeddingBag, and a gradient for the user's own optimizer.
+        pooled = pooled_native(
+            pooled_gather, tables, bags, lambda table: [table.weight], _code, fused_only=True
+        )
+        return super().pooled(tables, bags) if pooled is None else pooled
+
     def pooled_feature(self, bags: Bags) -> Tensor:
         return self.pool(self.weight, bags.ids, bags)
 
@@ -39,3 +50,8 @@ class DenseBackend(Backend):
 
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight}
+
+
+def _code(tables: Sequence[DenseBackend]) -> tuple[int, ...]:
+    specs = [table.table for table in tables]
+    return encode([RowShape(Operation.ROW, (t.num_embeddings,), (t.embedding_dim,)) for t in specs])

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import gram, leading_eigenvectors
+from recemb.backends.native import pooled_native
 from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.spec import MixedDimension, TableSpec
+from recemb_kernels.pooled_gather import Operation, RowShape, encode, pooled_gather
 
 
 def mixed_dimension_dims(
@@ -55,6 +57,14 @@ class MixedDimensionBackend(Backend):
     def rows(self, slots: Tensor) -> Tensor:
         return self.e[slots[:, 0]] @ self.p
 
+    @classmethod
+    def pooled(cls, tables: Sequence[MixedDimensionBackend], bags: Bags) -> Tensor:
+        narrow = pooled_native(pooled_gather, tables, bags, lambda table: [table.e], _code)
+        if narrow is None:
+            return super().pooled(tables, bags)
+        pieces = torch.split(narrow, [table.e.shape[1] for table in tables], dim=1)
+        return torch.cat([piece @ table.p for piece, table in zip(pieces, tables, strict=True)], dim=1)
+
     def pooled_feature(self, bags: Bags) -> Tensor:
         # The projection is linear: pool the narrow rows first and project B bags instead of L ids.
         return self.pool(self.e, bags.ids, bags) @ self.p
@@ -70,3 +80,8 @@ class MixedDimensionBackend(Backend):
         basis = leading_eigenvectors(gram(blocks), self.p.shape[0])
         e = torch.cat([(block.to(basis.dtype) @ basis).to(self.e.dtype) for block in blocks])
         return {"e": e, "p": basis.T}
+
+
+def _code(tables: Sequence[MixedDimensionBackend]) -> tuple[int, ...]:
+    shapes = [table.e.shape for table in tables]
+    return encode([RowShape(Operation.ROW, (rows,), (width,)) for rows, width in shapes])

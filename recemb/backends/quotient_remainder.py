@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
+from recemb.backends.native import pooled_native
+from recemb.bags import Bags
 from recemb.id_maps.radix import ceil_div, quotient_remainder
 from recemb.spec import QuotientRemainder, TableSpec
+from recemb_kernels.pooled_gather import MAX_RADIX, Operation, RowShape, encode, pooled_gather
 
 # Under "mult" the shorter table starts around 1 with this deviation: wide enough that ids that share a row
 # differ from the start, narrow enough that gradients reach the longer table at full size.
@@ -54,6 +57,16 @@ class QuotientRemainderBackend(Backend):
         if operation == "add":
             return left + right
         return torch.cat((left, right), dim=-1)
+
+    @classmethod
+    def pooled(cls, tables: Sequence[QuotientRemainderBackend], bags: Bags) -> Tensor:
+        fits = all(max(len(table.q), len(table.r)) <= MAX_RADIX for table in tables)
+        pooled = (
+            pooled_native(pooled_gather, tables, bags, lambda table: [table.q, table.r], _code)
+            if fits
+            else None
+        )
+        return super().pooled(tables, bags) if pooled is None else pooled
 
     def reset_parameters(self) -> None:
         std, operation = self.table.row_std, _compression(self.table).operation
@@ -135,3 +148,16 @@ def _fit_product(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 def _compression(table: TableSpec) -> QuotientRemainder:
     assert isinstance(table.compression, QuotientRemainder)
     return table.compression
+
+
+def _code(tables: Sequence[QuotientRemainderBackend]) -> tuple[int, ...]:
+    return encode(
+        [
+            RowShape(
+                Operation[_compression(table.table).operation.upper()],
+                (len(table.q), len(table.r)),
+                (table.q.shape[1], table.r.shape[1]),
+            )
+            for table in tables
+        ]
+    )

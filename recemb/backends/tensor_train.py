@@ -10,16 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import truncated_factors
+from recemb.backends.native import pooled_native
 from recemb.backends.tt_shapes import core_sizes, table_shapes
 from recemb.bags import Bags
 from recemb.id_maps.radix import mixed_radix
-from recemb.optim import fused_update
 from recemb.spec import TableSpec, TensorTrain
-from recemb_kernels.native import attempt
 from recemb_kernels.tt_gather import MAX_ORDER, TrainShape, encode, tt_gather
 
 # TT-SVD is repeated until the rows beyond N settle, to a float32 rounding of the table.
@@ -56,16 +55,9 @@ class TensorTrainBackend(Backend):
 
     @classmethod
     def pooled(cls, tables: Sequence[TensorTrainBackend], bags: Bags) -> Tensor:
-        native = all(table.runs_native() for table in tables)
-        pooled = attempt("tt_gather", lambda: _pooled_native(tables, bags)) if native else None
+        fits = all(len(table.cores) <= MAX_ORDER for table in tables)
+        pooled = pooled_native(tt_gather, tables, bags, _cores, _code) if fits else None
         return super().pooled(tables, bags) if pooled is None else pooled
-
-    def runs_native(self) -> bool:
-        """Whether the compiled kernel takes this table: at most ``MAX_ORDER`` float32 cores, on CPU."""
-        cores = self.own_parameters().values()
-        return len(cores) <= MAX_ORDER and all(
-            core.dtype == torch.float32 and core.device.type == "cpu" for core in cores
-        )
 
     def reset_parameters(self) -> None:
         """Gaussian cores, scaled so that the elements of the product have variance ``row_std**2``.
@@ -120,16 +112,14 @@ class TensorTrainBackend(Backend):
         return cores
 
 
-def _pooled_native(tables: Sequence[TensorTrainBackend], bags: Bags) -> Tensor:
-    """All features in one call; a table that serves several features is passed once."""
-    distinct = list(dict.fromkeys(tables))
-    index = {table: t for t, table in enumerate(distinct)}
-    shapes = [TrainShape(*table_shapes(table.table), _compression(table.table).ranks) for table in distinct]
-    code = encode(shapes, [(index[table], table.table.pooling == "mean") for table in tables])
-    cores = [core for table in distinct for core in table.own_parameters().values()]
-    weights = None if bags.weights is None else bags.weights.float()
-    update = fused_update(cores) if torch.is_grad_enabled() else None
-    return tt_gather(cores, bags.ids, bags.offsets, weights, bags.batch_size, code, update)
+def _cores(table: TensorTrainBackend) -> list[nn.Parameter]:
+    return list(table.own_parameters().values())
+
+
+def _code(tables: Sequence[TensorTrainBackend]) -> tuple[int, ...]:
+    return encode(
+        [TrainShape(*table_shapes(table.table), _compression(table.table).ranks) for table in tables]
+    )
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:

@@ -114,7 +114,10 @@ def test_no_compiler_warns_once_and_names_the_fix(
 
 _SANITIZED = """
 import torch
-from recemb_kernels.tt_gather.cpu import Batch, TrainGroup, TrainShape
+from recemb_kernels.digit_tree.group import Batch, Group
+from recemb_kernels import pooled_gather, tt_gather
+from recemb_kernels.pooled_gather import Operation, RowShape
+from recemb_kernels.tt_gather import TrainShape
 
 torch.manual_seed(0)
 shapes = [
@@ -122,13 +125,22 @@ shapes = [
     TrainShape((11, 7), (3, 2), (1, 5, 1)),
     TrainShape((3, 3, 3, 3), (2, 1, 2, 2), (1, 2, 3, 2, 1)),
 ]
-group = TrainGroup(shapes, [(0, False), (1, True), (2, False), (0, True)])
+features = [(0, False), (1, True), (2, False), (0, True)]
+trains = Group([tt_gather._kernel(shape) for shape in shapes], features)
 cores = [
     torch.randn(p, r * q * s)
     for shape in shapes
     for p, q, r, s in zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:])
 ]
-for batch_size, longest in ((0, 1), (1, 1), (33, 4)):
+stores = [
+    RowShape(Operation.MULT, (56, 9), (5, 5)),
+    RowShape(Operation.ROW, (77,), (3,)),
+    RowShape(Operation.CONCAT, (27, 3), (2, 7)),
+]
+rows = Group([pooled_gather._kernel(shape) for shape in stores], features)
+tables = [torch.randn(n, w) for shape in stores for n, w in zip(shape.rows, shape.widths)]
+groups = ((trains, cores), (rows, tables))
+for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in ((0, 1), (1, 1), (33, 4))):
     lengths = torch.randint(0, longest + 1, (4 * batch_size,))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     rows = torch.tensor([504, 77, 81, 504]).repeat_interleave(batch_size).repeat_interleave(lengths)
@@ -136,7 +148,7 @@ for batch_size, longest in ((0, 1), (1, 1), (33, 4)):
     ids[-1:] = rows[-1:] - 1
     batch = Batch(ids, offsets, torch.rand(ids.numel()), batch_size)
     out, saved = group.forward(cores, batch)
-    grads, weights = group.backward(torch.randn_like(out), cores, batch, saved, True)
+    grads, weights = group.backward(torch.randn_like(out), cores, batch, saved, want_weights=True)
     assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in (*grads, weights))
 print("clean")
 """

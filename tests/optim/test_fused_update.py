@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import KeyedJaggedTensor
 
-from recemb import EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
+from recemb import (
+    Compression,
+    Dense,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    MixedDimension,
+    QuotientRemainder,
+    TensorTrain,
+)
 from recemb.optim import fused_update
 
 ROWS = {"a": 4000, "b": 90}
@@ -26,7 +35,17 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def _collection() -> EmbeddingBagCollection:
+COMPRESSIONS: dict[str, Compression] = {
+    "tt": TensorTrain(rank=8),
+    "mult": QuotientRemainder(collisions=30),
+    "add": QuotientRemainder(collisions=30, operation="add"),
+    "concat": QuotientRemainder(collisions=30, operation="concat"),
+    "md": MixedDimension(dim=3),
+    "dense": Dense(),
+}
+
+
+def _collection(compression: Compression = COMPRESSIONS["tt"]) -> EmbeddingBagCollection:
     torch.manual_seed(0)
     return EmbeddingBagCollection(
         tables=[
@@ -38,7 +57,7 @@ def _collection() -> EmbeddingBagCollection:
                 feature_names=[name] if name == "a" else ["b", "c"],
                 weight_init_min=-1.0,
                 weight_init_max=1.0,
-                compression=TensorTrain(rank=8),
+                compression=compression,
             )
             for name, rows in ROWS.items()
         ]
@@ -64,10 +83,11 @@ def _loss(collection: EmbeddingBagCollection, batch: KeyedJaggedTensor) -> Tenso
     return (values - torch.linspace(-1, 1, values.shape[1])).square().mean()
 
 
+@pytest.mark.parametrize("method", COMPRESSIONS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fused_equals_torch(name: str) -> None:
+def test_fused_equals_torch(name: str, method: str) -> None:
     kind, settings = OPTIMIZERS[name]
-    ours, torchs = _collection(), _collection()
+    ours, torchs = _collection(COMPRESSIONS[method]), _collection(COMPRESSIONS[method])
     apply_optimizer_in_backward(kind, ours.parameters(), dict(settings))
     optimizer = kind(torchs.parameters(), **settings)
     start = [parameter.detach().clone() for parameter in ours.parameters()]
@@ -87,8 +107,9 @@ def test_fused_equals_torch(name: str) -> None:
             torch.testing.assert_close(attached.state[mine][key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_adam_moves_touched_rows_by_adams_formula_and_no_others() -> None:
-    ours, oracle = _collection(), _collection()
+@pytest.mark.parametrize("method", ["tt", "mult", "dense"])
+def test_adam_moves_touched_rows_by_adams_formula_and_no_others(method: str) -> None:
+    ours, oracle = _collection(COMPRESSIONS[method]), _collection(COMPRESSIONS[method])
     lr, eps, beta1, beta2 = 0.02, 1e-8, 0.9, 0.999
     apply_optimizer_in_backward(torch.optim.Adam, ours.parameters(), {"lr": lr, "eps": eps})
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in oracle.parameters()]
@@ -186,3 +207,17 @@ def test_a_forward_alone_changes_nothing() -> None:
     assert all(torch.equal(before[key], value) for key, value in ours.state_dict().items())
     for parameter in ours.parameters():
         assert float(parameter._in_backward_optimizers[0].state[parameter]["step"]) == 0
+
+
+@pytest.mark.parametrize("method", ["tt", "mult", "md", "dense"])
+def test_no_gradient_of_a_large_parameter_is_made(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = _collection(COMPRESSIONS[method])
+    apply_optimizer_in_backward(torch.optim.SGD, ours.parameters(), {"lr": 0.1})
+    made: list[torch.Size] = []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda x, **kw: made.append(x.shape) or zeros_like(x, **kw))
+    for parameter in ours.parameters():
+        # A hook fires only when a gradient reaches the parameter; md's small projection has one.
+        parameter.register_hook(lambda grad: made.append(grad.shape))
+    _loss(ours, _batches()[0]).backward()
+    assert all(math.prod(shape) <= 3 * 16 for shape in made)

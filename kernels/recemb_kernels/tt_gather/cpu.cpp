@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "recemb_optim.h"
-#include "recemb_tt.h"
+#include "recemb_tree.h"
 #include "recemb_vector.h"
 
 using namespace recemb;
@@ -84,7 +84,7 @@ void pack_touched(const Table& table, const Call& call) {
 #pragma omp for schedule(static) nowait
   for (int64_t g = 0; g < level.touched; g++) {
     const int64_t digit = level.touched_digit[g];
-    pack<l>(table.core[l] + digit * WIDTH(l), call.packed + table.counts->packed_at[l] + g * PACKED(l));
+    pack<l>(table.param[l] + digit * WIDTH(l), call.packed + table.counts->packed_at[l] + g * PACKED(l));
   }
   if constexpr (l < LAST) pack_touched<l + 1>(table, call);
 }
@@ -102,7 +102,7 @@ void finish(const Table& table, const Call& call, int64_t digit, const float* pa
   const int64_t width = call.optimizer == ROWWISE_ADAGRAD ? 1 : WIDTH(l);
   float* state = table.state[l] ? table.state[l] + digit * width : nullptr;
   float* state2 = table.state2[l] ? table.state2[l] + digit * width : nullptr;
-  update_row(call.optimizer, h, WIDTH(l), table.core[l] + digit * WIDTH(l), grad, state, state2);
+  update_row(call.optimizer, h, WIDTH(l), table.param[l] + digit * WIDTH(l), grad, state, state2);
 }
 
 const float* slice_of(const Table& table, const Call& call, int l, int64_t node) {
@@ -186,13 +186,13 @@ void backward_level(const Table& table, const Call& call) {
 
 }  // namespace
 
-extern "C" void recemb_tt_table_forward(const Table* table, Call* call) {
+extern "C" void recemb_table_forward(const Table* table, Call* call) {
   pack_touched<0>(*table, *call);
 #pragma omp barrier
   forward_level<0>(*table, *call);
 }
 
-extern "C" void recemb_tt_table_backward(const Table* table, Call* call) {
+extern "C" void recemb_table_backward(const Table* table, Call* call) {
   constexpr int M = product(LAST), KP = round_up(RANK[LAST]), Q = DIM[LAST];
   const Level &rows = table->level[LAST], &above = table->level[LAST - 1];
 #pragma omp for schedule(dynamic, 16) nowait

@@ -1,4 +1,4 @@
-"""The tensor-train look-up on CPU: fills the C++ structures and calls the compiled kernels."""
+"""Look-ups of a group of tables on CPU: fills the C++ structures and calls the compiled kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from recemb_kernels.update import Update
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
-_LANES = 8
 # int32 arrays of a plan (driver.cpp, struct Layout), each as long as the ids plus one per table.
 _ARRAYS, _ARRAYS_PER_LEVEL = 3, 6
 _Pointers = ctypes.c_void_p * MAX_ORDER
@@ -48,7 +47,7 @@ class _Table(ctypes.Structure):
         ("order", ctypes.c_int64),
         ("dim", ctypes.c_int64),
         ("radix", _Integers),
-        ("core", _Pointers),
+        ("param", _Pointers),
         ("grad", _Pointers),
         ("state", _Pointers),
         ("state2", _Pointers),
@@ -75,17 +74,22 @@ class _Call(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class TrainShape:
-    """One table's train: p, q and R_0 .. R_d."""
+class TableKernel:
+    """A table as the driver sees it, and the library compiled for it.
 
-    row_shape: tuple[int, ...]
-    dim_shape: tuple[int, ...]
-    ranks: tuple[int, ...]
+    Args:
+        library: holds ``recemb_table_forward`` and ``recemb_table_backward``.
+        dim: D.
+        radices: p_1 .. p_d; digit k of an id selects a row of parameter k.
+        packed_widths: floats of a packed row of each parameter, 0 where rows are read in place.
+        product_widths: floats that a node of each level holds.
+    """
 
-    @property
-    def order(self) -> int:
-        """d."""
-        return len(self.row_shape)
+    library: ctypes.CDLL
+    dim: int
+    radices: tuple[int, ...]
+    packed_widths: tuple[int, ...]
+    product_widths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,9 @@ class Saved:
         counts: [tables, *] int64, what the plan counted.
         plan: int32, the sorted and grouped ids.
         rows: the distinct rows of every table.
-        partials: products of cores per distinct prefix.
-        packed: padded copies of the touched core slices.
-        grad_numel: [1] int64, floats of the products' gradients.
+        partials: what is computed per distinct prefix.
+        packed: padded copies of the touched parameter rows.
+        grad_numel: [1] int64, floats of the prefixes' gradients.
     """
 
     counts: Tensor
@@ -119,80 +123,74 @@ class Batch:
     batch_size: int
 
 
-class TrainGroup:
+class Group:
     """The tables of one call, with everything that does not change from batch to batch.
 
     Args:
-        shapes: one per table.
+        kernels: one per table.
         features: (table, is mean) per feature; their columns follow each other in this order.
 
     Raises:
         KernelUnavailableError: nothing can be compiled here.
     """
 
-    def __init__(self, shapes: Sequence[TrainShape], features: Sequence[tuple[int, bool]]) -> None:
+    def __init__(self, kernels: Sequence[TableKernel], features: Sequence[tuple[int, bool]]) -> None:
         self._driver = _driver()
-        self.order = max(shape.order for shape in shapes)
-        self._tables = (_Table * len(shapes))()
-        for table, shape in zip(self._tables, shapes, strict=True):
-            self._describe(table, shape)
+        self._kernels = tuple(kernels)
+        self.order = max(len(kernel.radices) for kernel in kernels)
+        self._tables = (_Table * len(kernels))()
+        for table, kernel in zip(self._tables, kernels, strict=True):
+            table.forward = ctypes.cast(kernel.library.recemb_table_forward, ctypes.c_void_p)
+            table.backward = ctypes.cast(kernel.library.recemb_table_backward, ctypes.c_void_p)
+            table.order, table.dim = len(kernel.radices), kernel.dim
+            for k, radix in enumerate(kernel.radices):
+                table.radix[k] = radix
+                table.packed_width[k] = kernel.packed_widths[k]
+                table.product_width[k] = kernel.product_widths[k]
         self._features = (_Feature * len(features))()
         self.columns = 0
         for feature, (index, mean) in zip(self._features, features, strict=True):
             feature.table, feature.column, feature.mean = index, self.columns, int(mean)
-            self.columns += self._tables[index].dim
+            self.columns += kernels[index].dim
 
-    def _describe(self, table: _Table, shape: TrainShape) -> None:
-        kernel = _kernel(shape.dim_shape, shape.ranks)
-        table.forward = ctypes.cast(kernel.recemb_tt_table_forward, ctypes.c_void_p)
-        table.backward = ctypes.cast(kernel.recemb_tt_table_backward, ctypes.c_void_p)
-        table.order, done = shape.order, 1
-        for k, (rows, q) in enumerate(zip(shape.row_shape, shape.dim_shape, strict=True)):
-            left, right, last = shape.ranks[k], shape.ranks[k + 1], k + 1 == shape.order
-            done *= q
-            table.radix[k] = rows
-            table.product_width[k] = done * _padded(right)
-            table.packed_width[k] = q * _padded(left) if last else left * q * _padded(right)
-        table.dim = done
-
-    def forward(self, cores: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Saved]:
+    def forward(self, parameters: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Saved]:
         """Pool a batch: [B, sum of D], and what the backward needs."""
         counts = torch.zeros(self.counts_shape, dtype=torch.int64)
         call, tables = self._call(batch, counts)
-        _point(tables, "core", cores)
+        _point(tables, "param", parameters)
         pointer, threads = ctypes.addressof(call), torch.get_num_threads()
         # Zeroed, like the counts, so that what is saved depends on the inputs alone.
         plan = torch.zeros(self.plan_numel(batch.ids.numel()), dtype=torch.int32)
         call.plan = plan.data_ptr()
         sizes = (ctypes.c_int64 * 4)()
-        self._driver.recemb_tt_plan(pointer, threads, ctypes.addressof(sizes))
+        self._driver.recemb_tree_plan(pointer, threads, ctypes.addressof(sizes))
         rows, partials, packed = (torch.empty(sizes[k]) for k in (0, 1, 3))
         saved = Saved(counts, plan, rows, partials, packed, torch.tensor([sizes[2]]))
         out = torch.empty(batch.batch_size, self.columns)
         _attach(call, saved)
         call.out = out.data_ptr()
-        self._driver.recemb_tt_forward(pointer, threads)
+        self._driver.recemb_tree_forward(pointer, threads)
         return out, saved
 
     def backward(
         self,
         grad_out: Tensor,
-        cores: Sequence[Tensor],
+        parameters: Sequence[Tensor],
         batch: Batch,
         saved: Saved,
         *,
         want_weights: bool,
         update: Update | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Gradients of every core, and of the per-sample weights when asked for.
+        """Gradients of every parameter, and of the per-sample weights when asked for.
 
-        With an ``update``, the touched slices are updated in place instead and no core gradient comes back.
+        With an ``update``, touched rows are updated in place and no parameter gradient comes back.
         """
         call, tables = self._call(batch, saved.counts)
-        _point(tables, "core", cores)
+        _point(tables, "param", parameters)
         grads = []
         if update is None:
-            grads = [torch.zeros_like(core) for core in cores]
+            grads = [torch.zeros_like(parameter) for parameter in parameters]
             _point(tables, "grad", grads)
         else:
             call.optimizer, call.lr, call.eps = update.kind, update.lr, update.eps
@@ -206,7 +204,7 @@ class TrainGroup:
         call.grad_out, call.grad_rows = grad_out.data_ptr(), grad_rows.data_ptr()
         call.grad_partials = grad_partials.data_ptr()
         call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
-        self._driver.recemb_tt_backward(ctypes.addressof(call), torch.get_num_threads())
+        self._driver.recemb_tree_backward(ctypes.addressof(call), torch.get_num_threads())
         return grads, grad_weights
 
     @property
@@ -238,7 +236,7 @@ class TrainGroup:
 
 
 def _point(tables: ctypes.Array[_Table], field: str, tensors: Sequence[Tensor]) -> None:
-    """Set every core's pointer in ``field``; ``tensors`` holds them table by table, core by core, or none."""
+    """Set every parameter's pointer in ``field``; ``tensors`` holds them table by table, or is empty."""
     position = 0
     if not tensors:
         return
@@ -254,25 +252,15 @@ def _attach(call: _Call, saved: Saved) -> None:
     call.partials, call.packed = saved.partials.data_ptr(), saved.packed.data_ptr()
 
 
-def _padded(rank: int) -> int:
-    return -(-rank // _LANES) * _LANES
-
-
 @cache
 def _driver() -> ctypes.CDLL:
-    library = load("tt_driver", [_HERE / "driver.cpp"], {})
+    library = load("tree_driver", [_HERE / "driver.cpp"], {})
     for name, structure in (("call", _Call), ("table", _Table), ("counts", _Counts)):
-        size = getattr(library, f"recemb_tt_{name}_size")
+        size = getattr(library, f"recemb_tree_{name}_size")
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(structure):
-            raise RuntimeError(f"the {name} structure of driver.cpp and of cpu.py differ")
+            raise RuntimeError(f"the {name} structure of driver.cpp and of group.py differ")
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.recemb_tt_plan.argtypes = (pointer, integer, pointer)
-    library.recemb_tt_forward.argtypes = library.recemb_tt_backward.argtypes = (pointer, integer)
+    library.recemb_tree_plan.argtypes = (pointer, integer, pointer)
+    library.recemb_tree_forward.argtypes = library.recemb_tree_backward.argtypes = (pointer, integer)
     return library
-
-
-@cache
-def _kernel(dim_shape: tuple[int, ...], ranks: tuple[int, ...]) -> ctypes.CDLL:
-    constants = {"DIMS": ",".join(map(str, dim_shape)), "RANKS": ",".join(map(str, ranks))}
-    return load("tt_table", [_HERE / "cpu.cpp"], constants)

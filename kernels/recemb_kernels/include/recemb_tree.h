@@ -1,8 +1,9 @@
-// What the table-independent driver and the compiled tensor-train kernels agree on.
+// What the table-independent driver and the kernels compiled per table agree on.
 //
-// A train of order d is walked level by level. A node of level l is a distinct prefix (i_1 .. i_{l+1}) of the
-// batch's ids; the nodes of level d - 1 are the distinct rows. Nodes are sorted, so the children of a node
-// are neighbours, and every node's product of cores is computed once.
+// A table reads its ids as digits (i_1 .. i_d): d cores of a tensor train, quotient and remainder, or the id
+// itself for d = 1. The batch's distinct ids form a tree: a node of level l is a distinct prefix
+// (i_1 .. i_{l+1}), the nodes of level d - 1 are the distinct rows. Nodes are sorted, so the children of a node
+// are neighbours and what belongs to a prefix is computed once. Digit k selects a row of parameter k.
 #pragma once
 #include <cstdint>
 
@@ -15,9 +16,9 @@ struct Counts {
   int64_t base, ids, rows_at;    // the table's ids are [base, base + ids) of the plan's per-id arrays
   int64_t nodes[MAX_ORDER];      // distinct prefixes per level
   int64_t touched[MAX_ORDER];    // distinct digits per level
-  int64_t packed_at[MAX_ORDER];  // where the touched slices' packed copies start
-  int64_t partial_at[MAX_ORDER]; // where the products of cores start (levels 1 .. d - 2)
-  int64_t grad_at[MAX_ORDER];    // where their gradients start (levels 0 .. d - 2)
+  int64_t packed_at[MAX_ORDER];  // where the touched rows' packed copies start
+  int64_t partial_at[MAX_ORDER]; // where what is computed per prefix starts (levels 1 .. d - 2)
+  int64_t grad_at[MAX_ORDER];    // where its gradients start (levels 0 .. d - 2)
 };
 
 // One level of one table: counts, and pointers into the plan that are bound anew for each call.
@@ -39,14 +40,14 @@ struct Feature {
 struct Table {
   int64_t order, dim;
   int64_t radix[MAX_ORDER];
-  float* core[MAX_ORDER];    // [p_k, R_{k-1} q_k R_k]
+  float* param[MAX_ORDER];   // [radix_k, width_k]
   float* grad[MAX_ORDER];    // same shape, zeroed; null when the update is fused
-  float* state[MAX_ORDER];   // first optimizer state of each core
+  float* state[MAX_ORDER];   // first optimizer state of each parameter
   float* state2[MAX_ORDER];  // second one (Adam)
   void (*forward)(const Table*, struct Call*);
   void (*backward)(const Table*, struct Call*);
-  int64_t packed_width[MAX_ORDER];   // floats of one packed slice
-  int64_t product_width[MAX_ORDER];  // floats of one node's product of cores
+  int64_t packed_width[MAX_ORDER];   // floats of one packed row of a parameter, 0 where rows are not packed
+  int64_t product_width[MAX_ORDER];  // floats that one node of the level holds
   const Counts* counts;
   Level level[MAX_ORDER];
 };

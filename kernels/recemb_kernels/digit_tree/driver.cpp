@@ -1,11 +1,11 @@
-// The table-independent part of a tensor-train look-up: sorts and groups the ids of every table, opens one
-// parallel region for all tables, and hands each to the kernel compiled for its shapes.
+// The table-independent part of a look-up: sorts and groups the ids of every table, opens one parallel region
+// for all tables, hands each to the kernel compiled for it, and pools.
 #include <omp.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "recemb_tt.h"
+#include "recemb_tree.h"
 
 using namespace recemb;
 
@@ -64,27 +64,24 @@ void bind(const Call* call) {
   }
 }
 
-// Counting sort of a level's nodes by digit. `slice` holds the digits and ends as indices of the touched ones.
+// Orders a level's nodes by digit. `slice` holds the digits and ends as indices of the touched ones.
 int64_t group_by_digit(int64_t nodes, int64_t radix, int32_t* slice, int32_t* by_digit, int32_t* touched,
                        int32_t* start) {
-  std::vector<int32_t> at(radix), index(radix);
-  for (int64_t i = 0; i < nodes; i++) at[slice[i]]++;
-  int32_t found = 0, total = 0;
-  for (int64_t d = 0; d < radix; d++) {
-    const int32_t here = at[d];
-    if (here) {
-      touched[found] = static_cast<int32_t>(d);
-      start[found] = total;
-      index[d] = found++;
-    }
-    at[d] = total;
-    total += here;
-  }
-  start[found] = total;
+  std::vector<int64_t> digit(slice, slice + nodes);
+  std::vector<int32_t> node(nodes);
+  for (int64_t i = 0; i < nodes; i++) node[i] = static_cast<int32_t>(i);
+  // Nodes of level 0 are in this order already.
+  if (!std::is_sorted(digit.begin(), digit.end())) radix_sort(digit, node, radix - 1);
+  int32_t found = 0;
   for (int64_t i = 0; i < nodes; i++) {
-    by_digit[at[slice[i]]++] = static_cast<int32_t>(i);
-    slice[i] = index[slice[i]];
+    if (i == 0 || digit[i] != digit[i - 1]) {
+      touched[found] = static_cast<int32_t>(digit[i]);
+      start[found++] = static_cast<int32_t>(i);
+    }
+    by_digit[i] = node[i];
+    slice[node[i]] = found - 1;
   }
+  start[found] = static_cast<int32_t>(nodes);
   return found;
 }
 
@@ -200,13 +197,13 @@ void weight_gradients(const Call* call) {
 
 extern "C" {
 
-int64_t recemb_tt_call_size() { return sizeof(Call); }
-int64_t recemb_tt_table_size() { return sizeof(Table); }
-int64_t recemb_tt_counts_size() { return sizeof(Counts); }
+int64_t recemb_tree_call_size() { return sizeof(Call); }
+int64_t recemb_tree_table_size() { return sizeof(Table); }
+int64_t recemb_tree_counts_size() { return sizeof(Counts); }
 
 // Sorts and groups the ids. sizes = floats of all distinct rows, products of cores, their gradients, and
 // packed slices.
-void recemb_tt_plan(Call* call, int64_t threads, int64_t* sizes) {
+void recemb_tree_plan(Call* call, int64_t threads, int64_t* sizes) {
   const Layout lay = layout(call);
   for (int64_t f = 0; f < call->num_features; f++)
     call->counts[call->features[f].table].ids +=
@@ -241,7 +238,7 @@ void recemb_tt_plan(Call* call, int64_t threads, int64_t* sizes) {
   sizes[0] = rows, sizes[1] = products, sizes[2] = grads, sizes[3] = packed;
 }
 
-void recemb_tt_forward(Call* call, int64_t threads) {
+void recemb_tree_forward(Call* call, int64_t threads) {
   bind(call);
 #pragma omp parallel num_threads(threads)
   {
@@ -251,7 +248,7 @@ void recemb_tt_forward(Call* call, int64_t threads) {
   }
 }
 
-void recemb_tt_backward(Call* call, int64_t threads) {
+void recemb_tree_backward(Call* call, int64_t threads) {
   bind(call);
 #pragma omp parallel num_threads(threads)
   {

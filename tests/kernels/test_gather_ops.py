@@ -1,4 +1,4 @@
-"""The compiled tensor-train kernel against plain torch in float64, through the backend it serves."""
+"""The compiled kernels against plain torch in float64, through the backends they serve."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from recemb.backends import build
 from recemb.backends.base import Backend
-from recemb.backends.tensor_train import TensorTrainBackend
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
-from recemb.spec import TableSpec, TensorTrain
+from recemb.spec import MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 
 # (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
@@ -29,10 +28,20 @@ TABLES = {
     "wide": (2000, 64, TensorTrain(rank=24)),
     "one_column": (300, 1, TensorTrain(rank=3)),
     "given_shape": (60, 8, TensorTrain(rank=1, row_shape=(3, 4, 5), dim_shape=(4, 1, 2))),
+    "mult": (1000, 16, QuotientRemainder(collisions=7)),
+    "mult_odd": (999, 7, QuotientRemainder(collisions=300)),
+    "add": (1000, 16, QuotientRemainder(collisions=40, operation="add")),
+    "concat": (1000, 9, QuotientRemainder(collisions=40, operation="concat")),
+    "one_quotient": (50, 4, QuotientRemainder(collisions=50)),
+    "narrow": (1000, 16, MixedDimension(dim=3)),
+    "narrowest": (1000, 8, MixedDimension(dim=1)),
 }
+TRAINS = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, TensorTrain))
+ROWS = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, QuotientRemainder))
+NARROW = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, MixedDimension))
 
 
-def _tables(names: Sequence[str], pooling: str) -> list[TensorTrainBackend]:
+def _tables(names: Sequence[str], pooling: str) -> list[Backend]:
     specs = [
         TableSpec(name=name, num_embeddings=n, embedding_dim=d, compression=c, pooling=pooling, init_std=0.5)
         for name in names
@@ -41,12 +50,10 @@ def _tables(names: Sequence[str], pooling: str) -> list[TensorTrainBackend]:
     built = build(specs, torch.device("cpu"))
     for table in built.values():
         table.reset_parameters()
-    return [table for table in built.values() if isinstance(table, TensorTrainBackend)]
+    return list(built.values())
 
 
-def _bags(
-    tables: Sequence[TensorTrainBackend], batch: int, longest: int, *, weighted: bool, seed: int
-) -> Bags:
+def _bags(tables: Sequence[Backend], batch: int, longest: int, *, weighted: bool, seed: int) -> Bags:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (len(tables) * batch,), generator=generator)
     if longest == 1:
@@ -62,19 +69,19 @@ def _bags(
     return Bags(flat, offsets, len(tables), weights)
 
 
-def _parameters(tables: Sequence[TensorTrainBackend]) -> list[Tensor]:
+def _parameters(tables: Sequence[Backend]) -> list[Tensor]:
     return [core for table in dict.fromkeys(tables) for core in table.own_parameters().values()]
 
 
-def _outcome(
-    tables: Sequence[TensorTrainBackend], bags: Bags, grad: Tensor | None, *, native: bool
-) -> list[Tensor]:
+def _plain(kind: type[Backend], tables: Sequence[Backend], bags: Bags) -> Tensor:
+    """The seam's own default: rows of distinct ids, pooled feature by feature in plain torch."""
+    return Backend.pooled.__func__(kind, tables, bags)
+
+
+def _outcome(tables: Sequence[Backend], bags: Bags, grad: Tensor | None, *, native: bool) -> list[Tensor]:
     """Pooled values, core gradients and weight gradients on one of the two paths."""
-    pooled = (
-        TensorTrainBackend.pooled(tables, bags)
-        if native
-        else super(TensorTrainBackend, tables[0]).pooled(tables, bags)
-    )
+    kind = type(tables[0])
+    pooled = kind.pooled(tables, bags) if native else _plain(kind, tables, bags)
     wanted = _parameters(tables) + ([] if bags.weights is None else [bags.weights])
     upstream = torch.ones_like(pooled) if grad is None else grad.to(pooled.dtype)
     return [pooled.detach(), *torch.autograd.grad(pooled, wanted, upstream)]
@@ -86,7 +93,6 @@ def _assert_error_law(names: Sequence[str], *, pooling: str, weighted: bool, lon
     tables = _tables(names, pooling)
     bags = _bags(tables, 29, longest, weighted=weighted, seed=seed)
     grad = torch.randn(29, sum(table.table.embedding_dim for table in tables))
-    assert all(table.runs_native() for table in tables)
     native = _outcome(tables, bags, grad, native=True)
     plain = _outcome(tables, bags, grad, native=False)
     for table in tables:
@@ -112,7 +118,10 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(
-    names=st.lists(st.sampled_from(sorted(TABLES)), min_size=1, max_size=5, unique=True),
+    names=st.one_of(
+        st.lists(st.sampled_from(names), min_size=1, max_size=5, unique=True)
+        for names in (TRAINS, ROWS, NARROW)
+    ),
     longest=st.integers(1, 6),
     weighted=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -133,9 +142,10 @@ def test_a_table_of_several_features_is_updated_once() -> None:
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("names", [["rank13", "two_cores"], ["mult", "mult_odd"]])
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_empty_bags_and_batches(batch: int) -> None:
-    tables = _tables(["rank13", "two_cores"], "mean")
+def test_empty_bags_and_batches(batch: int, names: list[str]) -> None:
+    tables = _tables(names, "mean")
     bags = Bags(torch.empty(0, dtype=torch.int64), torch.zeros(2 * batch + 1, dtype=torch.int64), 2)
     pooled, *grads = _outcome(tables, bags, None, native=True)
     assert pooled.shape == (batch, 23)
@@ -143,9 +153,10 @@ def test_empty_bags_and_batches(batch: int) -> None:
     assert all(not grad.any() for grad in grads)
 
 
-def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [["rank32", "four_cores"], ["mult", "concat", "one_quotient"]])
+def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    tables = _tables(["rank32", "four_cores"], "sum")
+    tables = _tables(names, "sum")
     bags = _bags(tables, 17, 3, weighted=True, seed=5)
     clean = _outcome(tables, bags, None, native=True)
     empty = torch.empty
@@ -157,9 +168,10 @@ def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(poisoned, expected)
 
 
-def test_bit_identical_between_runs_and_thread_counts() -> None:
+@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"]])
+def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
     torch.manual_seed(0)
-    tables = _tables(["rank32", "wide", "two_cores"], "sum")
+    tables = _tables(names, "sum")
     bags = _bags(tables, 200, 5, weighted=True, seed=7)
     threads = torch.get_num_threads()
     outcomes = []
@@ -177,9 +189,9 @@ def test_sample_does_not_depend_on_its_batch() -> None:
     torch.manual_seed(0)
     (table,) = _tables(["rank32"], "sum")
     ids = torch.randint(0, 5000, (64,))
-    whole = TensorTrainBackend.pooled([table], Bags(ids, torch.arange(65), 1))
+    whole = table.pooled([table], Bags(ids, torch.arange(65), 1))
     for b in range(64):
-        alone = TensorTrainBackend.pooled([table], Bags(ids[b : b + 1], torch.arange(2), 1))
+        alone = table.pooled([table], Bags(ids[b : b + 1], torch.arange(2), 1))
         assert torch.equal(alone[0], whole[b])
 
 
@@ -201,7 +213,7 @@ def test_opcheck_and_compile() -> None:
     tables = _tables(["rank13", "two_cores"], "sum")
     bags = _bags(tables, 9, 3, weighted=True, seed=9)
     shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
-    code = encode(shapes, [(0, False), (1, False)])
+    code = (encode(shapes), (0, 0, 1, 0))
     cores = _parameters(tables)
     arguments = (cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, *map(list, code))
     torch.library.opcheck(torch.ops.recemb.tt_gather.default, arguments)
@@ -214,12 +226,6 @@ def test_opcheck_and_compile() -> None:
     actual = torch.autograd.grad(compiled(*cores).sum(), cores)
     assert torch.equal(compiled(*cores), lookup(*cores))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-def test_float64_and_deep_trains_take_the_torch_path() -> None:
-    (table,) = _tables(["rank13"], "sum")
-    assert table.runs_native()
-    assert not table.double().runs_native()
 
 
 def _ranks(table: Backend) -> tuple[int, ...]:

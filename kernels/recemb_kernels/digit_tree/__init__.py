@@ -1,0 +1,1 @@
+"""The driver that every CPU look-up shares: ids as digits, grouped into a tree of prefixes."""
