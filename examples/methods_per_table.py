@@ -44,11 +44,9 @@ def main() -> None:
         error = (tables.to_dense(name) - trained).norm() / trained.norm()
         print(f"{name:<8}{report[name].num_bytes:>12,}{report[name].ratio:>7.1f}x{error.item():>32.3f}")
     print(
-        "\nqr and robe share rows by id, tt by digits of the id: they are made for training. An import keeps what"
+        "\nqr and robe share rows by id, tt by digits of the id: they are made for training. An import keeps"
     )
-    print(
-        "the table's own structure allows; here that is low rank, which md stores and the others do not see."
-    )
+    print("what the table's structure allows; here that is low rank, which md stores and the others miss.")
 
 
 if __name__ == "__main__":
