@@ -147,7 +147,10 @@ def run(args: argparse.Namespace) -> int:
     if already_done:
         print(f"{args.output}: already prepared with these settings, nothing to do")
     print("\n".join(summary_lines(stats)))
-    print(f"\nnext: recemb train --data_dir {args.output}")
+    print(
+        f"\nnext: recemb train --data_dir {args.output} --method tt --compress_rate 10 --compare dense "
+        "--output runs/tt10"
+    )
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,16 +125,3 @@ def criteo() -> SimpleNamespace:
         tree=tree,
         epoch=epoch,
     )
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Callable[[str], Path]:
-    """Path of a file of real Criteo rows beside the checkout; skips where it is absent."""
-
-    def find(name: str) -> Path:
-        path = Path(__file__).resolve().parents[3] / "shared" / "data" / name
-        if not path.exists():
-            pytest.skip(f"real Criteo rows are not part of the repository: no ../shared/data/{name}")
-        return path
-
-    return find
