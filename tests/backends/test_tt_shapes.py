@@ -1,0 +1,104 @@
+"""Automatic tensor-train shapes against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recemb.backends.tensor_train import TensorTrainBackend
+from recemb.backends.tt_shapes import best_row_shape, tt_shapes
+from recemb.errors import ConfigError
+from recemb.spec import TensorTrain
+from tests.backends.cases import table
+
+
+def least_cost(rows: int, costs: tuple[int, ...]) -> int:
+    """By trying every p with entries up to ``rows``; the last entry is then the smallest that fits."""
+    best = costs[-1] * rows + sum(costs[:-1])
+    for head in itertools.product(range(1, rows + 1), repeat=len(costs) - 1):
+        last = -(-rows // math.prod(head))
+        best = min(best, sum(c * p for c, p in zip(costs, (*head, last), strict=True)))
+    return best
+
+
+@given(st.integers(1, 400), st.lists(st.integers(1, 60), min_size=2, max_size=2))
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_two_cores_against_brute_force(rows: int, costs: list[int]) -> None:
+    shape = best_row_shape(rows, tuple(costs))
+    assert math.prod(shape) >= rows
+    assert sum(c * p for c, p in zip(costs, shape, strict=True)) == least_cost(rows, tuple(costs))
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 200), min_size=3, max_size=3))
+@settings(derandomize=True, deadline=None, max_examples=100)
+def test_three_cores_against_brute_force(rows: int, costs: list[int]) -> None:
+    shape = best_row_shape(rows, tuple(costs))
+    assert all(p >= 1 for p in shape)
+    assert math.prod(shape) >= rows
+    assert sum(c * p for c, p in zip(costs, shape, strict=True)) == least_cost(rows, tuple(costs))
+
+
+@given(st.integers(1, 18), st.lists(st.integers(1, 300), min_size=4, max_size=4))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_four_cores_against_brute_force(rows: int, costs: list[int]) -> None:
+    shape = best_row_shape(rows, tuple(costs))
+    assert math.prod(shape) >= rows
+    assert sum(c * p for c, p in zip(costs, shape, strict=True)) == least_cost(rows, tuple(costs))
+
+
+@pytest.mark.parametrize("rows", [10_131_227, 8_351_593, 2**31 + 1, 2**33, 2**33 - 9])
+@pytest.mark.parametrize("rank", [2, 32])
+def test_large_tables_come_close_to_the_continuous_optimum(rows: int, rank: int) -> None:
+    costs = (2 * rank, 2 * rank * rank, 4 * rank)
+    shape = best_row_shape(rows, costs)
+    assert math.prod(shape) >= rows
+    cost = sum(c * p for c, p in zip(costs, shape, strict=True))
+    bound = 3 * (rows * math.prod(costs)) ** (1 / 3)
+    assert bound * (1 - 1e-9) <= cost <= bound * 1.02
+
+
+@given(
+    st.integers(1, 2000),
+    st.sampled_from([1, 2, 4, 7, 12, 16, 30]),
+    st.integers(2, 4),
+    st.lists(st.integers(1, 12), min_size=3, max_size=3),
+)
+@settings(derandomize=True, deadline=None, max_examples=80)
+def test_shapes_fit_the_table(rows: int, dim: int, order: int, ranks: list[int]) -> None:
+    compression = TensorTrain(rank=tuple(ranks[: order - 1]), num_cores=order)
+    row_shape, dim_shape = tt_shapes(rows, dim, compression)
+    assert len(row_shape) == len(dim_shape) == order
+    assert math.prod(row_shape) >= rows
+    assert math.prod(dim_shape) == dim
+    # The split of D is one of the most even ones.
+    splits = [s for s in itertools.product(range(1, dim + 1), repeat=order) if math.prod(s) == dim]
+    assert sum(dim_shape) == min(map(sum, splits))
+
+
+@given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 30), st.integers(1, 30))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_automatic_rows_never_cost_more_than_given_ones(
+    rows: int, rank: int, first: int, second: int
+) -> None:
+    given_shape = (first, second, -(-rows // (first * second)))
+    fixed = table(rows, 16, TensorTrain(rank=rank, row_shape=given_shape, dim_shape=(2, 2, 4)))
+    chosen = table(rows, 16, TensorTrain(rank=rank, dim_shape=(2, 2, 4)))
+    free = table(rows, 16, TensorTrain(rank=rank))
+    least = TensorTrainBackend.num_params([chosen])
+    assert least <= TensorTrainBackend.num_params([fixed])
+    assert TensorTrainBackend.num_params([free]) <= least
+
+
+def test_given_shapes_are_kept() -> None:
+    compression = TensorTrain(rank=8, row_shape=(200, 220, 250), dim_shape=(2, 2, 4))
+    assert tt_shapes(10_131_227, 16, compression) == ((200, 220, 250), (2, 2, 4))
+
+
+def test_f15_shapes_that_hold_too_few_rows_are_refused_with_one_that_fits() -> None:
+    with pytest.raises(ConfigError, match=r"holds 999 rows.*num_embeddings=1000.*row_shape=\(9, 3, 38\)"):
+        table(1000, 8, TensorTrain(rank=2, row_shape=(9, 3, 37)))
+    table(1000, 8, TensorTrain(rank=2, row_shape=(9, 3, 38)))
