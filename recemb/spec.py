@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import ClassVar, Literal
 
 from recemb.errors import ConfigError
@@ -241,6 +242,10 @@ class TableSpec:
             raise ConfigError(f"table name {self.name!r} must be non-empty and without '.'")
         for key in ("num_embeddings", "embedding_dim"):
             value = getattr(self, key)
+            if isinstance(value, Integral):
+                # Sizes often come out of numpy, whose integers overflow where Python's do not.
+                object.__setattr__(self, key, value if isinstance(value, bool) else int(value))
+                value = getattr(self, key)
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"table {self.name!r}: {key}={value!r} must be an int >= 1")
             if value >= 2**61:

@@ -1,9 +1,9 @@
 """A ROBE row with Python's big integers (arXiv 2108.02191), and the hash's values as constants.
 
-Element j of row x of table e: b = j // Z, s = (A e + B x + C b + D mod P) mod |M|, and the value is
+Element j of row x of table e: b = j // Z, s = (A e + B x + Q x**2 + C b + D mod P) mod |M|, and the value is
 g * M[(s + j mod Z) mod |M|], g = +-1 by the lowest bit of a second hash when ``use_sign``. P = 2**61 - 1.
-Coefficients: the first 8 bytes, big-endian, of SHA-256("recemb/<purpose>/<seed>/<letter>") mod P, where A, B
-and C are taken mod P - 1 and raised by 1 so that they are not 0; e is the same integer of the table's name.
+Coefficients: the first 8 bytes, big-endian, of SHA-256("recemb/<purpose>/<seed>/<letter>") mod P, where A, B,
+C and Q are taken mod P - 1 and raised by 1 so that they are not 0; e is the same integer of the table's name.
 """
 
 from __future__ import annotations
@@ -23,18 +23,24 @@ from tests.backends.cases import bags_of, build_tables, table
 
 P = 2305843009213693951
 GOLDEN_TABLE = 1471497713413048038
-GOLDEN_COEFFICIENTS = (1449703523108351160, 586857078115404695, 89028470066645938, 1008383359505079200)
+GOLDEN_COEFFICIENTS = (
+    1449703523108351160,
+    586857078115404695,
+    89028470066645938,
+    1008383359505079200,
+    2221101539498007718,
+)
 GOLDEN_SLOTS = [
     [2247173576982446466, 30359037835398453, 119387507902044391],
-    [528187645884157210, 617216115950803148, 706244586017449086],
-    [17805015168014350, 106833485234660288, 195861955301306226],
-    [938640147103067231, 1027668617169713169, 1116697087236359107],
+    [443446176168470977, 532474646235116915, 621503116301762853],
+    [2137842614967045745, 2226871085033691683, 10056545886643670],
+    [490672838450043715, 579701308516689653, 668729778583335591],
 ]
 GOLDEN_SIGNS = [
     [1319573133764400054, 709434924733711555],
-    [837013044055935834, 226874835025247335],
-    [433110586605476917, 2128815386788482369],
-    [382073581709901454, 2077778381892906906],
+    [1793193996337963634, 1183055787307275135],
+    [2225437852128393801, 1615299643097705302],
+    [1451359029811923041, 841220820781234542],
 ]
 FAR = [2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**31 + 1, 2**33 - 1]
 
@@ -47,9 +53,9 @@ def digest(text: str) -> int:
 
 
 def oracle_hash(purpose: str, seed: int, name: str, row: int, block: int) -> int:
-    a, b, c = (digest(f"recemb/{purpose}/{seed}/{letter}") % (P - 1) + 1 for letter in "ABC")
+    a, b, c, q = (digest(f"recemb/{purpose}/{seed}/{letter}") % (P - 1) + 1 for letter in "ABCQ")
     d = digest(f"recemb/{purpose}/{seed}/D")
-    return (a * digest(name) + b * row + c * block + d) % P
+    return (a * digest(name) + b * row + q * row * row + c * block + d) % P
 
 
 def oracle_row(array: list[float], spec: TableSpec, row: int) -> list[float]:
@@ -141,9 +147,10 @@ def test_every_id_below_2_to_the_61() -> None:
 def test_the_largest_coefficients(edge: int) -> None:
     ids = [0, 1, 2**31 - 1, 2**31, 2**60, P - 1]
     for other in (0, P - 1):
-        got = UniversalHash(P - 1, edge, P - 1, other).blocks(P - 1, torch.tensor(ids), 3)
+        got = UniversalHash(P - 1, edge, P - 1, other, P - 1 - edge).blocks(P - 1, torch.tensor(ids), 3)
         assert got.tolist() == [
-            [((P - 1) ** 2 + edge * i + (P - 1) * b + other) % P for b in range(3)] for i in ids
+            [((P - 1) ** 2 + edge * i + (P - 1 - edge) * i * i + (P - 1) * b + other) % P for b in range(3)]
+            for i in ids
         ]
 
 
@@ -165,7 +172,7 @@ def test_golden_values_of_the_hash() -> None:
     """Constants, so that no checkpoint meets another hash: a change would break every stored ROBE table."""
     assert stable_integer("t_cat_0") == GOLDEN_TABLE
     slot = UniversalHash.from_seed(0, "robe/slot")
-    assert (slot.a, slot.b, slot.c, slot.d) == GOLDEN_COEFFICIENTS
+    assert (slot.a, slot.b, slot.c, slot.d, slot.q) == GOLDEN_COEFFICIENTS
     ids = torch.tensor([0, 1, 10_131_226, 2**33 - 1])
     assert slot.blocks(stable_integer("t_cat_0"), ids, 3).tolist() == GOLDEN_SLOTS
     sign = UniversalHash.from_seed(7, "robe/sign")

@@ -31,17 +31,17 @@ def chi_square_z(counts: Tensor) -> float:
     return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("name", ["t_cat_2", "t_cat_3", "user"])
-def test_consecutive_ids_are_uniform_over_the_array(name: str) -> None:
-    """The default seed on one array size, one-sided.
+@pytest.mark.parametrize("seed", range(12))
+def test_consecutive_ids_are_uniform_over_the_array(seed: int) -> None:
+    """The hot rows of a log whose ids are in order of frequency.
 
-    A linear hash maps consecutive ids to an arithmetic progression: for most coefficients more even than
-    chance, for some far less, so this holds for the numbers given here and not for every seed.
+    A hash that is linear in the row fails this for one seed in nine (seed 1 among them): consecutive rows
+    then form an arithmetic progression, which can miss most of the array.
     """
-    slots = starts(name, 50_000)
+    slots = starts("t_cat_2", 50_000, seed=seed)
     for block in range(slots.shape[1]):
         counts = torch.bincount(slots[:, block], minlength=4096)
-        assert chi_square_z(counts) < 5
+        assert chi_square_z(counts) < 8
         assert int((counts == 0).sum()) < 10
 
 
