@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recemb.training.environment import versions
+from recemb.stack import versions
 from recemb.training.html_report import write_report
 from recemb.training.report import Setting, Spread, comparison_table, load_runs, summarise
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from recemb.torchrec_io.stack import check_stack
+from recemb.stack import check_stack
 
 check_stack()

@@ -12,17 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from recemb.training.environment import versions
+from recemb.stack import REPAIR_TRIO, mismatches, versions
 
 Status = Literal["ok", "note", "missing"]
 
-# Of torch, torchrec and fbgemm only releases made for each other load together: fbgemm 1.8 is built
-# for torch 2.13, 1.9 for 2.14, and torchrec carries fbgemm's number.
-_FBGEMM_TO_TORCH_MINOR = 5
-_REPAIR_TRIO = (
-    "CPU: pip install --no-deps -r requirements-cpu.txt (in recemb's checkout); GPU: pip install "
-    "'torch==2.13.*' 'torchrec==1.8.*' 'fbgemm-gpu==1.8.*'"
-)
 _VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
 _MODULES = ("torch", "torchrec", "fbgemm_gpu", "pyarrow", "safetensors", "pydantic", "yaml", "numpy", "tqdm")
 
@@ -49,35 +42,17 @@ def examine() -> list[Finding]:
     return [finding for check in checks for finding in check()]
 
 
-def trio_matches(torch: str, torchrec: str, fbgemm: str) -> bool:
-    """Whether three versions belong together: torchrec and fbgemm 1.M with torch 2.(M + 5)."""
-    majors_minors = []
-    for text in (torch, torchrec, fbgemm):
-        parts = text.split("+")[0].split(".")
-        if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
-            return False
-        majors_minors.append((int(parts[0]), int(parts[1])))
-    torch_version, torchrec_version, fbgemm_version = majors_minors
-    return (
-        torchrec_version == fbgemm_version
-        and fbgemm_version[0] == 1
-        and torch_version == (2, fbgemm_version[1] + _FBGEMM_TO_TORCH_MINOR)
-    )
-
-
 def _package(name: str, found: dict[str, str]) -> Finding:
     if name in found:
         return Finding(name, "ok", found[name])
-    return Finding(name, "missing", "not installed", _REPAIR_TRIO)
+    return Finding(name, "missing", "not installed", REPAIR_TRIO)
 
 
 def _trio(found: dict[str, str]) -> Finding:
-    trio = [found.get(name, "none") for name in ("torch", "torchrec", "fbgemm")]
-    if trio_matches(*trio):
-        return Finding("matched trio", "ok", "torch, torchrec and fbgemm belong together")
-    return Finding(
-        "matched trio", "missing", f"torch {trio[0]}, torchrec {trio[1]}, fbgemm {trio[2]}", _REPAIR_TRIO
-    )
+    wrong = mismatches(found)
+    if wrong:
+        return Finding("matched trio", "missing", "; ".join(wrong), REPAIR_TRIO)
+    return Finding("matched trio", "ok", "torch, torchrec and fbgemm belong together")
 
 
 def _triton(found: dict[str, str]) -> Finding:
@@ -94,7 +69,7 @@ def _imports() -> Finding:
         # A half-installed C++ extension raises OSError or RuntimeError rather than ImportError.
         except (ImportError, OSError, RuntimeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return Finding("imports", "missing", f"import {name} fails: {first}", _REPAIR_TRIO)
+            return Finding("imports", "missing", f"import {name} fails: {first}", REPAIR_TRIO)
     return Finding("imports", "ok", f"{len(_MODULES)} packages load")
 
 

@@ -1,36 +1,10 @@
-"""What a result depends on besides its configuration: versions, threads, peak memory."""
+"""Peak memory of a run."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from recemb import __version__
-
-_PACKAGES = {
-    "torch": ("torch",),
-    "torchrec": ("torchrec",),
-    "fbgemm": ("fbgemm-gpu-cpu", "fbgemm-gpu"),
-    "triton": ("triton",),
-    "numpy": ("numpy",),
-    "pyarrow": ("pyarrow",),
-    "safetensors": ("safetensors",),
-}
-
-
-def versions() -> dict[str, str]:
-    """recemb, python and the packages that results depend on; a missing package is left out."""
-    found = {"recemb": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name, distributions in _PACKAGES.items():
-        for distribution in distributions:
-            try:
-                found[name] = version(distribution)
-                break
-            except PackageNotFoundError:
-                continue
-    return found
 
 
 def reset_peak_rss() -> None:

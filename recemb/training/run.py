@@ -14,8 +14,9 @@ from torch import nn
 from recemb.data.click_log import ClickLog
 from recemb.errors import Interrupted, NonFiniteError
 from recemb.planner.budget import BudgetedTables
+from recemb.stack import versions
 from recemb.training.config import RunConfig
-from recemb.training.environment import peak_rss_bytes, reset_peak_rss, versions
+from recemb.training.environment import peak_rss_bytes, reset_peak_rss
 from recemb.training.interrupt import StopRequest
 from recemb.training.loop import Evaluation, Outcome, Trainer
 from recemb.training.metrics import MetricValues
