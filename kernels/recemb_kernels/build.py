@@ -38,7 +38,7 @@ FLAGS = (
     "-fPIC",
 )
 _libraries: dict[str, ctypes.CDLL] = {}
-_memory_lock = threading.Lock()
+_locks: dict[str, threading.Lock] = {}
 
 
 class KernelUnavailableError(RuntimeError):
@@ -59,7 +59,8 @@ def load(name: str, sources: Sequence[Path], constants: Mapping[str, int | str])
         KernelUnavailableError: no compiler, or it fails; the message holds its first errors.
     """
     key = _key(sources, constants)
-    with _memory_lock:
+    # A lock per library: a thread waits for its own kernel only, so that several compile at once.
+    with _locks.setdefault(key, threading.Lock()):
         if key not in _libraries:
             _libraries[key] = _load_or_build(name, key, sources, constants)
         return _libraries[key]

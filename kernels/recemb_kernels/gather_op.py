@@ -8,9 +8,11 @@ op's own flat code of its tables, ``features`` holds (table, is mean) per featur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from recemb_kernels.digit_tree.group import Batch, Group, Saved, TableKernel
 from recemb_kernels.update import Update
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_S = TypeVar("_S")
 # torch.library is untyped.
 _LIBRARY = cast(Any, torch.library).Library("recemb", "FRAGMENT")
 _INPUTS = (
@@ -35,17 +38,23 @@ def _opaque(function: _F) -> _F:
     return cast(_F, cast(Any, torch.compiler).disable(function))
 
 
-class GatherOp:
+class GatherOp(Generic[_S]):
     """One op, registered with torch under ``recemb::<name>``.
 
     Args:
         name: the op's name.
-        kernels: turns the flat code of the tables into their compiled kernels.
+        decode: turns the flat code of the tables into their shapes.
+        kernel: compiles the kernel of one shape.
     """
 
-    def __init__(self, name: str, kernels: Callable[[tuple[int, ...]], Sequence[TableKernel]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        decode: Callable[[tuple[int, ...]], Sequence[_S]],
+        kernel: Callable[[_S], TableKernel],
+    ) -> None:
         self.name = name
-        self._kernels = kernels
+        self._decode, self._kernel = decode, kernel
         self._group = lru_cache(maxsize=256)(self._make_group)
         _LIBRARY.define(f"{name}({_INPUTS}) -> (Tensor out, {_SAVED})")
         _LIBRARY.define(
@@ -99,7 +108,10 @@ class GatherOp:
 
     def _make_group(self, tables: tuple[int, ...], features: tuple[int, ...]) -> Group:
         pairs = zip(*[iter(features)] * 2, strict=True)
-        return Group(self._kernels(tables), [(table, bool(mean)) for table, mean in pairs])
+        # Compilers run as processes of their own, so threads are enough to use every core.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = list(pool.map(self._kernel, self._decode(tables)))
+        return Group(kernels, [(table, bool(mean)) for table, mean in pairs])
 
     def _forward(self, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
         *batch, tables, features = rest

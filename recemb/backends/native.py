@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _B = TypeVar("_B", bound=Backend)
 
 
 def pooled_native(
-    op: GatherOp,
+    op: GatherOp[Any],
     tables: Sequence[_B],
     bags: Bags,
     parameters: Callable[[_B], Sequence[nn.Parameter]],

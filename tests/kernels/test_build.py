@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,17 @@ def test_two_processes_at_once(cache: Path, source: Path) -> None:
     assert [process.communicate()[0].strip() for process in running] == ["7"] * 3
     assert len(list(cache.glob("*.so"))) == 1
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_threads_share_one_compilation(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    plain = build._compile
+    monkeypatch.setattr(build, "_compile", lambda *a: (compiled.append(a[0].name), plain(*a)))
+    with ThreadPoolExecutor(6) as pool:
+        wanted = [1, 2, 1, 2, 1, 2]
+        libraries = list(pool.map(lambda k: build.load("answer", [source], {"ANSWER": k}), wanted))
+    assert [library.answer() for library in libraries] == wanted
+    assert len(compiled) == 2
 
 
 def test_cache_dir_that_cannot_be_made_falls_back(

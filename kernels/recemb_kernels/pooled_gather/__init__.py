@@ -77,4 +77,4 @@ def _library(operation: Operation, left: int, right: int) -> ctypes.CDLL:
     return load("pooled_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-pooled_gather = GatherOp("pooled_gather", lambda tables: [_kernel(shape) for shape in _decode(tables)])
+pooled_gather = GatherOp("pooled_gather", _decode, _kernel)

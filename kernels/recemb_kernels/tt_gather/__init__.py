@@ -77,4 +77,4 @@ def _library(dim_shape: tuple[int, ...], ranks: tuple[int, ...]) -> ctypes.CDLL:
     return load("tt_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-tt_gather = GatherOp("tt_gather", lambda tables: [_kernel(shape) for shape in _decode(tables)])
+tt_gather = GatherOp("tt_gather", _decode, _kernel)
