@@ -3,7 +3,7 @@
 ``recemb::<name>(Tensor[] parameters, Tensor ids, Tensor offsets, Tensor? weights, int batch_size,
 int[] tables, int[] features) -> (Tensor out, Tensor counts, Tensor plan, Tensor rows, Tensor partials,
 Tensor packed, Tensor grad_numel)``. What follows ``out`` is re-used by the backward. ``tables`` is the
-op's own flat code of its tables, ``features`` holds (table, is mean) per feature.
+op's own flat code of its tables, ``features`` holds (table, is mean, key base) per feature.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recemb_kernels.digit_tree.group import Batch, Group, Saved, TableKernel
+from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, Saved, TableKernel
 from recemb_kernels.update import Update
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -107,11 +107,11 @@ class GatherOp(Generic[_S]):
         return cast(Tensor, cast(Any, _Eager).apply(static, anchor, ids, offsets, weights, *inputs))
 
     def _make_group(self, tables: tuple[int, ...], features: tuple[int, ...]) -> Group:
-        pairs = zip(*[iter(features)] * 2, strict=True)
+        codes = zip(*[iter(features)] * 3, strict=True)
         # Compilers run as processes of their own, so threads are enough to use every core.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = list(pool.map(self._kernel, self._decode(tables)))
-        return Group(kernels, [(table, bool(mean)) for table, mean in pairs])
+        return Group(kernels, [FeatureCode(table, bool(mean), base) for table, mean, base in codes])
 
     def _forward(self, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
         *batch, tables, features = rest

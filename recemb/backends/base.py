@@ -131,6 +131,12 @@ class Backend(nn.Module, ABC):
             include_last_offset=True,
         )
 
+    @property
+    def key_base(self) -> int:
+        """Rows of the peers before this table: ids plus it are distinct over a shared storage."""
+        before = self.peers[: self.peers.index(self.table)]
+        return sum(peer.num_embeddings for peer in before)
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of this table's storage, those of its owner when it shares one."""
         return dict((self._owner[0] if self._owner else self).named_parameters())

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
+from recemb.backends.native import pooled_native
+from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.id_maps.hashing import UniversalHash, stable_integer
 from recemb.id_maps.radix import ceil_div
 from recemb.spec import ROBE, TableSpec
+from recemb_kernels.robe_gather import RobeShape, encode, robe_gather
 
 
 class ROBEBackend(Backend):
@@ -88,6 +93,17 @@ class ROBEBackend(Backend):
         values = self.storage.view(-1)[index]
         return torch.where(negative, -values, values) if _compression(self.table).use_sign else values
 
+    @classmethod
+    def pooled(cls, tables: Sequence[ROBEBackend], bags: Bags) -> Tensor:
+        # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
+        fits = all(
+            peer.embedding_dim == table.table.embedding_dim for table in tables for peer in table.peers
+        )
+        pooled = (
+            pooled_native(robe_gather, tables, bags, lambda owner: [owner.array], _code) if fits else None
+        )
+        return super().pooled(tables, bags) if pooled is None else pooled
+
     def reset_parameters(self) -> None:
         if self._owner:
             return
@@ -121,3 +137,27 @@ class ROBEBackend(Backend):
 def _compression(table: TableSpec) -> ROBE:
     assert isinstance(table.compression, ROBE)
     return table.compression
+
+
+def _code(owners: Sequence[ROBEBackend]) -> tuple[int, ...]:
+    return encode([_shape(owner.peers, owner.array.shape[0]) for owner in owners])
+
+
+@lru_cache(maxsize=256)
+def _shape(peers: tuple[TableSpec, ...], rows: int) -> RobeShape:
+    compression, dim = _compression(peers[0]), peers[0].embedding_dim
+    blocks = ceil_div(dim, compression.block_size)
+    hashes = [UniversalHash.from_seed(compression.seed, f"robe/{kind}") for kind in ("slot", "sign")]
+    slot, sign = hashes
+    bases = [0, *accumulate(peer.num_embeddings for peer in peers)][:-1]
+    tables = [stable_integer(peer.name) for peer in peers]
+    return RobeShape(
+        dim=dim,
+        block_size=compression.block_size,
+        rows=rows,
+        signed=compression.use_sign,
+        slot=(slot.b, slot.q),
+        sign=(sign.b, sign.q),
+        key_bases=tuple(bases),
+        offsets=tuple(x for table in tables for family in hashes for x in family.offsets(table, blocks)),
+    )

@@ -44,6 +44,11 @@ class UniversalHash:
         a, b, c, q = (stable_integer(f"recemb/{purpose}/{seed}/{k}") % (MERSENNE_61 - 1) + 1 for k in "ABCQ")
         return cls(a, b, c, stable_integer(f"recemb/{purpose}/{seed}/D"), q)
 
+    def offsets(self, table: int, num_blocks: int) -> list[int]:
+        """(A e + C b + D) mod P of every block b: what does not depend on the row."""
+        base = self.a * table + self.d
+        return [(base + self.c * block) % MERSENNE_61 for block in range(num_blocks)]
+
     def blocks(self, table: int, ids: Tensor, num_blocks: int) -> Tensor:
         """Hash every block of every row.
 
@@ -55,9 +60,7 @@ class UniversalHash:
         Returns:
             [L, num_blocks] int64 in [0, P).
         """
-        base = self.a * table + self.d
-        constants = [(base + self.c * block) % MERSENNE_61 for block in range(num_blocks)]
-        offset = torch.tensor(constants, dtype=torch.int64, device=ids.device)
+        offset = torch.tensor(self.offsets(table, num_blocks), dtype=torch.int64, device=ids.device)
         rows = _multiply(_wrap(_multiply(ids, self.q) + self.b), ids)
         return _wrap(rows[:, None] + offset)
 

@@ -126,9 +126,10 @@ def test_no_compiler_warns_once_and_names_the_fix(
 
 _SANITIZED = """
 import torch
-from recemb_kernels.digit_tree.group import Batch, Group
-from recemb_kernels import pooled_gather, tt_gather
+from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
+from recemb_kernels import pooled_gather, robe_gather, tt_gather
 from recemb_kernels.pooled_gather import Operation, RowShape
+from recemb_kernels.robe_gather import RobeShape
 from recemb_kernels.tt_gather import TrainShape
 
 torch.manual_seed(0)
@@ -137,7 +138,7 @@ shapes = [
     TrainShape((11, 7), (3, 2), (1, 5, 1)),
     TrainShape((3, 3, 3, 3), (2, 1, 2, 2), (1, 2, 3, 2, 1)),
 ]
-features = [(0, False), (1, True), (2, False), (0, True)]
+features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (0, True))]
 trains = Group([tt_gather._kernel(shape) for shape in shapes], features)
 cores = [
     torch.randn(p, r * q * s)
@@ -151,7 +152,10 @@ stores = [
 ]
 rows = Group([pooled_gather._kernel(shape) for shape in stores], features)
 tables = [torch.randn(n, w) for shape in stores for n, w in zip(shape.rows, shape.widths)]
-groups = ((trains, cores), (rows, tables))
+shared = RobeShape(6, 4, 9, True, (11, 13), (17, 19), (0, 504, 581), tuple(range(5, 17)))
+arrays = [FeatureCode(0, False), FeatureCode(0, True, 504), FeatureCode(0, False, 581), FeatureCode(0, True)]
+robe = Group([robe_gather._kernel(shared)], arrays)
+groups = ((trains, cores), (rows, tables), (robe, [torch.randn(9, 4)]))
 for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in ((0, 1), (1, 1), (33, 4))):
     lengths = torch.randint(0, longest + 1, (4 * batch_size,))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -15,7 +15,7 @@ from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
-from recemb.spec import MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb.spec import ROBE, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 
 # (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
@@ -35,9 +35,17 @@ TABLES = {
     "one_quotient": (50, 4, QuotientRemainder(collisions=50)),
     "narrow": (1000, 16, MixedDimension(dim=3)),
     "narrowest": (1000, 8, MixedDimension(dim=1)),
+    "robe_row": (1000, 16, ROBE(compress_rate=20, block_size=16, group="row")),
+    "robe_short": (999, 16, ROBE(compress_rate=20, block_size=5, group="short", use_sign=True)),
+    "robe_long": (300, 6, ROBE(compress_rate=9, block_size=16, group="long")),
+    "robe_single": (50, 16, ROBE(compress_rate=50, block_size=16, group="single", use_sign=True)),
+    "robe_ones": (500, 7, ROBE(compress_rate=10, block_size=1, group="ones")),
+    "robe_shared": (700, 16, ROBE(compress_rate=30, block_size=8, group="shared")),
+    "robe_sharing": (40, 16, ROBE(compress_rate=30, block_size=8, group="shared")),
 }
 TRAINS = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, TensorTrain))
 ROWS = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, QuotientRemainder))
+ROBES = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, ROBE))
 NARROW = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, MixedDimension))
 
 
@@ -70,7 +78,8 @@ def _bags(tables: Sequence[Backend], batch: int, longest: int, *, weighted: bool
 
 
 def _parameters(tables: Sequence[Backend]) -> list[Tensor]:
-    return [core for table in dict.fromkeys(tables) for core in table.own_parameters().values()]
+    stored = [core for table in tables for core in table.own_parameters().values()]
+    return list(dict.fromkeys(stored))
 
 
 def _plain(kind: type[Backend], tables: Sequence[Backend], bags: Bags) -> Tensor:
@@ -120,7 +129,7 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 @given(
     names=st.one_of(
         st.lists(st.sampled_from(names), min_size=1, max_size=5, unique=True)
-        for names in (TRAINS, ROWS, NARROW)
+        for names in (TRAINS, ROWS, NARROW, ROBES)
     ),
     longest=st.integers(1, 6),
     weighted=st.booleans(),
@@ -142,7 +151,7 @@ def test_a_table_of_several_features_is_updated_once() -> None:
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("names", [["rank13", "two_cores"], ["mult", "mult_odd"]])
+@pytest.mark.parametrize("names", [["rank13", "two_cores"], ["mult", "mult_odd"], ["robe_row", "robe_ones"]])
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_empty_bags_and_batches(batch: int, names: list[str]) -> None:
     tables = _tables(names, "mean")
@@ -153,7 +162,7 @@ def test_empty_bags_and_batches(batch: int, names: list[str]) -> None:
     assert all(not grad.any() for grad in grads)
 
 
-@pytest.mark.parametrize("names", [["rank32", "four_cores"], ["mult", "concat", "one_quotient"]])
+@pytest.mark.parametrize("names", [["rank32", "four_cores"], ["mult", "concat", "one_quotient"], ROBES])
 def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
@@ -168,7 +177,7 @@ def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.
         assert torch.equal(poisoned, expected)
 
 
-@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"]])
+@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"], ROBES])
 def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
@@ -213,7 +222,7 @@ def test_opcheck_and_compile() -> None:
     tables = _tables(["rank13", "two_cores"], "sum")
     bags = _bags(tables, 9, 3, weighted=True, seed=9)
     shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
-    code = (encode(shapes), (0, 0, 1, 0))
+    code = (encode(shapes), (0, 0, 0, 1, 0, 0))
     cores = _parameters(tables)
     arguments = (cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, *map(list, code))
     torch.library.opcheck(torch.ops.recemb.tt_gather.default, arguments)

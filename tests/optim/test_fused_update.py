@@ -14,6 +14,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec import KeyedJaggedTensor
 
 from recemb import (
+    ROBE,
     Compression,
     Dense,
     EmbeddingBagCollection,
@@ -41,6 +42,7 @@ COMPRESSIONS: dict[str, Compression] = {
     "add": QuotientRemainder(collisions=30, operation="add"),
     "concat": QuotientRemainder(collisions=30, operation="concat"),
     "md": MixedDimension(dim=3),
+    "robe": ROBE(compress_rate=20, block_size=8),
     "dense": Dense(),
 }
 
@@ -209,7 +211,7 @@ def test_a_forward_alone_changes_nothing() -> None:
         assert float(parameter._in_backward_optimizers[0].state[parameter]["step"]) == 0
 
 
-@pytest.mark.parametrize("method", ["tt", "mult", "md", "dense"])
+@pytest.mark.parametrize("method", ["tt", "mult", "md", "robe", "dense"])
 def test_no_gradient_of_a_large_parameter_is_made(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = _collection(COMPRESSIONS[method])
     apply_optimizer_in_backward(torch.optim.SGD, ours.parameters(), {"lr": 0.1})

@@ -5,46 +5,23 @@
 #include <algorithm>
 #include <vector>
 
+#include "recemb_sort.h"
 #include "recemb_tree.h"
 
 using namespace recemb;
 
 namespace {
 
-// Sorts (key, value) pairs by key, stable, in passes of 11 bits; only the bits that `top` has are visited.
-void radix_sort(std::vector<int64_t>& key, std::vector<int32_t>& value, int64_t top) {
-  constexpr int BITS = 11, BUCKETS = 1 << BITS;
-  const int64_t n = static_cast<int64_t>(key.size());
-  if (n < 2) return;
-  std::vector<int64_t> key2(n);
-  std::vector<int32_t> value2(n);
-  for (int shift = 0; shift < 63 && (top >> shift) > 0; shift += BITS) {
-    int64_t count[BUCKETS] = {};
-    for (int64_t i = 0; i < n; i++) count[(key[i] >> shift) & (BUCKETS - 1)]++;
-    int64_t at = 0;
-    for (int b = 0; b < BUCKETS; b++) {
-      const int64_t here = count[b];
-      count[b] = at;
-      at += here;
-    }
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t to = count[(key[i] >> shift) & (BUCKETS - 1)]++;
-      key2[to] = key[i];
-      value2[to] = value[i];
-    }
-    key.swap(key2);
-    value.swap(value2);
-  }
-}
-
-// Six arrays per level and three for the ids, each with room for every id of the call plus one per table.
+// The ids' keys in 64 bits, three arrays for the ids and six per level in 32, each with room for every id of the
+// call plus one per table.
 struct Layout {
   int32_t* plan;
   int64_t room;
-  int32_t* slot() const { return plan; }             // by position in the batch: distinct row within its table
-  int32_t* bag() const { return plan + room; }       // by position: bag it belongs to
-  int32_t* perm() const { return plan + 2 * room; }  // per table: positions in order of their row
-  int32_t* level(int l, int which) const { return plan + (3 + 6 * l + which) * room; }
+  int64_t* key() const { return reinterpret_cast<int64_t*>(plan); }  // per table: distinct keys, rising
+  int32_t* slot() const { return plan + 2 * room; }  // by position in the batch: distinct row within its table
+  int32_t* bag() const { return plan + 3 * room; }   // by position: bag it belongs to
+  int32_t* perm() const { return plan + 4 * room; }  // per table: positions in order of their row
+  int32_t* level(int l, int which) const { return plan + (5 + 6 * l + which) * room; }
 };
 
 Layout layout(const Call* call) { return {call->plan, call->num_ids + call->num_tables}; }
@@ -57,6 +34,7 @@ void bind(const Call* call) {
     const Counts& counts = call->counts[t];
     const int64_t at = counts.base + t;
     table.counts = &counts;
+    table.keys = lay.key() + at;
     for (int l = 0; l < table.order; l++)
       table.level[l] = {counts.nodes[l],        counts.touched[l],       lay.level(l, 0) + at,
                         lay.level(l, 1) + at,   lay.level(l, 2) + at,    lay.level(l, 3) + at,
@@ -96,8 +74,8 @@ void plan_table(const Call* call, const Table& table, int64_t index) {
   for (int64_t f = 0; f < call->num_features; f++) {
     if (call->features[f].table != index) continue;
     for (int64_t i = call->offsets[f * call->batch]; i < call->offsets[(f + 1) * call->batch]; i++) {
-      key[filled] = call->ids[i];
-      top |= call->ids[i];
+      key[filled] = call->ids[i] + call->features[f].key_base;
+      top |= key[filled];
       position[filled++] = static_cast<int32_t>(i);
     }
   }
@@ -112,7 +90,7 @@ void plan_table(const Call* call, const Table& table, int64_t index) {
   }
   for (int64_t i = 0; i < counts.ids; i++) {
     if (i == 0 || key[i] != key[i - 1]) {
-      prefix[order - 1] = key[i];
+      lay.key()[at + nodes[order - 1]] = prefix[order - 1] = key[i];
       for (int l = order - 1; l > 0; l--) prefix[l - 1] = prefix[l] / table.radix[l];
       for (int l = 0; l < order; l++) {
         if (prefix[l] == last[l]) continue;
@@ -128,6 +106,8 @@ void plan_table(const Call* call, const Table& table, int64_t index) {
   for (int l = 0; l < order; l++) {
     first[l][nodes[l]] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : counts.ids);
     counts.nodes[l] = nodes[l];
+    // A table that is not read by digit has no radix, and its keys may be too large for one.
+    if (table.radix[l] == 0) continue;
     counts.touched[l] = group_by_digit(nodes[l], table.radix[l], digit[l], lay.level(l, 3) + at,
                                        lay.level(l, 4) + at, lay.level(l, 5) + at);
   }

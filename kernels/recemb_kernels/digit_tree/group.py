@@ -18,7 +18,7 @@ from recemb_kernels.update import Update
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
 # int32 arrays of a plan (driver.cpp, struct Layout), each as long as the ids plus one per table.
-_ARRAYS, _ARRAYS_PER_LEVEL = 3, 6
+_ARRAYS, _ARRAYS_PER_LEVEL = 5, 6
 _Pointers = ctypes.c_void_p * MAX_ORDER
 _Integers = ctypes.c_int64 * MAX_ORDER
 
@@ -39,7 +39,7 @@ class _Level(ctypes.Structure):
 
 
 class _Feature(ctypes.Structure):
-    _fields_ = (("table", ctypes.c_int64), ("column", ctypes.c_int64), ("mean", ctypes.c_int64))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("table", "column", "mean", "key_base"))
 
 
 class _Table(ctypes.Structure):
@@ -55,7 +55,9 @@ class _Table(ctypes.Structure):
         ("backward", ctypes.c_void_p),
         ("packed_width", _Integers),
         ("product_width", _Integers),
+        ("constants", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
         ("level", _Level * MAX_ORDER),
     )
 
@@ -68,7 +70,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "features", "tables")),
         *((name, ctypes.c_void_p) for name in ("counts", "plan")),
         *((name, ctypes.c_void_p) for name in ("packed", "partials", "rows", "out", "grad_out")),
-        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_rows", "grad_partials")),
+        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_rows", "grad_partials", "scratch")),
         *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "step")),
     )
 
@@ -83,6 +85,7 @@ class TableKernel:
         radices: p_1 .. p_d; digit k of an id selects a row of parameter k.
         packed_widths: floats of a packed row of each parameter, 0 where rows are read in place.
         product_widths: floats that a node of each level holds.
+        constants: int64 numbers that the kernel reads.
     """
 
     library: ctypes.CDLL
@@ -90,6 +93,16 @@ class TableKernel:
     radices: tuple[int, ...]
     packed_widths: tuple[int, ...]
     product_widths: tuple[int, ...]
+    constants: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FeatureCode:
+    """One feature of a call: its table, whether its bags are averaged, and what is added to its ids."""
+
+    table: int
+    mean: bool
+    key_base: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,17 +141,18 @@ class Group:
 
     Args:
         kernels: one per table.
-        features: (table, is mean) per feature; their columns follow each other in this order.
+        features: one per feature; their columns follow each other in this order.
 
     Raises:
         KernelUnavailableError: nothing can be compiled here.
     """
 
-    def __init__(self, kernels: Sequence[TableKernel], features: Sequence[tuple[int, bool]]) -> None:
+    def __init__(self, kernels: Sequence[TableKernel], features: Sequence[FeatureCode]) -> None:
         self._driver = _driver()
         self._kernels = tuple(kernels)
         self.order = max(len(kernel.radices) for kernel in kernels)
         self._tables = (_Table * len(kernels))()
+        self._constants: list[ctypes.Array[ctypes.c_int64]] = []
         for table, kernel in zip(self._tables, kernels, strict=True):
             table.forward = ctypes.cast(kernel.library.recemb_table_forward, ctypes.c_void_p)
             table.backward = ctypes.cast(kernel.library.recemb_table_backward, ctypes.c_void_p)
@@ -147,11 +161,16 @@ class Group:
                 table.radix[k] = radix
                 table.packed_width[k] = kernel.packed_widths[k]
                 table.product_width[k] = kernel.product_widths[k]
+            if kernel.constants:
+                numbers = (ctypes.c_int64 * len(kernel.constants))(*kernel.constants)
+                self._constants.append(numbers)
+                table.constants = ctypes.addressof(numbers)
         self._features = (_Feature * len(features))()
         self.columns = 0
-        for feature, (index, mean) in zip(self._features, features, strict=True):
-            feature.table, feature.column, feature.mean = index, self.columns, int(mean)
-            self.columns += kernels[index].dim
+        for feature, code in zip(self._features, features, strict=True):
+            feature.table, feature.column = code.table, self.columns
+            feature.mean, feature.key_base = int(code.mean), code.key_base
+            self.columns += kernels[code.table].dim
 
     def forward(self, parameters: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Saved]:
         """Pool a batch: [B, sum of D], and what the backward needs."""

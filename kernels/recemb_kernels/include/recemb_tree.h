@@ -32,9 +32,10 @@ struct Level {
   const int32_t* touched_start;  // [touched + 1] into by_digit
 };
 
-// One feature's bags: where they start and where they are pooled to. 64-bit fields throughout.
+// One feature: its table, where it is pooled to, and what is added to its ids, so that several features' ids
+// can be told apart within one table. 64-bit fields throughout.
 struct Feature {
-  int64_t table, column, mean;
+  int64_t table, column, mean, key_base;
 };
 
 struct Table {
@@ -48,7 +49,9 @@ struct Table {
   void (*backward)(const Table*, struct Call*);
   int64_t packed_width[MAX_ORDER];   // floats of one packed row of a parameter, 0 where rows are not packed
   int64_t product_width[MAX_ORDER];  // floats that one node of the level holds
+  const int64_t* constants;          // the kernel's own, or null
   const Counts* counts;
+  const int64_t* keys;  // [distinct rows] id plus key_base, rising
   Level level[MAX_ORDER];
 };
 
@@ -69,6 +72,7 @@ struct Call {
   float* grad_weights;   // null when not asked for
   float* grad_rows;
   float* grad_partials;
+  void* scratch;         // of the kernel at work
   double lr, eps, beta1, beta2, step;
 };
 

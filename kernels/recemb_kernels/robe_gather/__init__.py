@@ -1,0 +1,103 @@
+"""``recemb::robe_gather``: pool bags of ROBE rows of any number of shared arrays in one call.
+
+    out[b, columns of feature f] = sum over the bag of w * row(e, x)
+    row(e, x)[j] = g(e, x, j // Z) * M[(h(e, x, j // Z) mod |M| + j mod Z) mod |M|]
+
+The tables of one array are one table of the driver; a feature's key base tells them apart. The schema is that
+of every gather op (:mod:`recemb_kernels.gather_op`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from recemb_kernels.build import load
+from recemb_kernels.digit_tree.group import TableKernel
+from recemb_kernels.gather_op import GatherOp
+
+__all__ = ["RobeShape", "encode", "robe_gather"]
+
+_HEAD = 6
+
+
+@dataclass(frozen=True)
+class RobeShape:
+    """One shared array and the hashes of its tables, all of one dim.
+
+    Args:
+        dim: D.
+        block_size: Z.
+        rows: |M| / Z.
+        signed: whether blocks carry a hashed sign.
+        slot, sign: coefficients B and Q of the two hashes.
+        key_bases: per table, rising, what its features add to their ids.
+        offsets: per table, (A e + C b + D) mod P of each block's slot, then of each block's sign.
+    """
+
+    dim: int
+    block_size: int
+    rows: int
+    signed: bool
+    slot: tuple[int, int]
+    sign: tuple[int, int]
+    key_bases: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def encode(shapes: Sequence[RobeShape]) -> tuple[int, ...]:
+    """The op's flat code of its arrays."""
+    flat: list[int] = []
+    for s in shapes:
+        flat += [s.dim, s.block_size, s.rows, s.signed, *s.slot, *s.sign, len(s.key_bases), len(s.offsets)]
+        flat += [*s.key_bases, *s.offsets]
+    return tuple(flat)
+
+
+def _decode(flat: tuple[int, ...]) -> list[RobeShape]:
+    shapes, at = [], 0
+    while at < len(flat):
+        dim, block_size, rows, signed, b, q, sign_b, sign_q, tables, offsets = flat[at : at + 10]
+        bases, end = at + 10 + tables, at + 10 + tables + offsets
+        shapes.append(
+            RobeShape(
+                dim,
+                block_size,
+                rows,
+                bool(signed),
+                (b, q),
+                (sign_b, sign_q),
+                flat[at + 10 : bases],
+                flat[bases:end],
+            )
+        )
+        at = end
+    return shapes
+
+
+def _kernel(shape: RobeShape) -> TableKernel:
+    return TableKernel(
+        library=_library(shape.dim, shape.block_size, shape.signed),
+        dim=shape.dim,
+        # Keys are not digits: no grouping by row of the array, which the kernel does by hashed place.
+        radices=(0,),
+        packed_widths=(0,),
+        product_widths=(0,),
+        constants=(
+            *(shape.rows, len(shape.key_bases)),
+            *(*shape.slot, *shape.sign),
+            *(*shape.key_bases, *shape.offsets),
+        ),
+    )
+
+
+@cache
+def _library(dim: int, block_size: int, signed: bool) -> ctypes.CDLL:
+    constants = {"DIM": dim, "BLOCK": block_size, "SIGNED": int(signed)}
+    return load("robe_table", [Path(__file__).parent / "cpu.cpp"], constants)
+
+
+robe_gather = GatherOp("robe_gather", _decode, _kernel)
