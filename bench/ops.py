@@ -1,6 +1,6 @@
 """Step time of a compressed look-up against fbgemm's uncompressed one, in one process.
 
-    python bench/ops.py                      # tensor trains, N = 10 M, D = 16, B = 4,096
+    python bench/ops.py                      # every method, N = 10 M, D = 16, B = 4,096
     python bench/ops.py --batch 65536 --ids permuted --optimizer sgd
 
 A step is forward, backward and fused update of one table with one-hot bags. Cases take turns, round by round,
@@ -27,7 +27,16 @@ from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import KeyedJaggedTensor
 
-from recemb import EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
+from recemb import (
+    ROBE,
+    Compression,
+    Dense,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    MixedDimension,
+    QuotientRemainder,
+    TensorTrain,
+)
 from recemb.backends.tt_shapes import flops_per_row, tt_shapes
 
 Step = Callable[[Tensor], None]
@@ -56,8 +65,14 @@ def main() -> None:
         "fbgemm TBE": _tbe(args, grad),
         "torch EmbeddingBag sparse": _sparse(args, grad),
     }
-    for rank in args.ranks:
-        cases[f"recemb TT R={rank}"] = _train(args, rank, grad)
+    compressions = {f"TT R={rank}": TensorTrain(rank=rank) for rank in args.ranks} | {
+        "ROBE Z=D 1000x": ROBE(compress_rate=1000, block_size=args.dim),
+        "QR mult c=4": QuotientRemainder(collisions=4),
+        "MD d=4": MixedDimension(dim=4),
+        "Dense": Dense(),
+    }
+    for name, compression in compressions.items():
+        cases[f"recemb {name}"] = _recemb(args, compression, grad)
     for step in cases.values():
         for ids in batches[:3]:
             step(ids)
@@ -135,7 +150,7 @@ def _sparse(args: argparse.Namespace, grad: Tensor) -> Step:
     return step
 
 
-def _train(args: argparse.Namespace, rank: int, grad: Tensor) -> Step:
+def _recemb(args: argparse.Namespace, compression: Compression, grad: Tensor) -> Step:
     """The whole public path: a KeyedJaggedTensor through the collection, id checks included."""
     collection = EmbeddingBagCollection(
         tables=[
@@ -144,7 +159,7 @@ def _train(args: argparse.Namespace, rank: int, grad: Tensor) -> Step:
                 num_embeddings=args.rows,
                 embedding_dim=args.dim,
                 feature_names=["f"],
-                compression=TensorTrain(rank=rank),
+                compression=compression,
             )
         ]
     )
