@@ -25,10 +25,11 @@ class Update:
 
     Args:
         kind: the rule.
+        lr_decay: Adagrad's; step t has the rate lr / (1 + (t - 1) lr_decay).
         state: per parameter, its first state (float32, contiguous), or empty for none: Adagrad's sum
             [rows, width], row-wise Adagrad's [rows, 1], Adam's first moment.
         state2: per parameter, Adam's second moment, or empty.
-        step: 1 for the first step (Adam's bias correction).
+        steps: per parameter, its number of steps so far, [] float32; the update adds one. Empty for none.
     """
 
     kind: Kind
@@ -36,6 +37,7 @@ class Update:
     eps: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
-    step: int = 0
+    lr_decay: float = 0.0
     state: Sequence[Tensor] = ()
     state2: Sequence[Tensor] = ()
+    steps: Sequence[Tensor] = ()

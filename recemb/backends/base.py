@@ -34,6 +34,16 @@ from recemb.spec import Compression, TableSpec
 BLOCK_NUMEL = 2**24
 
 
+class Memo(dict[Any, Any]):
+    """What can be worked out again, such as compiled kernels: copies and pickles of its owner start empty."""
+
+    def __deepcopy__(self, memo: object) -> Memo:
+        return Memo()
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        return Memo, ()
+
+
 class Backend(nn.Module, ABC):
     """Storage of one table under one compression method.
 
@@ -59,6 +69,7 @@ class Backend(nn.Module, ABC):
         # In a tuple, so that nn.Module does not register the owner's parameters a second time: a shared
         # array then has one state-dict key, and .to(), to_empty() and assign-loading cannot split it.
         self._owner = () if owner is None else (owner,)
+        self.memo = Memo()
         if owner is None:
             dtype = getattr(torch, table.dtype)
             for name, shape in self.param_shapes(self.peers).items():

@@ -35,9 +35,7 @@ class DenseBackend(Backend):
     def pooled(cls, tables: Sequence[DenseBackend], bags: Bags) -> Tensor:
         # With a fused optimizer no gradient of N x D is made. Without one, plain torch: the same bits as
         # nn.EmbeddingBag, and a gradient for the user's own optimizer.
-        pooled = pooled_native(
-            pooled_gather, tables, bags, lambda table: [table.weight], _code, fused_only=True
-        )
+        pooled = pooled_native(pooled_gather, tables, bags, _code, fused_only=True)
         return super().pooled(tables, bags) if pooled is None else pooled
 
     def pooled_feature(self, bags: Bags) -> Tensor:

@@ -59,11 +59,8 @@ class MixedDimensionBackend(Backend):
 
     @classmethod
     def pooled(cls, tables: Sequence[MixedDimensionBackend], bags: Bags) -> Tensor:
-        narrow = pooled_native(pooled_gather, tables, bags, lambda table: [table.e], _code)
-        if narrow is None:
-            return super().pooled(tables, bags)
-        pieces = torch.split(narrow, [table.e.shape[1] for table in tables], dim=1)
-        return torch.cat([piece @ table.p for piece, table in zip(pieces, tables, strict=True)], dim=1)
+        pooled = pooled_native(pooled_gather, tables, bags, _code)
+        return super().pooled(tables, bags) if pooled is None else pooled
 
     def pooled_feature(self, bags: Bags) -> Tensor:
         # The projection is linear: pool the narrow rows first and project B bags instead of L ids.
@@ -83,5 +80,11 @@ class MixedDimensionBackend(Backend):
 
 
 def _code(tables: Sequence[MixedDimensionBackend]) -> tuple[int, ...]:
-    shapes = [table.e.shape for table in tables]
-    return encode([RowShape(Operation.ROW, (rows,), (width,)) for rows, width in shapes])
+    return encode(
+        [
+            RowShape(
+                Operation.PROJECT, (len(table.e), len(table.p)), (len(table.p), table.table.embedding_dim)
+            )
+            for table in tables
+        ]
+    )

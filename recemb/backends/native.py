@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recemb.backends.base import Backend
 from recemb.bags import Bags
+from recemb.errors import NonFiniteError
 from recemb.optim import fused_update
-from recemb_kernels.gather_op import GatherOp
+from recemb_kernels.gather_op import Code, GatherOp
 from recemb_kernels.native import attempt
 
 _B = TypeVar("_B", bound=Backend)
@@ -26,8 +28,7 @@ def pooled_native(
     op: GatherOp[Any],
     tables: Sequence[_B],
     bags: Bags,
-    parameters: Callable[[_B], Sequence[nn.Parameter]],
-    encode: Callable[[Sequence[_B]], tuple[int, ...]],
+    encode: Callable[[Sequence[_B]], tuple[int, ...] | None],
     *,
     fused_only: bool = False,
 ) -> Tensor | None:
@@ -39,27 +40,56 @@ def pooled_native(
         op: the kernel.
         tables: ``tables[f]`` for feature f.
         bags: F features.
-        parameters: what the kernel reads of one table.
-        encode: the kernel's code of the distinct storages, given by the tables that own them.
-        fused_only: leave it to plain torch unless an optimizer is fused.
+        encode: the kernel's code of the distinct storages, given by the tables that own them, whose
+            parameters go to the kernel in the order of ``param_shapes``; ``None`` when it has none for them.
+        fused_only: leave training to plain torch unless an optimizer is fused.
+
+    Raises:
+        NonFiniteError: in the backward of a fused update, before any weight changes.
     """
+    owners, code = _prepare(op, tables, encode)
+    if code is None:
+        return None
+    # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
+    stores = [store for owner in owners for store in owner._parameters.values() if store is not None]
+    if not all(store.is_cpu and store.dtype is torch.float32 for store in stores):
+        return None
+    training = torch.is_grad_enabled()
+    update = fused_update(stores) if training else None
+    if fused_only and training and update is None:
+        return None
+    weights = None if bags.weights is None else bags.weights.float()
+    return attempt(
+        op.name, lambda: op(stores, bags.ids, bags.offsets, weights, bags.batch_size, code, update)
+    )
+
+
+def _prepare(
+    op: GatherOp[Any], tables: Sequence[_B], encode: Callable[[Sequence[_B]], tuple[int, ...] | None]
+) -> tuple[list[_B], Code | None]:
+    """The storages of a group and its code; remembered by the group's first table."""
+    key, memo = tuple(tables), tables[0].memo
+    if key in memo and not torch.compiler.is_compiling():
+        owners, code = memo[key]
+        return owners, code
     owners = list(dict.fromkeys(owner_of(table) for table in tables))
-    stores = [parameter for owner in owners for parameter in parameters(owner)]
-    if not all(store.dtype == torch.float32 and store.device.type == "cpu" for store in stores):
-        return None
-    update = fused_update(stores) if torch.is_grad_enabled() else None
-    if fused_only and update is None:
-        return None
     index = {owner: k for k, owner in enumerate(owners)}
     features = tuple(
         x
         for table in tables
         for x in (index[owner_of(table)], int(table.table.pooling == "mean"), table.key_base)
     )
-    weights = None if bags.weights is None else bags.weights.float()
-    return attempt(
-        op.name,
-        lambda: op(
-            stores, bags.ids, bags.offsets, weights, bags.batch_size, (encode(owners), features), update
-        ),
+    shapes = encode(owners)
+    names = [table.table.name for table in tables]
+    code = None if shapes is None else Code(shapes, features, partial(_refusal, names))
+    if not torch.compiler.is_compiling():
+        memo[key] = owners, code
+    return owners, code
+
+
+def _refusal(names: Sequence[str]) -> NonFiniteError:
+    shown = ", ".join(dict.fromkeys(names[:5])) + (", ..." if len(names) > 5 else "")
+    return NonFiniteError(
+        f"the gradient of the pooled rows of tables {shown} is NaN or infinite; none of their weights was "
+        "changed. Lower the learning rate, or look for infinite inputs or losses in this batch"
     )

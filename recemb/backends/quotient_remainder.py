@@ -60,12 +60,7 @@ class QuotientRemainderBackend(Backend):
 
     @classmethod
     def pooled(cls, tables: Sequence[QuotientRemainderBackend], bags: Bags) -> Tensor:
-        fits = all(max(len(table.q), len(table.r)) <= MAX_RADIX for table in tables)
-        pooled = (
-            pooled_native(pooled_gather, tables, bags, lambda table: [table.q, table.r], _code)
-            if fits
-            else None
-        )
+        pooled = pooled_native(pooled_gather, tables, bags, _code)
         return super().pooled(tables, bags) if pooled is None else pooled
 
     def reset_parameters(self) -> None:
@@ -150,7 +145,9 @@ def _compression(table: TableSpec) -> QuotientRemainder:
     return table.compression
 
 
-def _code(tables: Sequence[QuotientRemainderBackend]) -> tuple[int, ...]:
+def _code(tables: Sequence[QuotientRemainderBackend]) -> tuple[int, ...] | None:
+    if any(max(len(table.q), len(table.r)) > MAX_RADIX for table in tables):
+        return None
     return encode(
         [
             RowShape(

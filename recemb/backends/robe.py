@@ -95,13 +95,7 @@ class ROBEBackend(Backend):
 
     @classmethod
     def pooled(cls, tables: Sequence[ROBEBackend], bags: Bags) -> Tensor:
-        # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
-        fits = all(
-            peer.embedding_dim == table.table.embedding_dim for table in tables for peer in table.peers
-        )
-        pooled = (
-            pooled_native(robe_gather, tables, bags, lambda owner: [owner.array], _code) if fits else None
-        )
+        pooled = pooled_native(robe_gather, tables, bags, _code)
         return super().pooled(tables, bags) if pooled is None else pooled
 
     def reset_parameters(self) -> None:
@@ -139,7 +133,10 @@ def _compression(table: TableSpec) -> ROBE:
     return table.compression
 
 
-def _code(owners: Sequence[ROBEBackend]) -> tuple[int, ...]:
+def _code(owners: Sequence[ROBEBackend]) -> tuple[int, ...] | None:
+    # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
+    if any(peer.embedding_dim != owner.table.embedding_dim for owner in owners for peer in owner.peers):
+        return None
     return encode([_shape(owner.peers, owner.array.shape[0]) for owner in owners])
 
 

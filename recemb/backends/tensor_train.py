@@ -55,8 +55,7 @@ class TensorTrainBackend(Backend):
 
     @classmethod
     def pooled(cls, tables: Sequence[TensorTrainBackend], bags: Bags) -> Tensor:
-        fits = all(len(table.cores) <= MAX_ORDER for table in tables)
-        pooled = pooled_native(tt_gather, tables, bags, _cores, _code) if fits else None
+        pooled = pooled_native(tt_gather, tables, bags, _code)
         return super().pooled(tables, bags) if pooled is None else pooled
 
     def reset_parameters(self) -> None:
@@ -112,14 +111,9 @@ class TensorTrainBackend(Backend):
         return cores
 
 
-def _cores(table: TensorTrainBackend) -> list[nn.Parameter]:
-    return list(table.own_parameters().values())
-
-
-def _code(tables: Sequence[TensorTrainBackend]) -> tuple[int, ...]:
-    return encode(
-        [TrainShape(*table_shapes(table.table), _compression(table.table).ranks) for table in tables]
-    )
+def _code(tables: Sequence[TensorTrainBackend]) -> tuple[int, ...] | None:
+    shapes = [TrainShape(*table_shapes(table.table), _compression(table.table).ranks) for table in tables]
+    return None if any(len(shape.row_shape) > MAX_ORDER for shape in shapes) else encode(shapes)
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:

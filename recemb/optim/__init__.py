@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,12 +26,14 @@ from recemb.optim.sgd import sgd_update
 from recemb_kernels.update import Update
 
 _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Update]
+# These move rows that the batch does not touch, or ascend.
+_NOT_FUSED = ("momentum", "weight_decay", "amsgrad", "maximize")
 
 
 def fused_update(parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
     """What makes the update that the parameters' in-backward optimizers ask for, once per backward.
 
-    Calling it counts a step and reads the learning rate of that moment.
+    Calling it reads the learning rate of that moment.
 
     Returns:
         ``None`` when there is no such optimizer, when the parameters' optimizers differ in class or
@@ -38,27 +41,29 @@ def fused_update(parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | N
         of the batch.
     """
     optimizers: list[torch.optim.Optimizer] = []
+    first: dict[str, Any] = {}
     for parameter in parameters:
         attached: Sequence[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", ())
         if len(attached) != 1:
             return None
-        optimizers.append(attached[0])
-    if not optimizers or any(_settings(other) != _settings(optimizers[0]) for other in optimizers):
+        (optimizer,) = attached
+        (group,) = optimizer.param_groups
+        if not optimizers:
+            first = group
+        elif type(optimizer) is not type(optimizers[0]) or not _same_settings(group, first):
+            return None
+        optimizers.append(optimizer)
+    if not optimizers or any(first.get(option) for option in _NOT_FUSED):
         return None
     rule = _rule(optimizers[0])
     return None if rule is None else partial(rule, optimizers, parameters)
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> tuple[object, ...]:
-    (group,) = optimizer.param_groups
-    return type(optimizer), {key: value for key, value in group.items() if key != "params"}
+def _same_settings(group: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(value == other.get(key) for key, value in group.items() if key != "params")
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> _Rule | None:
-    group = optimizer.param_groups[0]
-    # These move rows that the batch does not touch, or ascend.
-    if any(group.get(option) for option in ("momentum", "weight_decay", "amsgrad", "maximize")):
-        return None
     if type(optimizer) is torch.optim.SGD:
         return sgd_update
     if type(optimizer) is torch.optim.Adagrad:

@@ -12,18 +12,20 @@ from recemb_kernels.update import Kind, Update
 
 def adagrad_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> Update:
     """``torch.optim.Adagrad``; rows without a gradient would not change under it either."""
+    return sum_update(Kind.ADAGRAD, optimizers, parameters)
+
+
+def sum_update(
+    kind: Kind, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
+) -> Update:
+    """The update of an optimizer whose state is ``step`` and ``sum``."""
     group = optimizers[0].param_groups[0]
-    step = count_step(optimizers, parameters)
+    states = [o.state[p] for o, p in zip(optimizers, parameters, strict=True)]
     return Update(
-        Kind.ADAGRAD,
-        lr=float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]),
+        kind,
+        lr=float(group["lr"]),
         eps=group["eps"],
-        state=[o.state[p]["sum"] for o, p in zip(optimizers, parameters, strict=True)],
+        lr_decay=group["lr_decay"],
+        state=[state["sum"] for state in states],
+        steps=[state["step"] for state in states],
     )
-
-
-def count_step(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> int:
-    """Advance every parameter's ``step`` by one, and return the first's."""
-    steps = [o.state[p]["step"] for o, p in zip(optimizers, parameters, strict=True)]
-    torch._foreach_add_(steps, 1)
-    return int(steps[0])

@@ -11,28 +11,25 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from recemb.optim.adagrad import count_step
 from recemb_kernels.update import Kind, Update
 
 
 def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> Update:
     """``torch.optim.Adam`` without AMSGrad; its state is made on the first step, as in torch."""
     group = optimizers[0].param_groups[0]
-    for optimizer, parameter in zip(optimizers, parameters, strict=True):
-        state = optimizer.state[parameter]
+    states = [o.state[p] for o, p in zip(optimizers, parameters, strict=True)]
+    for state, parameter in zip(states, parameters, strict=True):
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-    step = count_step(optimizers, parameters)
-    pairs = list(zip(optimizers, parameters, strict=True))
     return Update(
         Kind.ADAM,
         lr=float(group["lr"]),
         eps=group["eps"],
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        step=step,
-        state=[o.state[p]["exp_avg"] for o, p in pairs],
-        state2=[o.state[p]["exp_avg_sq"] for o, p in pairs],
+        state=[state["exp_avg"] for state in states],
+        state2=[state["exp_avg_sq"] for state in states],
+        steps=[state["step"] for state in states],
     )

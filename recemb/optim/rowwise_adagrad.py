@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from recemb.optim.adagrad import count_step
+from recemb.optim.adagrad import sum_update
 from recemb_kernels.update import Kind, Update
 
 
@@ -21,11 +21,4 @@ def rowwise_adagrad_update(
     optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
 ) -> Update:
     """``torchrec.optim.RowWiseAdagrad``; a row is a row of the stored 2-D parameter (a TT core's slice)."""
-    group = optimizers[0].param_groups[0]
-    step = count_step(optimizers, parameters)
-    return Update(
-        Kind.ROWWISE_ADAGRAD,
-        lr=float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]),
-        eps=group["eps"],
-        state=[o.state[p]["sum"] for o, p in zip(optimizers, parameters, strict=True)],
-    )
+    return sum_update(Kind.ROWWISE_ADAGRAD, optimizers, parameters)

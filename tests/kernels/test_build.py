@@ -125,6 +125,8 @@ def test_no_compiler_warns_once_and_names_the_fix(
 
 
 _SANITIZED = """
+from dataclasses import replace
+
 import torch
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
 from recemb_kernels import pooled_gather, robe_gather, tt_gather
@@ -139,7 +141,9 @@ shapes = [
     TrainShape((3, 3, 3, 3), (2, 1, 2, 2), (1, 2, 3, 2, 1)),
 ]
 features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (0, True))]
-trains = Group([tt_gather._kernel(shape) for shape in shapes], features)
+kernels = [tt_gather._kernel(shape) for shape in shapes]
+# A free mirror, so that the batches below are read from either end.
+eager = [replace(kernel, mirrored_cost=(1e-9,) * len(kernel.cost)) for kernel in kernels]
 cores = [
     torch.randn(p, r * q * s)
     for shape in shapes
@@ -148,24 +152,30 @@ cores = [
 stores = [
     RowShape(Operation.MULT, (56, 9), (5, 5)),
     RowShape(Operation.ROW, (77,), (3,)),
+    RowShape(Operation.PROJECT, (81, 2), (2, 7)),
     RowShape(Operation.CONCAT, (27, 3), (2, 7)),
 ]
-rows = Group([pooled_gather._kernel(shape) for shape in stores], features)
+rows = Group([pooled_gather._kernel(shape) for shape in stores], [*features[:3], FeatureCode(3, False)])
 tables = [torch.randn(n, w) for shape in stores for n, w in zip(shape.rows, shape.widths)]
 shared = RobeShape(6, 4, 9, True, (11, 13), (17, 19), (0, 504, 581), tuple(range(5, 17)))
 arrays = [FeatureCode(0, False), FeatureCode(0, True, 504), FeatureCode(0, False, 581), FeatureCode(0, True)]
 robe = Group([robe_gather._kernel(shared)], arrays)
-groups = ((trains, cores), (rows, tables), (robe, [torch.randn(9, 4)]))
+groups = (
+    *((Group(k, features, micro_batch_rows=m), cores) for k in (kernels, eager) for m in (4, 2**18)),
+    (rows, tables),
+    (robe, [torch.randn(9, 4)]),
+)
 for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in ((0, 1), (1, 1), (33, 4))):
     lengths = torch.randint(0, longest + 1, (4 * batch_size,))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    rows = torch.tensor([504, 77, 81, 504]).repeat_interleave(batch_size).repeat_interleave(lengths)
+    rows = torch.tensor([504, 77, 81, 81]).repeat_interleave(batch_size).repeat_interleave(lengths)
     ids = (torch.rand(rows.numel()) * rows).long()
     ids[-1:] = rows[-1:] - 1
-    batch = Batch(ids, offsets, torch.rand(ids.numel()), batch_size)
-    out, saved = group.forward(cores, batch)
-    grads, weights = group.backward(torch.randn_like(out), cores, batch, saved, want_weights=True)
-    assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in (*grads, weights))
+    for w in (None, torch.rand(ids.numel())):
+        batch = Batch(ids, offsets, w, batch_size)
+        out, saved = group.forward(cores, batch, keep=True)
+        grads, weights = group.backward(torch.randn_like(out), cores, batch, saved, want_weights=w is not None)
+        assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in grads)
 print("clean")
 """
 

@@ -16,6 +16,8 @@ from recemb.backends.base import Backend
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
 from recemb.spec import ROBE, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb_kernels.digit_tree.group import driver
+from recemb_kernels.gather_op import Code
 from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 
 # (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
@@ -162,7 +164,9 @@ def test_empty_bags_and_batches(batch: int, names: list[str]) -> None:
     assert all(not grad.any() for grad in grads)
 
 
-@pytest.mark.parametrize("names", [["rank32", "four_cores"], ["mult", "concat", "one_quotient"], ROBES])
+@pytest.mark.parametrize(
+    "names", [["rank32", "four_cores"], ["mult", "concat", "one_quotient"], NARROW, ROBES]
+)
 def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
@@ -172,12 +176,18 @@ def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.
     monkeypatch.setattr(
         torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(math.nan if not kw else 7)
     )
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape).fill_(math.nan))
-    for poisoned, expected in zip(_outcome(tables, bags, None, native=True), clean, strict=True):
+    driver().recemb_tree_poison(1)
+    try:
+        outcome = _outcome(tables, bags, None, native=True)
+    finally:
+        driver().recemb_tree_poison(0)
+    for poisoned, expected in zip(outcome, clean, strict=True):
         assert torch.equal(poisoned, expected)
 
 
-@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"], ROBES])
+@pytest.mark.parametrize(
+    "names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"], NARROW, ROBES]
+)
 def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
@@ -222,9 +232,9 @@ def test_opcheck_and_compile() -> None:
     tables = _tables(["rank13", "two_cores"], "sum")
     bags = _bags(tables, 9, 3, weighted=True, seed=9)
     shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
-    code = (encode(shapes), (0, 0, 0, 1, 0, 0))
+    code = Code(encode(shapes), (0, 0, 0, 1, 0, 0), ValueError)
     cores = _parameters(tables)
-    arguments = (cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, *map(list, code))
+    arguments = (cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, list(code.tables), list(code.features))
     torch.library.opcheck(torch.ops.recemb.tt_gather.default, arguments)
 
     def lookup(*cores: Tensor) -> Tensor:

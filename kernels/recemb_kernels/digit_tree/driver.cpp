@@ -1,176 +1,136 @@
-// The table-independent part of a look-up: sorts and groups the ids of every table, opens one parallel region
-// for all tables, hands each to the kernel compiled for it, and pools.
+// The table-independent part of a look-up: checks the batch, plans it, opens one parallel region for all tables,
+// hands each to the kernel compiled for it, and pools the rows of those that work on distinct rows.
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
-#include "recemb_sort.h"
+#include "recemb_plan.h"
 #include "recemb_tree.h"
 
 using namespace recemb;
 
 namespace {
 
-// The ids' keys in 64 bits, three arrays for the ids and six per level in 32, each with room for every id of the
-// call plus one per table.
-struct Layout {
-  int32_t* plan;
-  int64_t room;
-  int64_t* key() const { return reinterpret_cast<int64_t*>(plan); }  // per table: distinct keys, rising
-  int32_t* slot() const { return plan + 2 * room; }  // by position in the batch: distinct row within its table
-  int32_t* bag() const { return plan + 3 * room; }   // by position: bag it belongs to
-  int32_t* perm() const { return plan + 4 * room; }  // per table: positions in order of their row
-  int32_t* level(int l, int which) const { return plan + (5 + 6 * l + which) * room; }
+// Below this many ids a second thread costs more than it saves.
+constexpr int64_t SERIAL = 512;
+
+// Everything a call holds from its forward to its backward; kept for the next call of the same tables.
+struct State {
+  PlanRoom plan;
+  Buffer bags, slots, kept{true}, spare{true};
+  std::vector<Table> tables;
+  std::vector<std::vector<int64_t>> features;
+  std::vector<Gradient> gradient;
+  bool planned = false, one_hot = false;
 };
 
-Layout layout(const Call* call) { return {call->plan, call->num_ids + call->num_tables}; }
+int threads_for(const Call* call, int64_t threads) { return static_cast<int>(call->num_ids < SERIAL ? 1 : threads); }
 
-// Points every table and level at its counts and arrays.
-void bind(const Call* call) {
-  const Layout lay = layout(call);
+// Points the call and its tables at the state and at this call's parameters.
+void attach(Call* call, State* state) {
+  if (state->tables.empty()) {
+    state->tables.resize(call->num_tables), state->features.resize(call->num_tables);
+    state->gradient.resize(call->num_features);
+    for (int64_t f = 0; f < call->num_features; f++) state->features[call->features[f].table].push_back(f);
+  }
+  call->tables = state->tables.data(), call->gradient = state->gradient.data();
+  call->bag = state->one_hot ? nullptr : state->bags.at<int32_t>();
+  call->slot = state->one_hot ? nullptr : state->slots.at<int32_t>();
+  int64_t at = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
-    const Counts& counts = call->counts[t];
-    const int64_t at = counts.base + t;
-    table.counts = &counts;
-    table.keys = lay.key() + at;
-    for (int l = 0; l < table.order; l++)
-      table.level[l] = {counts.nodes[l],        counts.touched[l],       lay.level(l, 0) + at,
-                        lay.level(l, 1) + at,   lay.level(l, 2) + at,    lay.level(l, 3) + at,
-                        lay.level(l, 4) + at,   lay.level(l, 5) + at};
+    table.code = call->codes + t, table.order = table.code->order;
+    table.features = state->features[t].data(), table.num_features = static_cast<int64_t>(state->features[t].size());
+    table.param = call->param + at, table.grad = call->grad ? call->grad + at : nullptr;
+    table.state = call->state ? call->state + at : nullptr;
+    table.state2 = call->state2 ? call->state2 + at : nullptr;
+    for (int64_t k = 0; k < table.code->parameters && call->optimizer != GRADIENT; k++) {
+      // One step more for every parameter, as torch's optimizers count.
+      const double step = call->steps ? ++*call->steps[at + k] : 1;
+      table.hyper[k] =
+          hyper_at(call->optimizer, step, call->lr, call->eps, call->beta1, call->beta2, call->lr_decay);
+    }
+    at += table.code->parameters;
   }
 }
 
-// Orders a level's nodes by digit. `slice` holds the digits and ends as indices of the touched ones.
-int64_t group_by_digit(int64_t nodes, int64_t radix, int32_t* slice, int32_t* by_digit, int32_t* touched,
-                       int32_t* start) {
-  std::vector<int64_t> digit(slice, slice + nodes);
-  std::vector<int32_t> node(nodes);
-  for (int64_t i = 0; i < nodes; i++) node[i] = static_cast<int32_t>(i);
-  // Nodes of level 0 are in this order already.
-  if (!std::is_sorted(digit.begin(), digit.end())) radix_sort(digit, node, radix - 1);
-  int32_t found = 0;
-  for (int64_t i = 0; i < nodes; i++) {
-    if (i == 0 || digit[i] != digit[i - 1]) {
-      touched[found] = static_cast<int32_t>(digit[i]);
-      start[found++] = static_cast<int32_t>(i);
-    }
-    by_digit[i] = node[i];
-    slice[node[i]] = found - 1;
-  }
-  start[found] = static_cast<int32_t>(nodes);
-  return found;
+bool holds_one_id_a_bag(const Call* call) {
+  const int64_t bags = call->num_features * call->batch;
+  if (call->num_ids != bags) return false;
+  int64_t wrong = 0;
+  for (int64_t i = 0; i <= bags; i++) wrong |= call->offsets[i] ^ i;
+  return wrong == 0;
 }
 
-void plan_table(const Call* call, const Table& table, int64_t index) {
-  const Layout lay = layout(call);
-  Counts& counts = call->counts[index];
-  const int64_t at = counts.base + index;
-  const int order = static_cast<int>(table.order);
-  std::vector<int64_t> key(counts.ids);
-  std::vector<int32_t> position(counts.ids);
-  int64_t filled = 0, top = 0;
-  for (int64_t f = 0; f < call->num_features; f++) {
-    if (call->features[f].table != index) continue;
-    for (int64_t i = call->offsets[f * call->batch]; i < call->offsets[(f + 1) * call->batch]; i++) {
-      key[filled] = call->ids[i] + call->features[f].key_base;
-      top |= key[filled];
-      position[filled++] = static_cast<int32_t>(i);
-    }
-  }
-  radix_sort(key, position, top);
-  std::copy(position.begin(), position.end(), lay.perm() + at);
+void fill_bags(const Call* call, int32_t* bags) {
+#pragma omp for schedule(static) nowait
+  for (int64_t bag = 0; bag < call->num_features * call->batch; bag++)
+    for (int64_t i = call->offsets[bag]; i < call->offsets[bag + 1]; i++) bags[i] = static_cast<int32_t>(bag);
+}
 
-  int32_t *parent[MAX_ORDER], *first[MAX_ORDER], *digit[MAX_ORDER];
-  int64_t nodes[MAX_ORDER] = {}, last[MAX_ORDER], prefix[MAX_ORDER];
-  for (int l = 0; l < order; l++) {
-    parent[l] = lay.level(l, 0) + at, first[l] = lay.level(l, 1) + at, digit[l] = lay.level(l, 2) + at;
-    last[l] = -1;
-  }
-  for (int64_t i = 0; i < counts.ids; i++) {
-    if (i == 0 || key[i] != key[i - 1]) {
-      lay.key()[at + nodes[order - 1]] = prefix[order - 1] = key[i];
-      for (int l = order - 1; l > 0; l--) prefix[l - 1] = prefix[l] / table.radix[l];
-      for (int l = 0; l < order; l++) {
-        if (prefix[l] == last[l]) continue;
-        last[l] = prefix[l];
-        const int64_t here = nodes[l]++;
-        digit[l][here] = static_cast<int32_t>(l ? prefix[l] - prefix[l - 1] * table.radix[l] : prefix[0]);
-        parent[l][here] = static_cast<int32_t>(l ? nodes[l - 1] - 1 : 0);
-        first[l][here] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : i);
-      }
+// Plans the tables whose kernels ask for it now; every thread of the region calls it.
+void plan_tables(const Call* call, State* state, bool forward) {
+#pragma omp single
+  {
+    if (!state->planned) {
+      count_ids(call);
+      state->plan.reserve(call);
+      state->planned = true;
     }
-    lay.slot()[position[i]] = static_cast<int32_t>(nodes[order - 1] - 1);
   }
-  for (int l = 0; l < order; l++) {
-    first[l][nodes[l]] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : counts.ids);
-    counts.nodes[l] = nodes[l];
-    // A table that is not read by digit has no radix, and its keys may be too large for one.
-    if (table.radix[l] == 0) continue;
-    counts.touched[l] = group_by_digit(nodes[l], table.radix[l], digit[l], lay.level(l, 3) + at,
-                                       lay.level(l, 4) + at, lay.level(l, 5) + at);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t t = 0; t < call->num_tables; t++) {
+    if (static_cast<bool>(call->tables[t].code->plan_first) != forward) continue;
+    int64_t base = 0;
+    for (int64_t before = 0; before < t; before++) base += call->tables[before].ids;
+    plan_table(call, t, base, state->plan);
   }
 }
 
-// out[b, column ..] = sum or mean of the bag's rows.
-void pool(const Call* call) {
-  const Layout lay = layout(call);
-#pragma omp for schedule(static)
-  for (int64_t bag = 0; bag < call->num_features * call->batch; bag++) {
-    const int64_t f = bag / call->batch, b = bag % call->batch;
-    const Feature& feature = call->features[f];
-    const Table& table = call->tables[feature.table];
-    float* out = call->out + b * call->out_stride + feature.column;
-    const int64_t begin = call->offsets[bag], end = call->offsets[bag + 1], dim = table.dim;
-    if (end == begin + 1 && !call->weights) {
-      const float* row = call->rows + table.counts->rows_at + lay.slot()[begin] * dim;
-      std::copy(row, row + dim, out);
-      continue;
-    }
-    std::fill(out, out + dim, 0.0f);
-    const float share = feature.mean && end > begin ? 1.0f / static_cast<float>(end - begin) : 1.0f;
-    for (int64_t i = begin; i < end; i++) {
-      const float* row = call->rows + table.counts->rows_at + lay.slot()[i] * dim;
-      const float w = call->weights ? call->weights[i] * share : share;
-      for (int64_t j = 0; j < dim; j++) out[j] += w * row[j];
-    }
+const Functions& kernel_of(const Table& table) { return table.mirrored ? table.code->mirror : table.code->kernel; }
+
+// Gives every table its workspaces: one of its own for what the backward needs again, and one that all take in turn.
+void place(const Call* call, State* state, bool forward) {
+  int64_t kept = 0, spare = 0;
+  for (int64_t t = 0; t < call->num_tables; t++) {
+    Table& table = call->tables[t];
+    table.spare_size = kernel_of(table).spare(&table, call);
+    spare = std::max(spare, table.spare_size);
+    kept += kernel_of(table).kept(&table, call);
+  }
+  float* at = forward ? state->kept.room<float>(kept) : state->kept.at<float>();
+  float* room = state->spare.room<float>(spare);
+  for (int64_t t = 0; t < call->num_tables; t++) {
+    Table& table = call->tables[t];
+    table.spare = room, table.kept = at;
+    at += kernel_of(table).kept(&table, call);
   }
 }
 
-// grad_rows[u] = sum over the bags that hold row u of their gradient.
-void unpool(const Call* call, const Table& table, int64_t index) {
-  const Layout lay = layout(call);
-  const Level& rows = table.level[table.order - 1];
-  const int32_t* perm = lay.perm() + table.counts->base + index;
-#pragma omp for schedule(static)
-  for (int64_t u = 0; u < rows.nodes; u++) {
-    float* grad = call->grad_rows + table.counts->rows_at + u * table.dim;
-    std::fill(grad, grad + table.dim, 0.0f);
-    for (int32_t k = rows.first[u]; k < rows.first[u + 1]; k++) {
-      const int64_t i = perm[k], bag = lay.bag()[i], f = bag / call->batch;
-      const float* out = call->grad_out + (bag % call->batch) * call->out_stride + call->features[f].column;
-      const int64_t length = call->offsets[bag + 1] - call->offsets[bag];
-      const float share = call->features[f].mean ? 1.0f / static_cast<float>(length) : 1.0f;
-      const float w = call->weights ? call->weights[i] * share : share;
-      for (int64_t j = 0; j < table.dim; j++) grad[j] += w * out[j];
+// Hands every table to its kernel, one after the other on all threads.
+void run_kernels(const Call* call, void (*Functions::*pass)(const Table*, const Call*)) {
+  bool taken = false;
+  for (int64_t t = 0; t < call->num_tables; t++) {
+    const Table& table = call->tables[t];
+    if (table.spare_size && taken) {
+#pragma omp barrier
     }
+    taken = taken || table.spare_size;
+    (kernel_of(table).*pass)(&table, call);
   }
 }
 
-void weight_gradients(const Call* call) {
-  const Layout lay = layout(call);
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < call->num_ids; i++) {
-    const int64_t bag = lay.bag()[i], f = bag / call->batch;
-    const Table& table = call->tables[call->features[f].table];
-    const float* row = call->rows + table.counts->rows_at + lay.slot()[i] * table.dim;
-    const float* out = call->grad_out + (bag % call->batch) * call->out_stride + call->features[f].column;
-    const float length = static_cast<float>(call->offsets[bag + 1] - call->offsets[bag]);
-    float dot = 0;
-    for (int64_t j = 0; j < table.dim; j++) dot += row[j] * out[j];
-    call->grad_weights[i] = call->features[f].mean ? dot / length : dot;
+bool finite(const float* values, int64_t count, int64_t threads) {
+  uint32_t bad = 0;
+#pragma omp parallel for num_threads(count < 64 * SERIAL ? 1 : threads) reduction(| : bad)
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, values + i, 4);
+    bad |= (bits & 0x7F800000u) == 0x7F800000u;
   }
+  return bad == 0;
 }
 
 }  // namespace
@@ -178,65 +138,82 @@ void weight_gradients(const Call* call) {
 extern "C" {
 
 int64_t recemb_tree_call_size() { return sizeof(Call); }
-int64_t recemb_tree_table_size() { return sizeof(Table); }
-int64_t recemb_tree_counts_size() { return sizeof(Counts); }
+int64_t recemb_tree_code_size() { return sizeof(TableCode); }
+void* recemb_tree_state_new() { return new State; }
+void recemb_tree_state_free(void* state) { delete static_cast<State*>(state); }
 
-// Sorts and groups the ids. sizes = floats of all distinct rows, products of cores, their gradients, and
-// packed slices.
-void recemb_tree_plan(Call* call, int64_t threads, int64_t* sizes) {
-  const Layout lay = layout(call);
-  for (int64_t f = 0; f < call->num_features; f++)
-    call->counts[call->features[f].table].ids +=
-        call->offsets[(f + 1) * call->batch] - call->offsets[f * call->batch];
-  int64_t base = 0;
-  for (int64_t t = 0; t < call->num_tables; t++) {
-    call->counts[t].base = base;
-    base += call->counts[t].ids;
-  }
-#pragma omp parallel num_threads(threads)
+void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
+
+// 0 when offsets rise from 0 to `num_ids`, every feature's ids are in [0, limits[f]) and weights are finite.
+int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const float* weights, int64_t num_ids,
+                          int64_t num_features, int64_t batch, const int64_t* limits, int64_t threads) {
+  const int64_t bags = num_features * batch;
+  if (offsets[0] != 0 || offsets[bags] != num_ids) return 1;
+  int64_t bad = 0;
+#pragma omp parallel num_threads(num_ids + bags < 32 * SERIAL ? 1 : threads) reduction(| : bad)
   {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < bags; i++) bad |= offsets[i + 1] < offsets[i];
+  }
+  if (bad) return 1;
+#pragma omp parallel num_threads(num_ids < 32 * SERIAL ? 1 : threads) reduction(| : bad)
+  {
+    for (int64_t f = 0; f < num_features; f++) {
+      const uint64_t limit = static_cast<uint64_t>(limits[f]);
 #pragma omp for schedule(static) nowait
-    for (int64_t bag = 0; bag < call->num_features * call->batch; bag++)
-      for (int64_t i = call->offsets[bag]; i < call->offsets[bag + 1]; i++) lay.bag()[i] = static_cast<int32_t>(bag);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < call->num_tables; t++) plan_table(call, call->tables[t], t);
-  }
-  int64_t rows = 0, products = 0, grads = 0, packed = 0;
-  for (int64_t t = 0; t < call->num_tables; t++) {
-    const Table& table = call->tables[t];
-    Counts& counts = call->counts[t];
-    const int last = static_cast<int>(table.order) - 1;
-    counts.rows_at = rows;
-    rows += counts.nodes[last] * table.dim;
-    for (int l = 0; l <= last; l++) {
-      counts.packed_at[l] = packed, counts.partial_at[l] = products, counts.grad_at[l] = grads;
-      packed += counts.touched[l] * table.packed_width[l];
-      if (l > 0 && l < last) products += counts.nodes[l] * table.product_width[l];
-      if (l < last) grads += counts.nodes[l] * table.product_width[l];
+      for (int64_t i = offsets[f * batch]; i < offsets[(f + 1) * batch]; i++)
+        bad |= static_cast<uint64_t>(ids[i]) >= limit;
+    }
+    if (weights) {
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < num_ids; i++) bad |= !std::isfinite(weights[i]);
     }
   }
-  sizes[0] = rows, sizes[1] = products, sizes[2] = grads, sizes[3] = packed;
+  return bad;
 }
 
-void recemb_tree_forward(Call* call, int64_t threads) {
-  bind(call);
-#pragma omp parallel num_threads(threads)
-  {
-    for (int64_t t = 0; t < call->num_tables; t++) call->tables[t].forward(&call->tables[t], call);
-#pragma omp barrier
-    pool(call);
+void recemb_tree_forward(Call* call, void* holder, int64_t threads) {
+  State* state = static_cast<State*>(holder);
+  state->planned = false;
+  state->one_hot = holds_one_id_a_bag(call);
+  bool plan = false;
+  for (int64_t t = 0; t < call->num_tables; t++) plan = plan || call->codes[t].plan_first;
+  if (!state->one_hot) {
+    // At least one: null means one id a bag.
+    state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
   }
-}
-
-void recemb_tree_backward(Call* call, int64_t threads) {
-  bind(call);
-#pragma omp parallel num_threads(threads)
+  attach(call, state);
+#pragma omp parallel num_threads(threads_for(call, threads))
   {
-    if (call->grad_weights) weight_gradients(call);
-    for (int64_t t = 0; t < call->num_tables; t++) {
-      unpool(call, call->tables[t], t);
-      call->tables[t].backward(&call->tables[t], call);
+    if (plan) {
+      if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
+      plan_tables(call, state, true);
     }
+#pragma omp single
+    place(call, state, true);
+    run_kernels(call, &Functions::forward);
   }
+}
+
+// 0, or 1 when the gradient is not finite: nothing has been written then.
+int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
+  State* state = static_cast<State*>(holder);
+  if (call->optimizer != GRADIENT && !finite(call->grad_out, call->batch * call->columns, threads)) return 1;
+  attach(call, state);
+  for (int64_t f = 0; f < call->num_features; f++)
+    state->gradient[f] = {call->grad_out + call->features[f].column, call->columns};
+  bool plan = false;
+  for (int64_t t = 0; t < call->num_tables; t++) plan = plan || !call->codes[t].plan_first;
+#pragma omp parallel num_threads(threads_for(call, threads))
+  {
+    if (plan) {
+      if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
+      plan_tables(call, state, false);
+    }
+#pragma omp single
+    place(call, state, false);
+    run_kernels(call, &Functions::backward);
+  }
+  return 0;
 }
 }

@@ -7,34 +7,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from recemb_kernels.build import load
-from recemb_kernels.update import Update
+from recemb_kernels.update import Kind, Update
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
-# int32 arrays of a plan (driver.cpp, struct Layout), each as long as the ids plus one per table.
-_ARRAYS, _ARRAYS_PER_LEVEL = 5, 6
-_Pointers = ctypes.c_void_p * MAX_ORDER
-_Integers = ctypes.c_int64 * MAX_ORDER
+# A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, and its
+# products of cores are computed once more in the backward instead of being kept. Far above a usual batch.
+MICRO_BATCH_ROWS = 2**18
 
 
-class _Counts(ctypes.Structure):
+class _Functions(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("kept", "spare", "forward", "backward"))
+
+
+class _Code(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("base", "ids", "rows_at")),
-        *((name, _Integers) for name in ("nodes", "touched", "packed_at", "partial_at", "grad_at")),
-    )
-
-
-class _Level(ctypes.Structure):
-    _fields_ = (
-        ("nodes", ctypes.c_int64),
-        ("touched", ctypes.c_int64),
-        ("pointers", ctypes.c_void_p * 6),
+        *((name, ctypes.c_int64) for name in ("order", "dim", "parameters", "plan_first")),
+        ("radix", ctypes.c_int64 * MAX_ORDER),
+        ("product_cost", ctypes.c_double * MAX_ORDER * 2),
+        ("constants", ctypes.c_void_p),
+        ("kernel", _Functions),
+        ("mirror", _Functions),
     )
 
 
@@ -42,36 +40,16 @@ class _Feature(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("table", "column", "mean", "key_base"))
 
 
-class _Table(ctypes.Structure):
-    _fields_ = (
-        ("order", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("radix", _Integers),
-        ("param", _Pointers),
-        ("grad", _Pointers),
-        ("state", _Pointers),
-        ("state2", _Pointers),
-        ("forward", ctypes.c_void_p),
-        ("backward", ctypes.c_void_p),
-        ("packed_width", _Integers),
-        ("product_width", _Integers),
-        ("constants", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("level", _Level * MAX_ORDER),
-    )
-
-
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_tables", "num_features", "batch", "num_ids")),
-        ("out_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("columns", "slice_rows", "keep")),
+        *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "codes", "features")),
+        *((name, ctypes.c_void_p) for name in ("param", "out", "grad_out", "grad_weights", "grad")),
+        *((name, ctypes.c_void_p) for name in ("state", "state2", "steps")),
         ("optimizer", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "features", "tables")),
-        *((name, ctypes.c_void_p) for name in ("counts", "plan")),
-        *((name, ctypes.c_void_p) for name in ("packed", "partials", "rows", "out", "grad_out")),
-        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_rows", "grad_partials", "scratch")),
-        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "step")),
+        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "lr_decay")),
+        *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "slot")),
     )
 
 
@@ -80,19 +58,23 @@ class TableKernel:
     """A table as the driver sees it, and the library compiled for it.
 
     Args:
-        library: holds ``recemb_table_forward`` and ``recemb_table_backward``.
+        library: holds ``recemb_kernel``, and ``recemb_kernel_mirrored`` when ``mirrored_cost`` is given.
         dim: D.
         radices: p_1 .. p_d; digit k of an id selects a row of parameter k.
-        packed_widths: floats of a packed row of each parameter, 0 where rows are read in place.
-        product_widths: floats that a node of each level holds.
+        parameters: how many parameters the table has.
+        plan_first: whether the forward works on the batch's distinct rows.
+        cost: work per distinct prefix of each length, for tables that share products of parameters.
+        mirrored_cost: the same per distinct suffix.
         constants: int64 numbers that the kernel reads.
     """
 
     library: ctypes.CDLL
     dim: int
     radices: tuple[int, ...]
-    packed_widths: tuple[int, ...]
-    product_widths: tuple[int, ...]
+    parameters: int
+    plan_first: bool = False
+    cost: tuple[float, ...] = ()
+    mirrored_cost: tuple[float, ...] = ()
     constants: tuple[int, ...] = ()
 
 
@@ -106,65 +88,48 @@ class FeatureCode:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a forward leaves for its backward, as tensors that may move in memory.
-
-    Attributes:
-        counts: [tables, *] int64, what the plan counted.
-        plan: int32, the sorted and grouped ids.
-        rows: the distinct rows of every table.
-        partials: what is computed per distinct prefix.
-        packed: padded copies of the touched parameter rows.
-        grad_numel: [1] int64, floats of the prefixes' gradients.
-    """
-
-    counts: Tensor
-    plan: Tensor
-    rows: Tensor
-    partials: Tensor
-    packed: Tensor
-    grad_numel: Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
-    """Contiguous int64 ids [L] and offsets [F * B + 1], float32 weights [L] or ``None``."""
+    """Contiguous ids [L] int64, offsets [F * B + 1] int64, weights [L] float32 or ``None``, and B."""
 
     ids: Tensor
     offsets: Tensor
     weights: Tensor | None
-    batch_size: int
+    size: int
+
+
+class State:
+    """What one forward leaves for its backward: memory of the driver, given back when it is dropped."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        # A list's pop and append are atomic, so threads need no lock.
+        self.pointer: int = group.free.pop() if group.free else group.driver.recemb_tree_state_new()
+
+    def __del__(self) -> None:
+        self._group.free.append(self.pointer)
 
 
 class Group:
-    """The tables of one call, with everything that does not change from batch to batch.
+    """Tables and features that are looked up together; fixed, so built once and called for every batch.
 
     Args:
         kernels: one per table.
-        features: one per feature; their columns follow each other in this order.
-
-    Raises:
-        KernelUnavailableError: nothing can be compiled here.
+        features: in the order of the output's columns.
+        micro_batch_rows: distinct rows of a table that are computed at once (:data:`MICRO_BATCH_ROWS`).
     """
 
-    def __init__(self, kernels: Sequence[TableKernel], features: Sequence[FeatureCode]) -> None:
-        self._driver = _driver()
-        self._kernels = tuple(kernels)
-        self.order = max(len(kernel.radices) for kernel in kernels)
-        self._tables = (_Table * len(kernels))()
+    def __init__(
+        self,
+        kernels: Sequence[TableKernel],
+        features: Sequence[FeatureCode],
+        micro_batch_rows: int = MICRO_BATCH_ROWS,
+    ) -> None:
+        self.free: list[int] = []
+        self.driver = driver()
+        self._micro_batch_rows = micro_batch_rows
+        self._kernels = tuple(kernels)  # keeps the libraries loaded
         self._constants: list[ctypes.Array[ctypes.c_int64]] = []
-        for table, kernel in zip(self._tables, kernels, strict=True):
-            table.forward = ctypes.cast(kernel.library.recemb_table_forward, ctypes.c_void_p)
-            table.backward = ctypes.cast(kernel.library.recemb_table_backward, ctypes.c_void_p)
-            table.order, table.dim = len(kernel.radices), kernel.dim
-            for k, radix in enumerate(kernel.radices):
-                table.radix[k] = radix
-                table.packed_width[k] = kernel.packed_widths[k]
-                table.product_width[k] = kernel.product_widths[k]
-            if kernel.constants:
-                numbers = (ctypes.c_int64 * len(kernel.constants))(*kernel.constants)
-                self._constants.append(numbers)
-                table.constants = ctypes.addressof(numbers)
+        self._codes = (_Code * len(kernels))(*map(self._code, kernels))
         self._features = (_Feature * len(features))()
         self.columns = 0
         for feature, code in zip(self._features, features, strict=True):
@@ -172,31 +137,25 @@ class Group:
             feature.mean, feature.key_base = int(code.mean), code.key_base
             self.columns += kernels[code.table].dim
 
-    def forward(self, parameters: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Saved]:
-        """Pool a batch: [B, sum of D], and what the backward needs."""
-        counts = torch.zeros(self.counts_shape, dtype=torch.int64)
-        call, tables = self._call(batch, counts)
-        _point(tables, "param", parameters)
-        pointer, threads = ctypes.addressof(call), torch.get_num_threads()
-        # Zeroed, like the counts, so that what is saved depends on the inputs alone.
-        plan = torch.zeros(self.plan_numel(batch.ids.numel()), dtype=torch.int32)
-        call.plan = plan.data_ptr()
-        sizes = (ctypes.c_int64 * 4)()
-        self._driver.recemb_tree_plan(pointer, threads, ctypes.addressof(sizes))
-        rows, partials, packed = (torch.empty(sizes[k]) for k in (0, 1, 3))
-        saved = Saved(counts, plan, rows, partials, packed, torch.tensor([sizes[2]]))
-        out = torch.empty(batch.batch_size, self.columns)
-        _attach(call, saved)
-        call.out = out.data_ptr()
-        self._driver.recemb_tree_forward(pointer, threads)
-        return out, saved
+    def __del__(self) -> None:
+        for pointer in self.free:
+            self.driver.recemb_tree_state_free(pointer)
+
+    def forward(self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool) -> tuple[Tensor, State]:
+        """Pool a batch: [B, sum of D], and what the backward needs when ``keep`` says that one comes."""
+        state = State(self)
+        out = torch.empty(batch.size, self.columns)
+        call = self._call(parameters, batch)
+        call.out, call.keep = out.data_ptr(), int(keep)
+        self.driver.recemb_tree_forward(ctypes.addressof(call), state.pointer, torch.get_num_threads())
+        return out, state
 
     def backward(
         self,
         grad_out: Tensor,
         parameters: Sequence[Tensor],
         batch: Batch,
-        saved: Saved,
+        state: State,
         *,
         want_weights: bool,
         update: Update | None = None,
@@ -204,82 +163,97 @@ class Group:
         """Gradients of every parameter, and of the per-sample weights when asked for.
 
         With an ``update``, touched rows are updated in place and no parameter gradient comes back.
+
+        Raises:
+            FloatingPointError: an update was asked for and ``grad_out`` is not finite; nothing has changed.
         """
-        call, tables = self._call(batch, saved.counts)
-        _point(tables, "param", parameters)
-        grads = []
+        call = self._call(parameters, batch)
+        grad_out = grad_out.contiguous()
+        grad_weights = torch.empty(batch.ids.numel()) if want_weights else None
+        call.keep = 1
+        call.grad_out = grad_out.data_ptr()
+        call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
+        grads: list[Tensor] = []
         if update is None:
             grads = [torch.zeros_like(parameter) for parameter in parameters]
-            _point(tables, "grad", grads)
+            held = [_pointers(grads)]
+            call.grad = ctypes.addressof(held[0])
         else:
             call.optimizer, call.lr, call.eps = update.kind, update.lr, update.eps
-            call.beta1, call.beta2, call.step = update.beta1, update.beta2, update.step
-            _point(tables, "state", update.state)
-            _point(tables, "state2", update.state2)
-        grad_out = grad_out.contiguous()
-        grad_rows, grad_partials = torch.empty_like(saved.rows), torch.empty(int(saved.grad_numel))
-        grad_weights = torch.empty(batch.ids.numel()) if want_weights else None
-        _attach(call, saved)
-        call.grad_out, call.grad_rows = grad_out.data_ptr(), grad_rows.data_ptr()
-        call.grad_partials = grad_partials.data_ptr()
-        call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
-        self._driver.recemb_tree_backward(ctypes.addressof(call), torch.get_num_threads())
+            call.beta1, call.beta2, call.lr_decay = update.beta1, update.beta2, update.lr_decay
+            held = [_pointers(tensors) for tensors in (update.state, update.state2, update.steps)]
+            call.state, call.state2, call.steps = (ctypes.addressof(h) if len(h) else None for h in held)
+        threads = torch.get_num_threads()
+        if self.driver.recemb_tree_backward(ctypes.addressof(call), state.pointer, threads):
+            raise FloatingPointError("the gradient of the pooled rows is NaN or infinite")
         return grads, grad_weights
 
-    @property
-    def counts_shape(self) -> tuple[int, int]:
-        """Shape of ``Saved.counts``."""
-        return len(self._tables), ctypes.sizeof(_Counts) // 8
+    def _code(self, kernel: TableKernel) -> _Code:
+        code = _Code(
+            order=len(kernel.radices),
+            dim=kernel.dim,
+            parameters=kernel.parameters,
+            plan_first=int(kernel.plan_first),
+            kernel=_Functions.in_dll(kernel.library, "recemb_kernel"),
+        )
+        code.radix[: len(kernel.radices)] = kernel.radices
+        code.product_cost[0][: len(kernel.cost)] = kernel.cost
+        if kernel.mirrored_cost:
+            code.product_cost[1][: len(kernel.mirrored_cost)] = kernel.mirrored_cost
+            code.mirror = _Functions.in_dll(kernel.library, "recemb_kernel_mirrored")
+        if kernel.constants:
+            numbers = (ctypes.c_int64 * len(kernel.constants))(*kernel.constants)
+            self._constants.append(numbers)
+            code.constants = ctypes.addressof(numbers)
+        return code
 
-    def plan_numel(self, num_ids: Any) -> Any:
-        """Size of ``Saved.plan``; ``num_ids`` may be symbolic."""
-        return (_ARRAYS + _ARRAYS_PER_LEVEL * self.order) * (num_ids + len(self._tables))
-
-    def _call(self, batch: Batch, counts: Tensor) -> tuple[_Call, ctypes.Array[_Table]]:
-        """The call structure and a copy of the table structures, which it points to."""
-        tables = type(self._tables).from_buffer_copy(self._tables)
+    def _call(self, parameters: Sequence[Tensor], batch: Batch) -> _Call:
+        held = _pointers(parameters)
         call = _Call(
-            num_tables=len(self._tables),
+            num_tables=len(self._codes),
             num_features=len(self._features),
-            batch=batch.batch_size,
+            batch=batch.size,
             num_ids=batch.ids.numel(),
-            out_stride=self.columns,
+            columns=self.columns,
+            slice_rows=self._micro_batch_rows,
             ids=batch.ids.data_ptr(),
             offsets=batch.offsets.data_ptr(),
             weights=None if batch.weights is None else batch.weights.data_ptr(),
+            codes=ctypes.addressof(self._codes),
             features=ctypes.addressof(self._features),
-            tables=ctypes.addressof(tables),
-            counts=counts.data_ptr(),
+            param=ctypes.addressof(held),
+            optimizer=Kind.GRADIENT,
         )
-        return call, tables
+        call.held = held  # a plain attribute: lives as long as the structure that points to it
+        return call
 
 
-def _point(tables: ctypes.Array[_Table], field: str, tensors: Sequence[Tensor]) -> None:
-    """Set every parameter's pointer in ``field``; ``tensors`` holds them table by table, or is empty."""
-    position = 0
-    if not tensors:
-        return
-    for table in tables:
-        pointers = getattr(table, field)
-        for k in range(table.order):
-            pointers[k] = tensors[position].data_ptr()
-            position += 1
-
-
-def _attach(call: _Call, saved: Saved) -> None:
-    call.plan, call.rows = saved.plan.data_ptr(), saved.rows.data_ptr()
-    call.partials, call.packed = saved.partials.data_ptr(), saved.packed.data_ptr()
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @cache
-def _driver() -> ctypes.CDLL:
-    library = load("tree_driver", [_HERE / "driver.cpp"], {})
-    for name, structure in (("call", _Call), ("table", _Table), ("counts", _Counts)):
+def driver() -> ctypes.CDLL:
+    """The compiled driver.
+
+    Raises:
+        KernelUnavailableError: it cannot be compiled here.
+    """
+    library = load("tree_driver", [_HERE / "driver.cpp", _HERE / "plan.cpp"], {})
+    for name, structure in (("call", _Call), ("code", _Code)):
         size = getattr(library, f"recemb_tree_{name}_size")
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(structure):
-            raise RuntimeError(f"the {name} structure of driver.cpp and of group.py differ")
+            raise RuntimeError(f"the {name} structures of driver.cpp and of group.py differ")
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.recemb_tree_plan.argtypes = (pointer, integer, pointer)
-    library.recemb_tree_forward.argtypes = library.recemb_tree_backward.argtypes = (pointer, integer)
+    library.recemb_tree_state_new.restype = pointer
+    library.recemb_tree_state_new.argtypes = ()
+    library.recemb_tree_state_free.argtypes = (pointer,)
+    library.recemb_tree_state_free.restype = None
+    library.recemb_tree_forward.argtypes = library.recemb_tree_backward.argtypes = (pointer, pointer, integer)
+    library.recemb_tree_forward.restype = None
+    library.recemb_tree_backward.restype = integer
+    library.recemb_tree_poison.argtypes, library.recemb_tree_poison.restype = (integer,), None
+    library.recemb_tree_check.argtypes = (*(pointer,) * 3, *(integer,) * 3, pointer, integer)
+    library.recemb_tree_check.restype = integer
     return library

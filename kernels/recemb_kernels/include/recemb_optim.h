@@ -8,43 +8,48 @@ namespace recemb {
 
 enum Optimizer : int64_t { GRADIENT = 0, SGD = 1, ADAGRAD = 2, ROWWISE_ADAGRAD = 3, ADAM = 4 };
 
+// Rates of one parameter at one step.
 struct Hyper {
-  double lr, eps, beta1, beta2, step;
+  float lr, eps, beta1, beta2;
+  float root;  // Adam: sqrt(1 - beta2^step)
 };
+
+inline Hyper hyper_at(int64_t kind, double step, double lr, double eps, double beta1, double beta2, double lr_decay) {
+  double rate = lr, root = 1;
+  if (kind == ADAGRAD || kind == ROWWISE_ADAGRAD) rate = lr / (1 + (step - 1) * lr_decay);
+  if (kind == ADAM) rate = lr / (1 - std::pow(beta1, step)), root = std::sqrt(1 - std::pow(beta2, step));
+  return {static_cast<float>(rate), static_cast<float>(eps), static_cast<float>(beta1), static_cast<float>(beta2),
+          static_cast<float>(root)};
+}
 
 // w[n] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise).
 static inline void update_row(int64_t kind, const Hyper& h, int64_t n, float* w, const float* g, float* state,
                               float* state2) {
-  const float lr = static_cast<float>(h.lr), eps = static_cast<float>(h.eps);
   switch (kind) {
     case SGD:
-      for (int64_t i = 0; i < n; i++) w[i] -= lr * g[i];
+      for (int64_t i = 0; i < n; i++) w[i] -= h.lr * g[i];
       break;
     case ADAGRAD:
       for (int64_t i = 0; i < n; i++) {
         state[i] += g[i] * g[i];
-        w[i] -= lr * g[i] / (std::sqrt(state[i]) + eps);
+        w[i] -= h.lr * g[i] / (std::sqrt(state[i]) + h.eps);
       }
       break;
     case ROWWISE_ADAGRAD: {
       float square = 0;
       for (int64_t i = 0; i < n; i++) square += g[i] * g[i];
       state[0] += square / static_cast<float>(n);
-      const float scale = lr / (std::sqrt(state[0]) + eps);
+      const float scale = h.lr / (std::sqrt(state[0]) + h.eps);
       for (int64_t i = 0; i < n; i++) w[i] -= scale * g[i];
       break;
     }
-    case ADAM: {
-      const float b1 = static_cast<float>(h.beta1), b2 = static_cast<float>(h.beta2);
-      const float step_size = static_cast<float>(h.lr / (1 - std::pow(h.beta1, h.step)));
-      const float root = static_cast<float>(std::sqrt(1 - std::pow(h.beta2, h.step)));
+    case ADAM:
       for (int64_t i = 0; i < n; i++) {
-        state[i] = b1 * state[i] + (1 - b1) * g[i];
-        state2[i] = b2 * state2[i] + (1 - b2) * g[i] * g[i];
-        w[i] -= step_size * state[i] / (std::sqrt(state2[i]) / root + eps);
+        state[i] = h.beta1 * state[i] + (1 - h.beta1) * g[i];
+        state2[i] = h.beta2 * state2[i] + (1 - h.beta2) * g[i] * g[i];
+        w[i] -= h.lr * state[i] / (std::sqrt(state2[i]) / h.root + h.eps);
       }
       break;
-    }
     default:
       break;
   }

@@ -1,34 +1,55 @@
-// A stable radix sort of keys with a 32-bit payload.
+// A stable radix sort of records by an integer key.
 #pragma once
+#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 namespace recemb {
 
-// Sorts (key, value) pairs by key, stable, in passes of 11 bits; only the bits that `top` has are visited.
-inline void radix_sort(std::vector<int64_t>& key, std::vector<int32_t>& value, int64_t top) {
-  constexpr int BITS = 11, BUCKETS = 1 << BITS;
-  const int64_t n = static_cast<int64_t>(key.size());
-  if (n < 2) return;
-  std::vector<int64_t> key2(n);
-  std::vector<int32_t> value2(n);
-  for (int shift = 0; shift < 63 && (top >> shift) > 0; shift += BITS) {
-    int64_t count[BUCKETS] = {};
-    for (int64_t i = 0; i < n; i++) count[(key[i] >> shift) & (BUCKETS - 1)]++;
-    int64_t at = 0;
-    for (int b = 0; b < BUCKETS; b++) {
-      const int64_t here = count[b];
-      count[b] = at;
+// A key with a 32-bit payload, in one word where the key fits 32 bits.
+struct Narrow {
+  uint64_t word;
+  Narrow() = default;
+  Narrow(uint64_t key, int64_t value) : word(key << 32 | static_cast<uint32_t>(value)) {}
+  uint64_t key() const { return word >> 32; }
+  int32_t value() const { return static_cast<int32_t>(word); }
+};
+
+struct Wide {
+  uint64_t word;
+  int64_t at;
+  Wide() = default;
+  Wide(uint64_t key, int64_t value) : word(key), at(value) {}
+  uint64_t key() const { return word; }
+  int32_t value() const { return static_cast<int32_t>(at); }
+};
+
+inline int bits_of(uint64_t most) { return most ? 64 - __builtin_clzll(most) : 0; }
+
+// Sorts a[n], whose keys have at most `bits` bits, in passes of at most 11 bits that all count in one reading;
+// returns where the result is, `a` or `b`.
+template <class Record>
+Record* radix_sort(Record* a, Record* b, int64_t n, int bits) {
+  constexpr int WIDEST = 11, MOST = 6;
+  static_assert(WIDEST * MOST >= 64, "every key has its passes");
+  const int passes = (bits + WIDEST - 1) / WIDEST;
+  if (n < 2 || passes == 0) return a;
+  const int width = (bits + passes - 1) / passes;
+  const uint64_t mask = (uint64_t{1} << width) - 1;
+  static thread_local int32_t count[MOST][1 << WIDEST];
+  for (int p = 0; p < passes; p++) std::fill(count[p], count[p] + mask + 1, 0);
+  for (int64_t i = 0; i < n; i++)
+    for (int p = 0; p < passes; p++) count[p][(a[i].key() >> (p * width)) & mask]++;
+  for (int p = 0; p < passes; p++) {
+    int32_t at = 0;
+    for (uint64_t d = 0; d <= mask; d++) {
+      const int32_t here = count[p][d];
+      count[p][d] = at;
       at += here;
     }
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t to = count[(key[i] >> shift) & (BUCKETS - 1)]++;
-      key2[to] = key[i];
-      value2[to] = value[i];
-    }
-    key.swap(key2);
-    value.swap(value2);
+    for (int64_t i = 0; i < n; i++) b[count[p][(a[i].key() >> (p * width)) & mask]++] = a[i];
+    std::swap(a, b);
   }
+  return a;
 }
 
 }  // namespace recemb

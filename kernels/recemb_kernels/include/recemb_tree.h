@@ -4,76 +4,115 @@
 // itself for d = 1. The batch's distinct ids form a tree: a node of level l is a distinct prefix
 // (i_1 .. i_{l+1}), the nodes of level d - 1 are the distinct rows. Nodes are sorted, so the children of a node
 // are neighbours and what belongs to a prefix is computed once. Digit k selects a row of parameter k.
+//
+// A mirrored plan reads the digits from the other end, (i_d .. i_1): suffixes are shared instead of prefixes.
 #pragma once
 #include <cstdint>
+
+#include "recemb_optim.h"
 
 namespace recemb {
 
 constexpr int MAX_ORDER = 8;
 
-// What the plan finds out about one table; 64-bit fields, saved from the forward for the backward.
-struct Counts {
-  int64_t base, ids, rows_at;    // the table's ids are [base, base + ids) of the plan's per-id arrays
-  int64_t nodes[MAX_ORDER];      // distinct prefixes per level
-  int64_t touched[MAX_ORDER];    // distinct digits per level
-  int64_t packed_at[MAX_ORDER];  // where the touched rows' packed copies start
-  int64_t partial_at[MAX_ORDER]; // where what is computed per prefix starts (levels 1 .. d - 2)
-  int64_t grad_at[MAX_ORDER];    // where its gradients start (levels 0 .. d - 2)
+// One level of one table's tree. Nodes are cut into slices, whole subtrees of level 0, that share a workspace.
+// Within a slice they are grouped by digit: a run is one digit of one slice, a piece is at most PIECE nodes of one
+// run. Level 0 holds each digit once and in order, and has `digit` alone.
+struct Level {
+  int64_t nodes, touched;       // distinct prefixes, distinct digits
+  const int32_t* parent;        // [nodes] node of the level above
+  const int32_t* first;         // [nodes + 1] children in the level below (rows: ids in `perm`)
+  const int32_t* digit;         // [touched]
+  const int32_t* group;         // [nodes] index of the node's digit in `digit`
+  const int32_t* by_digit;      // [nodes] nodes in order of slice and digit
+  const int32_t* run_start;     // [runs + 1] into by_digit
+  const int32_t* run_group;     // [runs] index into `digit`
+  const int32_t* piece_start;   // [pieces + 1] into by_digit
+  const int32_t* slice_node;    // [slices + 1] first node of each slice
+  const int32_t* slice_run;     // [slices + 1] first run
+  const int32_t* slice_piece;   // [slices + 1] first piece
 };
 
-// One level of one table: counts, and pointers into the plan that are bound anew for each call.
-struct Level {
-  int64_t nodes, touched;
-  const int32_t* parent;         // [nodes] node of the level above
-  const int32_t* first;          // [nodes + 1] children in the level below (rows: ids in `perm`)
-  const int32_t* slice;          // [nodes] its digit, as an index into `touched_digit`
-  const int32_t* by_digit;       // [nodes] nodes ordered by digit
-  const int32_t* touched_digit;  // [touched]
-  const int32_t* touched_start;  // [touched + 1] into by_digit
+constexpr int PIECE = 64;
+
+struct Table;
+struct Call;
+
+// One kernel, compiled for the widths of its table. All but the workspaces run on every thread of a region.
+struct Functions {
+  int64_t (*kept)(const Table*, const Call*);  // floats held from the forward to the backward
+  int64_t (*spare)(const Table*, const Call*); // floats of one pass, forward or backward
+  void (*forward)(const Table*, const Call*);
+  void (*backward)(const Table*, const Call*);
+};
+
+// What is fixed for one table of a group.
+struct TableCode {
+  int64_t order, dim;        // number of digits; columns of `out`
+  int64_t parameters;        // parameters in the call's flat lists
+  int64_t plan_first;        // whether the forward works on distinct rows
+  int64_t radix[MAX_ORDER];
+  double product_cost[2][MAX_ORDER];  // work per node of a level, straight and mirrored; 0: never mirrored
+  const int64_t* constants;  // the kernel's own numbers, or null
+  Functions kernel, mirror;  // straight and mirrored
 };
 
 // One feature: its table, where it is pooled to, and what is added to its ids, so that several features' ids
-// can be told apart within one table. 64-bit fields throughout.
-struct Feature {
+// can be told apart within one table.
+struct FeatureCode {
   int64_t table, column, mean, key_base;
 };
 
+// One table of one call: pointers, and the plan of its distinct ids.
 struct Table {
-  int64_t order, dim;
-  int64_t radix[MAX_ORDER];
-  float* param[MAX_ORDER];   // [radix_k, width_k]
-  float* grad[MAX_ORDER];    // same shape, zeroed; null when the update is fused
-  float* state[MAX_ORDER];   // first optimizer state of each parameter
-  float* state2[MAX_ORDER];  // second one (Adam)
-  void (*forward)(const Table*, struct Call*);
-  void (*backward)(const Table*, struct Call*);
-  int64_t packed_width[MAX_ORDER];   // floats of one packed row of a parameter, 0 where rows are not packed
-  int64_t product_width[MAX_ORDER];  // floats that one node of the level holds
-  const int64_t* constants;          // the kernel's own, or null
-  const Counts* counts;
-  const int64_t* keys;  // [distinct rows] id plus key_base, rising
+  const TableCode* code;
+  int64_t order, mirrored, ids, slices;
+  float* const* param;       // [radix_k, width_k] each
+  float* const* grad;        // zeroed, same shapes; null when the update is fused
+  float* const* state;       // first optimizer state of each parameter
+  float* const* state2;      // second one (Adam)
+  Hyper hyper[MAX_ORDER];    // per parameter
+  const int64_t* features;   // indices of the features that read this table
+  int64_t num_features;
+  const int64_t* keys;       // [distinct rows] id plus key_base (digits reversed when mirrored), rising
+  const int32_t* perm;       // [ids] positions in the batch, in order of their row
+  float* kept;
+  float* spare;
+  int64_t spare_size;
+  void* scratch;             // of the kernel at work
   Level level[MAX_ORDER];
+  int64_t rows() const { return level[order - 1].nodes; }
+};
+
+// Where a feature's gradient is read: sample b's at `at + b * stride`.
+struct Gradient {
+  const float* at;
+  int64_t stride;
 };
 
 struct Call {
-  int64_t num_tables, num_features, batch, num_ids, out_stride, optimizer;
+  int64_t num_tables, num_features, batch, num_ids, columns, slice_rows, keep;
   const int64_t* ids;
   const int64_t* offsets;
   const float* weights;  // null when unweighted
-  const Feature* features;
-  Table* tables;
-  Counts* counts;
-  int32_t* plan;
-  float* packed;
-  float* partials;
-  float* rows;
+  const TableCode* codes;
+  const FeatureCode* features;
+  float* const* param;   // table by table
   float* out;
+  // backward
   const float* grad_out;
   float* grad_weights;   // null when not asked for
-  float* grad_rows;
-  float* grad_partials;
-  void* scratch;         // of the kernel at work
-  double lr, eps, beta1, beta2, step;
+  float* const* grad;    // null when the update is fused
+  float* const* state;
+  float* const* state2;
+  float* const* steps;
+  int64_t optimizer;
+  double lr, eps, beta1, beta2, lr_decay;
+  // set by the driver
+  Table* tables;
+  Gradient* gradient;    // per feature
+  const int32_t* bag;    // [ids] bag of each position; null when every bag holds one id
+  int32_t* slot;         // [ids] distinct row of each position; null unless rows are pooled from a list
 };
 
 }  // namespace recemb

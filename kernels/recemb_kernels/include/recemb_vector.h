@@ -1,159 +1,181 @@
-// Eight floats at a time, in GCC's and clang's vector extension: AVX on x86, NEON pairs on Arm.
+// Vectors in GCC's and clang's extension, and the small matrix products made of them: eight floats a vector (AVX,
+// two NEON registers), sixteen where AVX-512 is there and a row divides into them.
+//
+// Rows of the left and of the result are given as pointers, so that rows scattered in memory multiply as one
+// matrix. Every element sums over its inner dimension in one order, whatever the blocking: chains of CHAIN products,
+// then the chains, because the rounding error of one long chain grows with its length.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace recemb {
 
-typedef float v8 __attribute__((vector_size(32), aligned(4)));
-constexpr int LANES = 8;
+constexpr int PAD = 8;  // rows of packed matrices are padded to a multiple of this
+constexpr int round_up(int n) { return (n + PAD - 1) / PAD * PAD; }
 
-constexpr int round_up(int n) { return (n + LANES - 1) / LANES * LANES; }
+#if defined(__AVX512F__)
+// lanes, accumulators of a block of a product and of an outer product, vectors of a block's columns
+constexpr int WIDEST = 16, BLOCK = 24, OUTER = 16, PANEL = 4;
+#else
+constexpr int WIDEST = 8, BLOCK = 12, OUTER = 8, PANEL = 2;
+#endif
+constexpr int CHAIN = 16;
+constexpr int lanes_of(int n) { return n % WIDEST == 0 ? WIDEST : PAD; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-static inline v8 load(const float* p) { return *reinterpret_cast<const v8*>(p); }
-static inline void store(float* p, v8 x) { *reinterpret_cast<v8*>(p) = x; }
-static inline v8 splat(float x) { return v8{x, x, x, x, x, x, x, x}; }
+template <int LANES>
+struct Vector;
+template <>
+struct Vector<8> {
+  typedef float type __attribute__((vector_size(32), aligned(4), may_alias));
+};
+template <>
+struct Vector<16> {
+  typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
+};
 
-static inline float sum(v8 x) {
-  return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+template <int L>
+static inline typename Vector<L>::type load(const float* p) {
+  return *reinterpret_cast<const typename Vector<L>::type*>(p);
+}
+template <int L>
+static inline void store(float* p, typename Vector<L>::type x) {
+  *reinterpret_cast<typename Vector<L>::type*>(p) = x;
+}
+
+static inline Vector<8>::type fold(Vector<8>::type x) { return x; }
+static inline Vector<8>::type fold(Vector<16>::type x) {
+  Vector<8>::type low, high;
+  __builtin_memcpy(&low, &x, 32);
+  __builtin_memcpy(&high, reinterpret_cast<char*>(&x) + 32, 32);
+  return low + high;
 }
 
 // Writes the sums of four vectors to out[0..3] in a third of the shuffles that four single sums need.
-static inline void sum4(v8 a, v8 b, v8 c, v8 d, float* out) {
+template <class V>
+static inline void sum4(const V* s, float* out) {
+  const Vector<8>::type a = fold(s[0]), b = fold(s[1]), c = fold(s[2]), d = fold(s[3]);
 #if defined(__AVX2__)
-  __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
-  __m256 abcd = _mm256_hadd_ps(ab, cd);
+  const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #else
-  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  const Vector<8>::type* x[4] = {&a, &b, &c, &d};
+  for (int q = 0; q < 4; q++) {
+    const Vector<8>::type& v = *x[q];
+    out[q] = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+  }
 #endif
 }
 
-// C[M][N] = A[M][lda] B[K][N], N a multiple of LANES: blocks of 2 rows by 4 vectors stay in registers.
-template <int M, int K, int N>
-static inline void multiply(const float* A, int lda, const float* B, float* C) {
-  constexpr int V = N / LANES;
-  for (int m0 = 0; m0 < M; m0 += 2) {
-    constexpr int MB = M == 1 ? 1 : 2;
-    const bool pair = MB == 2 && m0 + 1 < M;
-    const float* a0 = A + m0 * lda;
-    const float* a1 = pair ? a0 + lda : a0;
-    for (int v0 = 0; v0 < V; v0 += 4) {
-      const int width = V - v0 < 4 ? V - v0 : 4;
-      v8 c0[4] = {}, c1[4] = {};
-      if (width == 4) {
-        for (int k = 0; k < K; k++) {
-          const float* b = B + k * N + v0 * LANES;
-          const v8 x0 = splat(a0[k]), x1 = splat(a1[k]);
-          for (int v = 0; v < 4; v++) {
-            const v8 y = load(b + v * LANES);
-            c0[v] += x0 * y;
-            c1[v] += x1 * y;
-          }
-        }
-      } else {
-        for (int k = 0; k < K; k++) {
-          const float* b = B + k * N + v0 * LANES;
-          const v8 x0 = splat(a0[k]), x1 = splat(a1[k]);
-          for (int v = 0; v < width; v++) {
-            const v8 y = load(b + v * LANES);
-            c0[v] += x0 * y;
-            c1[v] += x1 * y;
-          }
-        }
-      }
-      for (int v = 0; v < width; v++) {
-        store(C + m0 * N + (v0 + v) * LANES, c0[v]);
-        if (pair) store(C + (m0 + 1) * N + (v0 + v) * LANES, c1[v]);
-      }
+// MB rows by NV vectors of columns over k in [from, to), all sums in registers.
+template <int MB, int NV, int L, int K, int N, bool ADD>
+static inline void multiply_block(const float* const* a, const float* B, float* const* c, int column, int from, int to) {
+  typename Vector<L>::type s[MB][NV] = {};
+  for (int k = from; k < to; k++) {
+    typename Vector<L>::type b[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) b[v] = load<L>(B + k * N + column + v * L);
+#pragma GCC unroll 24
+    for (int m = 0; m < MB; m++) {
+      const float x = a[m][k];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) s[m][v] += x * b[v];
     }
+  }
+#pragma GCC unroll 24
+  for (int m = 0; m < MB; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      float* to_row = c[m] + column + v * L;
+      store<L>(to_row, ADD ? load<L>(to_row) + s[m][v] : s[m][v]);
+    }
+}
+
+template <int MB, int NV, int L, int K, int N, bool ADD>
+static inline void multiply_chains(const float* const* a, const float* B, float* const* c, int column) {
+  constexpr int FIRST = K > 2 * CHAIN ? CHAIN : K;
+  multiply_block<MB, NV, L, K, N, ADD>(a, B, c, column, 0, FIRST);
+  for (int k = FIRST; k < K; k += CHAIN)
+    multiply_block<MB, NV, L, K, N, true>(a, B, c, column, k, smaller(k + CHAIN, K));
+}
+
+template <int NV, int L, int K, int N, bool ADD>
+static inline void multiply_panel(int64_t rows, const float* const* a, const float* B, float* const* c, int column) {
+  constexpr int MB = BLOCK / NV;
+  int64_t m = 0;
+  for (; m + MB <= rows; m += MB) multiply_chains<MB, NV, L, K, N, ADD>(a + m, B, c + m, column);
+  for (; m + 2 <= rows; m += 2) multiply_chains<2, NV, L, K, N, ADD>(a + m, B, c + m, column);
+  if (m < rows) multiply_chains<1, NV, L, K, N, ADD>(a + m, B, c + m, column);
+}
+
+// c[r][0..N) (+)= a[r][0..K) B[K][N], N a multiple of PAD
+template <int K, int N, bool ADD>
+static inline void multiply_rows(int64_t rows, const float* const* a, const float* B, float* const* c) {
+  constexpr int L = lanes_of(N), V = N / L, NV = smaller(V, PANEL), REST = V % NV;
+  for (int v = 0; v + NV <= V; v += NV) multiply_panel<NV, L, K, N, ADD>(rows, a, B, c, v * L);
+  if constexpr (REST > 0) multiply_panel<REST, L, K, N, ADD>(rows, a, B, c, (V - REST) * L);
+}
+
+template <int KB, int NV, int L, int N>
+static inline void outer_block(int64_t rows, const float* const* a, const float* const* c, float* T, int k, int column) {
+  typename Vector<L>::type s[KB][NV] = {};
+  for (int64_t r = 0; r < rows; r++) {
+    typename Vector<L>::type y[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) y[v] = load<L>(c[r] + column + v * L);
+#pragma GCC unroll 24
+    for (int i = 0; i < KB; i++) {
+      const float x = a[r][k + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) s[i][v] += x * y[v];
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < KB; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      float* to = T + (k + i) * N + column + v * L;
+      store<L>(to, load<L>(to) + s[i][v]);
+    }
+}
+
+template <int NV, int L, int K, int N>
+static inline void outer_panel(int64_t rows, const float* const* a, const float* const* c, float* T, int column) {
+  constexpr int KB = smaller(K, OUTER / NV), REST = K % KB;
+  for (int k = 0; k + KB <= K; k += KB) outer_block<KB, NV, L, N>(rows, a, c, T, k, column);
+  if constexpr (REST > 0) outer_block<REST, NV, L, N>(rows, a, c, T, K - REST, column);
+}
+
+// T[K][N] += sum over r of a[r][0..K)^T c[r][0..N), N a multiple of PAD
+template <int K, int N>
+static inline void add_outer(int64_t rows, const float* const* a, const float* const* c, float* T) {
+  constexpr int L = lanes_of(N), V = N / L, NV = smaller(V, PANEL), REST = V % NV;
+  for (int64_t r = 0; r < rows; r += CHAIN) {
+    const int64_t chain = rows - r < CHAIN ? rows - r : CHAIN;
+    for (int v = 0; v + NV <= V; v += NV) outer_panel<NV, L, K, N>(chain, a + r, c + r, T, v * L);
+    if constexpr (REST > 0) outer_panel<REST, L, K, N>(chain, a + r, c + r, T, (V - REST) * L);
   }
 }
 
-// dA[M][lda] += dC[M][N] B[K][N]^T
-template <int M, int K, int N>
-static inline void multiply_transposed(const float* dC, const float* B, float* dA, int lda) {
-  constexpr int V = N / LANES;
-  for (int m = 0; m < M; m++) {
-    const float* d = dC + m * N;
-    constexpr int FOURS = K / 4 * 4;
-    for (int k = 0; k < FOURS; k += 4) {
-      v8 s[4] = {};
-      for (int v = 0; v < V; v++) {
-        const v8 x = load(d + v * LANES);
-        for (int q = 0; q < 4; q++) s[q] += x * load(B + (k + q) * N + v * LANES);
-      }
-      float four[4];
-      sum4(s[0], s[1], s[2], s[3], four);
-      for (int q = 0; q < 4; q++) dA[m * lda + k + q] += four[q];
-    }
-    for (int k = FOURS; k < K; k++) {
-      v8 s = {};
-      for (int v = 0; v < V; v++) s += load(d + v * LANES) * load(B + k * N + v * LANES);
-      dA[m * lda + k] += sum(s);
-    }
-  }
-}
-
-// dB[K][N] += A[M][lda]^T dC[M][N]
-template <int M, int K, int N>
-static inline void accumulate_outer(const float* A, int lda, const float* dC, float* dB) {
-  constexpr int V = N / LANES;
-  for (int k = 0; k < K; k++) {
-    float* b = dB + k * N;
-    for (int v = 0; v < V; v++) {
-      v8 s = load(b + v * LANES);
-      for (int m = 0; m < M; m++) s += splat(A[m * lda + k]) * load(dC + m * N + v * LANES);
-      store(b + v * LANES, s);
-    }
-  }
-}
-
-// out[M][Q] = P[M][K] T[Q][K]^T, K a multiple of LANES
+// out[M][Q] = P[M][K] T[Q][K]^T, K a multiple of PAD
 template <int M, int K, int Q>
 static inline void dot_rows(const float* P, const float* T, float* out) {
-  constexpr int V = K / LANES;
-  for (int m = 0; m < M; m++) {
-    const float* p = P + m * K;
-    constexpr int FOURS = Q / 4 * 4;
-    for (int e = 0; e < FOURS; e += 4) {
-      v8 s[4] = {};
-      for (int v = 0; v < V; v++) {
-        const v8 x = load(p + v * LANES);
-        for (int q = 0; q < 4; q++) s[q] += x * load(T + (e + q) * K + v * LANES);
-      }
-      sum4(s[0], s[1], s[2], s[3], out + m * Q + e);
-    }
-    for (int e = FOURS; e < Q; e++) {
-      v8 s = {};
-      for (int v = 0; v < V; v++) s += load(p + v * LANES) * load(T + e * K + v * LANES);
-      out[m * Q + e] = sum(s);
-    }
-  }
-}
-
-// dP[M][K] += dO[M][Q] T[Q][K]
-template <int M, int K, int Q>
-static inline void spread_rows(const float* dO, const float* T, float* dP) {
+  constexpr int L = lanes_of(K), FOURS = (Q + 3) / 4 * 4;
+  float four[4];
   for (int m = 0; m < M; m++)
-    for (int v = 0; v < K; v += LANES) {
-      v8 s = load(dP + m * K + v);
-      for (int e = 0; e < Q; e++) s += splat(dO[m * Q + e]) * load(T + e * K + v);
-      store(dP + m * K + v, s);
-    }
-}
-
-// dT[Q][K] += dO[M][Q]^T P[M][K]
-template <int M, int K, int Q>
-static inline void gather_rows(const float* dO, const float* P, float* dT) {
-  for (int e = 0; e < Q; e++)
-    for (int v = 0; v < K; v += LANES) {
-      v8 s = load(dT + e * K + v);
-      for (int m = 0; m < M; m++) s += splat(dO[m * Q + e]) * load(P + m * K + v);
-      store(dT + e * K + v, s);
+    for (int e = 0; e < FOURS; e += 4) {
+      typename Vector<L>::type s[4] = {};
+      for (int k = 0; k < K; k += L) {
+        const typename Vector<L>::type x = load<L>(P + m * K + k);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++)
+          if (Q % 4 == 0 || e + q < Q) s[q] += x * load<L>(T + (e + q) * K + k);
+      }
+      sum4(s, four);
+      for (int q = 0; q < 4 && e + q < Q; q++) out[m * Q + e + q] = four[q];
     }
 }
 

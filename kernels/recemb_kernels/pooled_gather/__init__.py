@@ -1,9 +1,10 @@
 """``recemb::pooled_gather``: pool bags of stored rows of any number of tables in one call.
 
     out[b, columns of feature f] = sum over the bag of w * row(i)
-    row(i) = E[i], or E_q[i // c] * E_r[i mod c], E_q[i // c] + E_r[i mod c], or both concatenated
+    row(i) = E[i], or E_q[i // c] * E_r[i mod c], E_q[i // c] + E_r[i mod c], both concatenated, or E[i] P
 
-Parameters come table by table: E [N, D], or E_q [ceil(N / c), D_q] then E_r [c, D_r], in float32. The schema
+Parameters come table by table: E [N, D], or E_q [ceil(N / c), D_q] then E_r [c, D_r], or E [N, d] then P [d, D],
+in float32. A projection is applied to the pooled bags, which is the same and cheaper. The schema
 is that of every gather op (:mod:`recemb_kernels.gather_op`).
 """
 
@@ -33,6 +34,7 @@ class Operation(IntEnum):
     MULT = 1
     ADD = 2
     CONCAT = 3
+    PROJECT = 4
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,12 @@ def _decode(flat: tuple[int, ...]) -> list[RowShape]:
 
 def _kernel(shape: RowShape) -> TableKernel:
     left, right = (shape.widths * 2)[:2]
-    plain = shape.operation == Operation.ROW
     return TableKernel(
         library=_library(shape.operation, left, right),
-        dim=left + right if shape.operation == Operation.CONCAT else left,
-        radices=shape.rows,
-        packed_widths=(0,) if plain else (left, right),
-        product_widths=(0,) * len(shape.rows),
+        dim={Operation.CONCAT: left + right, Operation.PROJECT: right}.get(shape.operation, left),
+        # The rows of a projection are its own, not digits of an id.
+        radices=shape.rows[:1] if shape.operation == Operation.PROJECT else shape.rows,
+        parameters=len(shape.rows),
     )
 
 

@@ -1,125 +1,207 @@
-// Tables of stored rows: -DOPERATION=0 the row itself (dense tables, hashed rows, the narrow side of mixed
-// dimension), 1 quotient * remainder, 2 quotient + remainder, 3 both concatenated; -DLEFT and -DRIGHT are the
-// widths. Called by every thread of the driver's parallel region.
+// Tables of stored rows: -DOPERATION=0 the row itself (dense tables, hashed rows), 1 quotient * remainder,
+// 2 quotient + remainder, 3 both concatenated, 4 a narrow row pooled and then projected (mixed dimension). -DLEFT
+// and -DRIGHT are the widths. Called by every thread of the driver's parallel region.
 //
-// A row of a parameter has one owner: its gradient is summed in one place, in a fixed order, and the optimizer
-// steps on it at once. Under "mult" either side's gradient reads the other side, so the touched rows are copied
-// ("packed") first and the copies are read.
+// The forward pools straight from the table; only the backward needs the distinct rows. A row of a parameter has
+// one owner there: its gradient is summed in one place, in a fixed order, and the optimizer steps on it at once.
 #include <algorithm>
 #include <vector>
 
-#include "recemb_optim.h"
+#include "recemb_bags.h"
 #include "recemb_tree.h"
+#include "recemb_vector.h"
 
 using namespace recemb;
 
 namespace {
 
-enum { ROW = 0, MULTIPLY = 1, ADD = 2, CONCATENATE = 3 };
-constexpr int WIDTH[] = {LEFT, RIGHT};
-constexpr int D = OPERATION == ROW ? LEFT : OPERATION == CONCATENATE ? LEFT + RIGHT : LEFT;
-constexpr int AHEAD = 16;
+enum { ROW = 0, MULTIPLY = 1, ADD = 2, CONCATENATE = 3, PROJECT = 4 };
+constexpr bool PAIR = OPERATION == MULTIPLY || OPERATION == ADD || OPERATION == CONCATENATE;
+constexpr int W = OPERATION == CONCATENATE ? LEFT + RIGHT : LEFT;  // a row before pooling
+constexpr int64_t CHUNK = 256;  // bags of one partial sum of the projection's gradient
 
-float* scratch() {
-  static thread_local std::vector<float> room;
-  if (room.empty()) room.resize(std::max(LEFT, RIGHT));
-  return room.data();
+const float* row_of(const Table* table, int k, int64_t row) {
+  return table->param[k] + row * (k == 0 ? LEFT : OPERATION == PROJECT ? LEFT : RIGHT);
 }
 
-// The touched rows of parameter k, gathered; far rows are asked for before they are needed.
-template <int k>
-void pack(const Table& table, const Call& call, float* packed) {
-  const Level& level = table.level[k];
-#pragma omp for schedule(static) nowait
-  for (int64_t g = 0; g < level.touched; g++) {
-    if (g + AHEAD < level.touched)
-      __builtin_prefetch(table.param[k] + static_cast<int64_t>(level.touched_digit[g + AHEAD]) * WIDTH[k]);
-    const float* row = table.param[k] + static_cast<int64_t>(level.touched_digit[g]) * WIDTH[k];
-    std::copy(row, row + WIDTH[k], packed + g * WIDTH[k]);
-  }
+void ask(const Table* table, int64_t key) {
+  prefetch_row(row_of(table, 0, PAIR ? key / table->code->radix[1] : key), LEFT);
 }
 
-float* packed_at(const Table& table, const Call& call, int k) { return call.packed + table.counts->packed_at[k]; }
-
-template <int k>
-void finish(const Table& table, const Call& call, int64_t digit, const float* grad) {
-  constexpr int W = WIDTH[k];
-  if (call.optimizer == GRADIENT) {
-    std::copy(grad, grad + W, table.grad[k] + digit * W);
-    return;
-  }
-  const Hyper h{call.lr, call.eps, call.beta1, call.beta2, call.step};
-  const int64_t width = call.optimizer == ROWWISE_ADAGRAD ? 1 : W;
-  update_row(call.optimizer, h, W, table.param[k] + digit * W, grad,
-             table.state[k] ? table.state[k] + digit * width : nullptr,
-             table.state2[k] ? table.state2[k] + digit * width : nullptr);
-}
-
-// grad += what row `u` with gradient `g` sends to its side k.
-template <int k>
-void send(const Table& table, const Call& call, int64_t u, const float* g, float* grad) {
-  constexpr int W = WIDTH[k], FROM = OPERATION == CONCATENATE && k == 1 ? LEFT : 0;
-  if constexpr (OPERATION == MULTIPLY) {
-    const Level& rows = table.level[1];
-    const int64_t other = k == 0 ? rows.slice[u] : rows.parent[u];
-    const float* factor = packed_at(table, call, 1 - k) + other * W;
-    for (int j = 0; j < W; j++) grad[j] += g[j] * factor[j];
+// sum[W] += w * row
+void add_row(const Table* table, int64_t key, float w, float* sum) {
+  if constexpr (!PAIR) {
+    const float* row = row_of(table, 0, key);
+    for (int j = 0; j < W; j++) sum[j] += w * row[j];
   } else {
-    for (int j = 0; j < W; j++) grad[j] += g[FROM + j];
+    const int64_t c = table->code->radix[1];
+    const float *q = row_of(table, 0, key / c), *r = row_of(table, 1, key % c);
+    if constexpr (OPERATION == MULTIPLY)
+      for (int j = 0; j < W; j++) sum[j] += w * (q[j] * r[j]);
+    else if constexpr (OPERATION == ADD)
+      for (int j = 0; j < W; j++) sum[j] += w * (q[j] + r[j]);
+    else {
+      for (int j = 0; j < LEFT; j++) sum[j] += w * q[j];
+      for (int j = 0; j < RIGHT; j++) sum[LEFT + j] += w * r[j];
+    }
   }
+}
+
+// out[RIGHT] = narrow[LEFT] P
+void project(const Table* table, const float* narrow, float* out) {
+  float sum[RIGHT] = {};
+  for (int k = 0; k < LEFT; k++)
+    for (int j = 0; j < RIGHT; j++) sum[j] += narrow[k] * table->param[1][k * RIGHT + j];
+  std::copy(sum, sum + RIGHT, out);
+}
+
+// Narrow bags of feature number k of the table, and their gradients: [B, LEFT] each.
+float* narrow_at(const Table* table, const Call* call, int64_t k) { return table->kept + k * call->batch * LEFT; }
+float* narrow_grad_at(const Table* table, const Call* call, int64_t k) { return table->spare + k * call->batch * LEFT; }
+int64_t chunks_of(const Table* table, const Call* call) { return table->num_features * ((call->batch + CHUNK - 1) / CHUNK); }
+
+int64_t kept(const Table* table, const Call* call) {
+  return OPERATION == PROJECT && call->keep ? table->num_features * call->batch * LEFT : 0;
+}
+
+int64_t spare(const Table* table, const Call* call) {
+  if (!call->grad_out) return 0;
+  if (OPERATION == PROJECT) return table->num_features * call->batch * LEFT + chunks_of(table, call) * LEFT * RIGHT;
+  return PAIR ? table->rows() * W + table->level[1].touched * RIGHT : 0;
+}
+
+void forward(const Table* table, const Call* call) {
+  each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
+    const int64_t k = std::find(table->features, table->features + table->num_features, f) - table->features;
+    float* out = call->out + call->features[f].column;
+    pool_bags<W>(
+        call, f, begin, end, [&](int64_t key) { ask(table, key); },
+        [&](int64_t key, float w, float* sum) { add_row(table, key, w, sum); },
+        [&](int64_t b, const float* sum) {
+          if constexpr (OPERATION == PROJECT) {
+            if (call->keep) std::copy(sum, sum + W, narrow_at(table, call, k) + b * W);
+            project(table, sum, out + b * call->columns);
+          } else {
+            std::copy(sum, sum + W, out + b * call->columns);
+          }
+        });
+  });
+}
+
+// grad[W]: gradient of distinct row u before it is split between quotient and remainder.
+const float* grad_row(const Table* table, int64_t u) { return table->spare + u * W; }
+
+// grad += what row u sends to its side k.
+template <int k>
+void send(const Table* table, int64_t u, float* grad) {
+  const float* g = grad_row(table, u);
+  constexpr int WIDTH = k == 0 ? LEFT : RIGHT;
+  if constexpr (OPERATION == MULTIPLY) {
+    const Level &q = table->level[0], &r = table->level[1];
+    const float* factor = k == 0 ? row_of(table, 1, r.digit[r.group[u]]) : row_of(table, 0, q.digit[r.parent[u]]);
+    for (int j = 0; j < WIDTH; j++) grad[j] += g[j] * factor[j];
+  } else {
+    constexpr int FROM = OPERATION == CONCATENATE && k == 1 ? LEFT : 0;
+    for (int j = 0; j < WIDTH; j++) grad[j] += g[FROM + j];
+  }
+}
+
+void backward_pair(const Table* table, const Call* call) {
+  const Level &top = table->level[0], &rows = table->level[1];
+  float* sides = table->spare + table->rows() * W;
+#pragma omp for schedule(static)
+  for (int64_t u = 0; u < rows.nodes; u++) row_gradient<W>(table, call, u, table->spare + u * W);
+  // Under "mult" the remainders' gradients read the quotients and the other way round: both before either moves.
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t run = 0; run < rows.slice_run[1]; run++) {
+    float grad[RIGHT] = {};
+    for (int32_t k = rows.run_start[run]; k < rows.run_start[run + 1]; k++) send<1>(table, rows.by_digit[k], grad);
+    std::copy(grad, grad + RIGHT, sides + run * RIGHT);
+  }
+#pragma omp for schedule(static)
+  for (int64_t node = 0; node < top.nodes; node++) {
+    float grad[LEFT] = {};
+    if (node + 4 < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + 4]), LEFT);
+    for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) send<0>(table, u, grad);
+    finish_row<LEFT>(table, call, 0, top.digit[node], grad);
+  }
+#pragma omp for schedule(static) nowait
+  for (int64_t g = 0; g < rows.touched; g++) finish_row<RIGHT>(table, call, 1, rows.digit[g], sides + g * RIGHT);
+}
+
+void backward_rows(const Table* table, const Call* call) {
+  const int64_t rows = table->rows();
+#pragma omp for schedule(static) nowait
+  for (int64_t u = 0; u < rows; u++) {
+    if (u + AHEAD < rows) {
+      const int64_t row = table->keys[u + AHEAD];
+      prefetch_row(row_of(table, 0, row), LEFT);
+      if (call->optimizer >= ADAGRAD)
+        __builtin_prefetch(table->state[0] + row * (call->optimizer == ROWWISE_ADAGRAD ? 1 : LEFT), 1);
+    }
+    float grad[LEFT];
+    row_gradient<LEFT>(table, call, u, grad);
+    finish_row<LEFT>(table, call, 0, table->keys[u], grad);
+  }
+}
+
+// The narrow bags' gradients take the place of the output's; the projection's own is summed over chunks of bags.
+void backward_projected(const Table* table, const Call* call) {
+  const int64_t per_feature = (call->batch + CHUNK - 1) / CHUNK;
+  float* partial = table->spare + table->num_features * call->batch * LEFT;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < chunks_of(table, call); task++) {
+    const int64_t k = task / per_feature, begin = task % per_feature * CHUNK;
+    const Gradient& from = call->gradient[table->features[k]];
+    float sum[LEFT * RIGHT] = {};
+    for (int64_t b = begin; b < std::min(begin + CHUNK, call->batch); b++) {
+      const float *g = from.at + b * from.stride, *narrow = narrow_at(table, call, k) + b * LEFT;
+      float* to = narrow_grad_at(table, call, k) + b * LEFT;
+      for (int i = 0; i < LEFT; i++) {
+        float dot = 0;
+        for (int j = 0; j < RIGHT; j++) {
+          dot += g[j] * table->param[1][i * RIGHT + j];
+          sum[i * RIGHT + j] += narrow[i] * g[j];
+        }
+        to[i] = dot;
+      }
+    }
+    std::copy(sum, sum + LEFT * RIGHT, partial + task * LEFT * RIGHT);
+  }
+#pragma omp single
+  for (int64_t k = 0; k < table->num_features; k++)
+    call->gradient[table->features[k]] = {narrow_grad_at(table, call, k), LEFT};
+}
+
+void finish_projection(const Table* table, const Call* call) {
+  const float* partial = table->spare + table->num_features * call->batch * LEFT;
+#pragma omp for schedule(static) nowait
+  for (int64_t i = 0; i < LEFT; i++) {
+    float grad[RIGHT] = {};
+    for (int64_t task = 0; task < chunks_of(table, call); task++)
+      for (int j = 0; j < RIGHT; j++) grad[j] += partial[(task * LEFT + i) * RIGHT + j];
+    finish_row<RIGHT>(table, call, 1, i, grad);
+  }
+}
+
+void backward(const Table* table, const Call* call) {
+  if constexpr (OPERATION == PROJECT) backward_projected(table, call);
+  if (call->grad_weights) {
+    each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
+      weight_gradients(call, f, begin, end, [&](int64_t i, const float* grad) {
+        float row[W] = {}, dot = 0;
+        add_row(table, call->ids[i] + call->features[f].key_base, 1.0f, row);
+        for (int j = 0; j < W; j++) dot += row[j] * grad[j];
+        return dot;
+      });
+    });
+#pragma omp barrier
+  }
+  if constexpr (PAIR) backward_pair(table, call);
+  if constexpr (!PAIR) backward_rows(table, call);
+  if constexpr (OPERATION == PROJECT) finish_projection(table, call);
 }
 
 }  // namespace
 
-extern "C" void recemb_table_forward(const Table* table, Call* call) {
-  float* rows = call->rows + table->counts->rows_at;
-  if constexpr (OPERATION == ROW) {
-    pack<0>(*table, *call, rows);
-    return;
-  } else {
-    pack<0>(*table, *call, packed_at(*table, *call, 0));
-    pack<1>(*table, *call, packed_at(*table, *call, 1));
-#pragma omp barrier
-    const Level& level = table->level[1];
-#pragma omp for schedule(static) nowait
-    for (int64_t u = 0; u < level.nodes; u++) {
-      // Level 0 is sorted by digit, so a node's place among its touched rows is the node itself.
-      const float* q = packed_at(*table, *call, 0) + static_cast<int64_t>(level.parent[u]) * LEFT;
-      const float* r = packed_at(*table, *call, 1) + static_cast<int64_t>(level.slice[u]) * RIGHT;
-      float* row = rows + u * D;
-      if constexpr (OPERATION == CONCATENATE) {
-        std::copy(q, q + LEFT, row);
-        std::copy(r, r + RIGHT, row + LEFT);
-      } else {
-        for (int j = 0; j < D; j++) row[j] = OPERATION == MULTIPLY ? q[j] * r[j] : q[j] + r[j];
-      }
-    }
-  }
-}
-
-extern "C" void recemb_table_backward(const Table* table, Call* call) {
-  const float* grads = call->grad_rows + table->counts->rows_at;
-  const Level& top = table->level[0];
-  if constexpr (OPERATION == ROW) {
-#pragma omp for schedule(static) nowait
-    for (int64_t u = 0; u < top.nodes; u++) finish<0>(*table, *call, top.touched_digit[u], grads + u * D);
-  } else {
-    const Level& rows = table->level[1];
-#pragma omp for schedule(static) nowait
-    for (int64_t node = 0; node < top.nodes; node++) {
-      float* grad = scratch();
-      std::fill(grad, grad + LEFT, 0.0f);
-      for (int64_t u = top.first[node]; u < top.first[node + 1]; u++)
-        send<0>(*table, *call, u, grads + u * D, grad);
-      finish<0>(*table, *call, top.touched_digit[node], grad);
-    }
-#pragma omp for schedule(dynamic, 8) nowait
-    for (int64_t g = 0; g < rows.touched; g++) {
-      float* grad = scratch();
-      std::fill(grad, grad + RIGHT, 0.0f);
-      for (int32_t k = rows.touched_start[g]; k < rows.touched_start[g + 1]; k++)
-        send<1>(*table, *call, rows.by_digit[k], grads + static_cast<int64_t>(rows.by_digit[k]) * D, grad);
-      finish<1>(*table, *call, rows.touched_digit[g], grad);
-    }
-  }
-}
+extern "C" Functions recemb_kernel = {kept, spare, forward, backward};

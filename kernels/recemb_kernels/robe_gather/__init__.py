@@ -82,10 +82,9 @@ def _kernel(shape: RobeShape) -> TableKernel:
     return TableKernel(
         library=_library(shape.dim, shape.block_size, shape.signed),
         dim=shape.dim,
-        # Keys are not digits: no grouping by row of the array, which the kernel does by hashed place.
+        # Keys are not digits: blocks are grouped by hashed place, in the kernel.
         radices=(0,),
-        packed_widths=(0,),
-        product_widths=(0,),
+        parameters=1,
         constants=(
             *(shape.rows, len(shape.key_bases)),
             *(*shape.slot, *shape.sign),

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "recemb_optim.h"
+#include "recemb_bags.h"
 #include "recemb_sort.h"
 #include "recemb_tree.h"
 
@@ -25,21 +25,32 @@ uint64_t multiply(uint64_t a, uint64_t b) {
 }
 uint64_t add(uint64_t a, uint64_t b) { return a + b >= P ? a + b - P : a + b; }
 
+// x mod m without a division: m's reciprocal in 64 bits is at most one off for x < 2^61.
+struct Modulus {
+  uint64_t m, reciprocal;
+  explicit Modulus(uint64_t modulus) : m(modulus), reciprocal(~uint64_t{0} / modulus) {}
+  uint64_t of(uint64_t x) const {
+    const uint64_t q = static_cast<uint64_t>(static_cast<unsigned __int128>(x) * reciprocal >> 64), rest = x - q * m;
+    return rest >= m ? rest - m : rest;
+  }
+};
+
 // constants: rows, tables, slot B, slot Q, sign B, sign Q, key base per table, then per table BLOCKS slot and
 // BLOCKS sign offsets A e + C b + D.
 struct Hash {
   const int64_t* c;
-  explicit Hash(const Table& table) : c(table.constants) {}
-  int64_t size() const { return c[0] * Z; }
-  int64_t table_of(int64_t key) const { return std::upper_bound(c + 6, c + 6 + c[1], key) - (c + 6) - 1; }
+  const Modulus size;
+  explicit Hash(const Table* table) : c(table->code->constants), size(static_cast<uint64_t>(c[0]) * Z) {}
+  int64_t table_of(int64_t key) const {
+    return c[1] == 1 ? 0 : std::upper_bound(c + 6, c + 6 + c[1], key) - (c + 6) - 1;
+  }
 
-  // start[b] in [0, |M|) and sign[b] of every block of a row
-  void place(int64_t key, int64_t* start, float* sign) const {
-    const int64_t t = table_of(key);
+  // start[b] in [0, |M|) and sign[b] of every block of a row of table t
+  void place(int64_t t, int64_t key, int64_t* start, float* sign) const {
     const uint64_t x = static_cast<uint64_t>(key - c[6 + t]);
     const int64_t* offset = c + 6 + c[1] + t * 2 * BLOCKS;
     const uint64_t slot = multiply(add(multiply(c[3], x), c[2]), x);
-    for (int b = 0; b < BLOCKS; b++) start[b] = static_cast<int64_t>(add(slot, offset[b]) % size());
+    for (int b = 0; b < BLOCKS; b++) start[b] = static_cast<int64_t>(size.of(add(slot, offset[b])));
     if constexpr (SIGNED) {
       const uint64_t hashed = multiply(add(multiply(c[5], x), c[4]), x);
       for (int b = 0; b < BLOCKS; b++) sign[b] = add(hashed, offset[BLOCKS + b]) & 1 ? -1.0f : 1.0f;
@@ -51,100 +62,147 @@ struct Hash {
 
 constexpr int length_of(int b) { return b + 1 < BLOCKS ? Z : D - b * Z; }
 
-void accumulate(float* grad, const float* from, float sign, int64_t n) {
-  for (int64_t j = 0; j < n; j++) grad[j] += sign * from[j];
-}
-
-void finish(const Table& table, const Call& call, int64_t row, const float* grad) {
-  if (call.optimizer == GRADIENT) {
-    std::copy(grad, grad + Z, table.grad[0] + row * Z);
-    return;
+// sum[D] += w * row
+void add_row(const Table* table, const Hash& hash, int64_t t, int64_t key, float w, float* sum) {
+  int64_t start[BLOCKS];
+  float sign[BLOCKS];
+  hash.place(t, key, start, sign);
+  for (int b = 0; b < BLOCKS; b++) {
+    const int64_t here = std::min<int64_t>(length_of(b), static_cast<int64_t>(hash.size.m) - start[b]);
+    const float* from = table->param[0] + start[b];
+    const float factor = w * sign[b];
+    if (here == length_of(b)) {
+      for (int j = 0; j < length_of(b); j++) sum[b * Z + j] += factor * from[j];
+    } else {
+      for (int64_t j = 0; j < here; j++) sum[b * Z + j] += factor * from[j];
+      for (int64_t j = here; j < length_of(b); j++) sum[b * Z + j] += factor * table->param[0][j - here];
+    }
   }
-  const Hyper h{call.lr, call.eps, call.beta1, call.beta2, call.step};
-  const int64_t width = call.optimizer == ROWWISE_ADAGRAD ? 1 : Z;
-  update_row(call.optimizer, h, Z, table.param[0] + row * Z, grad,
-             table.state[0] ? table.state[0] + row * width : nullptr,
-             table.state2[0] ? table.state2[0] + row * width : nullptr);
 }
 
-// Sorted blocks of the batch, and the array rows that they touch.
+// Sorted blocks of the batch, and the array rows that they touch, each with the blocks that start in it.
 struct Blocks {
-  std::vector<int64_t> start;
-  std::vector<int32_t> piece;  // distinct row * BLOCKS + block
-  std::vector<float> sign;     // by piece
-  std::vector<int64_t> row;    // touched array rows, rising
+  std::vector<Narrow> narrow;
+  std::vector<Wide> wide;
+  std::vector<int64_t> start, piece;  // piece: distinct row * BLOCKS + block, in order of start
+  std::vector<float> sign;            // by piece
+  std::vector<int64_t> row, first;    // touched array rows, rising; first block at or after each row's begin
 };
 
-Blocks sort_blocks(const Table& table) {
-  const Hash hash(table);
-  const int64_t rows = table.level[0].nodes;
-  Blocks blocks;
-  blocks.start.resize(rows * BLOCKS), blocks.piece.resize(rows * BLOCKS), blocks.sign.resize(rows * BLOCKS);
-  for (int64_t u = 0; u < rows; u++) {
-    hash.place(table.keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
-    for (int b = 0; b < BLOCKS; b++) blocks.piece[u * BLOCKS + b] = static_cast<int32_t>(u * BLOCKS + b);
+template <class Record>
+void sort_pieces(Blocks& blocks, std::vector<Record>& records, int64_t size) {
+  const int64_t n = static_cast<int64_t>(blocks.start.size());
+  records.resize(2 * n);
+  for (int64_t i = 0; i < n; i++) records[i] = Record(blocks.start[i], i);
+  const Record* sorted = radix_sort(records.data(), records.data() + n, n, bits_of(size - 1));
+  blocks.piece.resize(n);
+  for (int64_t i = 0; i < n; i++) {
+    blocks.start[i] = static_cast<int64_t>(sorted[i].key());
+    blocks.piece[i] = sorted[i].value();
   }
-  radix_sort(blocks.start, blocks.piece, hash.size() - 1);
-  const int64_t count = hash.size() / Z;
-  for (int64_t start : blocks.start) {
-    const int64_t first = start / Z;
-    if (blocks.row.empty() || blocks.row.back() < first) blocks.row.push_back(first);
-    if (first + 1 < count && blocks.row.back() < first + 1) blocks.row.push_back(first + 1);
-  }
-  // A block that starts in the last row goes on in row 0.
-  if (!blocks.start.empty() && blocks.start.back() / Z == count - 1 && blocks.row.front() != 0)
-    blocks.row.insert(blocks.row.begin(), 0);
-  return blocks;
 }
 
-// Adds what the blocks that start in array row `from` send to that row, or (`Spill`) to the next one.
+// From unsorted starts, in order of piece.
+void sort_blocks(const Table* table, Blocks& blocks) {
+  const int64_t size = table->code->constants[0] * Z, count = table->code->constants[0];
+  if (size >> 32)
+    sort_pieces(blocks, blocks.wide, size);
+  else
+    sort_pieces(blocks, blocks.narrow, size);
+  blocks.row.clear(), blocks.first.clear();
+  const int64_t n = static_cast<int64_t>(blocks.start.size());
+  const auto touch = [&](int64_t row, int64_t at) { blocks.row.push_back(row), blocks.first.push_back(at); };
+  const auto spills = [&](int64_t i, int64_t end) {
+    return blocks.start[i] + length_of(static_cast<int>(blocks.piece[i] % BLOCKS)) > end;
+  };
+  // A block that starts in the last row may go on in row 0.
+  bool wraps = false;
+  for (int64_t i = n - 1; i >= 0 && blocks.start[i] / Z == count - 1; i--) wraps = wraps || spills(i, size);
+  int64_t last = -1;
+  if (wraps) touch(last = 0, 0);
+  for (int64_t i = 0; i < n;) {
+    const int64_t row = blocks.start[i] / Z, end = (row + 1) * Z;
+    if (last < row) touch(last = row, i);
+    bool goes_on = false;
+    for (; i < n && blocks.start[i] < end; i++) goes_on = goes_on || spills(i, end);
+    if (goes_on && row + 1 < count) touch(last = row + 1, i);
+  }
+}
+
+// Adds to `grad` what the blocks from `at` on that start in array row `from` send to it, or (`Spill`) to the next row.
 template <bool Spill>
-void gather(const Table& table, const Call& call, const Blocks& blocks, int64_t from, float* grad) {
-  const auto begin = std::lower_bound(blocks.start.begin(), blocks.start.end(), from * Z);
-  for (size_t k = begin - blocks.start.begin(); k < blocks.start.size() && blocks.start[k] < (from + 1) * Z; k++) {
-    const int32_t piece = blocks.piece[k];
-    const int b = piece % BLOCKS;
+void gather(const Table* table, const Blocks& blocks, const float* grads, int64_t at, int64_t from, float* grad) {
+  const int64_t n = static_cast<int64_t>(blocks.start.size());
+  for (int64_t k = at; k < n && blocks.start[k] < (from + 1) * Z; k++) {
+    const int64_t piece = blocks.piece[k];
+    const int b = static_cast<int>(piece % BLOCKS);
     const int64_t inside = blocks.start[k] - from * Z, here = std::min<int64_t>(length_of(b), Z - inside);
-    const float* g = call.grad_rows + table.counts->rows_at + static_cast<int64_t>(piece / BLOCKS) * D + b * Z;
+    const float* g = grads + piece / BLOCKS * D + b * Z;
+    const float sign = blocks.sign[piece];
     if constexpr (Spill)
-      accumulate(grad, g + here, blocks.sign[piece], length_of(b) - here);
+      for (int64_t j = here; j < length_of(b); j++) grad[j - here] += sign * g[j];
     else
-      accumulate(grad + inside, g, blocks.sign[piece], here);
+      for (int64_t j = 0; j < here; j++) grad[inside + j] += sign * g[j];
+  }
+}
+
+int64_t kept(const Table*, const Call*) { return 0; }
+int64_t spare(const Table* table, const Call* call) { return call->grad_out ? table->rows() * D : 0; }
+
+void forward(const Table* table, const Call* call) {
+  const Hash hash(table);
+  each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
+    float* out = call->out + call->features[f].column;
+    const int64_t t = hash.table_of(call->features[f].key_base);
+    pool_bags<D>(
+        call, f, begin, end, [](int64_t) {},
+        [&](int64_t key, float w, float* sum) { add_row(table, hash, t, key, w, sum); },
+        [&](int64_t b, const float* sum) { std::copy(sum, sum + D, out + b * call->columns); });
+  });
+}
+
+void backward(const Table* table, const Call* call) {
+  const Hash hash(table);
+  if (call->grad_weights) {
+    each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
+      const int64_t base = call->features[f].key_base, t = hash.table_of(base);
+      weight_gradients(call, f, begin, end, [&](int64_t i, const float* grad) {
+        float row[D] = {}, dot = 0;
+        add_row(table, hash, t, call->ids[i] + base, 1.0f, row);
+        for (int j = 0; j < D; j++) dot += row[j] * grad[j];
+        return dot;
+      });
+    });
+  }
+  const int64_t rows = table->rows(), count = table->code->constants[0];
+  // One set of vectors a thread that ever sorts, so that their memory is used again.
+  static thread_local Blocks own;
+#pragma omp single
+  {
+    own.start.resize(rows * BLOCKS), own.sign.resize(rows * BLOCKS);
+    const_cast<Table*>(table)->scratch = &own;
+  }
+  Blocks& blocks = *static_cast<Blocks*>(table->scratch);
+#pragma omp for schedule(static)
+  for (int64_t u = 0; u < rows; u++) {
+    hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
+    row_gradient<D>(table, call, u, table->spare + u * D);
+  }
+#pragma omp single
+  sort_blocks(table, blocks);
+#pragma omp for schedule(static)
+  for (int64_t k = 0; k < static_cast<int64_t>(blocks.row.size()); k++) {
+    float grad[Z] = {};
+    const int64_t row = blocks.row[k];
+    gather<false>(table, blocks, table->spare, blocks.first[k], row, grad);
+    // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
+    const int64_t before = row ? row - 1 : count - 1;
+    const int64_t at = row ? k - 1 : static_cast<int64_t>(blocks.row.size()) - 1;
+    if (at >= 0 && blocks.row[at] == before) gather<true>(table, blocks, table->spare, blocks.first[at], before, grad);
+    finish_row<Z>(table, call, 0, row, grad);
   }
 }
 
 }  // namespace
 
-extern "C" void recemb_table_forward(const Table* table, Call* call) {
-  const Hash hash(*table);
-  const int64_t size = hash.size();
-#pragma omp for schedule(static) nowait
-  for (int64_t u = 0; u < table->level[0].nodes; u++) {
-    int64_t start[BLOCKS];
-    float sign[BLOCKS];
-    hash.place(table->keys[u], start, sign);
-    float* row = call->rows + table->counts->rows_at + u * D;
-    for (int b = 0; b < BLOCKS; b++) {
-      const int64_t here = std::min<int64_t>(length_of(b), size - start[b]);
-      for (int64_t j = 0; j < here; j++) row[b * Z + j] = sign[b] * table->param[0][start[b] + j];
-      for (int64_t j = here; j < length_of(b); j++) row[b * Z + j] = sign[b] * table->param[0][j - here];
-    }
-  }
-}
-
-extern "C" void recemb_table_backward(const Table* table, Call* call) {
-#pragma omp single
-  call->scratch = new Blocks(sort_blocks(*table));
-  const Blocks& blocks = *static_cast<const Blocks*>(call->scratch);
-  const int64_t count = table->constants[0];
-#pragma omp for schedule(static)
-  for (int64_t k = 0; k < static_cast<int64_t>(blocks.row.size()); k++) {
-    float grad[Z] = {};
-    const int64_t row = blocks.row[k];
-    gather<false>(*table, *call, blocks, row, grad);
-    gather<true>(*table, *call, blocks, row ? row - 1 : count - 1, grad);
-    finish(*table, *call, row, grad);
-  }
-#pragma omp single
-  delete static_cast<Blocks*>(call->scratch);
-}
+extern "C" Functions recemb_kernel = {kept, spare, forward, backward};

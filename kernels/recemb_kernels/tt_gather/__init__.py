@@ -9,6 +9,7 @@ Cores come table by table, each [p_k, R_{k-1} q_k R_k] in float32. The schema is
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +20,6 @@ from recemb_kernels.digit_tree.group import MAX_ORDER, TableKernel
 from recemb_kernels.gather_op import GatherOp
 
 __all__ = ["MAX_ORDER", "TrainShape", "encode", "tt_gather"]
-
-_LANES = 8
-
 
 @dataclass(frozen=True)
 class TrainShape:
@@ -51,24 +49,24 @@ def _decode(flat: tuple[int, ...]) -> list[TrainShape]:
 
 
 def _kernel(shape: TrainShape) -> TableKernel:
-    order, done = len(shape.row_shape), 1
-    packed, products = [], []
-    for k, q in enumerate(shape.dim_shape):
-        left, right = shape.ranks[k], shape.ranks[k + 1]
-        done *= q
-        packed.append(q * _padded(left) if k + 1 == order else left * q * _padded(right))
-        products.append(done * _padded(right))
+    mirrored = TrainShape(shape.row_shape[::-1], shape.dim_shape[::-1], shape.ranks[::-1])
     return TableKernel(
         library=_library(shape.dim_shape, shape.ranks),
-        dim=done,
+        dim=math.prod(shape.dim_shape),
         radices=shape.row_shape,
-        packed_widths=tuple(packed),
-        product_widths=tuple(products),
+        parameters=len(shape.row_shape),
+        plan_first=True,
+        cost=_product_cost(shape),
+        mirrored_cost=_product_cost(mirrored),
     )
 
 
-def _padded(rank: int) -> int:
-    return -(-rank // _LANES) * _LANES
+def _product_cost(shape: TrainShape) -> tuple[float, ...]:
+    """Multiply-adds of one product of cores 0 .. l, by l."""
+    return tuple(
+        float(math.prod(shape.dim_shape[: l + 1]) * shape.ranks[l] * shape.ranks[l + 1])
+        for l in range(len(shape.dim_shape))
+    )
 
 
 @cache

@@ -1,14 +1,15 @@
 // Rows and core gradients of one tensor-train table, compiled for its ranks and dimension shape:
 // -DDIMS=q_1,...,q_d -DRANKS=1,R_1,...,R_{d-1},1. Called by every thread of the driver's parallel region; the
-// `omp for` loops share the work.
+// `omp for` loops share the work. Every node and every core slice has one owner and sums in one order: results
+// depend neither on the thread count nor on the slices.
 //
-// Cores are copied into a packed layout first, touched slices only: ranks padded to a whole number of vectors,
-// the last core transposed. Everything below reads the copies, so a slice can be updated as soon as its
-// gradient is complete. Every slice and every node has one owner: results do not depend on the thread count.
+// Mirrored, the same train is read from its other end: core l is the transpose of core d - 1 - l, and a row's
+// columns come out in another order.
 #include <algorithm>
+#include <array>
 #include <vector>
 
-#include "recemb_optim.h"
+#include "recemb_bags.h"
 #include "recemb_tree.h"
 #include "recemb_vector.h"
 
@@ -22,196 +23,480 @@ constexpr int ORDER = sizeof(DIM) / sizeof(DIM[0]);
 constexpr int LAST = ORDER - 1;
 static_assert(sizeof(RANK) / sizeof(RANK[0]) == ORDER + 1, "one rank more than cores");
 
-constexpr int product(int l) {  // q_1 .. q_l
-  int total = 1;
-  for (int k = 0; k < l; k++) total *= DIM[k];
-  return total;
-}
-constexpr int D = product(ORDER);
-constexpr int WIDTH(int l) { return RANK[l] * DIM[l] * RANK[l + 1]; }  // one slice of core l as stored
-// One slice as packed: [R_{l-1}][q_l][padded R_l], the last one [q_d][padded R_{d-1}].
-constexpr int PACKED(int l) {
-  return l == LAST ? DIM[l] * round_up(RANK[l]) : RANK[l] * DIM[l] * round_up(RANK[l + 1]);
-}
-constexpr int WIDEST() {
+// Sizes of the train as read from its left end, or from its right end.
+template <bool MIRRORED>
+struct Sizes {
+  static constexpr int core(int l) { return MIRRORED ? LAST - l : l; }
+  static constexpr int Q(int l) { return DIM[core(l)]; }
+  static constexpr int K(int l) { return MIRRORED ? RANK[core(l) + 1] : RANK[l]; }  // rank on the left
+  static constexpr int R(int l) { return MIRRORED ? RANK[core(l)] : RANK[l + 1]; }  // and on the right
+  static constexpr int KP(int l) { return round_up(K(l)); }
+  static constexpr int M(int l) {  // q_1 .. q_l
+    int total = 1;
+    for (int k = 0; k < l; k++) total *= Q(k);
+    return total;
+  }
+  static constexpr int N(int l) { return Q(l) * round_up(R(l)); }
+  static constexpr int PRODUCT(int l) { return M(l) * N(l); }  // cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R]
+  static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
+  // A slice as multiplied: [K, q, padded R], the last one transposed, [q, padded K].
+  static constexpr int PACKED(int l) { return l == LAST ? Q(l) * KP(l) : K(l) * N(l); }
+  static constexpr bool IN_PLACE(int l) { return !MIRRORED && l < LAST && R(l) % PAD == 0; }
+};
+constexpr int D = Sizes<false>::M(ORDER);
+
+// Columns of a mirrored row come in the order of its cores: entry j is where column j of that order belongs.
+constexpr std::array<int, D> COLUMN = [] {
+  std::array<int, D> to{};
+  for (int j = 0; j < D; j++)
+    for (int c = 0, rest = j, weight = D; c < ORDER; c++) {  // the last core read is core 0
+      weight /= DIM[c];
+      to[j] += rest % DIM[c] * weight;
+      rest /= DIM[c];
+    }
+  return to;
+}();
+
+constexpr int WIDEST_SLICE = [] {
   int most = 0;
-  for (int l = 0; l < ORDER; l++) most = std::max(most, PACKED(l));
+  for (int l = 0; l < ORDER; l++)
+    most = std::max({most, Sizes<false>::PACKED(l), Sizes<true>::PACKED(l),
+                     l ? Sizes<false>::N(l) * Sizes<false>::KP(l) : 0, l ? Sizes<true>::N(l) * Sizes<true>::KP(l) : 0});
   return most;
-}
+}();
 
 // Per-thread room for one slice, off the stack: a slice of rank 256 is over a megabyte.
 float* scratch(int which) {
   static thread_local std::vector<float> room[2];
-  if (room[which].empty()) room[which].resize(WIDEST());
+  if (room[which].empty()) room[which].resize(WIDEST_SLICE);
   return room[which].data();
 }
 
-template <int l>
-void pack(const float* slice, float* packed) {
-  constexpr int K = RANK[l], Q = DIM[l], R = RANK[l + 1];
-  if constexpr (l == LAST) {
-    constexpr int P = round_up(K);
-    for (int e = 0; e < Q; e++) {
-      for (int k = 0; k < K; k++) packed[e * P + k] = slice[k * Q + e];
-      for (int k = K; k < P; k++) packed[e * P + k] = 0;
-    }
-  } else {
-    constexpr int P = round_up(R);
-    for (int i = 0; i < K * Q; i++) {
-      for (int r = 0; r < R; r++) packed[i * P + r] = slice[i * R + r];
-      for (int r = R; r < P; r++) packed[i * P + r] = 0;
+template <bool MIRRORED>
+struct Train : Sizes<MIRRORED> {
+  using S = Sizes<MIRRORED>;
+  const Table& table;
+  const Call& call;
+  float* packed[ORDER];
+  float* products[ORDER];  // of levels 1 .. d - 2, of this slice when products are not kept
+  float* rows;
+  int64_t slice = 0;
+
+  Train(const Table* t, const Call* c) : table(*t), call(*c) {
+    float *kept = table.kept, *spare = table.spare;
+    for (int l = 0; l < ORDER; l++) packed[l] = kept, kept += packed_size(table, l);
+    float*& at = keeps_products(table) ? kept : spare;
+    for (int l = 1; l < LAST; l++) products[l] = at, at += products_size(table, l);
+    rows = keeps_rows(call) ? kept : spare;
+  }
+
+  static int64_t packed_size(const Table& table, int l) {
+    return S::IN_PLACE(l) ? 0 : table.level[l].touched * S::PACKED(l);
+  }
+  static bool keeps_products(const Table& table) { return table.slices == 1; }
+  static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
+  static int64_t most_nodes(const Table& table, int l) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < table.slices; s++)
+      most = std::max<int64_t>(most, table.level[l].slice_node[s + 1] - table.level[l].slice_node[s]);
+    return most;
+  }
+  static int64_t products_size(const Table& table, int l) { return most_nodes(table, l) * S::PRODUCT(l); }
+  static int64_t all_products_size(const Table& table) {
+    int64_t total = 0;
+    for (int l = 1; l < LAST; l++) total += products_size(table, l);
+    return total;
+  }
+
+  static int64_t kept_size(const Table& table, const Call& call) {
+    int64_t total = 0;
+    for (int l = 0; l < ORDER; l++) total += packed_size(table, l);
+    if (keeps_products(table)) total += all_products_size(table);
+    return total + (keeps_rows(call) ? table.rows() * D : 0);
+  }
+  static int64_t spare_size(const Table& table, const Call& call) {
+    int64_t total = keeps_products(table) ? 0 : all_products_size(table);
+    if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
+    total += most_nodes(table, LAST) * D;
+    for (int l = 0; l < LAST; l++) total += most_nodes(table, l) * S::PRODUCT(l);
+    for (int l = 1; l < LAST; l++) total += most_nodes(table, l) * S::M(l) * S::KP(l);
+    if (table.slices > 1)
+      for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
+    return total;
+  }
+
+  int64_t begin(int l) const { return table.level[l].slice_node[slice]; }
+  int64_t end(int l) const { return table.level[l].slice_node[slice + 1]; }
+
+  // Element (k, e, r) of a slice of core l is at this place of the stored slice.
+  static constexpr int stored(int l, int k, int e, int r) {
+    return MIRRORED ? (r * S::Q(l) + e) * S::K(l) + k : (k * S::Q(l) + e) * S::R(l) + r;
+  }
+  template <int l, class Move>
+  static void each_element(Move move) {
+    constexpr int K = S::K(l), Q = S::Q(l), R = S::R(l), RP = round_up(R), KP = S::KP(l);
+    if constexpr (l == LAST) {
+      for (int e = 0; e < Q; e++)
+        for (int k = 0; k < K; k++) move(e * KP + k, stored(l, k, e, 0));
+    } else {
+      for (int k = 0; k < K; k++)
+        for (int e = 0; e < Q; e++)
+          for (int r = 0; r < R; r++) move((k * Q + e) * RP + r, stored(l, k, e, r));
     }
   }
-}
 
-template <int l>
-void unpack(const float* packed, float* slice) {
-  constexpr int K = RANK[l], Q = DIM[l], R = RANK[l + 1];
-  if constexpr (l == LAST) {
-    constexpr int P = round_up(K);
-    for (int k = 0; k < K; k++)
-      for (int e = 0; e < Q; e++) slice[k * Q + e] = packed[e * P + k];
-  } else {
-    constexpr int P = round_up(R);
-    for (int i = 0; i < K * Q; i++)
-      for (int r = 0; r < R; r++) slice[i * R + r] = packed[i * P + r];
-  }
-}
-
-template <int l>
-void pack_touched(const Table& table, const Call& call) {
-  const Level& level = table.level[l];
+  template <int l>
+  void pack_touched() const {
+    if constexpr (!S::IN_PLACE(l)) {
+      const Level& level = table.level[l];
 #pragma omp for schedule(static) nowait
-  for (int64_t g = 0; g < level.touched; g++) {
-    const int64_t digit = level.touched_digit[g];
-    pack<l>(table.param[l] + digit * WIDTH(l), call.packed + table.counts->packed_at[l] + g * PACKED(l));
-  }
-  if constexpr (l < LAST) pack_touched<l + 1>(table, call);
-}
-
-// The finished gradient of one slice: written out, or applied to the slice at once.
-template <int l>
-void finish(const Table& table, const Call& call, int64_t digit, const float* packed) {
-  float* grad = scratch(1);
-  unpack<l>(packed, grad);
-  if (call.optimizer == GRADIENT) {
-    std::copy(grad, grad + WIDTH(l), table.grad[l] + digit * WIDTH(l));
-    return;
-  }
-  const Hyper h{call.lr, call.eps, call.beta1, call.beta2, call.step};
-  const int64_t width = call.optimizer == ROWWISE_ADAGRAD ? 1 : WIDTH(l);
-  float* state = table.state[l] ? table.state[l] + digit * width : nullptr;
-  float* state2 = table.state2[l] ? table.state2[l] + digit * width : nullptr;
-  update_row(call.optimizer, h, WIDTH(l), table.param[l] + digit * WIDTH(l), grad, state, state2);
-}
-
-const float* slice_of(const Table& table, const Call& call, int l, int64_t node) {
-  return call.packed + table.counts->packed_at[l] + table.level[l].slice[node] * PACKED(l);
-}
-
-// The product of cores 0 .. l at a node; level 0 is the packed core itself.
-template <int l>
-const float* partial(const Table& table, const Call& call, int64_t node) {
-  if constexpr (l == 0) return slice_of(table, call, 0, node);
-  return call.partials + table.counts->partial_at[l] + node * (product(l + 1) * round_up(RANK[l + 1]));
-}
-
-template <int l>
-float* grad_partial(const Table& table, const Call& call, int64_t node) {
-  return call.grad_partials + table.counts->grad_at[l] + node * (product(l + 1) * round_up(RANK[l + 1]));
-}
-
-template <int l>
-void multiply_node(const Table& table, const Call& call, int64_t node) {
-  const Level& level = table.level[l];
-  multiply<product(l), RANK[l], DIM[l] * round_up(RANK[l + 1])>(
-      partial<l - 1>(table, call, level.parent[node]), round_up(RANK[l]), slice_of(table, call, l, node),
-      const_cast<float*>(partial<l>(table, call, node)));
-}
-
-template <int l>
-void forward_level(const Table& table, const Call& call) {
-  if constexpr (l < LAST - 1) {
-    if constexpr (l > 0) {
-#pragma omp for schedule(static)
-      for (int64_t node = 0; node < table.level[l].nodes; node++) multiply_node<l>(table, call, node);
-    }
-    forward_level<l + 1>(table, call);
-  } else {
-    // The last product and its rows together, while the product is in cache.
-    const Level& level = table.level[l];
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t node = 0; node < level.nodes; node++) {
-      if constexpr (l > 0) multiply_node<l>(table, call, node);
-      for (int64_t row = level.first[node]; row < level.first[node + 1]; row++)
-        dot_rows<product(LAST), round_up(RANK[LAST]), DIM[LAST]>(
-            partial<LAST - 1>(table, call, node), slice_of(table, call, LAST, row),
-            call.rows + table.counts->rows_at + row * D);
-    }
-  }
-}
-
-// grad of core l (0 < l < d-1) and of the products one level up, from the products of level l.
-template <int l>
-void backward_level(const Table& table, const Call& call) {
-  if constexpr (l > 0) {
-    constexpr int M = product(l), K = RANK[l], KP = round_up(K), N = DIM[l] * round_up(RANK[l + 1]);
-    const Level &level = table.level[l], &above = table.level[l - 1];
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t g = 0; g < level.touched; g++) {
-      float* tile = scratch(0);
-      std::fill(tile, tile + K * N, 0.0f);
-      for (int32_t k = level.touched_start[g]; k < level.touched_start[g + 1]; k++) {
-        const int64_t node = level.by_digit[k];
-        accumulate_outer<M, K, N>(partial<l - 1>(table, call, level.parent[node]), KP,
-                                  grad_partial<l>(table, call, node), tile);
+      for (int64_t g = 0; g < level.touched; g++) {
+        const float* slice = table.param[S::core(l)] + int64_t{level.digit[g]} * S::WIDTH(l);
+        float* to = packed[l] + g * S::PACKED(l);
+        if (S::PACKED(l) > S::WIDTH(l)) std::fill(to, to + S::PACKED(l), 0.0f);
+        each_element<l>([&](int p, int s) { to[p] = slice[s]; });
       }
-      finish<l>(table, call, level.touched_digit[g], tile);
     }
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t up = 0; up < above.nodes; up++) {
-      float* grad = grad_partial<l - 1>(table, call, up);
-      std::fill(grad, grad + M * KP, 0.0f);
-      for (int64_t node = above.first[up]; node < above.first[up + 1]; node++)
-        multiply_transposed<M, K, N>(grad_partial<l>(table, call, node), slice_of(table, call, l, node), grad, KP);
-    }
-    backward_level<l - 1>(table, call);
-  } else {
-#pragma omp for schedule(static)
-    for (int64_t node = 0; node < table.level[0].nodes; node++)
-      finish<0>(table, call, table.level[0].touched_digit[table.level[0].slice[node]],
-                grad_partial<0>(table, call, node));
+    if constexpr (l < LAST) pack_touched<l + 1>();
   }
+
+  // The slice of core l of a group of nodes (level 0: of a node), as multiplied.
+  const float* matrix(int l, int64_t group) const {
+    if (S::IN_PLACE(l)) return table.param[S::core(l)] + int64_t{table.level[l].digit[group]} * S::WIDTH(l);
+    return packed[l] + group * S::PACKED(l);
+  }
+  // The product of cores 0 .. l at a node: [M(l + 1), padded R].
+  const float* product(int l, int64_t node) const {
+    return l == 0 ? matrix(0, node) : products[l] + product_at(l, node);
+  }
+  int64_t product_at(int l, int64_t node) const {
+    return (node - (keeps_products(table) ? 0 : begin(l))) * S::PRODUCT(l);
+  }
+
+  // Rows of the products above the nodes of a piece, and rows of what belongs to the nodes themselves.
+  template <int l, class Above, class Own>
+  int64_t pointers(int64_t from, int64_t to, Above above, Own own, const float** a, float** c) const {
+    const Level& level = table.level[l];
+    int64_t rows = 0;
+    for (int64_t k = from; k < to; k++) {
+      const int64_t node = level.by_digit[k];
+      const float* upper = above(node);
+      float* lower = own(node);
+      for (int m = 0; m < S::M(l); m++, rows++) a[rows] = upper + m * S::KP(l), c[rows] = lower + m * S::N(l);
+    }
+    return rows;
+  }
+
+  template <int l>
+  void multiply_level() const {
+    if constexpr (l > 0 && l < LAST) {
+      const Level& level = table.level[l];
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t p = level.slice_piece[slice]; p < level.slice_piece[slice + 1]; p++) {
+        const float* a[PIECE * S::M(l)];
+        float* c[PIECE * S::M(l)];
+        const int64_t from = level.piece_start[p];
+        const int64_t rows = pointers<l>(
+            from, level.piece_start[p + 1], [&](int64_t node) { return product(l - 1, level.parent[node]); },
+            [&](int64_t node) { return products[l] + product_at(l, node); }, a, c);
+        multiply_rows<S::K(l), S::N(l), false>(rows, a, matrix(l, level.group[level.by_digit[from]]), c);
+      }
+    }
+    if constexpr (l < LAST - 1) multiply_level<l + 1>();
+  }
+
+  void forward_rows() const {
+    const Level& level = table.level[LAST - 1];
+    const Level& last = table.level[LAST];
+    const int64_t f = table.features[0];
+#pragma omp for schedule(static)
+    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
+      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
+        float raw[D], turned[D];
+        const float* row = raw;
+        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]), raw);
+        if constexpr (MIRRORED) {
+          for (int j = 0; j < D; j++) turned[COLUMN[j]] = raw[j];
+          row = turned;
+        }
+        if (call.bag) std::copy(row, row + D, rows + u * D);
+        for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
+          const int64_t i = table.perm[k];
+          if (call.bag) {
+            call.slot[i] = static_cast<int32_t>(u);
+            continue;
+          }
+          const int64_t g = table.num_features == 1 ? f : i / call.batch;
+          float* out = call.out + (i - g * call.batch) * call.columns + call.features[g].column;
+          if (call.weights)
+            for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
+          else
+            std::copy(row, row + D, out);
+        }
+      }
+    }
+  }
+
+  void forward() {
+    pack_touched<0>();
+#pragma omp barrier
+    for (slice = 0; slice < table.slices; slice++) {
+      multiply_level<0>();
+      forward_rows();
+    }
+    if (!call.bag) return;
+    each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
+      const int64_t* offsets = call.offsets + f * call.batch;
+      for (int64_t b = first; b < last; b++) {
+        float sum[D] = {};
+        for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
+          const float w = share_of(&call, call.features[f], i, offsets[b + 1] - offsets[b]);
+          const float* row = rows + int64_t{call.slot[i]} * D;
+          for (int j = 0; j < D; j++) sum[j] += w * row[j];
+        }
+        std::copy(sum, sum + D, call.out + b * call.columns + call.features[f].column);
+      }
+    });
+  }
+};
+
+// The backward of one slice after another; core slices are finished in the last one.
+template <bool MIRRORED>
+struct TrainBackward : Train<MIRRORED> {
+  using S = Sizes<MIRRORED>;
+  using Base = Train<MIRRORED>;
+  using Base::begin, Base::end, Base::call, Base::matrix, Base::product, Base::slice, Base::table;
+  float* grad_rows;
+  float* grads[ORDER];  // of the products, levels 0 .. d - 2
+  float* sent[ORDER];   // what each node of levels 1 .. d - 2 sends to the level above: [M, padded K]
+  float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
+
+  TrainBackward(const Table* t, const Call* c) : Base(t, c) {
+    float* at = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
+    grad_rows = at, at += Base::most_nodes(table, LAST) * D;
+    for (int l = 0; l < LAST; l++) grads[l] = at, at += Base::most_nodes(table, l) * S::PRODUCT(l);
+    for (int l = 1; l < LAST; l++) sent[l] = at, at += Base::most_nodes(table, l) * S::M(l) * S::KP(l);
+    if (table.slices > 1)
+      for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
+  }
+
+  float* grad(int l, int64_t node) const { return grads[l] + (node - begin(l)) * S::PRODUCT(l); }
+  float* grad_row(int64_t u) const { return grad_rows + (u - begin(LAST)) * D; }
+  float* sent_at(int l, int64_t node) const { return sent[l] + (node - begin(l)) * (S::M(l) * S::KP(l)); }
+
+  template <int l>
+  void finish(int64_t group, const float* tile) const {
+    constexpr int core = S::core(l);
+    const int64_t digit = table.level[l].digit[group];
+    const float* grad = tile;
+    if constexpr (!S::IN_PLACE(l)) {
+      float* slice_grad = scratch(1);
+      Base::template each_element<l>([&](int p, int s) { slice_grad[s] = tile[p]; });
+      grad = slice_grad;
+    }
+    finish_row<S::WIDTH(l)>(&table, &call, core, digit, grad);
+  }
+
+  // Gradients of the slices of core l: each run of nodes with one digit adds to that digit's tile.
+  template <int l, class Add>
+  void each_tile(Add add) const {
+    const Level& level = table.level[l];
+    const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
+    const bool alone = table.slices == 1;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t run = first; run < last; run++) {
+      const int64_t group = level.run_group[run];
+      float* tile = alone ? scratch(0) : tiles[l] + group * S::PACKED(l);
+      if (alone) std::fill(tile, tile + S::PACKED(l), 0.0f);
+      for (int64_t from = level.run_start[run]; from < level.run_start[run + 1]; from += PIECE)
+        add(from, std::min<int64_t>(from + PIECE, level.run_start[run + 1]), tile);
+      if (alone) finish<l>(group, tile);
+    }
+  }
+
+  // Row gradients, and those of the last products.
+  void send_rows() const {
+    const Level& level = table.level[LAST - 1];
+    const Level& last = table.level[LAST];
+    constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
+#pragma omp for schedule(static)
+    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
+      const float* a[M];
+      float *c[M], *to = grad(LAST - 1, node);
+      std::fill(to, to + M * KP, 0.0f);
+      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
+        float* row = grad_row(u);
+        if constexpr (MIRRORED) {
+          float straight[D];
+          row_gradient<D>(&table, &call, u, straight);
+          for (int j = 0; j < D; j++) row[j] = straight[COLUMN[j]];
+        } else {
+          row_gradient<D>(&table, &call, u, row);
+        }
+        for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
+        multiply_rows<Q, KP, true>(M, a, matrix(LAST, last.group[u]), c);
+      }
+    }
+  }
+
+  void last_tiles() const {
+    const Level& last = table.level[LAST];
+    constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
+    each_tile<LAST>([&](int64_t from, int64_t to, float* tile) {
+      const float *a[PIECE * M], *c[PIECE * M];
+      int64_t rows = 0;
+      for (int64_t k = from; k < to; k++) {
+        const int64_t u = last.by_digit[k];
+        const float *grad = grad_row(u), *above = product(LAST - 1, last.parent[u]);
+        for (int m = 0; m < M; m++, rows++) a[rows] = grad + m * Q, c[rows] = above + m * KP;
+      }
+      add_outer<Q, KP>(rows, a, c, tile);
+    });
+  }
+
+  // What the nodes of level l send to the products above them: their gradient times the transposed slice.
+  template <int l>
+  void send_up() const {
+    constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l);
+    const Level& level = table.level[l];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t p = level.slice_piece[slice]; p < level.slice_piece[slice + 1]; p++) {
+      const int64_t from = level.piece_start[p], to = level.piece_start[p + 1];
+      const float* straight = matrix(l, level.group[level.by_digit[from]]);
+      float* transposed = scratch(1);
+      if (KP > K) std::fill(transposed, transposed + N * KP, 0.0f);
+      for (int n = 0; n < N; n++)
+        for (int k = 0; k < K; k++) transposed[n * KP + k] = straight[k * N + n];
+      const float* a[PIECE * M];
+      float* c[PIECE * M];
+      int64_t rows = 0;
+      for (int64_t k = from; k < to; k++) {
+        const int64_t node = level.by_digit[k];
+        for (int m = 0; m < M; m++, rows++) a[rows] = grad(l, node) + m * N, c[rows] = sent_at(l, node) + m * KP;
+      }
+      multiply_rows<N, KP, false>(rows, a, transposed, c);
+    }
+  }
+
+  template <int l>
+  void middle_tiles() const {
+    const Level& level = table.level[l];
+    each_tile<l>([&](int64_t from, int64_t to, float* tile) {
+      const float* a[PIECE * S::M(l)];
+      float* c[PIECE * S::M(l)];
+      const int64_t rows = Base::template pointers<l>(
+          from, to, [&](int64_t node) { return product(l - 1, level.parent[node]); },
+          [&](int64_t node) { return grad(l, node); }, a, c);
+      add_outer<S::K(l), S::N(l)>(rows, a, c, tile);
+    });
+  }
+
+  // Gradient of the product of cores 0 .. l - 1: the sum of what its children sent.
+  template <int l>
+  void gather_children() const {
+    constexpr int WIDTH = S::M(l) * S::KP(l);
+    static_assert(WIDTH == S::PRODUCT(l - 1), "the products of level l - 1");
+    const Level& above = table.level[l - 1];
+#pragma omp for schedule(static)
+    for (int64_t node = begin(l - 1); node < end(l - 1); node++) {
+      float* to = grad(l - 1, node);
+      std::fill(to, to + WIDTH, 0.0f);
+      for (int64_t child = above.first[node]; child < above.first[node + 1]; child++) {
+        const float* from = sent_at(l, child);
+        for (int j = 0; j < WIDTH; j++) to[j] += from[j];
+      }
+    }
+  }
+
+  template <int l>
+  void backward_level() const {
+    if constexpr (l > 0) {
+      send_up<l>();  // reads the slices that the tiles then update
+      middle_tiles<l>();
+      gather_children<l>();
+      backward_level<l - 1>();
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t node = begin(0); node < end(0); node++) finish<0>(node, grad(0, node));
+    }
+  }
+
+  template <int l>
+  void finish_tiles() const {
+#pragma omp for schedule(static) nowait
+    for (int64_t g = 0; g < table.level[l].touched; g++) finish<l>(g, tiles[l] + g * S::PACKED(l));
+    if constexpr (l < LAST) finish_tiles<l + 1>();
+  }
+
+  void weight_gradient() const {
+    if (!call.bag) return one_hot_weight_gradient();
+    each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
+      weight_gradients(&call, f, first, last, [&](int64_t i, const float* grad) {
+        const float* row = Base::rows + int64_t{call.slot[i]} * D;
+        float dot = 0;
+        for (int j = 0; j < D; j++) dot += row[j] * grad[j];
+        return dot;
+      });
+    });
+  }
+
+  // One id a bag has written its row to no list: out = w * row was all. Rows are dotted once more instead.
+  void one_hot_weight_gradient() const {
+    const Level& level = table.level[LAST - 1];
+    const Level& last = table.level[LAST];
+#pragma omp for schedule(static) nowait
+    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++)
+      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
+        float row[D];
+        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]), row);
+        for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
+          const float* grad = sender_of(&table, &call, table.perm[k]).grad;
+          float dot = 0;
+          for (int j = 0; j < D; j++) dot += row[j] * grad[MIRRORED ? COLUMN[j] : j];
+          call.grad_weights[table.perm[k]] = dot;
+        }
+      }
+  }
+
+  void backward() {
+    const bool several = table.slices > 1;
+    if (several) {
+#pragma omp single
+      for (int l = 1; l < ORDER; l++) std::fill(tiles[l], tiles[l] + table.level[l].touched * S::PACKED(l), 0.0f);
+    }
+    if (call.grad_weights && call.bag) weight_gradient();
+    for (slice = 0; slice < table.slices; slice++) {
+      if (several) Base::template multiply_level<0>();
+      if (call.grad_weights && !call.bag) weight_gradient();
+      send_rows();
+      last_tiles();
+      if (ORDER == 2) {  // core 0 is read by the tiles, and updated next
+#pragma omp barrier
+      }
+      backward_level<LAST - 1>();
+    }
+    if (several) finish_tiles<1>();
+  }
+};
+
+template <bool MIRRORED>
+int64_t kept(const Table* table, const Call* call) {
+  return Train<MIRRORED>::kept_size(*table, *call);
+}
+template <bool MIRRORED>
+int64_t spare(const Table* table, const Call* call) {
+  return Train<MIRRORED>::spare_size(*table, *call);
+}
+template <bool MIRRORED>
+void forward(const Table* table, const Call* call) {
+  Train<MIRRORED>(table, call).forward();
+}
+template <bool MIRRORED>
+void backward(const Table* table, const Call* call) {
+  TrainBackward<MIRRORED>(table, call).backward();
 }
 
 }  // namespace
 
-extern "C" void recemb_table_forward(const Table* table, Call* call) {
-  pack_touched<0>(*table, *call);
-#pragma omp barrier
-  forward_level<0>(*table, *call);
-}
-
-extern "C" void recemb_table_backward(const Table* table, Call* call) {
-  constexpr int M = product(LAST), KP = round_up(RANK[LAST]), Q = DIM[LAST];
-  const Level &rows = table->level[LAST], &above = table->level[LAST - 1];
-#pragma omp for schedule(dynamic, 16) nowait
-  for (int64_t node = 0; node < above.nodes; node++) {
-    float* grad = grad_partial<LAST - 1>(*table, *call, node);
-    std::fill(grad, grad + M * KP, 0.0f);
-    for (int64_t row = above.first[node]; row < above.first[node + 1]; row++)
-      spread_rows<M, KP, Q>(call->grad_rows + table->counts->rows_at + row * D, slice_of(*table, *call, LAST, row), grad);
-  }
-#pragma omp for schedule(dynamic, 4)
-  for (int64_t g = 0; g < rows.touched; g++) {
-    float* tile = scratch(0);
-    std::fill(tile, tile + Q * KP, 0.0f);
-    for (int32_t k = rows.touched_start[g]; k < rows.touched_start[g + 1]; k++) {
-      const int64_t row = rows.by_digit[k];
-      gather_rows<M, KP, Q>(call->grad_rows + table->counts->rows_at + row * D,
-                            partial<LAST - 1>(*table, *call, rows.parent[row]), tile);
-    }
-    finish<LAST>(*table, *call, rows.touched_digit[g], tile);
-  }
-  backward_level<LAST - 1>(*table, *call);
-}
+extern "C" Functions recemb_kernel = {kept<false>, spare<false>, forward<false>, backward<false>};
+extern "C" Functions recemb_kernel_mirrored = {kept<true>, spare<true>, forward<true>, backward<true>};

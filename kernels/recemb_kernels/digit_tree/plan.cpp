@@ -1,0 +1,293 @@
+#include "recemb_plan.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "recemb_sort.h"
+
+namespace recemb {
+
+namespace {
+
+constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
+// 32-bit arrays of a plan: perm, then per level parent, first, digit, group, by_digit, runs (2), pieces, slices (3).
+constexpr int64_t ARRAYS_PER_LEVEL = 11;
+int64_t arrays_of(int64_t order) { return 1 + ARRAYS_PER_LEVEL * order; }
+
+struct Arrays {
+  int32_t* next;
+  int64_t room;
+  int32_t* take() {
+    int32_t* here = next;
+    next += room;
+    return here;
+  }
+};
+
+// Number of an id with its digits in reverse: the last digit becomes the most significant.
+struct Mirror {
+  const TableCode& code;
+  uint64_t operator()(uint64_t key) const {
+    uint64_t digits[MAX_ORDER], mirrored = 0;
+    for (int64_t l = code.order - 1; l > 0; l--) {
+      digits[l] = key % code.radix[l];
+      key /= code.radix[l];
+    }
+    digits[0] = key;
+    for (int64_t l = code.order - 1; l >= 0; l--) mirrored = mirrored * code.radix[l] + digits[l];
+    return mirrored;
+  }
+};
+
+int64_t radix_of(const Table& table, int64_t level) {
+  return table.code->radix[table.mirrored ? table.order - 1 - level : level];
+}
+
+// The nodes of every level, from sorted keys.
+template <class Record>
+void grow_tree(Table& table, const Record* records, int64_t* keys, int32_t* perm) {
+  const int64_t order = table.order;
+  uint64_t span[MAX_ORDER], end[MAX_ORDER], start[MAX_ORDER];
+  int32_t *parent[MAX_ORDER], *first[MAX_ORDER], *digit[MAX_ORDER];
+  int64_t nodes[MAX_ORDER] = {};
+  span[order - 1] = 1;
+  for (int64_t l = order - 1; l > 0; l--) span[l - 1] = span[l] * radix_of(table, l);
+  for (int64_t l = 0; l < order; l++) {
+    parent[l] = const_cast<int32_t*>(table.level[l].parent), first[l] = const_cast<int32_t*>(table.level[l].first);
+    // Digits go where the nodes' groups will be; level 0 keeps them.
+    digit[l] = const_cast<int32_t*>(l ? table.level[l].group : table.level[l].digit);
+    end[l] = 0;
+  }
+  uint64_t last = ~uint64_t{0};
+  for (int64_t i = 0; i < table.ids; i++) {
+    const uint64_t key = records[i].key();
+    perm[i] = records[i].value();
+    if (key == last) continue;
+    last = key;
+    int64_t changed = order - 1;
+    while (changed > 0 && key >= end[changed - 1]) changed--;
+    for (int64_t l = changed; l < order; l++) {
+      const int64_t here = nodes[l]++;
+      const uint64_t base = l ? start[l - 1] : 0;
+      const uint64_t d = l + 1 < order ? (key - base) / span[l] : key - base;
+      start[l] = base + d * span[l], end[l] = start[l] + span[l];
+      parent[l][here] = static_cast<int32_t>(l ? nodes[l - 1] - 1 : 0);
+      first[l][here] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : i);
+      // The digit of a table of one level is its key, which may not fit.
+      if (order > 1) digit[l][here] = static_cast<int32_t>(d);
+    }
+    keys[nodes[order - 1] - 1] = static_cast<int64_t>(key);
+  }
+  for (int64_t l = 0; l < order; l++) {
+    first[l][nodes[l]] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : table.ids);
+    table.level[l].nodes = table.level[l].touched = nodes[l];
+  }
+}
+
+// Cuts the tree into slices of whole subtrees, of at most `most` rows where a subtree is not larger itself.
+void cut_slices(Table& table, int64_t most) {
+  int32_t* cut = const_cast<int32_t*>(table.level[0].slice_node);
+  const int64_t order = table.order;
+  const auto first_row = [&](int64_t node) {
+    for (int64_t l = 0; l + 1 < order; l++) node = table.level[l].first[node];
+    return node;
+  };
+  table.slices = 0;
+  cut[0] = 0;
+  if (order > 1 && table.rows() > most) {
+    int64_t begin = 0;
+    for (int64_t node = 1; node < table.level[0].nodes; node++) {
+      if (first_row(node + 1) - begin <= most) continue;
+      begin = first_row(node);
+      cut[++table.slices] = static_cast<int32_t>(node);
+    }
+  }
+  cut[++table.slices] = static_cast<int32_t>(table.level[0].nodes);
+  for (int64_t l = 1; l < order; l++)
+    for (int64_t s = 0; s <= table.slices; s++)
+      const_cast<int32_t*>(table.level[l].slice_node)[s] =
+          table.level[l - 1].first[table.level[l - 1].slice_node[s]];
+}
+
+// Groups a level's nodes by slice and digit. `group` holds the digits and ends as indices of the distinct ones.
+void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow* b) {
+  int32_t* group = const_cast<int32_t*>(level.group);
+  int32_t* digit = const_cast<int32_t*>(level.digit);
+  int32_t* by_digit = const_cast<int32_t*>(level.by_digit);
+  int32_t* run_start = const_cast<int32_t*>(level.run_start);
+  int32_t* run_group = const_cast<int32_t*>(level.run_group);
+  int32_t* piece_start = const_cast<int32_t*>(level.piece_start);
+  const auto sort_slice = [&](int64_t from, int64_t to, uint64_t most) {
+    for (int64_t i = from; i < to; i++) a[i - from] = Narrow(static_cast<uint32_t>(group[i]), i);
+    return radix_sort(a, b, to - from, bits_of(most));
+  };
+  const Narrow* sorted = sort_slice(0, level.nodes, radix - 1);
+  level.touched = 0;
+  for (int64_t i = 0; i < level.nodes; i++) {
+    if (i == 0 || sorted[i].key() != sorted[i - 1].key()) digit[level.touched++] = static_cast<int32_t>(sorted[i].key());
+    group[sorted[i].value()] = static_cast<int32_t>(level.touched - 1);
+    by_digit[i] = sorted[i].value();
+  }
+  int64_t runs = 0, pieces = 0;
+  for (int64_t s = 0; s < slices; s++) {
+    const int64_t from = level.slice_node[s], to = level.slice_node[s + 1];
+    const_cast<int32_t*>(level.slice_run)[s] = static_cast<int32_t>(runs);
+    const_cast<int32_t*>(level.slice_piece)[s] = static_cast<int32_t>(pieces);
+    if (slices > 1) {
+      sorted = sort_slice(from, to, level.touched - 1);
+      for (int64_t i = from; i < to; i++) by_digit[i] = sorted[i - from].value();
+    }
+    for (int64_t i = from; i < to; i++) {
+      const bool fresh = i == from || group[by_digit[i]] != group[by_digit[i - 1]];
+      if (fresh) run_start[runs] = static_cast<int32_t>(i), run_group[runs++] = group[by_digit[i]];
+      if (fresh || i - piece_start[pieces - 1] == PIECE) piece_start[pieces++] = static_cast<int32_t>(i);
+    }
+  }
+  run_start[runs] = piece_start[pieces] = static_cast<int32_t>(level.nodes);
+  const_cast<int32_t*>(level.slice_run)[slices] = static_cast<int32_t>(runs);
+  const_cast<int32_t*>(level.slice_piece)[slices] = static_cast<int32_t>(pieces);
+}
+
+// Work of the products of a tree with these numbers of nodes per level.
+double product_cost(const Table& table, bool mirrored, const int64_t* nodes) {
+  double cost = 0;
+  for (int64_t l = 1; l + 1 < table.order; l++) cost += nodes[l] * table.code->product_cost[mirrored][l];
+  return cost;
+}
+
+// Whether products of suffixes are enough fewer than products of prefixes to sort again. Depends on the distinct
+// ids alone, so that equal batches are computed in equal ways.
+bool mirror_is_cheaper(const Table& table, const int64_t* keys) {
+  const TableCode& code = *table.code;
+  const int64_t levels = table.order;
+  if (levels < 3 || code.product_cost[1][1] == 0) return false;
+  int64_t straight[MAX_ORDER], mirrored[MAX_ORDER] = {};
+  for (int64_t l = 0; l < levels; l++) straight[l] = table.level[l].nodes;
+  // Distinct suffixes of each length, counted in a table of bits; large tables of bits count hashes, and two
+  // suffixes with one hash count once.
+  constexpr uint64_t MOST = uint64_t{1} << 20;
+  static thread_local std::vector<uint64_t> seen;
+  uint64_t span = code.radix[levels - 1];
+  for (int64_t l = 1; l + 1 < levels; l++) {
+    span *= code.radix[levels - 1 - l];
+    seen.assign(std::min(span, MOST) / 64 + 1, 0);
+    for (int64_t u = 0; u < table.rows(); u++) {
+      uint64_t suffix = static_cast<uint64_t>(keys[u]) % span;
+      if (span > MOST) suffix = suffix * 0x9E3779B97F4A7C15u >> 44;
+      const uint64_t bit = uint64_t{1} << (suffix % 64);
+      mirrored[l] += !(seen[suffix / 64] & bit);
+      seen[suffix / 64] |= bit;
+    }
+  }
+  return product_cost(table, true, mirrored) < 0.75 * product_cost(table, false, straight);
+}
+
+template <class Record>
+void plan_sorted(const Call* call, Table& table, uint64_t most, int64_t* keys, int32_t* perm, char* room) {
+  Record *a = reinterpret_cast<Record*>(room), *b = a + table.ids;
+  const auto collect = [&](auto number) {
+    int64_t filled = 0;
+    for (int64_t k = 0; k < table.num_features; k++) {
+      const int64_t f = table.features[k], base = call->features[f].key_base;
+      for (int64_t i = call->offsets[f * call->batch]; i < call->offsets[(f + 1) * call->batch]; i++)
+        a[filled++] = Record(number(static_cast<uint64_t>(call->ids[i] + base)), i);
+    }
+  };
+  collect([](uint64_t key) { return key; });
+  grow_tree(table, radix_sort(a, b, table.ids, bits_of(most)), keys, perm);
+  if (!mirror_is_cheaper(table, keys)) return;
+  table.mirrored = 1;
+  collect(Mirror{*table.code});
+  most = 1;
+  for (int64_t l = 0; l < table.order; l++) most *= table.code->radix[l];
+  grow_tree(table, radix_sort(a, b, table.ids, bits_of(most - 1)), keys, perm);
+}
+
+// Largest number that a key of the table may be, mirrored or not.
+uint64_t largest_key(const Call* call, const Table& table) {
+  uint64_t top = 1;
+  for (int64_t k = 0; k < table.num_features; k++) {
+    const int64_t f = table.features[k];
+    for (int64_t i = call->offsets[f * call->batch]; i < call->offsets[(f + 1) * call->batch]; i++)
+      top |= static_cast<uint64_t>(call->ids[i] + call->features[f].key_base);
+  }
+  return top;
+}
+
+}  // namespace
+
+Buffer::~Buffer() { std::free(memory_); }
+
+bool Buffer::poison = false;
+
+void* Buffer::reserve(int64_t bytes) {
+  if (bytes > size_) grow(bytes);
+  if (poison && size_) std::memset(memory_, 0xFF, size_);
+  return memory_;
+}
+
+void Buffer::grow(int64_t bytes) {
+  std::free(memory_);
+  memory_ = nullptr, size_ = 0;
+  // A quarter more than asked, so that batches of varying length settle.
+  const int64_t align = huge_ && bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+  const int64_t size = (bytes + bytes / 4 + align - 1) / align * align;
+  memory_ = std::aligned_alloc(align, size);
+  if (!memory_) throw std::bad_alloc();
+  if (align == HUGE_PAGE) madvise(memory_, size, MADV_HUGEPAGE);
+  size_ = size;
+}
+
+void PlanRoom::reserve(const Call* call) {
+  int64_t each = 0, total = 0;
+  for (int64_t t = 0; t < call->num_tables; t++) {
+    const int64_t room = call->tables[t].ids + 2;
+    each += room, total += room * arrays_of(call->tables[t].order);
+  }
+  keys.room<int64_t>(each);
+  arrays.room<int32_t>(total);
+  records.room<Wide>(2 * each);
+}
+
+void count_ids(const Call* call) {
+  for (int64_t t = 0; t < call->num_tables; t++) call->tables[t].ids = 0;
+  for (int64_t f = 0; f < call->num_features; f++)
+    call->tables[call->features[f].table].ids +=
+        call->offsets[(f + 1) * call->batch] - call->offsets[f * call->batch];
+}
+
+void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room) {
+  Table& table = call->tables[index];
+  int64_t before = 0;
+  for (int64_t t = 0; t < index; t++) before += (call->tables[t].ids + 2) * arrays_of(call->tables[t].order);
+  const int64_t at = base + 2 * index;
+  int64_t* keys = room.keys.at<int64_t>() + at;
+  Arrays arrays{room.arrays.at<int32_t>() + before, table.ids + 2};
+  char* records = reinterpret_cast<char*>(room.records.at<Wide>() + 2 * at);
+  int32_t* perm = arrays.take();
+  table.keys = keys, table.perm = perm, table.mirrored = 0;
+  for (int64_t l = 0; l < table.order; l++) {
+    Level& level = table.level[l];
+    for (const int32_t** array : {&level.parent, &level.first, &level.digit, &level.group, &level.by_digit,
+                                  &level.run_start, &level.run_group, &level.piece_start, &level.slice_node,
+                                  &level.slice_run, &level.slice_piece})
+      *array = arrays.take();
+  }
+  const uint64_t top = largest_key(call, table);
+  if (top >> 32)
+    plan_sorted<Wide>(call, table, top, keys, perm, records);
+  else
+    plan_sorted<Narrow>(call, table, top, keys, perm, records);
+  cut_slices(table, call->slice_rows);
+  for (int64_t l = 1; l < table.order; l++) {
+    Narrow* a = reinterpret_cast<Narrow*>(records);
+    group_level(table.level[l], table.slices, radix_of(table, l), a, a + table.level[l].nodes);
+  }
+}
+
+}  // namespace recemb

@@ -1,0 +1,111 @@
+// Bags: pooling rows into them, and the way back of their gradients. Templates, so that a row's width is a
+// constant of the kernel.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "recemb_tree.h"
+
+namespace recemb {
+
+constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
+constexpr int64_t LINE = 16;   // floats of a cache line
+
+static inline void prefetch_row(const float* row, int64_t width) {
+  for (int64_t j = 0; j < std::min<int64_t>(width, 8 * LINE); j += LINE) __builtin_prefetch(row + j);
+}
+
+// What one id of a bag of `length` ids counts for.
+static inline float share_of(const Call* call, const FeatureCode& feature, int64_t position, int64_t length) {
+  const float share = feature.mean ? 1.0f / static_cast<float>(length) : 1.0f;
+  return call->weights ? call->weights[position] * share : share;
+}
+
+// Pools bags [begin, end) of feature f: `ask(key)` prefetches a row, `add(key, w, sum)` adds w times it to
+// sum[W], `done(b, sum)` takes the bag of sample b.
+template <int W, class Ask, class Add, class Done>
+void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask, Add add, Done done) {
+  const FeatureCode& feature = call->features[f];
+  const int64_t* offsets = call->offsets + f * call->batch;
+  const int64_t last = offsets[end];
+  for (int64_t i = offsets[begin]; i < std::min(last, offsets[begin] + AHEAD); i++)
+    ask(call->ids[i] + feature.key_base);
+  for (int64_t b = begin; b < end; b++) {
+    float sum[W] = {};
+    const int64_t length = offsets[b + 1] - offsets[b];
+    for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
+      if (i + AHEAD < last) ask(call->ids[i + AHEAD] + feature.key_base);
+      add(call->ids[i] + feature.key_base, share_of(call, feature, i, length), sum);
+    }
+    done(b, sum);
+  }
+}
+
+// Shares the bags of every feature of a table among the threads of the region, without a barrier.
+template <class Pool>
+void each_feature(const Table* table, const Call* call, Pool pool) {
+  constexpr int64_t CHUNK = 256;
+  const int64_t chunks = (call->batch + CHUNK - 1) / CHUNK;
+#pragma omp for schedule(static) nowait
+  for (int64_t task = 0; task < table->num_features * chunks; task++) {
+    const int64_t begin = task % chunks * CHUNK;
+    pool(table->features[task / chunks], begin, std::min(begin + CHUNK, call->batch));
+  }
+}
+
+// Gradient of position i's row with its feature's share of the bag: null-free, one place for both layouts.
+struct Sender {
+  const float* grad;
+  float weight;
+};
+
+static inline Sender sender_of(const Table* table, const Call* call, int64_t i) {
+  if (!call->bag) {  // one id a bag: the position is the bag
+    const int64_t f = table->num_features == 1 ? table->features[0] : i / call->batch;
+    const Gradient& g = call->gradient[f];
+    return {g.at + (i - f * call->batch) * g.stride, call->weights ? call->weights[i] : 1.0f};
+  }
+  const int64_t bag = call->bag[i], f = bag / call->batch;
+  const Gradient& g = call->gradient[f];
+  return {g.at + (bag - f * call->batch) * g.stride,
+          share_of(call, call->features[f], i, call->offsets[bag + 1] - call->offsets[bag])};
+}
+
+// grad[W] = the gradient of distinct row u: the sum over the bags that hold it, in the order of the batch.
+template <int W>
+void row_gradient(const Table* table, const Call* call, int64_t u, float* grad) {
+  const int32_t* first = table->level[table->order - 1].first;
+  float sum[W] = {};
+  for (int32_t k = first[u]; k < first[u + 1]; k++) {
+    const Sender from = sender_of(table, call, table->perm[k]);
+    for (int j = 0; j < W; j++) sum[j] += from.weight * from.grad[j];
+  }
+  std::copy(sum, sum + W, grad);
+}
+
+// grad_weights of a feature's bags [begin, end): `dot(key, grad)` is a row times its bag's gradient.
+template <class Dot>
+void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, Dot dot) {
+  const FeatureCode& feature = call->features[f];
+  const int64_t* offsets = call->offsets + f * call->batch;
+  for (int64_t b = begin; b < end; b++) {
+    const float* grad = call->gradient[f].at + b * call->gradient[f].stride;
+    const float share = feature.mean ? 1.0f / static_cast<float>(offsets[b + 1] - offsets[b]) : 1.0f;
+    for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) call->grad_weights[i] = share * dot(i, grad);
+  }
+}
+
+// One finished row of parameter k: its gradient is written out, or the optimizer steps on it at once.
+template <int W>
+void finish_row(const Table* table, const Call* call, int k, int64_t row, const float* grad) {
+  if (call->optimizer == GRADIENT) {
+    std::copy(grad, grad + W, table->grad[k] + row * W);
+    return;
+  }
+  const int64_t width = call->optimizer == ROWWISE_ADAGRAD ? 1 : W;
+  update_row(call->optimizer, table->hyper[k], W, table->param[k] + row * W, grad,
+             table->state && table->state[k] ? table->state[k] + row * width : nullptr,
+             table->state2 && table->state2[k] ? table->state2[k] + row * width : nullptr);
+}
+
+}  // namespace recemb
