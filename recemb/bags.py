@@ -6,6 +6,7 @@ The layout is that of FBGEMM's table-batched embeddings: the bag of feature f an
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recemb.errors import BatchError
+from recemb_kernels.check import Limits, bags_are_valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +88,27 @@ class Bags:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LookupTarget:
     """The table that one feature of a :class:`Bags` is looked up in; names appear in error messages."""
 
     feature: str
     table: str
     num_embeddings: int
+
+
+class LookupTargets(tuple[LookupTarget, ...]):
+    """The targets of a collection, one per feature, and what is worked out once of them."""
+
+    @cached_property
+    def features(self) -> list[str]:
+        """The features' names, in order."""
+        return [target.feature for target in self]
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The tables' numbers of rows, for the native check."""
+        return (ctypes.c_int64 * len(self))(*[target.num_embeddings for target in self])
 
 
 def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
@@ -105,25 +121,21 @@ def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
     Raises:
         BatchError: names feature, table, sample, position and value. Nothing has been computed by then.
     """
-    check_structure(bags, targets)
-    _check_weights(bags, targets)
-    _check_ids(bags, targets)
+    known = targets if isinstance(targets, LookupTargets) else LookupTargets(targets)
+    _check_shapes(bags, known)
+    # One native pass says that all is well; only a bad batch, or another device, takes the long way.
+    if _valid(bags, known.limits):
+        return
+    check_structure(bags, known)
+    _check_weights(bags, known)
+    _check_ids(bags, known)
 
 
 def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
     """Raise :class:`BatchError` unless ids are int64, offsets rise from 0 to their number, weights match."""
-    if bags.ids.dtype != torch.int64 or bags.ids.dim() != 1:
-        raise BatchError(
-            f"ids must be a 1-D int64 tensor, got {bags.ids.dtype} of shape {tuple(bags.ids.shape)}; "
-            "build the KeyedJaggedTensor with values=values.long()"
-        )
-    if bags.num_features != len(targets):
-        raise BatchError(f"batch has {bags.num_features} features, the tables expect {len(targets)}")
-    if bags.num_features and (bags.offsets.numel() - 1) % bags.num_features:
-        raise BatchError(
-            f"offsets have {bags.offsets.numel()} entries, which is not features x batch size + 1 for "
-            f"{bags.num_features} features"
-        )
+    _check_shapes(bags, targets)
+    if _valid(bags, None):
+        return
     lengths = bags.lengths()
     if bool((lengths < 0).any()):
         bag = int((lengths < 0).nonzero()[0])
@@ -137,6 +149,27 @@ def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
         raise BatchError(
             f"offsets run from {first} to {last} but there are {bags.ids.numel()} ids: lengths must sum to "
             "the number of values, and offsets must start at 0"
+        )
+
+
+def _valid(bags: Bags, limits: Limits | None) -> bool:
+    if not bags.num_features or not bags.offsets.numel():
+        return False
+    return bags_are_valid(bags.ids, bags.offsets, bags.weights, bags.num_features, bags.batch_size, limits)
+
+
+def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
+    if bags.ids.dtype != torch.int64 or bags.ids.dim() != 1:
+        raise BatchError(
+            f"ids must be a 1-D int64 tensor, got {bags.ids.dtype} of shape {tuple(bags.ids.shape)}; "
+            "build the KeyedJaggedTensor with values=values.long()"
+        )
+    if bags.num_features != len(targets):
+        raise BatchError(f"batch has {bags.num_features} features, the tables expect {len(targets)}")
+    if bags.num_features and (bags.offsets.numel() - 1) % bags.num_features:
+        raise BatchError(
+            f"offsets have {bags.offsets.numel()} entries, which is not features x batch size + 1 for "
+            f"{bags.num_features} features"
         )
     weights = bags.weights
     if weights is not None and (weights.dim() != 1 or weights.numel() != bags.ids.numel()):

@@ -1,4 +1,4 @@
-"""The one path of a lookup: ids -> groups by method -> one fused call per group -> [B, sum of D].
+"""The one path of a lookup: ids -> one fused call, or one per method where kernels differ -> [B, sum of D].
 
 The unsharded module calls it in its forward, and a sharded rank calls it on its local tables, so that
 eager, sharded and cached use cannot drift apart.
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from recemb.backends import backend_of
 from recemb.backends.base import Backend
-from recemb.bags import Bags, LookupTarget, check_bags
+from recemb.backends.native import pooled_native
+from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.spec import TableSpec
 
 
@@ -35,7 +36,7 @@ class Engine:
 
     def __init__(self, tables: Sequence[TableSpec]) -> None:
         lookups = [(feature, table) for table in tables for feature in table.feature_names]
-        self.targets = tuple(
+        self.targets = LookupTargets(
             LookupTarget(feature, table.name, table.num_embeddings) for feature, table in lookups
         )
         self.dims = tuple(table.embedding_dim for _, table in lookups)
@@ -58,8 +59,14 @@ class Engine:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
         check_bags(bags, self.targets)
+        served = [tables[target.table] for target in self.targets]
+        if len(self._groups) > 1:
+            # The native kernels serve all methods at once, and write every column in its place.
+            whole = pooled_native(served, bags)
+            if whole is not None:
+                return whole
         outputs = [
-            group.backend.pooled([tables[self.targets[f].table] for f in group.features], selected)
+            group.backend.pooled([served[f] for f in group.features], selected)
             for group in self._groups
             for selected in (bags.select(group.features),)
         ]

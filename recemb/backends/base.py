@@ -7,7 +7,7 @@ Laws (``tests/backends/test_contract.py`` runs them over every method):
 
 1. ``num_params(tables) == sum(p.numel())`` over the built parameters, exactly and without building them.
 2. ``map_ids`` is a pure integer function: equal ids give equal slots, whatever else is in the batch.
-3. ``pooled(tables, bags)`` equals pooling ``rows(map_ids(ids))`` feature by feature: values and gradients.
+3. ``pooled(tables, bags)`` and ``pooled_plain`` equal pooling ``rows(map_ids(ids))`` feature by feature: values and gradients.
 4. ``rows`` is differentiable in every parameter (gradcheck in float64).
 5. ``to_dense()[ids] == rows(map_ids(ids))``.
 6. A fresh table's elements have standard deviation ``table.row_std`` and mean 0, whatever the method.
@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recemb.backends.native import pooled_native
 from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.spec import Compression, TableSpec
+from recemb_kernels.lookup import TableShape
 
 # A block of rows being rebuilt for to_dense or from_dense holds at most this many elements (64 MB of fp32).
 BLOCK_NUMEL = 2**24
@@ -55,6 +57,8 @@ class Backend(nn.Module, ABC):
     """
 
     compression_type: ClassVar[type[Compression]]
+    # Whether training takes the native kernels only for a fused optimizer.
+    native_when_fused: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -109,9 +113,13 @@ class Backend(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw fresh parameters from torch's generator so that rows have deviation ``table.row_std``."""
 
+    def native_shape(self) -> TableShape | None:
+        """What the native kernels need to know of this storage, or ``None`` when they cannot serve it."""
+        return None
+
     @classmethod
     def pooled(cls, tables: Sequence[Any], bags: Bags) -> Tensor:
-        """Pool every feature of a batch in its table.
+        """Pool every feature of a batch in its table: by the native kernels, or :meth:`pooled_plain`.
 
         Args:
             tables: F backends of this method, ``tables[f]`` for feature f; one may occur several times.
@@ -120,6 +128,12 @@ class Backend(nn.Module, ABC):
         Returns:
             [B, sum of the tables' D].
         """
+        native = pooled_native(tables, bags)
+        return cls.pooled_plain(tables, bags) if native is None else native
+
+    @classmethod
+    def pooled_plain(cls, tables: Sequence[Any], bags: Bags) -> Tensor:
+        """The same in plain torch, on any device and dtype."""
         pooled = [table.pooled_feature(bags.feature(f)) for f, table in enumerate(tables)]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 

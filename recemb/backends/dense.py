@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native
 from recemb.bags import Bags
 from recemb.spec import Dense, TableSpec
-from recemb_kernels.pooled_gather import Operation, RowShape, encode, pooled_gather
+from recemb_kernels.lookup import TableShape
+from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
 
 
 class DenseBackend(Backend):
     """weight [N, D]; slot = id."""
 
     compression_type = Dense
+    # With a fused optimizer no gradient of N x D is made. Without one, plain torch: the same bits as
+    # nn.EmbeddingBag, and a gradient for the user's own optimizer.
+    native_when_fused = True
     weight: nn.Parameter
 
     @classmethod
@@ -31,12 +34,10 @@ class DenseBackend(Backend):
     def rows(self, slots: Tensor) -> Tensor:
         return self.weight[slots[:, 0]]
 
-    @classmethod
-    def pooled(cls, tables: Sequence[DenseBackend], bags: Bags) -> Tensor:
-        # With a fused optimizer no gradient of N x D is made. Without one, plain torch: the same bits as
-        # nn.EmbeddingBag, and a gradient for the user's own optimizer.
-        pooled = pooled_native(pooled_gather, tables, bags, _code, fused_only=True)
-        return super().pooled(tables, bags) if pooled is None else pooled
+    def native_shape(self) -> TableShape:
+        return TableShape(
+            pooled_gather, RowShape(Operation.ROW, (len(self.weight),), (self.weight.shape[1],))
+        )
 
     def pooled_feature(self, bags: Bags) -> Tensor:
         return self.pool(self.weight, bags.ids, bags)
@@ -48,8 +49,3 @@ class DenseBackend(Backend):
 
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight}
-
-
-def _code(tables: Sequence[DenseBackend]) -> tuple[int, ...]:
-    specs = [table.table for table in tables]
-    return encode([RowShape(Operation.ROW, (t.num_embeddings,), (t.embedding_dim,)) for t in specs])

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import gram, leading_eigenvectors
-from recemb.backends.native import pooled_native
 from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.spec import MixedDimension, TableSpec
-from recemb_kernels.pooled_gather import Operation, RowShape, encode, pooled_gather
+from recemb_kernels.lookup import TableShape
+from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
 
 
 def mixed_dimension_dims(
@@ -57,10 +57,9 @@ class MixedDimensionBackend(Backend):
     def rows(self, slots: Tensor) -> Tensor:
         return self.e[slots[:, 0]] @ self.p
 
-    @classmethod
-    def pooled(cls, tables: Sequence[MixedDimensionBackend], bags: Bags) -> Tensor:
-        pooled = pooled_native(pooled_gather, tables, bags, _code)
-        return super().pooled(tables, bags) if pooled is None else pooled
+    def native_shape(self) -> TableShape:
+        (rows, dim), columns = self.e.shape, self.p.shape[1]
+        return TableShape(pooled_gather, RowShape(Operation.PROJECT, (rows, dim), (dim, columns)))
 
     def pooled_feature(self, bags: Bags) -> Tensor:
         # The projection is linear: pool the narrow rows first and project B bags instead of L ids.
@@ -77,14 +76,3 @@ class MixedDimensionBackend(Backend):
         basis = leading_eigenvectors(gram(blocks), self.p.shape[0])
         e = torch.cat([(block.to(basis.dtype) @ basis).to(self.e.dtype) for block in blocks])
         return {"e": e, "p": basis.T}
-
-
-def _code(tables: Sequence[MixedDimensionBackend]) -> tuple[int, ...]:
-    return encode(
-        [
-            RowShape(
-                Operation.PROJECT, (len(table.e), len(table.p)), (len(table.p), table.table.embedding_dim)
-            )
-            for table in tables
-        ]
-    )

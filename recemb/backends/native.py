@@ -1,22 +1,24 @@
-"""The way from a group of backends to a native kernel, the same for every method."""
+"""The way from backends to the native kernels: one call for all tables, whatever their methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import fused_update
-from recemb_kernels.gather_op import Code, GatherOp
+from recemb_kernels.lookup import Lookup
 from recemb_kernels.native import attempt
 
-_B = TypeVar("_B", bound=Backend)
+if TYPE_CHECKING:
+    from recemb.backends.base import Backend
+
+_B = TypeVar("_B", bound="Backend")
 
 
 def owner_of(table: _B) -> _B:
@@ -24,54 +26,53 @@ def owner_of(table: _B) -> _B:
     return table._owner[0] if table._owner else table  # type: ignore[return-value] # peers are of one method
 
 
-def pooled_native(
-    op: GatherOp[Any],
-    tables: Sequence[_B],
-    bags: Bags,
-    encode: Callable[[Sequence[_B]], tuple[int, ...] | None],
-    *,
-    fused_only: bool = False,
-) -> Tensor | None:
-    """Pool F features in one call of ``op``, [B, sum of the widths], or ``None`` where it does not run.
+def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
+    """Pool F features in one call, [B, sum of D], or ``None`` where plain torch has to do it.
 
-    A storage that serves several features, or several tables, is passed once, so that it is updated once.
+    A storage that serves several features, or several tables, is passed once, so that it is updated once. Each
+    table takes the step of its own in-backward optimizer, or gets gradients when it has none.
 
     Args:
-        op: the kernel.
-        tables: ``tables[f]`` for feature f.
+        tables: ``tables[f]`` for feature f, of any methods; of one method under torch.compile.
         bags: F features.
-        encode: the kernel's code of the distinct storages, given by the tables that own them, whose
-            parameters go to the kernel in the order of ``param_shapes``; ``None`` when it has none for them.
-        fused_only: leave training to plain torch unless an optimizer is fused.
 
     Raises:
         NonFiniteError: in the backward of a fused update, before any weight changes.
     """
-    owners, code = _prepare(op, tables, encode)
-    if code is None:
+    owners, lookup = _prepare(tables)
+    if lookup is None:
         return None
     # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
-    stores = [store for owner in owners for store in owner._parameters.values() if store is not None]
-    if not all(store.is_cpu and store.dtype is torch.float32 for store in stores):
+    stores = [[store for store in owner._parameters.values() if store is not None] for owner in owners]
+    if not all(store.is_cpu and store.dtype is torch.float32 for own in stores for store in own):
         return None
-    training = torch.is_grad_enabled()
-    update = fused_update(stores) if training else None
-    if fused_only and training and update is None:
+    compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    updates = [fused_update(own) if training and not compiling else None for own in stores]
+    if training and any(
+        owner.native_when_fused and update is None for owner, update in zip(owners, updates, strict=True)
+    ):
         return None
     weights = None if bags.weights is None else bags.weights.float()
+    if compiling:
+        if len({table.op.name for table in lookup.tables}) > 1:
+            return None
+        return attempt(
+            lookup.tables[0].op.name,
+            lambda: lookup.compiled(stores, bags.ids, bags.offsets, weights, bags.batch_size),
+        )
     return attempt(
-        op.name, lambda: op(stores, bags.ids, bags.offsets, weights, bags.batch_size, code, update)
+        lookup.tables[0].op.name,
+        lambda: lookup(stores, bags.ids, bags.offsets, weights, bags.batch_size, updates),
     )
 
 
-def _prepare(
-    op: GatherOp[Any], tables: Sequence[_B], encode: Callable[[Sequence[_B]], tuple[int, ...] | None]
-) -> tuple[list[_B], Code | None]:
-    """The storages of a group and its code; remembered by the group's first table."""
+def _prepare(tables: Sequence[Backend]) -> tuple[list[Backend], Lookup | None]:
+    """The storages of a group and its look-up; remembered by the group's first table."""
     key, memo = tuple(tables), tables[0].memo
-    if key in memo and not torch.compiler.is_compiling():
-        owners, code = memo[key]
-        return owners, code
+    compiling = torch.compiler.is_compiling()
+    if not compiling and key in memo:
+        known: tuple[list[Backend], Lookup | None] = memo[key]
+        return known
     owners = list(dict.fromkeys(owner_of(table) for table in tables))
     index = {owner: k for k, owner in enumerate(owners)}
     features = tuple(
@@ -79,12 +80,13 @@ def _prepare(
         for table in tables
         for x in (index[owner_of(table)], int(table.table.pooling == "mean"), table.key_base)
     )
-    shapes = encode(owners)
-    names = [table.table.name for table in tables]
-    code = None if shapes is None else Code(shapes, features, partial(_refusal, names))
-    if not torch.compiler.is_compiling():
-        memo[key] = owners, code
-    return owners, code
+    shapes = [owner.native_shape() for owner in owners]
+    whole = tuple(shape for shape in shapes if shape is not None)
+    refusal = partial(_refusal, [table.table.name for table in tables])
+    found = owners, Lookup(whole, features, refusal) if len(whole) == len(shapes) else None
+    if not compiling:
+        memo[key] = found
+    return found
 
 
 def _refusal(names: Sequence[str]) -> NonFiniteError:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native
-from recemb.bags import Bags
 from recemb.id_maps.radix import ceil_div, quotient_remainder
 from recemb.spec import QuotientRemainder, TableSpec
-from recemb_kernels.pooled_gather import MAX_RADIX, Operation, RowShape, encode, pooled_gather
+from recemb_kernels.lookup import TableShape
+from recemb_kernels.pooled_gather import MAX_RADIX, Operation, RowShape, pooled_gather
 
 # Under "mult" the shorter table starts around 1 with this deviation: wide enough that ids that share a row
 # differ from the start, narrow enough that gradients reach the longer table at full size.
@@ -58,10 +57,12 @@ class QuotientRemainderBackend(Backend):
             return left + right
         return torch.cat((left, right), dim=-1)
 
-    @classmethod
-    def pooled(cls, tables: Sequence[QuotientRemainderBackend], bags: Bags) -> Tensor:
-        pooled = pooled_native(pooled_gather, tables, bags, _code)
-        return super().pooled(tables, bags) if pooled is None else pooled
+    def native_shape(self) -> TableShape | None:
+        (quotients, left), (remainders, right) = self.q.shape, self.r.shape
+        if max(quotients, remainders) > MAX_RADIX:
+            return None
+        operation = Operation[_compression(self.table).operation.upper()]
+        return TableShape(pooled_gather, RowShape(operation, (quotients, remainders), (left, right)))
 
     def reset_parameters(self) -> None:
         std, operation = self.table.row_std, _compression(self.table).operation
@@ -143,18 +144,3 @@ def _fit_product(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 def _compression(table: TableSpec) -> QuotientRemainder:
     assert isinstance(table.compression, QuotientRemainder)
     return table.compression
-
-
-def _code(tables: Sequence[QuotientRemainderBackend]) -> tuple[int, ...] | None:
-    if any(max(len(table.q), len(table.r)) > MAX_RADIX for table in tables):
-        return None
-    return encode(
-        [
-            RowShape(
-                Operation[_compression(table.table).operation.upper()],
-                (len(table.q), len(table.r)),
-                (table.q.shape[1], table.r.shape[1]),
-            )
-            for table in tables
-        ]
-    )

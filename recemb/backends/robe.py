@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native
-from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.id_maps.hashing import UniversalHash, stable_integer
 from recemb.id_maps.radix import ceil_div
 from recemb.spec import ROBE, TableSpec
-from recemb_kernels.robe_gather import RobeShape, encode, robe_gather
+from recemb_kernels.lookup import TableShape
+from recemb_kernels.robe_gather import RobeShape, robe_gather
 
 
 class ROBEBackend(Backend):
@@ -93,10 +92,11 @@ class ROBEBackend(Backend):
         values = self.storage.view(-1)[index]
         return torch.where(negative, -values, values) if _compression(self.table).use_sign else values
 
-    @classmethod
-    def pooled(cls, tables: Sequence[ROBEBackend], bags: Bags) -> Tensor:
-        pooled = pooled_native(robe_gather, tables, bags, _code)
-        return super().pooled(tables, bags) if pooled is None else pooled
+    def native_shape(self) -> TableShape | None:
+        # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
+        if any(peer.embedding_dim != self.table.embedding_dim for peer in self.peers):
+            return None
+        return TableShape(robe_gather, _shape(self.peers, len(self.array)))
 
     def reset_parameters(self) -> None:
         if self._owner:
@@ -131,13 +131,6 @@ class ROBEBackend(Backend):
 def _compression(table: TableSpec) -> ROBE:
     assert isinstance(table.compression, ROBE)
     return table.compression
-
-
-def _code(owners: Sequence[ROBEBackend]) -> tuple[int, ...] | None:
-    # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
-    if any(peer.embedding_dim != owner.table.embedding_dim for owner in owners for peer in owner.peers):
-        return None
-    return encode([_shape(owner.peers, owner.array.shape[0]) for owner in owners])
 
 
 @lru_cache(maxsize=256)

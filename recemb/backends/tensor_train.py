@@ -10,16 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import truncated_factors
-from recemb.backends.native import pooled_native
 from recemb.backends.tt_shapes import core_sizes, table_shapes
-from recemb.bags import Bags
 from recemb.id_maps.radix import mixed_radix
 from recemb.spec import TableSpec, TensorTrain
-from recemb_kernels.tt_gather import MAX_ORDER, TrainShape, encode, tt_gather
+from recemb_kernels.lookup import TableShape
+from recemb_kernels.tt_gather import MAX_ORDER, TrainShape, tt_gather
 
 # TT-SVD is repeated until the rows beyond N settle, to a float32 rounding of the table.
 _SWEEPS = 30
@@ -53,10 +52,9 @@ class TensorTrainBackend(Backend):
     def rows(self, slots: Tensor) -> Tensor:
         return _contract(self.cores, slots)
 
-    @classmethod
-    def pooled(cls, tables: Sequence[TensorTrainBackend], bags: Bags) -> Tensor:
-        pooled = pooled_native(tt_gather, tables, bags, _code)
-        return super().pooled(tables, bags) if pooled is None else pooled
+    def native_shape(self) -> TableShape | None:
+        shape = TrainShape(*table_shapes(self.table), _compression(self.table).ranks)
+        return TableShape(tt_gather, shape) if len(shape.row_shape) <= MAX_ORDER else None
 
     def reset_parameters(self) -> None:
         """Gaussian cores, scaled so that the elements of the product have variance ``row_std**2``.
@@ -109,11 +107,6 @@ class TensorTrainBackend(Backend):
             if moved <= _CONVERGED * scale:
                 break
         return cores
-
-
-def _code(tables: Sequence[TensorTrainBackend]) -> tuple[int, ...] | None:
-    shapes = [TrainShape(*table_shapes(table.table), _compression(table.table).ranks) for table in tables]
-    return None if any(len(shape.row_shape) > MAX_ORDER for shape in shapes) else encode(shapes)
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recemb.bags import Bags, LookupTarget, check_structure
+from recemb.bags import Bags, LookupTarget, LookupTargets, check_structure
 from recemb.errors import BatchError
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
 def bags_from_kjt(
-    features: KeyedJaggedTensor, targets: Sequence[LookupTarget], is_weighted: bool
+    features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: bool
 ) -> tuple[Bags, Tensor | None]:
     """The bags of ``targets``' features, in the order of ``targets``.
 
@@ -28,8 +28,10 @@ def bags_from_kjt(
     Raises:
         BatchError: duplicate or missing keys, wrong dtypes, malformed lengths, missing weights.
     """
-    keys = list(features.keys())
-    _check_keys(keys, targets)
+    keys = features.keys()
+    in_order = keys == targets.features
+    if not in_order or len(set(keys)) < len(keys):
+        _check_keys(keys, targets)
     values = features.values()
     if values.dtype not in _INTEGERS:
         raise BatchError(
@@ -42,8 +44,6 @@ def bags_from_kjt(
             "the collection was built with is_weighted=True but the KeyedJaggedTensor has no weights; "
             "pass weights=... or build it with is_weighted=False"
         )
-    owner = {target.feature: target for target in targets}
-    named = [owner.get(key, LookupTarget(key, "none", 0)) for key in keys]
     if features.variable_stride_per_key():
         offsets = _pad_variable_batch(features, keys)
     else:
@@ -55,7 +55,10 @@ def bags_from_kjt(
                 f"{features.stride()} + 1 = {expected} are needed"
             )
     bags = Bags(values.long(), offsets.long(), len(keys), weights)
-    check_structure(bags, named)
+    if in_order:  # the engine checks
+        return bags, _inverse_indices(features, keys, targets)
+    owner = {target.feature: target for target in targets}
+    check_structure(bags, [owner.get(key, LookupTarget(key, "none", 0)) for key in keys])
     position = {key: k for k, key in enumerate(keys)}
     selected = bags.select([position[target.feature] for target in targets])
     return selected, _inverse_indices(features, keys, targets)

@@ -185,9 +185,7 @@ def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.
         assert torch.equal(poisoned, expected)
 
 
-@pytest.mark.parametrize(
-    "names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"], NARROW, ROBES]
-)
+@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"], NARROW, ROBES])
 def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
@@ -234,7 +232,15 @@ def test_opcheck_and_compile() -> None:
     shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
     code = Code(encode(shapes), (0, 0, 0, 1, 0, 0), ValueError)
     cores = _parameters(tables)
-    arguments = (cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, list(code.tables), list(code.features))
+    arguments = (
+        cores,
+        bags.ids,
+        bags.offsets,
+        bags.weights,
+        bags.batch_size,
+        list(code.tables),
+        list(code.features),
+    )
     torch.library.opcheck(torch.ops.recemb.tt_gather.default, arguments)
 
     def lookup(*cores: Tensor) -> Tensor:

@@ -43,14 +43,17 @@ void attach(Call* call, State* state) {
     Table& table = call->tables[t];
     table.code = call->codes + t, table.order = table.code->order;
     table.features = state->features[t].data(), table.num_features = static_cast<int64_t>(state->features[t].size());
-    table.param = call->param + at, table.grad = call->grad ? call->grad + at : nullptr;
-    table.state = call->state ? call->state + at : nullptr;
-    table.state2 = call->state2 ? call->state2 + at : nullptr;
-    for (int64_t k = 0; k < table.code->parameters && call->optimizer != GRADIENT; k++) {
+    table.param = call->param + at;
+    table.optimizer = GRADIENT;
+    if (call->rules) {
+      table.grad = call->grad + at, table.state = call->state + at, table.state2 = call->state2 + at;
+      table.optimizer = call->rules[t].optimizer;
+    }
+    for (int64_t k = 0; k < table.code->parameters && table.optimizer != GRADIENT; k++) {
+      const Rule& rule = call->rules[t];
       // One step more for every parameter, as torch's optimizers count.
-      const double step = call->steps ? ++*call->steps[at + k] : 1;
-      table.hyper[k] =
-          hyper_at(call->optimizer, step, call->lr, call->eps, call->beta1, call->beta2, call->lr_decay);
+      const double step = call->steps[at + k] ? ++*call->steps[at + k] : 1;
+      table.hyper[k] = hyper_at(rule.optimizer, step, rule.lr, rule.eps, rule.beta1, rule.beta2, rule.lr_decay);
     }
     at += table.code->parameters;
   }
@@ -147,7 +150,7 @@ void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
 // 0 when offsets rise from 0 to `num_ids`, every feature's ids are in [0, limits[f]) and weights are finite.
 int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const float* weights, int64_t num_ids,
                           int64_t num_features, int64_t batch, const int64_t* limits, int64_t threads) {
-  const int64_t bags = num_features * batch;
+  const int64_t bags = num_features * batch;  // `limits` null: ids are not looked at
   if (offsets[0] != 0 || offsets[bags] != num_ids) return 1;
   int64_t bad = 0;
 #pragma omp parallel num_threads(num_ids + bags < 32 * SERIAL ? 1 : threads) reduction(| : bad)
@@ -158,7 +161,7 @@ int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const floa
   if (bad) return 1;
 #pragma omp parallel num_threads(num_ids < 32 * SERIAL ? 1 : threads) reduction(| : bad)
   {
-    for (int64_t f = 0; f < num_features; f++) {
+    for (int64_t f = 0; limits && f < num_features; f++) {
       const uint64_t limit = static_cast<uint64_t>(limits[f]);
 #pragma omp for schedule(static) nowait
       for (int64_t i = offsets[f * batch]; i < offsets[(f + 1) * batch]; i++)
@@ -198,7 +201,9 @@ void recemb_tree_forward(Call* call, void* holder, int64_t threads) {
 // 0, or 1 when the gradient is not finite: nothing has been written then.
 int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
   State* state = static_cast<State*>(holder);
-  if (call->optimizer != GRADIENT && !finite(call->grad_out, call->batch * call->columns, threads)) return 1;
+  bool updates = false;
+  for (int64_t t = 0; t < call->num_tables; t++) updates = updates || call->rules[t].optimizer != GRADIENT;
+  if (updates && !finite(call->grad_out, call->batch * call->columns, threads)) return 1;
   attach(call, state);
   for (int64_t f = 0; f < call->num_features; f++)
     state->gradient[f] = {call->grad_out + call->features[f].column, call->columns};

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.build import load
-from recemb_kernels.update import Kind, Update
+from recemb_kernels.update import Update
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
@@ -40,15 +40,20 @@ class _Feature(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("table", "column", "mean", "key_base"))
 
 
+class _Rule(ctypes.Structure):
+    _fields_ = (
+        ("optimizer", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "lr_decay")),
+    )
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_tables", "num_features", "batch", "num_ids")),
         *((name, ctypes.c_int64) for name in ("columns", "slice_rows", "keep")),
         *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "codes", "features")),
-        *((name, ctypes.c_void_p) for name in ("param", "out", "grad_out", "grad_weights", "grad")),
-        *((name, ctypes.c_void_p) for name in ("state", "state2", "steps")),
-        ("optimizer", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "lr_decay")),
+        *((name, ctypes.c_void_p) for name in ("param", "out", "grad_out", "grad_weights")),
+        *((name, ctypes.c_void_p) for name in ("rules", "grad", "state", "state2", "steps")),
         *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "slot")),
     )
 
@@ -131,7 +136,7 @@ class Group:
         self._constants: list[ctypes.Array[ctypes.c_int64]] = []
         self._codes = (_Code * len(kernels))(*map(self._code, kernels))
         self._features = (_Feature * len(features))()
-        self.columns = 0
+        self.num_tables, self.columns = len(kernels), 0
         for feature, code in zip(self._features, features, strict=True):
             feature.table, feature.column = code.table, self.columns
             feature.mean, feature.key_base = int(code.mean), code.key_base
@@ -157,15 +162,15 @@ class Group:
         batch: Batch,
         state: State,
         *,
+        updates: Sequence[Update | None],
         want_weights: bool,
-        update: Update | None = None,
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Gradients of every parameter, and of the per-sample weights when asked for.
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Gradients of the parameters, and of the per-sample weights when asked for.
 
-        With an ``update``, touched rows are updated in place and no parameter gradient comes back.
+        A table with an update has its touched rows updated in place and ``None`` for gradients.
 
         Raises:
-            FloatingPointError: an update was asked for and ``grad_out`` is not finite; nothing has changed.
+            FloatingPointError: there is an update and ``grad_out`` is not finite; nothing has changed.
         """
         call = self._call(parameters, batch)
         grad_out = grad_out.contiguous()
@@ -173,16 +178,26 @@ class Group:
         call.keep = 1
         call.grad_out = grad_out.data_ptr()
         call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
-        grads: list[Tensor] = []
-        if update is None:
-            grads = [torch.zeros_like(parameter) for parameter in parameters]
-            held = [_pointers(grads)]
-            call.grad = ctypes.addressof(held[0])
-        else:
-            call.optimizer, call.lr, call.eps = update.kind, update.lr, update.eps
-            call.beta1, call.beta2, call.lr_decay = update.beta1, update.beta2, update.lr_decay
-            held = [_pointers(tensors) for tensors in (update.state, update.state2, update.steps)]
-            call.state, call.state2, call.steps = (ctypes.addressof(h) if len(h) else None for h in held)
+        grads: list[Tensor | None] = []
+        states: list[Tensor | None] = []
+        states2: list[Tensor | None] = []
+        steps: list[Tensor | None] = []
+        rules = (_Rule * len(self._codes))()
+        for kernel, rule, update in zip(self._kernels, rules, updates, strict=True):
+            nothing: list[Tensor | None] = [None] * kernel.parameters
+            if update is None:
+                at = len(grads)
+                grads += [torch.zeros_like(p) for p in parameters[at : at + kernel.parameters]]
+            else:
+                grads += nothing
+                rule.optimizer, rule.lr, rule.eps = update.kind, update.lr, update.eps
+                rule.beta1, rule.beta2, rule.lr_decay = update.beta1, update.beta2, update.lr_decay
+            states += update.state if update and update.state else nothing
+            states2 += update.state2 if update and update.state2 else nothing
+            steps += update.steps if update and update.steps else nothing
+        held = [_pointers(tensors) for tensors in (grads, states, states2, steps)]
+        call.grad, call.state, call.state2, call.steps = map(ctypes.addressof, held)
+        call.rules = ctypes.addressof(rules)
         threads = torch.get_num_threads()
         if self.driver.recemb_tree_backward(ctypes.addressof(call), state.pointer, threads):
             raise FloatingPointError("the gradient of the pooled rows is NaN or infinite")
@@ -222,14 +237,13 @@ class Group:
             codes=ctypes.addressof(self._codes),
             features=ctypes.addressof(self._features),
             param=ctypes.addressof(held),
-            optimizer=Kind.GRADIENT,
         )
         call.held = held  # a plain attribute: lives as long as the structure that points to it
         return call
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
 @cache

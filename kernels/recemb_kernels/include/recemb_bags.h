@@ -97,15 +97,15 @@ void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, D
 
 // One finished row of parameter k: its gradient is written out, or the optimizer steps on it at once.
 template <int W>
-void finish_row(const Table* table, const Call* call, int k, int64_t row, const float* grad) {
-  if (call->optimizer == GRADIENT) {
+void finish_row(const Table* table, int k, int64_t row, const float* grad) {
+  if (table->optimizer == GRADIENT) {
     std::copy(grad, grad + W, table->grad[k] + row * W);
     return;
   }
-  const int64_t width = call->optimizer == ROWWISE_ADAGRAD ? 1 : W;
-  update_row(call->optimizer, table->hyper[k], W, table->param[k] + row * W, grad,
-             table->state && table->state[k] ? table->state[k] + row * width : nullptr,
-             table->state2 && table->state2[k] ? table->state2[k] + row * width : nullptr);
+  const int64_t width = table->optimizer == ROWWISE_ADAGRAD ? 1 : W;
+  update_row(table->optimizer, table->hyper[k], W, table->param[k] + row * W, grad,
+             table->state[k] ? table->state[k] + row * width : nullptr,
+             table->state2[k] ? table->state2[k] + row * width : nullptr);
 }
 
 }  // namespace recemb

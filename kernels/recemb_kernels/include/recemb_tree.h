@@ -63,12 +63,18 @@ struct FeatureCode {
   int64_t table, column, mean, key_base;
 };
 
+// The optimizer of one table, or GRADIENT to have its gradients written out.
+struct Rule {
+  int64_t optimizer;
+  double lr, eps, beta1, beta2, lr_decay;
+};
+
 // One table of one call: pointers, and the plan of its distinct ids.
 struct Table {
   const TableCode* code;
-  int64_t order, mirrored, ids, slices;
+  int64_t order, optimizer, mirrored, ids, slices;
   float* const* param;       // [radix_k, width_k] each
-  float* const* grad;        // zeroed, same shapes; null when the update is fused
+  float* const* grad;        // zeroed, same shapes; for GRADIENT
   float* const* state;       // first optimizer state of each parameter
   float* const* state2;      // second one (Adam)
   Hyper hyper[MAX_ORDER];    // per parameter
@@ -102,12 +108,11 @@ struct Call {
   // backward
   const float* grad_out;
   float* grad_weights;   // null when not asked for
-  float* const* grad;    // null when the update is fused
+  const Rule* rules;     // per table; null in the forward
+  float* const* grad;    // table by table, null where there is none, as below
   float* const* state;
   float* const* state2;
   float* const* steps;
-  int64_t optimizer;
-  double lr, eps, beta1, beta2, lr_decay;
   // set by the driver
   Table* tables;
   Gradient* gradient;    // per feature

@@ -78,4 +78,4 @@ def _library(operation: Operation, left: int, right: int) -> ctypes.CDLL:
     return load("pooled_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-pooled_gather = GatherOp("pooled_gather", _decode, _kernel)
+pooled_gather = GatherOp("pooled_gather", encode, _decode, _kernel)

@@ -123,10 +123,10 @@ void backward_pair(const Table* table, const Call* call) {
     float grad[LEFT] = {};
     if (node + 4 < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + 4]), LEFT);
     for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) send<0>(table, u, grad);
-    finish_row<LEFT>(table, call, 0, top.digit[node], grad);
+    finish_row<LEFT>(table, 0, top.digit[node], grad);
   }
 #pragma omp for schedule(static) nowait
-  for (int64_t g = 0; g < rows.touched; g++) finish_row<RIGHT>(table, call, 1, rows.digit[g], sides + g * RIGHT);
+  for (int64_t g = 0; g < rows.touched; g++) finish_row<RIGHT>(table, 1, rows.digit[g], sides + g * RIGHT);
 }
 
 void backward_rows(const Table* table, const Call* call) {
@@ -136,12 +136,12 @@ void backward_rows(const Table* table, const Call* call) {
     if (u + AHEAD < rows) {
       const int64_t row = table->keys[u + AHEAD];
       prefetch_row(row_of(table, 0, row), LEFT);
-      if (call->optimizer >= ADAGRAD)
-        __builtin_prefetch(table->state[0] + row * (call->optimizer == ROWWISE_ADAGRAD ? 1 : LEFT), 1);
+      if (table->optimizer >= ADAGRAD)
+        __builtin_prefetch(table->state[0] + row * (table->optimizer == ROWWISE_ADAGRAD ? 1 : LEFT), 1);
     }
     float grad[LEFT];
     row_gradient<LEFT>(table, call, u, grad);
-    finish_row<LEFT>(table, call, 0, table->keys[u], grad);
+    finish_row<LEFT>(table, 0, table->keys[u], grad);
   }
 }
 
@@ -180,7 +180,7 @@ void finish_projection(const Table* table, const Call* call) {
     float grad[RIGHT] = {};
     for (int64_t task = 0; task < chunks_of(table, call); task++)
       for (int j = 0; j < RIGHT; j++) grad[j] += partial[(task * LEFT + i) * RIGHT + j];
-    finish_row<RIGHT>(table, call, 1, i, grad);
+    finish_row<RIGHT>(table, 1, i, grad);
   }
 }
 

@@ -99,4 +99,4 @@ def _library(dim: int, block_size: int, signed: bool) -> ctypes.CDLL:
     return load("robe_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-robe_gather = GatherOp("robe_gather", _decode, _kernel)
+robe_gather = GatherOp("robe_gather", encode, _decode, _kernel)

@@ -199,7 +199,7 @@ void backward(const Table* table, const Call* call) {
     const int64_t before = row ? row - 1 : count - 1;
     const int64_t at = row ? k - 1 : static_cast<int64_t>(blocks.row.size()) - 1;
     if (at >= 0 && blocks.row[at] == before) gather<true>(table, blocks, table->spare, blocks.first[at], before, grad);
-    finish_row<Z>(table, call, 0, row, grad);
+    finish_row<Z>(table, 0, row, grad);
   }
 }
 

@@ -21,6 +21,7 @@ from recemb_kernels.gather_op import GatherOp
 
 __all__ = ["MAX_ORDER", "TrainShape", "encode", "tt_gather"]
 
+
 @dataclass(frozen=True)
 class TrainShape:
     """One table's train: p, q and R_0 .. R_d."""
@@ -75,4 +76,4 @@ def _library(dim_shape: tuple[int, ...], ranks: tuple[int, ...]) -> ctypes.CDLL:
     return load("tt_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-tt_gather = GatherOp("tt_gather", _decode, _kernel)
+tt_gather = GatherOp("tt_gather", encode, _decode, _kernel)

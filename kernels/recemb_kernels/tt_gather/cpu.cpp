@@ -294,7 +294,7 @@ struct TrainBackward : Train<MIRRORED> {
       Base::template each_element<l>([&](int p, int s) { slice_grad[s] = tile[p]; });
       grad = slice_grad;
     }
-    finish_row<S::WIDTH(l)>(&table, &call, core, digit, grad);
+    finish_row<S::WIDTH(l)>(&table, core, digit, grad);
   }
 
   // Gradients of the slices of core l: each run of nodes with one digit adds to that digit's tile.
