@@ -90,6 +90,12 @@ void plan_tables(const Call* call, State* state, bool forward) {
     for (int64_t before = 0; before < t; before++) base += call->tables[before].ids;
     plan_table(call, t, base, state->plan);
   }
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < call->num_tables * MAX_ORDER; task++) {
+    // The last level is the largest: first.
+    const int64_t t = task / MAX_ORDER, level = MAX_ORDER - 1 - task % MAX_ORDER;
+    if (static_cast<bool>(call->tables[t].code->plan_first) == forward) plan_level(call, t, level);
+  }
 }
 
 const Functions& kernel_of(const Table& table) { return table.mirrored ? table.code->mirror : table.code->kernel; }

@@ -171,7 +171,8 @@ bool mirror_is_cheaper(const Table& table, const int64_t* keys) {
   // Distinct suffixes of each length, counted in a table of bits; large tables of bits count hashes, and two
   // suffixes with one hash count once.
   constexpr uint64_t MOST = uint64_t{1} << 20;
-  static thread_local std::vector<uint64_t> seen;
+  static thread_local std::vector<uint64_t> storage;
+  std::vector<uint64_t>& seen = storage;
   uint64_t span = code.radix[levels - 1];
   for (int64_t l = 1; l + 1 < levels; l++) {
     span *= code.radix[levels - 1 - l];
@@ -284,10 +285,14 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   else
     plan_sorted<Narrow>(call, table, top, keys, perm, records);
   cut_slices(table, call->slice_rows);
-  for (int64_t l = 1; l < table.order; l++) {
-    Narrow* a = reinterpret_cast<Narrow*>(records);
-    group_level(table.level[l], table.slices, radix_of(table, l), a, a + table.level[l].nodes);
-  }
+}
+
+void plan_level(const Call* call, int64_t index, int64_t l) {
+  Table& table = call->tables[index];
+  if (l == 0 || l >= table.order) return;
+  static thread_local std::vector<Narrow> records;
+  if (static_cast<int64_t>(records.size()) < 2 * table.level[l].nodes) records.resize(2 * table.level[l].nodes);
+  group_level(table.level[l], table.slices, radix_of(table, l), records.data(), records.data() + table.level[l].nodes);
 }
 
 }  // namespace recemb

@@ -10,6 +10,7 @@ namespace recemb {
 
 constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
 constexpr int64_t LINE = 16;   // floats of a cache line
+constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
 
 static inline void prefetch_row(const float* row, int64_t width) {
   for (int64_t j = 0; j < std::min<int64_t>(width, 8 * LINE); j += LINE) __builtin_prefetch(row + j);

@@ -43,8 +43,11 @@ struct PlanRoom {
 // Counts the ids of every table.
 void count_ids(const Call* call);
 
-// Sorts and groups the ids of table `index`; called by one thread. `base` is where the table's ids start when the
-// tables' ids are laid end to end.
+// Sorts the ids of table `index` into a tree and cuts its slices; called by one thread. `base` is where the table's
+// ids start when the tables' ids are laid end to end.
 void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room);
+
+// Then groups the nodes of one of its levels by digit; called by one thread.
+void plan_level(const Call* call, int64_t index, int64_t level);
 
 }  // namespace recemb

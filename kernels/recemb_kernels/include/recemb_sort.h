@@ -25,28 +25,28 @@ struct Wide {
 
 inline int bits_of(uint64_t most) { return most ? 64 - __builtin_clzll(most) : 0; }
 
-// Sorts a[n], whose keys have at most `bits` bits, in passes of at most 11 bits that all count in one reading;
+// Sorts a[n], whose keys have at most `bits` bits, in passes of at most 11 bits;
 // returns where the result is, `a` or `b`.
 template <class Record>
 Record* radix_sort(Record* a, Record* b, int64_t n, int bits) {
-  constexpr int WIDEST = 11, MOST = 6;
-  static_assert(WIDEST * MOST >= 64, "every key has its passes");
+  constexpr int WIDEST = 11;
   const int passes = (bits + WIDEST - 1) / WIDEST;
   if (n < 2 || passes == 0) return a;
   const int width = (bits + passes - 1) / passes;
   const uint64_t mask = (uint64_t{1} << width) - 1;
-  static thread_local int32_t count[MOST][1 << WIDEST];
-  for (int p = 0; p < passes; p++) std::fill(count[p], count[p] + mask + 1, 0);
-  for (int64_t i = 0; i < n; i++)
-    for (int p = 0; p < passes; p++) count[p][(a[i].key() >> (p * width)) & mask]++;
+  // On the stack: a shared library looks a thread's own variable up with a call, in every step of a loop.
+  int32_t count[1 << WIDEST];
   for (int p = 0; p < passes; p++) {
+    const int shift = p * width;
+    std::fill(count, count + mask + 1, 0);
+    for (int64_t i = 0; i < n; i++) count[(a[i].key() >> shift) & mask]++;
     int32_t at = 0;
     for (uint64_t d = 0; d <= mask; d++) {
-      const int32_t here = count[p][d];
-      count[p][d] = at;
+      const int32_t here = count[d];
+      count[d] = at;
       at += here;
     }
-    for (int64_t i = 0; i < n; i++) b[count[p][(a[i].key() >> (p * width)) & mask]++] = a[i];
+    for (int64_t i = 0; i < n; i++) b[count[(a[i].key() >> shift) & mask]++] = a[i];
     std::swap(a, b);
   }
   return a;

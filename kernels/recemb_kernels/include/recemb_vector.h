@@ -46,12 +46,13 @@ static inline void store(float* p, typename Vector<L>::type x) {
 }
 
 static inline Vector<8>::type fold(Vector<8>::type x) { return x; }
+#if defined(__AVX512F__)
 static inline Vector<8>::type fold(Vector<16>::type x) {
-  Vector<8>::type low, high;
-  __builtin_memcpy(&low, &x, 32);
-  __builtin_memcpy(&high, reinterpret_cast<char*>(&x) + 32, 32);
-  return low + high;
+  const __m512 whole = (__m512)x;
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(whole), 1));
+  return (Vector<8>::type)_mm256_add_ps(_mm512_castps512_ps256(whole), high);
 }
+#endif
 
 // Writes the sums of four vectors to out[0..3] in a third of the shuffles that four single sums need.
 template <class V>

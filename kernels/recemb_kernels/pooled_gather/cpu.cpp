@@ -109,7 +109,7 @@ void send(const Table* table, int64_t u, float* grad) {
 void backward_pair(const Table* table, const Call* call) {
   const Level &top = table->level[0], &rows = table->level[1];
   float* sides = table->spare + table->rows() * W;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, ROWS)
   for (int64_t u = 0; u < rows.nodes; u++) row_gradient<W>(table, call, u, table->spare + u * W);
   // Under "mult" the remainders' gradients read the quotients and the other way round: both before either moves.
 #pragma omp for schedule(dynamic, 1)
@@ -118,7 +118,7 @@ void backward_pair(const Table* table, const Call* call) {
     for (int32_t k = rows.run_start[run]; k < rows.run_start[run + 1]; k++) send<1>(table, rows.by_digit[k], grad);
     std::copy(grad, grad + RIGHT, sides + run * RIGHT);
   }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, ROWS)
   for (int64_t node = 0; node < top.nodes; node++) {
     float grad[LEFT] = {};
     if (node + 4 < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + 4]), LEFT);
@@ -131,7 +131,7 @@ void backward_pair(const Table* table, const Call* call) {
 
 void backward_rows(const Table* table, const Call* call) {
   const int64_t rows = table->rows();
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, ROWS) nowait
   for (int64_t u = 0; u < rows; u++) {
     if (u + AHEAD < rows) {
       const int64_t row = table->keys[u + AHEAD];

@@ -183,7 +183,7 @@ void backward(const Table* table, const Call* call) {
     const_cast<Table*>(table)->scratch = &own;
   }
   Blocks& blocks = *static_cast<Blocks*>(table->scratch);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, ROWS)
   for (int64_t u = 0; u < rows; u++) {
     hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
     row_gradient<D>(table, call, u, table->spare + u * D);

@@ -65,6 +65,9 @@ constexpr int WIDEST_SLICE = [] {
   return most;
 }();
 
+// Nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
+constexpr int64_t NODES = 8;
+
 // Per-thread room for one slice, off the stack: a slice of rank 256 is over a megabyte.
 float* scratch(int which) {
   static thread_local std::vector<float> room[2];
@@ -209,7 +212,7 @@ struct Train : Sizes<MIRRORED> {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
     const int64_t f = table.features[0];
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, NODES)
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
         float raw[D], turned[D];
@@ -319,7 +322,7 @@ struct TrainBackward : Train<MIRRORED> {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, NODES)
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
       const float* a[M];
       float *c[M], *to = grad(LAST - 1, node);
