@@ -1,0 +1,168 @@
+"""One row a figure: the CSV, the table on the terminal, and what the machine is."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from recemb.errors import ConfigError
+from recemb.stack import versions
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on one path at one setting; empty where a figure has no meaning.
+
+    Args:
+        ratio_tbe: P50 of the round-by-round ratios to fbgemm's TBE of the same setting.
+        like: the like-for-like reference: ``TBE in a module`` for the module path, ``F.embedding_bag`` for
+            forward only, our own tensor train for tltorch, the other commit under ``--base``.
+        target: the bound, ``<=0.8``; ``met`` says whether it is kept.
+        gflop_s: arithmetic of :mod:`bench.work` over P50; gbyte_s likewise.
+        floor_us: the least time for that work on this machine (:mod:`bench.floor`).
+    """
+
+    setting: str
+    rows: str
+    dim: int
+    batch: int
+    hots: int
+    ids: str
+    optimizer: str
+    distinct: float | None
+    case: str
+    path: str
+    table_bytes: int
+    rounds: int
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    ratio_tbe: float | None = None
+    like: str = ""
+    ratio_like: float | None = None
+    target: str = ""
+    met: bool | None = None
+    gflop_s: float | None = None
+    gbyte_s: float | None = None
+    floor_us: float | None = None
+    gemm_gflop_s: float | None = None
+    copy_gbyte_s: float | None = None
+    gather_gbyte_s: float | None = None
+    peak_rss_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what a run was made; part of every CSV row.
+
+    Args:
+        sources: hash of the kernels and of their tests, which were green (:mod:`bench.guard`).
+    """
+
+    date: str
+    cpu: str
+    cores: int
+    threads: int
+    omp_wait_policy: str
+    versions: str
+    sources: str
+
+
+COLUMNS = tuple(field.name for kind in (Row, Machine) for field in fields(kind))
+
+
+def this_machine(sources: str) -> Machine:
+    """The machine of this process."""
+    return Machine(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu=cpu_model(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"),
+        versions=" ".join(f"{name}={version}" for name, version in versions().items()),
+        sources=sources,
+    )
+
+
+@lru_cache(maxsize=1)
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def writable_folder(folder: Path) -> Path:
+    """``folder``, made when missing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {folder}: {error.strerror}; give a folder that can be written"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output {folder} cannot be written; give another folder")
+    return folder
+
+
+def write_csv(path: Path, rows: Iterable[Row], machine: Machine) -> None:
+    """Replace ``path`` with one line per row, machine and versions in each."""
+    partial = path.with_suffix(".csv.partial")
+    with partial.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in (asdict(row) | asdict(machine)).items()})
+    # A run of hours that is stopped in the middle leaves the rows that it has.
+    partial.replace(path)
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "met" if value else "missed"
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The figures of one setting, within 100 columns."""
+    head = (
+        f"{'case':<19} {'path':<7} {'P20 us':>8} {'P50 us':>8} {'P80 us':>8} {'x TBE':>6} {'x like':>6} "
+        f"{'target':>6} {'':<6} {'GF/s':>5} {'GB/s':>5} {'floor':>6}"
+    )
+    return "\n".join([head, *map(_line, rows)])
+
+
+def _line(row: Row) -> str:
+    verdict = "" if row.met is None else "met" if row.met else "missed"
+    return (
+        f"{row.case:<19} {row.path:<7} {row.p20_us:>8,.0f} {row.p50_us:>8,.0f} {row.p80_us:>8,.0f} "
+        f"{_short(row.ratio_tbe):>6} {_short(row.ratio_like):>6} {row.target:>6} {verdict:<6} "
+        f"{_short(row.gflop_s):>5} {_short(row.gbyte_s):>5} {_share(row):>6}"
+    ).rstrip()
+
+
+def _share(row: Row) -> str:
+    return "" if row.floor_us is None else f"{row.floor_us / row.p50_us:.0%}"
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
