@@ -56,15 +56,19 @@ class Percentiles:
 def take_turns(runners: Mapping[Key, Runner], rounds: int) -> dict[Key, Seconds]:
     """Time every runner once a round, so that a machine that slows down slows all of them.
 
+    Each round has an order of its own, so that no case always follows the one that empties the caches.
+
     Returns:
         [rounds] seconds of each runner.
     """
     for runner in runners.values():
         runner.warm_up()
     times = {key: np.empty(rounds) for key in runners}
+    generator = np.random.default_rng(0)
+    keys = list(runners)
     for turn in range(rounds):
-        for key, runner in runners.items():
-            times[key][turn] = runner.run(turn)
+        for k in generator.permutation(len(keys)):
+            times[keys[k]][turn] = runners[keys[k]].run(turn)
     return times
 
 

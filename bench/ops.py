@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--ranks", type=_positive, nargs="+", metavar="R", help="tensor-train ranks (16 32 64)")
     one.add_argument("--paths", choices=("op", "module", "forward"), nargs="+", help="default all")
-    parser.add_argument("--rounds", type=_positive, default=30, metavar="K", help="default %(default)s")
+    parser.add_argument("--rounds", type=_positive, default=50, metavar="K", help="default %(default)s")
     parser.add_argument("--threads", type=_positive, metavar="T", help="default: torch's choice")
     parser.add_argument(
         "--memory_gb", type=float, metavar="GB", help="tables of a comparison (default 70%% of the memory)"

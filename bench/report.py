@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from bench.base import Pair, checkout, compare_with
 from bench.plot import MOST_BARS, save_plot
-from bench.results import Row, table, this_machine, writable_folder, write_csv
+from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
 from bench.settings import Comparison
-from recemb.errors import ConfigError
 from recemb.training.plots import MISSING_MATPLOTLIB, have_matplotlib
 
 _MEMORY_SHARE = 0.7
@@ -35,16 +34,15 @@ class Report:
         self.name = name
         self.machine = this_machine(sources)
         self.rows: list[Row] = []
-        self.folder = _folder(output, default)
-        m = self.machine
-        print(f"{m.cpu}, {m.cores} cores, {m.threads} threads, OMP_WAIT_POLICY {m.omp_wait_policy}, {m.date}")
+        self.folder = results_folder(output, default)
+        print(self.machine.heading())
 
     def add(self, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
         """Print a table and write the CSV anew."""
         lines = ["", title, table(rows), *(f"  {note}" for note in notes)]
         tqdm.write("\n".join(lines), file=sys.stdout)
         self.rows += rows
-        if self.folder is not None:
+        if self.folder is not None and self.rows:
             write_csv(self.folder / f"{self.name}.csv", self.rows, self.machine)
 
     def finish(self) -> None:
@@ -54,7 +52,7 @@ class Report:
             missed = [f"{row.case} {row.path} [{row.setting}]" for row in judged if not row.met]
             print(f"\ntargets: {len(judged) - len(missed)} of {len(judged)} met")
             print("".join(f"  missed: {name}\n" for name in missed), end="")
-        if self.folder is None:
+        if self.folder is None or not self.rows:
             return
         files = [self.folder / f"{self.name}.csv"]
         if not have_matplotlib():
@@ -123,15 +121,3 @@ def _heading(comparison: Comparison, rows: Sequence[Row]) -> str:
 
 def _skip_line(skipped: Skipped) -> str:
     return f"not measured: {skipped.case}: {skipped.reason}"
-
-
-def _folder(output: Path | None, default: Path | None) -> Path | None:
-    if output is not None:
-        return writable_folder(output)
-    if default is None:
-        return None
-    try:
-        return writable_folder(default)
-    except ConfigError:
-        print(f"nothing is written: {default} cannot be; name a folder with --output", file=sys.stderr)
-        return None

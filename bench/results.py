@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,8 +77,17 @@ class Machine:
     versions: str
     sources: str
 
+    def heading(self) -> str:
+        """One line above the tables."""
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.threads} threads, OMP_WAIT_POLICY "
+            f"{self.omp_wait_policy}, {self.date}"
+        )
 
-COLUMNS = tuple(field.name for kind in (Row, Machine) for field in fields(kind))
+
+def columns(kind: type) -> list[str]:
+    """The CSV columns of rows of one kind: their own, then the machine's."""
+    return [field.name for part in (kind, Machine) for field in fields(part)]
 
 
 def this_machine(sources: str) -> Machine:
@@ -120,11 +131,28 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
-def write_csv(path: Path, rows: Iterable[Row], machine: Machine) -> None:
-    """Replace ``path`` with one line per row, machine and versions in each."""
+def results_folder(output: Path | None, default: Path | None) -> Path | None:
+    """Where files go: ``output`` when the user named one, else ``default`` when it can be written.
+
+    Raises:
+        ConfigError: ``output`` cannot be written.
+    """
+    if output is not None:
+        return writable_folder(output)
+    if default is None:
+        return None
+    try:
+        return writable_folder(default)
+    except ConfigError:
+        print(f"nothing is written: {default} cannot be; name a folder with --output", file=sys.stderr)
+        return None
+
+
+def write_csv(path: Path, rows: Sequence[Any], machine: Machine) -> None:
+    """Replace ``path`` with one line per row (dataclasses of one kind), machine and versions in each."""
     partial = path.with_suffix(".csv.partial")
     with partial.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS)
+        writer = csv.DictWriter(handle, columns(type(rows[0])))
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _cell(value) for name, value in (asdict(row) | asdict(machine)).items()})
