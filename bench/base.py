@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from bench.guard import ROOT
 from bench.measure import Seconds, percentiles, ratio
 from bench.results import Row
 from bench.session import case_bytes, describe
 from bench.settings import Comparison, Setting, is_ours
-from bench.worker import Worker, WorkerError
+from bench.worker import Worker, WorkerError, alternate
 from recemb.errors import ConfigError
 
 
@@ -93,11 +91,8 @@ def _pair(
             return f"{case}: two of its tables do not fit in {memory_limit / 1e9:.1f} GB"
         for worker in workers:
             worker.build(case, setting, case, path)
-        times = np.empty((len(workers), rounds))
-        for turn in range(rounds):
-            for k, worker in enumerate(workers):
-                times[k, turn] = worker.turn(case, turn)
-        return Pair(setting, case, path, times[0], times[1])
+        this, base = alternate([(worker, case) for worker in workers], rounds)
+        return Pair(setting, case, path, this, base)
     except (WorkerError, ConfigError) as error:
         return f"{case}: {error}"
     finally:

@@ -93,6 +93,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads:
         # Read as torch loads, here and in every child.
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.base:
+        # Threads that spin after a step would take the cores from the other process's turn.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     from bench.guard import TESTS, require_green
 

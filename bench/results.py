@@ -169,21 +169,38 @@ def _cell(value: object) -> object:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The figures of one setting, within 100 columns."""
-    head = (
-        f"{'case':<19} {'path':<7} {'P20 us':>8} {'P50 us':>8} {'P80 us':>8} {'x TBE':>6} {'x like':>6} "
-        f"{'target':>6} {'':<6} {'GF/s':>5} {'GB/s':>5} {'floor':>6}"
+    """The figures of one setting, within 100 columns; columns that no row fills are left out."""
+    lines = [_HEAD, *map(_cells, rows)]
+    # Numbers to the right, words to the left; head and cells are as wide as the widest of them.
+    filled = [k for k in range(len(_HEAD)) if any(cells[k] for cells in lines[1:])]
+    widths = {k: max(len(cells[k]) for cells in lines) for k in filled}
+    return "\n".join(
+        " ".join(
+            cells[k].ljust(widths[k]) if _HEAD[k] in _WORDS else cells[k].rjust(widths[k]) for k in filled
+        ).rstrip()
+        for cells in lines
     )
-    return "\n".join([head, *map(_line, rows)])
 
 
-def _line(row: Row) -> str:
-    verdict = "" if row.met is None else "met" if row.met else "missed"
+_HEAD = (
+    *("case", "path", "P20 us", "P50 us", "P80 us", "x TBE", "x like", "target", "", "GF/s", "GB/s", "floor"),
+)
+_WORDS = ("case", "path", "")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
     return (
-        f"{row.case:<19} {row.path:<7} {row.p20_us:>8,.0f} {row.p50_us:>8,.0f} {row.p80_us:>8,.0f} "
-        f"{_short(row.ratio_tbe):>6} {_short(row.ratio_like):>6} {row.target:>6} {verdict:<6} "
-        f"{_short(row.gflop_s):>5} {_short(row.gbyte_s):>5} {_share(row):>6}"
-    ).rstrip()
+        row.case,
+        row.path,
+        *(f"{value:,.0f}" for value in (row.p20_us, row.p50_us, row.p80_us)),
+        _short(row.ratio_tbe),
+        _short(row.ratio_like),
+        row.target,
+        "" if row.met is None else "met" if row.met else "missed",
+        _short(row.gflop_s),
+        _short(row.gbyte_s),
+        _share(row),
+    )
 
 
 def _share(row: Row) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from bench.guard import ROOT
-from bench.measure import percentiles, ratio
+from bench.measure import Seconds, percentiles, ratio
 from bench.results import Row
 from bench.session import case_bytes, describe
 from bench.settings import BASE, OP, TT, G, M, Setting, count
 from bench.targets import SCALE_PEAK_BYTES, SCALE_RATIO
-from bench.worker import Worker
+from bench.worker import Worker, alternate
 
 _CASE = f"{TT}32"
 
@@ -42,15 +40,12 @@ def _pair(worker: Worker, ids: str, rounds: int) -> list[Row]:
     settings = {n: replace(BASE, rows=(n,), ids=ids) for n in (M, G)}
     for n, setting in settings.items():
         worker.build(str(n), setting, _CASE, OP)
-    times = {n: np.empty(rounds) for n in settings}
-    for turn in range(rounds):
-        for n in settings:
-            times[n][turn] = worker.turn(str(n), turn)
+    million, billion = alternate([(worker, str(n)) for n in settings], rounds)
     worker.drop()
-    return [_row(settings[n], times[n], times[M]) for n in settings]
+    return [_row(settings[M], million, million), _row(settings[G], billion, million)]
 
 
-def _row(setting: Setting, times: np.ndarray, million: np.ndarray) -> Row:
+def _row(setting: Setting, times: Seconds, million: Seconds) -> Row:
     spread = percentiles(times)
     growth = ratio(times, million) if setting.rows == (G,) else None
     # The promise is made for ids in frequency order; permuted ones are reported beside it.

@@ -6,8 +6,9 @@ Letters: N = rows of a table, D = columns, B = batch, R = tensor-train rank.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from recemb.data.synthetic import KAGGLE_CARDINALITIES
 
@@ -126,7 +127,7 @@ def quick_preset() -> list[Comparison]:
 
 
 def grid(
-    axes: dict[str, Sequence[object]],
+    axes: Mapping[str, Sequence[Any]],
     names: Sequence[str] = METHODS,
     ranks: Sequence[int] = RANKS,
     paths: Sequence[str] = PATHS,
@@ -137,7 +138,7 @@ def grid(
     """
     fields = [
         replace(BASE, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
-    ]  # type: ignore[arg-type]
+    ]
     order = {key: k for k, key in enumerate(dict.fromkeys(setting.tables_key for setting in fields))}
     peers = (TBE, SPARSE, FUNCTIONAL, *(f"{TLTORCH}{rank}" for rank in ranks if "tt" in names))
     cases = (*peers, *methods(names, ranks))

@@ -1,4 +1,4 @@
-"""A whole DLRM training step: compressed tables against torchrec's model with one fbgemm TBE of all tables."""
+"""A whole DLRM training step: compressed tables against one fbgemm TBE of all tables."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from recemb.errors import RecembError
 
 _DESCRIPTION = """\
-Time a DLRM training step (forward, loss, backward, all updates) on the 26 tables of Criteo Kaggle, 33.8 M rows
-of 16 columns, 2.2 GB: the 7 largest tables as tensor trains of rank 32 against all of them uncompressed in one
-fbgemm TBE. Dense layers, fused row-wise Adagrad, batches and KeyedJaggedTensor are the same; the two models
-take turns, and the ratio is the median of the round-by-round ratios. Ids are synthetic (Zipf 1.05).
+Time a DLRM training step (forward, loss, backward, all updates) on the 26 tables of Criteo Kaggle: 33.8 M
+rows of 16 columns, 2.2 GB. The 7 largest tables as tensor trains of rank 32, the rest uncompressed, against
+torchrec's model with all of them in one fbgemm TBE. Dense layers, fused row-wise Adagrad and batches are the
+same; the models take turns, and the ratio is the median of the round-by-round ratios. Ids are Zipf 1.05.
 """
 _RESULTS = Path(__file__).resolve().parent / "results"
 

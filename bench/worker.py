@@ -10,12 +10,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from bench.settings import Setting
 from recemb.errors import RecembError
+
+Seconds = npt.NDArray[np.float64]
 
 
 class WorkerError(RecembError):
@@ -83,6 +88,17 @@ class Worker:
         return reply
 
 
+def alternate(cases: Sequence[tuple[Worker, str]], rounds: int) -> list[Seconds]:
+    """Seconds of each (worker, key), a step each a round; who goes first changes from round to round."""
+    times = [np.empty(rounds) for _ in cases]
+    for turn in range(rounds):
+        order = range(len(cases)) if turn % 2 else reversed(range(len(cases)))
+        for k in order:
+            worker, key = cases[k]
+            times[k][turn] = worker.turn(key, turn)
+    return times
+
+
 class _Server:
     def __init__(self) -> None:
         import bench.session  # noqa: F401 # everything heavy, before the baseline is taken
@@ -102,7 +118,10 @@ class _Server:
             case "build":
                 self._build(**{name: value for name, value in message.items() if name != "do"})
             case "turn":
-                return {"seconds": self._runners[message["key"]].run(message["turn"])}
+                runner, turn = self._runners[message["key"]], message["turn"]
+                # The step before wakes what slept while others had their turns; its batch comes up last.
+                runner.run(turn + len(runner.batches) // 2)
+                return {"seconds": runner.run(turn)}
             case "drop":
                 self._runners.clear()
             case "peak":
