@@ -2,3 +2,8 @@
 
 ``python -m bench.ops`` from the root of a checkout, or ``recemb bench ops``. See ``bench/README.md``.
 """
+
+import logging
+
+# torchrec 1.8 calls a name that torch 2.13 has deprecated, once per process.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

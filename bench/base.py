@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.guard import ROOT
 from bench.measure import Seconds, percentiles, ratio
 from bench.results import Row
-from bench.session import case_bytes, describe
+from bench.session import Skipped, case_bytes, describe
 from bench.settings import Comparison, Setting, is_ours
 from bench.worker import Worker, WorkerError, alternate
 from recemb.errors import ConfigError
@@ -70,34 +70,40 @@ def checkout(ref: str) -> Iterator[Path]:
 
 
 def compare_with(
-    tree: Path, comparison: Comparison, rounds: int, memory_limit: float
-) -> Iterator[Pair | str]:
-    """Time our cases of a comparison in this checkout and in ``tree``, or say why one cannot be."""
-    workers = [Worker(ROOT), Worker(tree)]
-    try:
-        for case in filter(is_ours, comparison.cases):
-            for path in comparison.paths:
-                yield _pair(workers, comparison.setting, case, path, rounds, memory_limit)
-    finally:
-        for worker in workers:
-            worker.close()
+    workers: Sequence[Worker], ref: str, comparison: Comparison, rounds: int, memory_limit: float
+) -> tuple[list[Row], list[Skipped]]:
+    """Time our cases of a comparison in two workers, this checkout's and the commit's.
 
-
-def _pair(
-    workers: Sequence[Worker], setting: Setting, case: str, path: str, rounds: int, memory_limit: float
-) -> Pair | str:
-    try:
-        if 2 * case_bytes(case, setting) > memory_limit:
-            return f"{case}: two of its tables do not fit in {memory_limit / 1e9:.1f} GB"
-        for worker in workers:
-            worker.build(case, setting, case, path)
-        this, base = alternate([(worker, case) for worker in workers], rounds)
-        return Pair(setting, case, path, this, base)
-    except (WorkerError, ConfigError) as error:
-        return f"{case}: {error}"
-    finally:
-        for worker in workers:
-            worker.drop()
+    Returns:
+        Two rows a case and path, the commit's first; and the cases that one of them cannot measure.
+    """
+    setting, paths = comparison.setting, comparison.paths
+    ready: list[str] = []
+    skipped: list[Skipped] = []
+    taken = 0
+    for case in filter(is_ours, comparison.cases):
+        try:
+            needed = len(workers) * case_bytes(case, setting)
+            if taken + needed > memory_limit:
+                skipped.append(
+                    Skipped(case, f"two of its tables take {needed / 1e9:.1f} GB, more than is left")
+                )
+                continue
+            for worker in workers:
+                worker.build(case, setting, case, paths)
+            taken += needed
+            ready.append(case)
+        except (WorkerError, ConfigError) as error:
+            skipped.append(Skipped(case, str(error)))
+    times = alternate(workers, [f"{case} {path}" for path in paths for case in ready], rounds)
+    for worker in workers:
+        worker.drop()
+    rows = []
+    for path in paths:
+        for case in ready:
+            this, base = times[f"{case} {path}"]
+            rows += Pair(setting, case, path, this, base).rows(ref)
+    return rows, skipped
 
 
 def _git(folder: Path, *words: str, hint: str = "") -> str:

@@ -17,11 +17,12 @@ _SOURCES = ("kernels", "recemb/backends", "recemb/optim", "recemb/bags.py", "rec
 _SUFFIXES = {".py", ".cpp", ".h"}
 
 
-def require_green(tests: Sequence[str] = TESTS) -> str:
+def require_green(tests: Sequence[str] = TESTS, stamps: Path | None = None) -> str:
     """Run the tests in a child process, unless they have passed on the same sources before.
 
     Args:
         tests: files or folders, seen from the root of the checkout.
+        stamps: the folder that remembers what has passed; the kernels' own cache when ``None``.
 
     Returns:
         The hash of the sources and tests.
@@ -34,7 +35,7 @@ def require_green(tests: Sequence[str] = TESTS) -> str:
     if missing:
         raise ConfigError(f"--tests {missing[0]}: no such file or folder under {ROOT}")
     sources = source_hash(tests)
-    stamp = cache_dir() / f"bench-green-{sources}"
+    stamp = (stamps or cache_dir()) / f"bench-green-{sources}"
     if stamp.exists():
         return sources
     print(f"bench: testing the operators first ({' '.join(tests)}), once for these sources", file=sys.stderr)
@@ -55,7 +56,8 @@ def source_hash(tests: Sequence[str]) -> str:
     """Of everything that decides what the operators compute, and of their tests; 12 hex digits."""
     digest = hashlib.sha256()
     for path in _files((*_SOURCES, *tests)):
-        digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

@@ -121,6 +121,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
+    if not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be >= 1")

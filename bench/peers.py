@@ -127,7 +127,7 @@ class FunctionalTables:
 
 
 class SparseTables:
-    """``torch EmbeddingBag``: ``nn.EmbeddingBag(sparse=True)`` with SGD, whatever the fused optimizer is."""
+    """``nn.EmbeddingBag``: ``nn.EmbeddingBag(sparse=True)`` with SGD, whatever the fused optimizer is."""
 
     def __init__(self, rows: int, dim: int) -> None:
         self.bag = nn.EmbeddingBag(rows, dim, mode="sum", sparse=True, include_last_offset=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.base import Pair, checkout, compare_with
+from bench.base import checkout, compare_with
+from bench.guard import ROOT
 from bench.plot import MOST_BARS, save_plot
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
 from bench.settings import Comparison
+from bench.worker import Worker
 from recemb.training.plots import MISSING_MATPLOTLIB, have_matplotlib
 
 _MEMORY_SHARE = 0.7
@@ -39,7 +43,7 @@ class Report:
 
     def add(self, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
         """Print a table and write the CSV anew."""
-        lines = ["", title, table(rows), *(f"  {note}" for note in notes)]
+        lines = ["", title, table(rows), *map(_note, notes)]
         tqdm.write("\n".join(lines), file=sys.stdout)
         self.rows += rows
         if self.folder is not None and self.rows:
@@ -82,7 +86,9 @@ def run_comparisons(
         rows, memory = measure_scale(rounds)
         report.add("a billion rows against a million, D=16 B=4,096 (x like = 1G / 1M)", rows, [memory])
     report.finish()
-    print("".join(f"absent peer: {case}: {reason}\n" for case, reason in absent.items()), end="")
+    for reason in dict.fromkeys(absent.values()):
+        names = ", ".join(case for case in absent if absent[case] == reason)
+        print(_note(f"absent peers: {names}: {reason}"))
     return 0
 
 
@@ -91,12 +97,14 @@ def run_base(
 ) -> int:
     """Measure our cases in this checkout and at ``ref``, alternately; exit code 0."""
     limit = memory_limit(memory_gb)
-    with checkout(ref) as tree, tqdm(comparisons, unit="setting", disable=None) as bar:
+    with checkout(ref) as tree, ExitStack() as stack:
+        workers = [stack.enter_context(closing(Worker(root))) for root in (ROOT, tree)]
+        bar = stack.enter_context(tqdm(comparisons, unit="setting", disable=None))
         for comparison in bar:
-            outcomes = list(compare_with(tree, comparison, rounds, limit))
-            rows = [row for pair in outcomes if isinstance(pair, Pair) for row in pair.rows(ref)]
-            notes = [f"not compared: {text}" for text in outcomes if isinstance(text, str)]
-            report.add(f"{comparison.setting.title()} (x like = this checkout / {ref})", rows, notes)
+            bar.set_postfix_str(comparison.setting.title())
+            rows, skipped = compare_with(workers, ref, comparison, rounds, limit)
+            title = f"{comparison.setting.title()} (x like = this checkout / {ref})"
+            report.add(title, rows, [_skip_line(case) for case in skipped])
     report.finish()
     return 0
 
@@ -117,6 +125,10 @@ def _heading(comparison: Comparison, rows: Sequence[Row]) -> str:
         f"floor: GEMM {row.gemm_gflop_s:,.0f} GFLOP/s, copy {row.copy_gbyte_s:.1f} GB/s, "
         f"random rows {row.gather_gbyte_s:.1f} GB/s"
     )
+
+
+def _note(text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _skip_line(skipped: Skipped) -> str:

@@ -66,6 +66,7 @@ class Machine:
     """Where and with what a run was made; part of every CSV row.
 
     Args:
+        load: runnable processes in the minute before; above 0.5 a core, others take part in the figures.
         sources: hash of the kernels and of their tests, which were green (:mod:`bench.guard`).
     """
 
@@ -74,15 +75,18 @@ class Machine:
     cores: int
     threads: int
     omp_wait_policy: str
+    load: float
     versions: str
     sources: str
 
     def heading(self) -> str:
         """One line above the tables."""
-        return (
-            f"{self.cpu}, {self.cores} cores, {self.threads} threads, OMP_WAIT_POLICY "
-            f"{self.omp_wait_policy}, {self.date}"
+        line = (
+            f"{self.cpu}, {self.cores} cores, {self.threads} threads, "
+            f"OMP_WAIT_POLICY {self.omp_wait_policy}, {self.date}"
         )
+        busy = self.load > 0.5 * self.cores
+        return line + (f"\nthe machine is busy (load {self.load:.1f}): figures will be noisy" if busy else "")
 
 
 def columns(kind: type) -> list[str]:
@@ -98,6 +102,7 @@ def this_machine(sources: str) -> Machine:
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"),
+        load=os.getloadavg()[0],
         versions=" ".join(f"{name}={version}" for name, version in versions().items()),
         sources=sources,
     )

@@ -39,8 +39,9 @@ def measure_scale(rounds: int) -> tuple[list[Row], str]:
 def _pair(worker: Worker, ids: str, rounds: int) -> list[Row]:
     settings = {n: replace(BASE, rows=(n,), ids=ids) for n in (M, G)}
     for n, setting in settings.items():
-        worker.build(str(n), setting, _CASE, OP)
-    million, billion = alternate([(worker, str(n)) for n in settings], rounds)
+        worker.build(count(n), setting, _CASE, [OP])
+    times = alternate([worker], [f"{count(n)} {OP}" for n in settings], rounds)
+    (million,), (billion,) = times.values()
     worker.drop()
     return [_row(settings[M], million, million), _row(settings[G], billion, million)]
 

@@ -17,6 +17,7 @@ from bench.settings import FORWARD, FUNCTIONAL, MODULE, OP, TBE, TLTORCH, TT, Co
 from bench.targets import TARGETS
 from bench.work import distinct_ids, work
 from recemb.errors import ConfigError
+from recemb.training.plots import format_bytes
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Tables:
             try:
                 reason, needed = self._reason(case, setting, ready), case_bytes(case, setting)
                 if reason is None and taken + needed > self.memory_limit:
-                    left = (self.memory_limit - taken) / 1e9
-                    reason = f"its tables take {needed / 1e9:.1f} GB, {left:.1f} GB are left"
+                    left = self.memory_limit - taken
+                    reason = f"its tables take {format_bytes(needed)}, {format_bytes(left)} are left"
                 if reason is None:
                     ready[case] = self._build(case, setting)
                     taken += needed

@@ -20,7 +20,7 @@ OPTIMIZERS = ("rowwise_adagrad", "sgd")
 RANKS = (16, 32, 64)
 
 TBE = "fbgemm TBE"
-SPARSE = "torch EmbeddingBag"
+SPARSE = "nn.EmbeddingBag"
 FUNCTIONAL = "F.embedding_bag"
 TLTORCH = "tltorch R="
 TT = "TT R="

@@ -52,9 +52,9 @@ class Worker:
         if found != package_root.resolve():
             raise WorkerError(f"the child imports recemb from {found}, not from {package_root}")
 
-    def build(self, key: str, setting: Setting, case: str, path: str) -> None:
-        """Build a case and warm it up."""
-        self._ask(do="build", key=key, setting=vars(setting), case=case, path=path)
+    def build(self, key: str, setting: Setting, case: str, paths: Sequence[str]) -> None:
+        """Build a case and warm up its paths; the turns of a path are asked for as ``key path``."""
+        self._ask(do="build", key=key, setting=vars(setting), case=case, paths=paths)
 
     def turn(self, key: str, turn: int) -> float:
         """Seconds of one step."""
@@ -88,14 +88,18 @@ class Worker:
         return reply
 
 
-def alternate(cases: Sequence[tuple[Worker, str]], rounds: int) -> list[Seconds]:
-    """Seconds of each (worker, key), a step each a round; who goes first changes from round to round."""
-    times = [np.empty(rounds) for _ in cases]
+def alternate(workers: Sequence[Worker], keys: Sequence[str], rounds: int) -> dict[str, list[Seconds]]:
+    """Seconds of every key in every worker, a step each a round; workers change who goes first.
+
+    All keys take part in every round, so that each is spread over the whole run: a disturbance of a second
+    must not meet one case alone.
+    """
+    times = {key: [np.empty(rounds) for _ in workers] for key in keys}
     for turn in range(rounds):
-        order = range(len(cases)) if turn % 2 else reversed(range(len(cases)))
-        for k in order:
-            worker, key = cases[k]
-            times[k][turn] = worker.turn(key, turn)
+        order = range(len(workers)) if turn % 2 else range(len(workers) - 1, -1, -1)
+        for key in keys:
+            for k in order:
+                times[key][k][turn] = workers[k].turn(key, turn)
     return times
 
 
@@ -128,16 +132,16 @@ class _Server:
                 return {"bytes": self._peak() - self._baseline}
         return {}
 
-    def _build(self, key: str, setting: dict[str, Any], case: str, path: str) -> None:
+    def _build(self, key: str, setting: dict[str, Any], case: str, paths: Sequence[str]) -> None:
         from bench.ids import make_batches
         from bench.ours import OurTables
         from bench.session import make_runners
 
         sizes = Setting(**{**setting, "rows": tuple(setting["rows"])})
         tables = OurTables(case, sizes.rows, sizes.dim, sizes.optimizer)
-        (runner,) = make_runners({case: tables}, [path], make_batches(sizes)).values()
-        runner.warm_up()
-        self._runners[key] = runner
+        for (_, path), runner in make_runners({case: tables}, paths, make_batches(sizes)).items():
+            runner.warm_up()
+            self._runners[f"{key} {path}"] = runner
 
 
 def serve(lines: Iterable[str]) -> None:
