@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
 from bench.ids import Batch
-from bench.settings import FORWARD, FUNCTIONAL, MODULE, OP, SPARSE, TBE, TLTORCH
+from bench.settings import FORWARD, FUNCTIONAL, MODULE, OP, SPARSE, TBE, TLTORCH, Setting
 from recemb.backends.tt_shapes import tt_shapes
 from recemb.spec import TensorTrain
 
 Step = Callable[[Batch], object]
 LEARNING_RATE = 0.01
+_TLTORCH_BYTES = 10**9
 _FUSED = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "sgd": EmbOptimType.EXACT_SGD}
 
 
@@ -35,14 +36,21 @@ def feature_names(tables: int) -> list[str]:
     return [f"cat_{k}" for k in range(tables)]
 
 
-def absent(case: str, tables: int) -> str | None:
-    """Why a peer cannot be measured here, or ``None``."""
-    if case.startswith(TLTORCH):
-        missing = [name for name in ("tltorch", "tensorly", "scipy", "opt_einsum") if find_spec(name) is None]
-        if missing:
-            return f"{', '.join(missing)} not installed: pip install --no-deps -r requirements-bench.txt"
-    if case != TBE and tables > 1:
+def absent(case: str, setting: Setting) -> str | None:
+    """Why a peer cannot be measured at a setting, or ``None``."""
+    if case != TBE and len(setting.rows) > 1:
         return "one table only"
+    if not case.startswith(TLTORCH):
+        return None
+    missing = [name for name in ("tltorch", "tensorly", "scipy", "opt_einsum") if find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: pip install --no-deps -r requirements-bench.txt"
+    rank = int(case.removeprefix(TLTORCH))
+    _, dim_shape = tt_shapes(setting.rows[0], setting.dim, TensorTrain(rank=rank))
+    # It gathers a slice of the middle core for every id.
+    gathered = 4 * setting.batch * setting.hots * rank * rank * dim_shape[1]
+    if gathered > _TLTORCH_BYTES:
+        return f"it gathers {gathered / 1e9:.1f} GB a step; the limit is {_TLTORCH_BYTES / 1e9:.0f} GB"
     return None
 
 

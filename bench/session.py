@@ -19,6 +19,8 @@ from bench.work import distinct_ids, work
 from recemb.errors import ConfigError
 from recemb.training.plots import format_bytes
 
+_LARGEST_SHARE = 1 / 3
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -43,7 +45,7 @@ class Tables:
     """The tables of the setting at hand, kept from one comparison to the next while they can be used.
 
     Args:
-        memory_limit: bytes that all tables of a comparison may take together.
+        memory_limit: bytes that all tables of a comparison may take together; one case may take a third.
     """
 
     def __init__(self, memory_limit: float) -> None:
@@ -62,10 +64,8 @@ class Tables:
         taken = 0
         for case in comparison.cases:
             try:
-                reason, needed = self._reason(case, setting, ready), case_bytes(case, setting)
-                if reason is None and taken + needed > self.memory_limit:
-                    left = self.memory_limit - taken
-                    reason = f"its tables take {format_bytes(needed)}, {format_bytes(left)} are left"
+                needed = case_bytes(case, setting)
+                reason = self._reason(case, setting, ready) or self._too_large(needed, taken)
                 if reason is None:
                     ready[case] = self._build(case, setting)
                     taken += needed
@@ -85,7 +85,13 @@ class Tables:
             return None
         if case == FUNCTIONAL and TBE not in ready:
             return f"it reads the weights of {TBE}, which is not measured"
-        return absent(case, len(setting.rows))
+        return absent(case, setting)
+
+    def _too_large(self, needed: int, taken: int) -> str | None:
+        left = min(self.memory_limit * _LARGEST_SHARE, self.memory_limit - taken)
+        if needed <= left:
+            return None
+        return f"its tables take {format_bytes(needed)}, at most {format_bytes(left)} are given to them"
 
     def _build(self, case: str, setting: Setting) -> Any:
         if case not in self._built:
