@@ -86,7 +86,9 @@ class Machine:
             f"OMP_WAIT_POLICY {self.omp_wait_policy}, {self.date}"
         )
         busy = self.load > 0.5 * self.cores
-        return line + (f"\nthe machine is busy (load {self.load:.1f}): figures will be noisy" if busy else "")
+        return line + (
+            f"\nthe machine is busy (load {self.load:.1f}): do not trust these figures" if busy else ""
+        )
 
 
 def columns(kind: type) -> list[str]:

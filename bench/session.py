@@ -69,7 +69,7 @@ class Tables:
                 if reason is None:
                     ready[case] = self._build(case, setting)
                     taken += needed
-            except (ConfigError, ValueError) as error:
+            except ConfigError as error:
                 reason = str(error)
             if reason is not None:
                 skipped.append(Skipped(case, reason))

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from bench.measure import Seconds
 from bench.settings import Setting
 from recemb.errors import RecembError
-
-Seconds = npt.NDArray[np.float64]
 
 
 class WorkerError(RecembError):
@@ -81,7 +79,9 @@ class Worker:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerError(f"the measuring process ended with exit code {self._process.wait()}")
+            raise WorkerError(
+                f"the measuring process ended with exit code {self._process.wait()}; its own words are above"
+            )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise WorkerError(reply["error"])
