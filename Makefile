@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-$(shell cat requirements-cpu.txt requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test lint bench clean setup
 
 setup: $(STAMP)
 
@@ -23,6 +23,12 @@ demo: $(STAMP)
 # Passive: threads that spin while they wait make a shared machine crawl.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+# The speed of every operator against its targets and peers, then of a whole training step.
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+	$(BIN)/python -m recemb bench ops
+	$(BIN)/python -m recemb bench train
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

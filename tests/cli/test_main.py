@@ -44,7 +44,7 @@ def test_help_lists_the_verbs_that_exist(recemb: Recemb) -> None:
     code, out, err = recemb("--help")
     assert (code, err) == (0, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "]
-    assert listed == ["prepare", "train", "report", "doctor"]
+    assert listed == ["prepare", "train", "report", "bench", "doctor"]
 
 
 def test_version(recemb: Recemb) -> None:
@@ -55,7 +55,7 @@ def test_version(recemb: Recemb) -> None:
     ("words", "message"),
     [
         (["tran"], "invalid choice: 'tran'; did you mean train?"),
-        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, report, doctor"),
+        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, report, bench, doctor"),
         ([], "the following arguments are required: VERB"),
         (
             ["train", "--bath_size", "3", "--seed", "1"],

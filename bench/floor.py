@@ -1,0 +1,71 @@
+"""What the machine itself can do, measured in the same run with the same threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+_GEMM = 1024
+_COPY_NUMEL = 2**26
+_GATHER_BYTES = 2**29
+_GATHERED = 2**17
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Best of a few repetitions.
+
+    Args:
+        gemm: GFLOP/s of a 1024 x 1024 x 1024 float32 matrix product.
+        copy: GB/s of a 256 MB copy, reads and writes counted.
+        gather: GB/s of reading rows of D float32 at random from 512 MB, reads alone counted.
+    """
+
+    gemm: float
+    copy: float
+    gather: float
+
+    def microseconds(self, flop: float, nbytes: float) -> float:
+        """The least time for so much work: the slower of arithmetic and random rows."""
+        return 1e6 * max(flop / (self.gemm * 1e9), nbytes / (self.gather * 1e9))
+
+
+def floor(dim: int) -> Floor:
+    """The floor for rows of ``dim`` columns."""
+    gemm, copy = _gemm_and_copy()
+    return Floor(gemm, copy, _gather(dim))
+
+
+@lru_cache(maxsize=1)
+def _gemm_and_copy() -> tuple[float, float]:
+    left, right = torch.randn(_GEMM, _GEMM), torch.randn(_GEMM, _GEMM)
+    out = torch.empty(_GEMM, _GEMM)
+    gemm = 2 * _GEMM**3 / _best(lambda: torch.mm(left, right, out=out))
+    source, target = torch.zeros(_COPY_NUMEL), torch.zeros(_COPY_NUMEL)
+    copy = 8 * _COPY_NUMEL / _best(lambda: target.copy_(source))
+    return gemm / 1e9, copy / 1e9
+
+
+@lru_cache(maxsize=8)
+def _gather(dim: int) -> float:
+    # Written, not left to the allocator: untouched pages all are the same page of zeros.
+    table = torch.ones(_GATHER_BYTES // (4 * dim), dim)
+    turns = [torch.randint(table.shape[0], (_GATHERED,)) for _ in range(_REPEATS + 1)]
+    out = torch.empty(_GATHERED, dim)
+    return 4 * dim * _GATHERED / _best(lambda: torch.index_select(table, 0, turns.pop(), out=out)) / 1e9
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls, after one that does not count."""
+    call()
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,88 @@
+"""Batches of ids: Zipf in frequency order, Zipf at random places, uniform."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bench.settings import Setting
+from recemb.data.zipf import BoundedZipf
+
+EXPONENT = 1.05
+# An odd multiplier with well spread bits (Steele, Lea and Flood's SplitMix64), and an offset that moves 0.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_OFFSET = np.uint64(0xD1B54A32D192ED03)
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's input, built before the clock starts.
+
+    Args:
+        ids: [F * B * hots] int64, feature by feature.
+        offsets: [F * B + 1] int64.
+        lengths: [F * B] int64, for the paths that start from a KeyedJaggedTensor.
+        grad: [B, F * D], the gradient of the pooled rows.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    grad: Tensor
+
+
+def number_of_batches(batch: int) -> int:
+    """Many, so that rare rows are cold when they come up, as in training; fewer of large ones."""
+    return 64 if batch <= 4096 else 16
+
+
+def make_batches(setting: Setting, seed: int = 0) -> list[Batch]:
+    """The distinct batches of a setting, equal for equal seeds."""
+    generator = np.random.default_rng(seed)
+    features, size = len(setting.rows), setting.batch * setting.hots
+    offsets = torch.arange(features * setting.batch + 1) * setting.hots
+    lengths = torch.full((features * setting.batch,), setting.hots)
+    grad = torch.randn(setting.batch, features * setting.dim, generator=torch.Generator().manual_seed(seed))
+    batches = []
+    for _ in range(number_of_batches(setting.batch)):
+        ids = np.concatenate([draw(setting.ids, rows, size, generator) for rows in setting.rows])
+        batches.append(Batch(torch.from_numpy(ids), offsets, lengths, grad))
+    return batches
+
+
+def draw(kind: str, rows: int, size: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """``size`` ids in [0, rows): 0 is the most frequent one of ``zipf``."""
+    if kind == "uniform":
+        return generator.integers(rows, size=size)
+    ids = BoundedZipf(rows, EXPONENT).sample(generator, size) - 1
+    return permute(ids, rows) if kind == "permuted" else ids
+
+
+def permute(ids: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.int64]:
+    """A bijection of [0, rows) that leaves no trace of the order, without an array of ``rows`` entries.
+
+    Xor-shifts and odd multiplications are bijections of the next power of two; a value that lands outside
+    [0, rows) is mapped again until it lands inside (cycle walking), which keeps the whole a bijection.
+    """
+    bits = (rows - 1).bit_length()
+    if not bits:
+        return np.zeros_like(ids)
+    values = ids.astype(np.uint64)
+    outside = np.arange(values.size)
+    while outside.size:
+        values[outside] = _mix(values[outside], bits)
+        outside = outside[values[outside] >= np.uint64(rows)]
+    return values.astype(np.int64)
+
+
+def _mix(values: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.uint64]:
+    mask, shift = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+    for _ in range(_ROUNDS):
+        values = (values * _MULTIPLIER + _OFFSET) & mask
+        values = values ^ (values >> shift)
+    return values

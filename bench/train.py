@@ -1,0 +1,93 @@
+"""A whole DLRM training step: compressed tables against one fbgemm TBE of all tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from recemb.errors import RecembError
+
+_DESCRIPTION = """\
+Time a DLRM training step (forward, loss, backward, all updates) on the 26 tables of Criteo Kaggle: 33.8 M
+rows of 16 columns, 2.2 GB. The 7 largest tables as tensor trains of rank 32, the rest uncompressed, against
+torchrec's model with all of them in one fbgemm TBE. Dense layers, fused row-wise Adagrad and batches are the
+same; the models take turns, and the ratio is the median of the round-by-round ratios. Ids are Zipf 1.05.
+"""
+_RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; imports nothing heavy, so that --help is instant."""
+    parser = argparse.ArgumentParser(
+        prog="recemb bench train",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[2048, 4096, 16384], metavar="B", help="2048 4096 16384"
+    )
+    parser.add_argument(
+        "--dense_optimizer", choices=("adagrad", "sgd"), default="adagrad", help="of the dense layers"
+    )
+    parser.add_argument(
+        "--scale", type=Fraction, default=Fraction(1), metavar="S", help="of the rows, e.g. 1/100 (1)"
+    )
+    parser.add_argument("--rounds", type=int, default=30, metavar="K", help="default %(default)s")
+    parser.add_argument("--threads", type=int, metavar="T", help="default: torch's choice")
+    parser.add_argument(
+        "--tests", nargs="+", metavar="PATH", help="must pass first (default tests/kernels tests/optim)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="CSV (default bench/results at full scale, if writable)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not 0 < args.scale <= 1 or min(*args.batch, args.rounds, args.threads or 1) < 1:
+        parser.error("--scale must lie in (0, 1], --batch, --rounds and --threads must be >= 1")
+    try:
+        return _run(args)
+    except RecembError as error:
+        print(f"recemb bench train: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.threads:
+        # Read as torch loads.
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+
+    from bench.guard import TESTS, require_green
+
+    sources = require_green(args.tests or TESTS)
+    # After the tests: torch takes seconds to load.
+    from bench.dlrm_step import Models, train_rows, train_table
+    from bench.results import results_folder, this_machine, write_csv
+
+    # A model of another size must not replace the results that git keeps.
+    folder = results_folder(args.output, _RESULTS if args.scale == 1 else None)
+    machine = this_machine(sources)
+    print(machine.heading())
+    models = Models.build(args.scale, args.dense_optimizer)
+    rows = []
+    for batch in args.batch:
+        rows += train_rows(models, batch, args.rounds)
+        print(f"\nB={batch:,}, {args.rounds} rounds\n{train_table(rows[-2:])}")
+        if folder is not None:
+            write_csv(folder / "train_kaggle.csv", rows, machine)
+    if folder is not None:
+        print(f"written: {folder / 'train_kaggle.csv'}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

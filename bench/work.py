@@ -1,0 +1,105 @@
+"""The arithmetic and the memory traffic that a step cannot do without, to be held against the floor.
+
+Counted a batch: every weight that it touches is read once forward, and read and written once by the update;
+pooled rows are written, their gradients read, ids read. Optimizer state, indices and workspaces are left out.
+Backward costs twice the arithmetic of forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.ids import Batch
+from bench.ours import table_specs
+from bench.settings import FORWARD, TLTORCH, TT, Setting, is_ours
+from recemb import ROBE, MixedDimension, QuotientRemainder, TensorTrain
+from recemb.backends.tt_shapes import core_sizes, table_shapes
+from recemb.spec import TableSpec
+
+_SAMPLED_BATCHES = 4
+_FLOAT, _ID = 4, 8
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step."""
+
+    flop: float
+    nbytes: float
+
+
+def distinct_ids(setting: Setting, batches: Sequence[Batch]) -> float:
+    """Mean number of distinct (table, id) pairs of a batch."""
+    sample = batches[:_SAMPLED_BATCHES]
+    return float(np.mean([sum(len(ids) for ids in _per_table(setting, batch)) for batch in sample]))
+
+
+def work(case: str, path: str, setting: Setting, batches: Sequence[Batch]) -> Work:
+    """What a case does at a setting, the mean over a few of the batches."""
+    sample = batches[:_SAMPLED_BATCHES]
+    specs = _specs(case, setting)
+    flop = touched = 0.0
+    for batch in sample:
+        for spec, ids in zip(specs, _per_table(setting, batch), strict=True):
+            weights, arithmetic = _forward(spec, ids)
+            touched += weights / len(sample)
+            flop += arithmetic / len(sample)
+    lookups = setting.batch * setting.hots * len(specs)
+    outputs = setting.batch * setting.dim * len(specs)
+    # Adding up the rows of a bag.
+    flop += lookups * setting.dim
+    passes = 1 if path == FORWARD else 3
+    nbytes = _FLOAT * (passes * touched + min(passes, 2) * outputs) + _ID * lookups
+    return Work(passes * flop, nbytes)
+
+
+def _specs(case: str, setting: Setting) -> list[TableSpec]:
+    if case.startswith(TLTORCH):
+        case = TT + case.removeprefix(TLTORCH)
+    if is_ours(case):
+        return table_specs(case, setting.rows, setting.dim)
+    return [
+        TableSpec(name=f"t_{k}", num_embeddings=n, embedding_dim=setting.dim)
+        for k, n in enumerate(setting.rows)
+    ]
+
+
+def _per_table(setting: Setting, batch: Batch) -> list[Ids]:
+    """The distinct ids of each table, sorted."""
+    return [np.unique(ids) for ids in np.split(batch.ids.numpy(), len(setting.rows))]
+
+
+def _forward(spec: TableSpec, ids: Ids) -> tuple[float, float]:
+    """Weights touched and arithmetic done to rebuild the distinct rows of one table."""
+    dim, compression = spec.embedding_dim, spec.compression
+    if isinstance(compression, TensorTrain):
+        return _tensor_train(spec, compression, ids)
+    rows = len(np.unique(ids % spec.num_embeddings))
+    if isinstance(compression, QuotientRemainder):
+        c = compression.collisions
+        parts = len(np.unique(ids // c)) + len(np.unique(ids % c))
+        return dim * parts, dim * rows
+    if isinstance(compression, MixedDimension):
+        return compression.dim * (rows + dim), 2 * compression.dim * dim * rows
+    if isinstance(compression, ROBE):
+        return min(rows * dim, spec.dense_numel / compression.compress_rate), 0
+    return rows * dim, 0
+
+
+def _tensor_train(spec: TableSpec, compression: TensorTrain, ids: Ids) -> tuple[float, float]:
+    """Slices touched, and products when each is computed once per distinct prefix of the digits."""
+    row_shape, dim_shape = table_shapes(spec)
+    ranks, sizes = compression.ranks, core_sizes(dim_shape, compression.ranks)
+    weights = flop = 0.0
+    for k, size in enumerate(sizes):
+        prefixes = np.unique(ids // int(np.prod(row_shape[k + 1 :], dtype=np.int64)))
+        weights += size * len(np.unique(prefixes % row_shape[k]))
+        if k:
+            columns = int(np.prod(dim_shape[:k], dtype=np.int64))
+            flop += 2 * columns * ranks[k] * dim_shape[k] * ranks[k + 1] * len(prefixes)
+    return weights, flop

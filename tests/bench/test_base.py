@@ -1,0 +1,62 @@
+"""Another commit's packages, and the child process that measures them."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench.base import Pair, checkout
+from bench.guard import ROOT
+from bench.settings import BASE, FORWARD, OP
+from bench.worker import Worker, WorkerError, alternate
+from recemb.errors import ConfigError
+
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+
+
+@needs_git
+def test_a_checkout_holds_the_packages_alone_and_goes_away() -> None:
+    with checkout("HEAD") as tree:
+        assert sorted(path.name for path in tree.iterdir() if path.is_dir()) == ["kernels", "recemb"]
+        assert (tree / "kernels" / "recemb_kernels" / "build.py").is_file()
+    assert not tree.exists()
+    listed = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert str(tree) not in listed.stdout
+
+
+@needs_git
+def test_an_unknown_commit_is_named() -> None:
+    with (
+        pytest.raises(ConfigError, match="--base no-such-commit: no such commit; see git log"),
+        checkout("no-such-commit"),
+    ):
+        pass
+
+
+def test_a_worker_measures_its_own_checkout() -> None:
+    setting = replace(BASE, rows=(1000,), batch=16)
+    with closing(Worker(ROOT)) as worker:
+        worker.build("dense", setting, "uncompressed", [OP, FORWARD])
+        times = alternate([worker, worker], [f"dense {OP}", f"dense {FORWARD}"], 4)
+        assert {key: [seconds.shape for seconds in both] for key, both in times.items()} == {
+            "dense op": [(4,), (4,)],
+            "dense forward": [(4,), (4,)],
+        }
+        assert all((seconds > 0).all() for both in times.values() for seconds in both)
+        assert 0 < worker.peak_bytes() < 10**9
+        with pytest.raises(WorkerError, match=r"ConfigError: .*collisions=4"):
+            worker.build("qr", replace(setting, rows=(2,)), "QR mult c=4", [OP])
+        worker.drop()
+        with pytest.raises(WorkerError, match="KeyError"):
+            worker.turn(f"dense {OP}", 0)
+
+
+def test_a_pair_is_two_rows_with_the_ratio_to_the_commit() -> None:
+    base, this = Pair(BASE, "TT R=16", OP, this=np.array([1.0, 2.0]), base=np.array([2.0, 4.0])).rows("main")
+    assert (base.case, base.ratio_like) == ("TT R=16 @main", None)
+    assert (this.case, this.like, this.ratio_like) == ("TT R=16", "TT R=16 @main", 0.5)
+    assert (base.p50_us, this.p50_us) == (3e6, 1.5e6)

@@ -1,0 +1,66 @@
+"""Ids: their range, their order of frequency, and the permutation that needs no table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench.ids import draw, make_batches, number_of_batches, permute
+from bench.settings import BASE, IDS
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 1000, 4097])
+def test_permute_is_a_bijection(rows: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(rows), rows)), np.arange(rows))
+
+
+def test_permute_scatters_neighbours_over_a_billion_rows() -> None:
+    rows = 10**9
+    places = permute(np.arange(10_000), rows)
+    assert len(np.unique(places)) == 10_000
+    assert places.min() >= 0
+    assert places.max() < rows
+    # 10,000 places at random: 1,000 a tenth, a deviation of 30.
+    tenths = np.bincount(places // (rows // 10), minlength=10)
+    assert np.abs(tenths - 1000).max() < 200
+    assert np.abs(np.diff(places)).min() > 1
+
+
+@pytest.mark.parametrize("kind", IDS)
+@pytest.mark.parametrize("rows", [1, 5, 1000, 10**9])
+def test_ids_lie_in_the_table(kind: str, rows: int) -> None:
+    ids = draw(kind, rows, 5000, np.random.default_rng(0))
+    assert ids.dtype == np.int64
+    assert ids.min() >= 0
+    assert ids.max() < rows
+
+
+def test_zipf_is_in_frequency_order_with_exponent_1_05() -> None:
+    ids = draw("zipf", 1000, 200_000, np.random.default_rng(0))
+    counts = np.bincount(ids, minlength=1000)
+    probabilities = np.arange(1, 1001) ** -1.05
+    expected = 200_000 * probabilities / probabilities.sum()
+    assert np.abs(counts[:20] / expected[:20] - 1).max() < 0.1
+    assert counts[:10].tolist() == sorted(counts[:10].tolist(), reverse=True)
+
+
+def test_permuted_ids_are_the_zipf_ids_elsewhere() -> None:
+    zipf, permuted = (draw(kind, 1000, 5000, np.random.default_rng(3)) for kind in ("zipf", "permuted"))
+    assert np.array_equal(permuted, permute(zipf, 1000))
+    assert not np.array_equal(permuted, zipf)
+
+
+def test_batches_are_distinct_and_repeatable() -> None:
+    setting = replace(BASE, rows=(100, 50), batch=8, hots=3)
+    batches, again = make_batches(setting), make_batches(setting)
+    assert len(batches) == number_of_batches(8) >= 64
+    assert len({tuple(batch.ids.tolist()) for batch in batches}) == len(batches)
+    assert all(a.ids.equal(b.ids) and a.grad.equal(b.grad) for a, b in zip(batches, again, strict=True))
+    first = batches[0]
+    assert first.ids.numel() == 2 * 8 * 3
+    assert int(first.ids[24:].max()) < 50
+    assert first.offsets.tolist() == list(range(0, 49, 3))
+    assert first.lengths.tolist() == [3] * 16
+    assert first.grad.shape == (8, 2 * setting.dim)

@@ -1,0 +1,132 @@
+"""The CSV, the table on the terminal, the targets and the work that figures are held against."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.ids import Batch
+from bench.plot import ratio_figure
+from bench.results import Machine, Row, columns, results_folder, table, write_csv
+from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting, is_ours, targets_preset
+from bench.targets import TARGETS, Target
+from bench.work import work
+from recemb.errors import ConfigError
+
+MACHINE = Machine("2030-01-02T03:04:05+00:00", "a CPU", 2, 2, "default", 0.1, "torch=2", "abc")
+ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000.4, 2000.0, 3000.0)
+
+
+def test_the_csv_has_a_row_a_case_with_machine_and_versions(tmp_path: Path) -> None:
+    rows = [ROW, replace(ROW, ratio_tbe=0.5, target="<=0.8", met=True), replace(ROW, met=False)]
+    write_csv(tmp_path / "ops.csv", rows, MACHINE)
+    with (tmp_path / "ops.csv").open() as handle:
+        reader = csv.DictReader(handle)
+        lines = list(reader)
+    assert reader.fieldnames == columns(Row)
+    assert {"case", "path", "p20_us", "p50_us", "p80_us", "ratio_tbe", "target", "met"} <= set(columns(Row))
+    assert {"date", "cpu", "cores", "threads", "versions", "sources"} <= set(columns(Row))
+    assert [line["ratio_tbe"] for line in lines] == ["", "0.5", ""]
+    assert [line["met"] for line in lines] == ["", "met", "missed"]
+    assert {line["versions"] for line in lines} == {"torch=2"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "ops.csv"]
+
+
+def test_tables_fit_in_100_columns_and_leave_empty_columns_out() -> None:
+    wide = replace(
+        ROW, case="nn.EmbeddingBag", path="forward", p20_us=1e7, p50_us=1e7, p80_us=1e7, ratio_tbe=184.2,
+        like="x", ratio_like=1.25, target=">=20", met=False, gflop_s=204.1, gbyte_s=33.3, floor_us=9e6,
+    )  # fmt: skip
+    lines = table([wide, ROW]).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split()[-1] == "floor"
+    assert " missed " in lines[1]
+    assert "90%" in lines[1]
+    assert table([ROW]).splitlines()[0].split() == ["case", "path", "P20", "us", "P50", "us", "P80", "us"]
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output .*file/below: Not a directory; give a folder"):
+        results_folder(tmp_path / "file" / "below", None)
+    assert results_folder(None, tmp_path / "file" / "below") is None
+    assert results_folder(None, tmp_path / "new") == tmp_path / "new"
+
+
+@pytest.mark.parametrize(
+    ("target", "tbe", "like", "met"),
+    [
+        (Target(0.8), 0.8, None, True),
+        (Target(0.8), 0.81, None, False),
+        (Target(0.8), None, 0.1, None),
+        (Target(20, like=True, at_least=True), 0.1, 20.0, True),
+        (Target(20, like=True, at_least=True), 99.0, 19.9, False),
+    ],
+)
+def test_a_target_judges_its_own_ratio(
+    target: Target, tbe: float | None, like: float | None, met: bool | None
+) -> None:
+    assert target.met(tbe, like) is met
+
+
+def test_the_targets_preset_measures_every_target() -> None:
+    measured = {
+        (comparison.setting, case, path)
+        for comparison in targets_preset()
+        for case in comparison.cases
+        for path in comparison.paths
+    }
+    assert set(TARGETS) <= measured
+    assert all(comparison.cases[0] == TBE for comparison in targets_preset())
+    assert [is_ours(case) for case in (TBE, "tltorch R=16", f"{TT}16", DENSE)] == [False, False, True, True]
+
+
+def _batch(setting: Setting, ids: list[int]) -> Batch:
+    bags = torch.arange(setting.batch + 1) * setting.hots
+    return Batch(torch.tensor(ids), bags, bags.diff(), torch.ones(setting.batch, setting.dim))
+
+
+def test_work_by_hand() -> None:
+    setting = replace(BASE, rows=(24,), dim=8, batch=3, hots=1)
+    batches = [_batch(setting, [0, 1, 1])]
+    # Forward: 2 rows of 8 float32 read, 3 x 8 written, 3 ids of 8 bytes; 3 additions of 8.
+    assert work(DENSE, FORWARD, setting, batches) == work(TBE, FORWARD, setting, batches)
+    assert work(TBE, FORWARD, setting, batches).nbytes == 4 * (16 + 24) + 24
+    assert work(TBE, FORWARD, setting, batches).flop == 24
+    # A step: weights read, read and written; outputs written, gradients read.
+    assert work(TBE, OP, setting, batches).nbytes == 4 * (3 * 16 + 2 * 24) + 24
+    assert work(TBE, OP, setting, batches).flop == 72
+    # Quotient rows {0}, remainder rows {0, 1}; 2 products of 8.
+    assert work(QR, FORWARD, setting, batches).nbytes == 4 * (3 * 8 + 24) + 24
+    assert work(QR, FORWARD, setting, batches).flop == 24 + 16
+    # 2 rows of 4 and the 4 x 8 projection; 2 x 4 x 8 for each row.
+    assert work(MD, FORWARD, setting, batches).nbytes == 4 * (8 + 32 + 24) + 24
+    assert work(MD, FORWARD, setting, batches).flop == 24 + 2 * 64
+
+
+def test_tensor_train_work_shares_prefixes() -> None:
+    setting = replace(BASE, rows=(1000,), dim=8, batch=2)
+    neighbours, strangers = ([_batch(setting, ids)] for ids in ([0, 1], [0, 999]))
+    # q = (2, 2, 2), R = 4: (2 x 4)(4 x 8) once a prefix, then (4 x 4)(4 x 2) a row; 16 additions.
+    assert work(f"{TT}4", FORWARD, setting, neighbours).flop == 128 * 1 + 64 * 2 + 16
+    assert work(f"{TT}4", FORWARD, setting, strangers).flop == 128 * 2 + 64 * 2 + 16
+    # Slices of 8, 32 and 8 weights.
+    assert work(f"{TT}4", FORWARD, setting, neighbours).nbytes == 4 * (8 + 32 + 2 * 8 + 16) + 16
+    assert work(f"{TT}4", FORWARD, setting, strangers).nbytes == 4 * (2 * 8 + 2 * 32 + 2 * 8 + 16) + 16
+
+
+def test_the_plot_marks_bounds_on_the_drawn_ratio_only() -> None:
+    rows = [
+        replace(ROW, case=TBE, ratio_tbe=1.0),
+        replace(ROW, ratio_tbe=0.4, target="<=0.8"),
+        replace(ROW, case="tltorch R=16", ratio_tbe=12.0, target=">=20"),
+    ]
+    (axes,) = (axes for axes in ratio_figure(rows).axes if axes.axison)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["TT R=16 · op", "tltorch R=16 · op"]
+    bounds = [line.get_xdata()[0] for line in axes.lines]  # type: ignore[index]
+    assert sorted(bounds) == [0.8, 1]
+    assert {text.get_text() for text in axes.texts} == {"0.4", "12"}
