@@ -43,9 +43,16 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         "limit_train_batches": ("N", "stop each epoch after N batches"),
         "limit_val_batches": ("N", "evaluate on the first N validation batches"),
         "limit_test_batches": ("N", "evaluate on the first N test batches"),
-        "optimizer": ("NAME", "sgd, adagrad or adam (default adam)"),
-        "learning_rate": ("LR", "default 0.001 for adam, 0.01 for adagrad, 0.1 for sgd"),
-        "eps": ("EPS", "of adagrad and adam (default 1e-8)"),
+        "optimizer": (
+            "NAME",
+            "sgd, adagrad, rowwise_adagrad (dense layers: adagrad) or adam (default adam); tables step in "
+            "their backward, where adam moves the rows of the batch only, as torch's SparseAdam does",
+        ),
+        "learning_rate": (
+            "LR",
+            "default 0.001 for adam, 0.01 for adagrad and rowwise_adagrad, 0.1 for sgd",
+        ),
+        "eps": ("EPS", "of adagrad, rowwise_adagrad and adam (default 1e-8)"),
         "seed": ("N", "of weights and batch order; equal seeds give equal runs (default 0)"),
         "validation_freq_within_epoch": ("STEPS", "evaluate every STEPS steps, besides each epoch's end"),
         "patience": ("N", "stop after N evaluations without a better one; the best weights are kept"),

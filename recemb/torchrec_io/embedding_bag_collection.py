@@ -19,6 +19,7 @@ from recemb.engine import Engine
 from recemb.errors import ConfigError
 from recemb.spec import TableSpec
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
+from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt
 
 
@@ -105,6 +106,18 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
     def memory(self) -> MemoryReport:
         """Per table: rows, dim, method, bytes, uncompressed bytes and their ratio; prints as a table."""
         return memory_report(self._specs)
+
+    @property
+    def fused_optimizer(self) -> CollectionOptimizer:
+        """The optimizers that ``apply_optimizer_in_backward`` attached to the tables, as a live view.
+
+        Keys are ``embedding_bags.<table>.<param>``; an array shared by several tables has one. It takes
+        learning-rate schedules, and joins the dense layers' optimizer in torchrec's ``CombinedOptimizer``.
+
+        Raises:
+            ConfigError: no optimizer is attached.
+        """
+        return CollectionOptimizer(dict(self.named_parameters()))
 
     def to_dense(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rebuild a table, or its rows [start, stop), as a dense [rows, D] tensor, block by block."""

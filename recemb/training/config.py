@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 from recemb.errors import ConfigError
 from recemb.training.yaml_file import YamlDocument, parse_scalar, read_yaml
 
-DEFAULT_LEARNING_RATE = {"adam": 1e-3, "adagrad": 1e-2, "sgd": 0.1}
+DEFAULT_LEARNING_RATE = {"adam": 1e-3, "adagrad": 1e-2, "rowwise_adagrad": 1e-2, "sgd": 0.1}
 DEFAULT_EPS = 1e-8
 # Evaluation keeps no gradients, so larger batches cost little memory; the figures do not depend on it.
 DEFAULT_TEST_BATCH_SIZE = 4096
@@ -92,7 +92,7 @@ class RunConfig(BaseModel):
     method_threshold: Annotated[int, Field(ge=0)] = 200
     compare: Literal["dense"] | None = None
 
-    optimizer: Literal["sgd", "adagrad", "adam"] = "adam"
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "adam"
     learning_rate: PositiveFloat | None = None
     eps: PositiveFloat | None = None
     seed: Seed = 0
@@ -192,7 +192,7 @@ def _cross_field_problems(config: RunConfig) -> list[tuple[str, str]]:
     if config.method == "dense" and config.compare is not None:
         problems.append(("compare", "the run is dense already; choose --method tt, qr, robe or md"))
     if config.optimizer == "sgd" and config.eps is not None:
-        problems.append(("eps", "sgd has no eps; remove it or choose --optimizer adagrad or adam"))
+        problems.append(("eps", "sgd has no eps; remove it or choose another --optimizer, e.g. adagrad"))
     return problems
 
 

@@ -1,17 +1,19 @@
 """Checks that stop a run before a bad batch changes any weight.
 
 One NaN in one dense column destroys every weight of a model in one step, and AUC then reads 0.5: so inputs
-are checked before the forward pass, the loss before the backward pass, gradients before the optimizer's step.
+are checked before the forward pass, the loss before the backward pass, gradients before any
+optimizer's step, that of the tables included (:mod:`recemb.training.table_step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from recemb.errors import DataError, NonFiniteError
 
@@ -68,18 +70,28 @@ def check_loss(loss: Tensor, logits: Tensor, learning_rate: float, place: Place)
 
 
 def check_gradients(
-    parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float, place: Place
+    gradients: Sequence[tuple[str, Tensor]], pooled: KeyedTensor, learning_rate: float, place: Place
 ) -> None:
-    """Refuse gradients that are NaN or infinite, naming the parameters that have them."""
-    named = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
+    """Refuse gradients that are NaN or infinite, naming the parameters or features that have them.
+
+    Args:
+        gradients: name and gradient of parameters.
+        pooled: the pooled embeddings, [B, sum of D], with their gradient in ``values().grad``.
+
+    Raises:
+        NonFiniteError: naming up to three of the culprits.
+    """
+    rows = pooled.values().grad
     # A sum propagates NaN and infinities and is the cheapest pass there is (the largest absolute value takes
     # ten times longer on CPU); one that overflowed although every element is finite is cleared below.
-    if bool(torch.isfinite(torch.stack([grad.sum() for _, grad in named])).all()):
+    if bool(torch.isfinite(torch.stack([rows.sum(), *(grad.sum() for _, grad in gradients)])).all()):
         return
-    finite = [bool(torch.isfinite(grad).all()) for _, grad in named]
-    if all(finite):
+    columns = torch.split(rows, pooled.length_per_key(), dim=1)
+    features = [f"the pooled rows of {key}" for key in pooled.keys()]  # noqa: SIM118 - not a mapping
+    named = [*zip(features, columns, strict=True), *gradients]
+    bad = [name for name, grad in named if not bool(torch.isfinite(grad).all())]
+    if not bad:
         return
-    bad = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     raise NonFiniteError(
         f"{place}: the gradient of {', '.join(bad[:3])}{more} is NaN or infinite although the loss is "

@@ -20,6 +20,7 @@ from recemb.training.interrupt import StopRequest
 from recemb.training.metrics import ClickMetrics, MetricValues
 from recemb.training.progress import Progress
 from recemb.training.setup import ClickBatches
+from recemb.training.table_step import TableStep, find_collection
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Trainer:
 
     Args:
         config: batch sizes, epochs, evaluation frequency, patience, device.
-        model: returns logits [B, 1] for dense features and a KeyedJaggedTensor.
-        optimizer: of the model's parameters.
+        model: returns logits [B, 1] for dense features and a KeyedJaggedTensor; has one collection.
+        optimizer: of :func:`recemb.training.setup.build_optimizer`: the tables step in their backward.
         batches: the data.
         stop: asked between steps whether to go on.
         on_evaluation: called with each evaluation, in order (the run directory's log).
@@ -89,6 +90,9 @@ class Trainer:
         self._config = config
         self._model = model
         self._optimizer = optimizer
+        path, collection = find_collection(model)
+        self._tables = TableStep(collection)
+        self._dense = [(name, p) for name, p in model.named_parameters() if not name.startswith(f"{path}.")]
         self._batches = batches
         self._stop = stop
         self._on_evaluation = on_evaluation
@@ -165,12 +169,15 @@ class Trainer:
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         check_inputs(batch, self._batches.log.dense_names, place)
         self._optimizer.zero_grad(set_to_none=True)
-        logits = self._logits(batch)
+        with self._tables.cut():
+            logits = self._logits(batch)
         loss = binary_cross_entropy_with_logits(logits, batch.labels.to(logits.device))
         check_loss(loss.detach(), logits, learning_rate, place)
         # mypy: torch leaves Tensor.backward untyped.
         loss.backward()  # type: ignore[no-untyped-call]
-        check_gradients(self._model.named_parameters(), learning_rate, place)
+        dense = [(name, value.grad) for name, value in self._dense if value.grad is not None]
+        check_gradients(dense + self._tables.gradients(), self._tables.pooled, learning_rate, place)
+        self._tables.backward()
         self._optimizer.step()
         return logits.detach()
 

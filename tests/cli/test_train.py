@@ -41,9 +41,9 @@ def test_defaults_in_help_are_the_real_ones() -> None:
         stated = found[1].replace("512,256,D", f"512,256,{config.embedding_dim}")
         assert stated == text or float(stated) == value, action.dest
     rates = next(action.help for action in parser()._actions if action.dest == "learning_rate")
-    assert rates == "default {adam:g} for adam, {adagrad:g} for adagrad, {sgd:g} for sgd".format(
-        **DEFAULT_LEARNING_RATE
-    )
+    assert DEFAULT_LEARNING_RATE["rowwise_adagrad"] == DEFAULT_LEARNING_RATE["adagrad"]
+    expected = "default {adam:g} for adam, {adagrad:g} for adagrad and rowwise_adagrad, {sgd:g} for sgd"
+    assert rates == expected.format(**DEFAULT_LEARNING_RATE)
 
 
 def test_compare_prints_both_side_by_side(recemb: Recemb, small: list[str], tmp_path: Path) -> None:

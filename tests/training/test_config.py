@@ -22,6 +22,8 @@ def test_defaults_are_resolved() -> None:
     assert (config.batch_size, config.test_batch_size) == (512, 4096)
     assert (config.method, config.method_threshold, config.shuffle_batches) == ("dense", 200, True)
     assert parse_config(MINIMAL | {"optimizer": "sgd"}).eps is None
+    rowwise = parse_config(MINIMAL | {"optimizer": "rowwise_adagrad"})
+    assert (rowwise.learning_rate, rowwise.eps) == (1e-2, 1e-8)
     assert parse_config(MINIMAL | {"batch_size": 10_000}).test_batch_size == 10_000
 
 

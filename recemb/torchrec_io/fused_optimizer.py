@@ -1,0 +1,205 @@
+"""The optimizers in the tables' backward, seen as one torchrec ``KeyedOptimizer``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.optim.fused import FusedOptimizer
+
+from recemb.errors import ConfigError
+
+_Optimizers = Mapping[Tensor, torch.optim.Optimizer]
+
+
+class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ships no types
+    """What ``apply_optimizer_in_backward`` attached to the tables of one collection.
+
+    A view, not a copy: ``state`` holds the attached optimizers' own tensors, and writing to a group of
+    ``param_groups`` writes to the optimizers it stands for, so a learning-rate schedule around this object
+    (torch's, or torchrec's ``WarmupOptimizer``) acts on the next backward. Parameters that were attached with
+    equal class and settings form one group. The step itself is taken by the backward: :meth:`step` and
+    :meth:`zero_grad` change nothing.
+
+    All state exists from the start, so that ``state_dict()`` can be loaded into before the first step, by
+    ``CombinedOptimizer`` too. The exceptions are optimizers that no kernel fuses and that make their state as
+    they first step (SGD with momentum, RMSprop, ...); :meth:`load_state_dict` makes theirs.
+
+    Args:
+        parameters: state-dict key -> parameter, each once; those without an attached optimizer are left out.
+
+    Raises:
+        ConfigError: no parameter has an attached optimizer, or one has several.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        attached = {key: _attached(key, parameter) for key, parameter in parameters.items()}
+        optimizers: dict[Tensor, torch.optim.Optimizer] = {
+            parameters[key]: optimizer for key, optimizer in attached.items() if optimizer is not None
+        }
+        if not optimizers:
+            raise ConfigError(
+                "no optimizer is attached to the tables; first call "
+                'apply_optimizer_in_backward(torch.optim.Adagrad, collection.parameters(), {"lr": 0.01})'
+            )
+        for parameter, optimizer in optimizers.items():
+            _make_state(optimizer, parameter)
+        self._optimizers = optimizers
+        params = {key: parameter for key, parameter in parameters.items() if parameter in optimizers}
+        super().__init__(params, _State(optimizers), _groups(optimizers))
+
+    def step(self, closure: Callable[[], object] | None = None) -> None:
+        """Change nothing: the backward has taken the step."""
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Change nothing: the backward leaves no gradient."""
+
+    def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
+        """Change nothing: the state exists, and a dummy step would need a gradient of each table's size."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy a ``state_dict()`` into the attached optimizers' state.
+
+        Args:
+            state_dict: in torchrec's form, ``{"state": {key: {name: tensor}}}``, with ``"param_groups"`` too
+                after ``save_param_groups(True)``.
+
+        Raises:
+            ConfigError: a parameter's state is missing, is another optimizer's, or has another shape; nothing
+                has been loaded by then.
+        """
+        given = state_dict["state"]
+        keys = {key: parameter for key, parameter in self.params.items() if parameter in self._optimizers}
+        for key, parameter in keys.items():
+            _check_state(key, self.state[parameter], given.get(key))
+        for key, parameter in keys.items():
+            if given[key] and not self.state[parameter]:
+                _fill_state(self._optimizers[parameter], given[key])
+        super().load_state_dict(state_dict)
+
+
+class _State(MutableMapping[Tensor, dict[str, Any]]):
+    """Parameter -> its state, read from its optimizer each time: loading replaces an optimizer's dicts.
+
+    A wrapper may keep something under a parameter of its own, as torchrec's ``WarmupOptimizer`` does.
+    """
+
+    def __init__(self, optimizers: _Optimizers) -> None:
+        self._optimizers = optimizers
+        self._others: dict[Tensor, dict[str, Any]] = {}
+
+    def __getitem__(self, key: Tensor) -> dict[str, Any]:
+        if key not in self._optimizers:
+            return self._others[key]
+        state: dict[str, Any] = self._optimizers[key].state[key]
+        return state
+
+    def __setitem__(self, key: Tensor, value: dict[str, Any]) -> None:
+        if key in self._optimizers:
+            self._optimizers[key].state[key] = value
+        else:
+            self._others[key] = value
+
+    def __delitem__(self, key: Tensor) -> None:
+        del (self._optimizers[key].state if key in self._optimizers else self._others)[key]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self._optimizers
+        yield from self._others
+
+    def __len__(self) -> int:
+        return len(self._optimizers) + len(self._others)
+
+
+class _Group(MutableMapping[str, Any]):
+    """One parameter group that stands for several optimizers' only groups: reads the first, writes to all."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    @property
+    def _members(self) -> list[dict[str, Any]]:
+        return [optimizer.param_groups[0] for optimizer in self._optimizers]
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "params":
+            return [parameter for member in self._members for parameter in member["params"]]
+        return self._members[0][key]
+
+    def __setitem__(self, key: str, value: object) -> None:
+        if key == "params":
+            raise ConfigError("the parameters of an optimizer in the backward cannot be replaced")
+        for member in self._members:
+            member[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        for member in self._members:
+            del member[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members[0])
+
+    def __len__(self) -> int:
+        return len(self._members[0])
+
+
+def _attached(key: str, parameter: nn.Parameter) -> torch.optim.Optimizer | None:
+    optimizers: Sequence[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", ())
+    if len(optimizers) > 1:
+        raise ConfigError(
+            f"{key} has {len(optimizers)} optimizers attached; call apply_optimizer_in_backward once for it"
+        )
+    return optimizers[0] if optimizers else None
+
+
+def _groups(optimizers: _Optimizers) -> list[_Group]:
+    found: list[tuple[tuple[object, ...], list[torch.optim.Optimizer]]] = []
+    for optimizer in optimizers.values():
+        current = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        # ``defaults`` are the settings as attached: two groups stay two while a schedule makes them equal.
+        key = (type(optimizer), optimizer.defaults, current)
+        members = next((members for other, members in found if other == key), None)
+        if members is None:
+            found.append((key, [optimizer]))
+        else:
+            members.append(optimizer)
+    return [_Group(members) for _, members in found]
+
+
+def _make_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Give Adam the state that torch would make on its first step; the others that are fused have theirs."""
+    state, group = optimizer.state[parameter], optimizer.param_groups[0]
+    if state or not isinstance(optimizer, torch.optim.Adam):
+        return
+    on_device = group["capturable"] or group["fused"]
+    state["step"] = torch.zeros((), device=parameter.device) if on_device else torch.tensor(0.0)
+    for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
+        state[name] = torch.zeros_like(parameter, requires_grad=False)
+
+
+def _check_state(key: str, own: Mapping[str, Any], given: Mapping[str, Any] | None) -> None:
+    if given is None:
+        raise ConfigError(f"the optimizer state to load has nothing for {key}; it is of another model")
+    if not own:
+        return
+    if own.keys() != given.keys():
+        raise ConfigError(
+            f"{key}: the optimizer state to load holds {sorted(given)} and this optimizer keeps "
+            f"{sorted(own)}; attach the optimizer that it was saved from"
+        )
+    for name, value in own.items():
+        # Copying would broadcast: row-wise Adagrad's sums [N, 1] would pass for Adagrad's [N, D].
+        if isinstance(value, Tensor) and value.shape != given[name].shape:
+            raise ConfigError(
+                f"{key}: {name} of the optimizer state to load has shape {tuple(given[name].shape)}, "
+                f"not {tuple(value.shape)}; it is of another table or optimizer"
+            )
+
+
+def _fill_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    # torch's own loading knows which state goes to the parameter's device; it does not copy.
+    own = optimizer.state_dict()
+    optimizer.load_state_dict({"state": {0: copy.deepcopy(dict(state))}, "param_groups": own["param_groups"]})
