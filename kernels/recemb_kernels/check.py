@@ -1,4 +1,4 @@
-"""One pass over a batch on CPU that says whether it is well formed; what is wrong is for the caller to find out."""
+"""One pass over a batch on CPU that says whether it is well formed; its caller finds out what is wrong."""
 
 from __future__ import annotations
 

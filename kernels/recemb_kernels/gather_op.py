@@ -1,9 +1,9 @@
 """What every pooled look-up op has in common as a torch op: schema, fake and autograd, for torch.compile.
 
 ``recemb::<name>(Tensor[] parameters, Tensor ids, Tensor offsets, Tensor? weights, int batch_size,
-int[] tables, int[] features) -> Tensor``. ``tables`` is the op's own flat code of its tables, ``features`` holds
-(table, is mean, key base) per feature. Eager mode takes the same kernels through :mod:`recemb_kernels.lookup`,
-which serves tables of all ops in one call and fuses optimizers.
+int[] tables, int[] features) -> Tensor``. ``tables`` is the op's own flat code of its tables, ``features``
+holds (table, is mean, key base) per feature. Eager mode takes the same kernels through
+:mod:`recemb_kernels.lookup`, which serves tables of all ops in one call and fuses optimizers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look-ups in eager mode: one call for the tables of every method, with each table's optimizer in its backward."""
+"""Look-ups in eager mode: one call for all tables, each with its own optimizer in the backward."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ class Lookup:
 class _Pool(torch.autograd.Function):
     """One autograd node for all tables.
 
-    Parameters with a fused update are no inputs: hooks on their gradients do not fire, and their change in the
-    backward is not taken for a mistake. ``_ANCHOR`` is there so that a backward comes even when none is left.
+    Parameters with a fused update are no inputs: hooks on their gradients do not fire, and their change in
+    the backward is not taken for a mistake. ``_ANCHOR`` is there so that a backward comes even without any.
     """
 
     @staticmethod

@@ -7,7 +7,8 @@ Laws (``tests/backends/test_contract.py`` runs them over every method):
 
 1. ``num_params(tables) == sum(p.numel())`` over the built parameters, exactly and without building them.
 2. ``map_ids`` is a pure integer function: equal ids give equal slots, whatever else is in the batch.
-3. ``pooled(tables, bags)`` and ``pooled_plain`` equal pooling ``rows(map_ids(ids))`` feature by feature: values and gradients.
+3. ``pooled(tables, bags)`` and ``pooled_plain`` equal pooling ``rows(map_ids(ids))`` feature by feature:
+   values and gradients.
 4. ``rows`` is differentiable in every parameter (gradcheck in float64).
 5. ``to_dense()[ids] == rows(map_ids(ids))``.
 6. A fresh table's elements have standard deviation ``table.row_std`` and mean 0, whatever the method.
@@ -31,6 +32,7 @@ from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.spec import Compression, TableSpec
 from recemb_kernels.lookup import TableShape
+from recemb_kernels.memory import hint_huge_pages
 
 # A block of rows being rebuilt for to_dense or from_dense holds at most this many elements (64 MB of fp32).
 BLOCK_NUMEL = 2**24
@@ -77,7 +79,9 @@ class Backend(nn.Module, ABC):
         if owner is None:
             dtype = getattr(torch, table.dtype)
             for name, shape in self.param_shapes(self.peers).items():
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                empty = torch.empty(shape, device=device, dtype=dtype)
+                hint_huge_pages(empty)
+                self.register_parameter(name, nn.Parameter(empty))
 
     @classmethod
     def storage_key(cls, table: TableSpec) -> str:

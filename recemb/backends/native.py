@@ -29,8 +29,8 @@ def owner_of(table: _B) -> _B:
 def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     """Pool F features in one call, [B, sum of D], or ``None`` where plain torch has to do it.
 
-    A storage that serves several features, or several tables, is passed once, so that it is updated once. Each
-    table takes the step of its own in-backward optimizer, or gets gradients when it has none.
+    A storage that serves several features, or several tables, is passed once, so that it is updated once.
+    Each table takes the step of its own in-backward optimizer, or gets gradients when it has none.
 
     Args:
         tables: ``tables[f]`` for feature f, of any methods; of one method under torch.compile.

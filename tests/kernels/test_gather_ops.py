@@ -17,7 +17,6 @@ from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
 from recemb.spec import ROBE, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import driver
-from recemb_kernels.gather_op import Code
 from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 
 # (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
@@ -84,15 +83,10 @@ def _parameters(tables: Sequence[Backend]) -> list[Tensor]:
     return list(dict.fromkeys(stored))
 
 
-def _plain(kind: type[Backend], tables: Sequence[Backend], bags: Bags) -> Tensor:
-    """The seam's own default: rows of distinct ids, pooled feature by feature in plain torch."""
-    return Backend.pooled.__func__(kind, tables, bags)
-
-
 def _outcome(tables: Sequence[Backend], bags: Bags, grad: Tensor | None, *, native: bool) -> list[Tensor]:
     """Pooled values, core gradients and weight gradients on one of the two paths."""
     kind = type(tables[0])
-    pooled = kind.pooled(tables, bags) if native else _plain(kind, tables, bags)
+    pooled = kind.pooled(tables, bags) if native else kind.pooled_plain(tables, bags)
     wanted = _parameters(tables) + ([] if bags.weights is None else [bags.weights])
     upstream = torch.ones_like(pooled) if grad is None else grad.to(pooled.dtype)
     return [pooled.detach(), *torch.autograd.grad(pooled, wanted, upstream)]
@@ -230,21 +224,12 @@ def test_opcheck_and_compile() -> None:
     tables = _tables(["rank13", "two_cores"], "sum")
     bags = _bags(tables, 9, 3, weighted=True, seed=9)
     shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
-    code = Code(encode(shapes), (0, 0, 0, 1, 0, 0), ValueError)
-    cores = _parameters(tables)
-    arguments = (
-        cores,
-        bags.ids,
-        bags.offsets,
-        bags.weights,
-        bags.batch_size,
-        list(code.tables),
-        list(code.features),
-    )
-    torch.library.opcheck(torch.ops.recemb.tt_gather.default, arguments)
+    cores, features = _parameters(tables), (0, 0, 0, 1, 0, 0)
+    batch = (bags.ids, bags.offsets, bags.weights, bags.batch_size)
+    torch.library.opcheck(torch.ops.recemb.tt_gather.default, (cores, *batch, encode(shapes), features))
 
     def lookup(*cores: Tensor) -> Tensor:
-        return 2 * tt_gather(cores, bags.ids, bags.offsets, bags.weights, bags.batch_size, code)
+        return 2 * tt_gather(cores, *batch, encode(shapes), features)
 
     compiled = torch.compile(lookup, backend="aot_eager")
     expected = torch.autograd.grad(lookup(*cores).sum(), cores)

@@ -12,8 +12,9 @@ constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading
 constexpr int64_t LINE = 16;   // floats of a cache line
 constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
 
+template <bool WRITE = false>
 static inline void prefetch_row(const float* row, int64_t width) {
-  for (int64_t j = 0; j < std::min<int64_t>(width, 8 * LINE); j += LINE) __builtin_prefetch(row + j);
+  for (int64_t j = 0; j < std::min<int64_t>(width, 8 * LINE); j += LINE) __builtin_prefetch(row + j, WRITE);
 }
 
 // What one id of a bag of `length` ids counts for.
@@ -78,6 +79,8 @@ void row_gradient(const Table* table, const Call* call, int64_t u, float* grad) 
   const int32_t* first = table->level[table->order - 1].first;
   float sum[W] = {};
   for (int32_t k = first[u]; k < first[u + 1]; k++) {
+    // Beyond this row's own: the next rows follow in the same list.
+    if (k + AHEAD < table->ids) prefetch_row(sender_of(table, call, table->perm[k + AHEAD]).grad, W);
     const Sender from = sender_of(table, call, table->perm[k]);
     for (int j = 0; j < W; j++) sum[j] += from.weight * from.grad[j];
   }

@@ -161,8 +161,42 @@ static inline void add_outer(int64_t rows, const float* const* a, const float* c
   }
 }
 
-// out[M][Q] = P[M][K] T[Q][K]^T, K a multiple of PAD
-template <int M, int K, int Q>
+// to[COLUMNS][STRIDE] = from[ROWS][COLUMNS]^T, COLUMNS a multiple of PAD
+template <int ROWS, int COLUMNS, int STRIDE>
+static inline void transpose(const float* from, float* to) {
+  constexpr int EIGHTS = ROWS / 8 * 8;
+#if defined(__AVX2__)
+  for (int i = 0; i < EIGHTS; i += 8)
+    for (int j = 0; j < COLUMNS; j += 8) {
+      __m256 r[8], s[8];
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++) r[k] = _mm256_loadu_ps(from + (i + k) * COLUMNS + j);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        s[2 * k] = _mm256_unpacklo_ps(r[2 * k], r[2 * k + 1]);
+        s[2 * k + 1] = _mm256_unpackhi_ps(r[2 * k], r[2 * k + 1]);
+      }
+#pragma GCC unroll 2
+      for (int k = 0; k < 8; k += 4) {
+        r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44), r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xEE);
+        r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44), r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xEE);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        _mm256_storeu_ps(to + (j + k) * STRIDE + i, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
+        _mm256_storeu_ps(to + (j + k + 4) * STRIDE + i, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
+      }
+    }
+  constexpr int REST = EIGHTS;
+#else
+  constexpr int REST = 0;
+#endif
+  for (int j = 0; j < COLUMNS; j++)
+    for (int i = REST; i < ROWS; i++) to[j * STRIDE + i] = from[i * COLUMNS + j];
+}
+
+// out[M][STRIDE] = P[M][K] T[Q][K]^T, K a multiple of PAD
+template <int M, int K, int Q, int STRIDE = Q>
 static inline void dot_rows(const float* P, const float* T, float* out) {
   constexpr int L = lanes_of(K), FOURS = (Q + 3) / 4 * 4;
   float four[4];
@@ -176,7 +210,7 @@ static inline void dot_rows(const float* P, const float* T, float* out) {
           if (Q % 4 == 0 || e + q < Q) s[q] += x * load<L>(T + (e + q) * K + k);
       }
       sum4(s, four);
-      for (int q = 0; q < 4 && e + q < Q; q++) out[m * Q + e + q] = four[q];
+      for (int q = 0; q < 4 && e + q < Q; q++) out[m * STRIDE + e + q] = four[q];
     }
 }
 

@@ -3,9 +3,9 @@
     out[b, columns of feature f] = sum over the bag of w * row(i)
     row(i) = E[i], or E_q[i // c] * E_r[i mod c], E_q[i // c] + E_r[i mod c], both concatenated, or E[i] P
 
-Parameters come table by table: E [N, D], or E_q [ceil(N / c), D_q] then E_r [c, D_r], or E [N, d] then P [d, D],
-in float32. A projection is applied to the pooled bags, which is the same and cheaper. The schema
-is that of every gather op (:mod:`recemb_kernels.gather_op`).
+Parameters come table by table: E [N, D], or E_q [ceil(N / c), D_q] then E_r [c, D_r], or E [N, d] then
+P [d, D], in float32. A projection is applied to the pooled bags, which is the same and cheaper. The schema is
+that of every gather op (:mod:`recemb_kernels.gather_op`).
 """
 
 from __future__ import annotations

@@ -67,6 +67,8 @@ constexpr int WIDEST_SLICE = [] {
 
 // Nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
 constexpr int64_t NODES = 8;
+// Nodes of a piece up to which a slice is not worth transposing.
+constexpr int64_t FEW = 3;
 
 // Per-thread room for one slice, off the stack: a slice of rank 256 is over a megabyte.
 float* scratch(int which) {
@@ -208,6 +210,12 @@ struct Train : Sizes<MIRRORED> {
     if constexpr (l < LAST - 1) multiply_level<l + 1>();
   }
 
+  // Where position i is pooled to when every bag holds one id.
+  float* out_of(int64_t f, int64_t i) const {
+    const int64_t g = table.num_features == 1 ? f : i / call.batch;
+    return call.out + (i - g * call.batch) * call.columns + call.features[g].column;
+  }
+
   void forward_rows() const {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
@@ -229,8 +237,8 @@ struct Train : Sizes<MIRRORED> {
             call.slot[i] = static_cast<int32_t>(u);
             continue;
           }
-          const int64_t g = table.num_features == 1 ? f : i / call.batch;
-          float* out = call.out + (i - g * call.batch) * call.columns + call.features[g].column;
+          if (k + AHEAD < table.ids) prefetch_row<true>(out_of(f, table.perm[k + AHEAD]), D);
+          float* out = out_of(f, i);
           if (call.weights)
             for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
           else
@@ -366,10 +374,18 @@ struct TrainBackward : Train<MIRRORED> {
     for (int64_t p = level.slice_piece[slice]; p < level.slice_piece[slice + 1]; p++) {
       const int64_t from = level.piece_start[p], to = level.piece_start[p + 1];
       const float* straight = matrix(l, level.group[level.by_digit[from]]);
+      if (to - from <= FEW) {  // transposing would take longer than the product
+        for (int64_t k = from; k < to; k++) {
+          const int64_t node = level.by_digit[k];
+          float* sends = sent_at(l, node);
+          if (KP > K) std::fill(sends, sends + M * KP, 0.0f);
+          dot_rows<M, N, K, KP>(grad(l, node), straight, sends);
+        }
+        continue;
+      }
       float* transposed = scratch(1);
       if (KP > K) std::fill(transposed, transposed + N * KP, 0.0f);
-      for (int n = 0; n < N; n++)
-        for (int k = 0; k < K; k++) transposed[n * KP + k] = straight[k * N + n];
+      transpose<K, N, KP>(straight, transposed);
       const float* a[PIECE * M];
       float* c[PIECE * M];
       int64_t rows = 0;
