@@ -19,7 +19,7 @@ class Kind(IntEnum):
     ADAM = 4
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Update:
     """One step of one optimizer over the parameters of a call.
 

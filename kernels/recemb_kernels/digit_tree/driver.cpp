@@ -15,6 +15,8 @@ namespace {
 
 // Below this many ids a second thread costs more than it saves.
 constexpr int64_t SERIAL = 512;
+// Ids of a table from which all threads sort it together.
+constexpr int64_t TOGETHER = 1 << 14;
 
 // Everything a call holds from its forward to its backward; kept for the next call of the same tables.
 struct State {
@@ -79,22 +81,29 @@ void plan_tables(const Call* call, State* state, bool forward) {
   {
     if (!state->planned) {
       count_ids(call);
-      state->plan.reserve(call);
+      state->plan.reserve(call, omp_get_num_threads());
       state->planned = true;
     }
   }
+  const auto now = [&](int64_t t) { return static_cast<bool>(call->tables[t].code->plan_first) == forward; };
+  const auto base = [&](int64_t t) {
+    int64_t ids = 0;
+    for (int64_t before = 0; before < t; before++) ids += call->tables[before].ids;
+    return ids;
+  };
+  // Large tables are sorted by all threads together, the others by one thread each.
+  const int threads = omp_get_num_threads();
+  for (int64_t t = 0; t < call->num_tables && threads > 1; t++)
+    if (now(t) && call->tables[t].ids >= TOGETHER) sort_table(call, t, base(t), state->plan, omp_get_thread_num(), threads);
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t t = 0; t < call->num_tables; t++) {
-    if (static_cast<bool>(call->tables[t].code->plan_first) != forward) continue;
-    int64_t base = 0;
-    for (int64_t before = 0; before < t; before++) base += call->tables[before].ids;
-    plan_table(call, t, base, state->plan);
-  }
+  for (int64_t t = 0; t < call->num_tables; t++)
+    if (now(t)) plan_table(call, t, base(t), state->plan);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < call->num_tables * MAX_ORDER; task++) {
     // The last level is the largest: first.
     const int64_t t = task / MAX_ORDER, level = MAX_ORDER - 1 - task % MAX_ORDER;
-    if (static_cast<bool>(call->tables[t].code->plan_first) == forward) plan_level(call, t, level);
+    if (now(t)) plan_level(call, t, level);
   }
 }
 

@@ -131,7 +131,6 @@ class Group:
     ) -> None:
         self.free: list[int] = []
         self.driver = driver()
-        self._micro_batch_rows = micro_batch_rows
         self._kernels = tuple(kernels)  # keeps the libraries loaded
         self._constants: list[ctypes.Array[ctypes.c_int64]] = []
         self._codes = (_Code * len(kernels))(*map(self._code, kernels))
@@ -141,6 +140,14 @@ class Group:
             feature.table, feature.column = code.table, self.columns
             feature.mean, feature.key_base = int(code.mean), code.key_base
             self.columns += kernels[code.table].dim
+        self._template = _Call(
+            num_tables=self.num_tables,
+            num_features=len(features),
+            columns=self.columns,
+            slice_rows=micro_batch_rows,
+            codes=ctypes.addressof(self._codes),
+            features=ctypes.addressof(self._features),
+        )
 
     def __del__(self) -> None:
         for pointer in self.free:
@@ -223,22 +230,13 @@ class Group:
         return code
 
     def _call(self, parameters: Sequence[Tensor], batch: Batch) -> _Call:
-        held = _pointers(parameters)
-        call = _Call(
-            num_tables=len(self._codes),
-            num_features=len(self._features),
-            batch=batch.size,
-            num_ids=batch.ids.numel(),
-            columns=self.columns,
-            slice_rows=self._micro_batch_rows,
-            ids=batch.ids.data_ptr(),
-            offsets=batch.offsets.data_ptr(),
-            weights=None if batch.weights is None else batch.weights.data_ptr(),
-            codes=ctypes.addressof(self._codes),
-            features=ctypes.addressof(self._features),
-            param=ctypes.addressof(held),
-        )
-        call.held = held  # a plain attribute: lives as long as the structure that points to it
+        call = _Call.from_buffer_copy(self._template)
+        call.held = _pointers(parameters)  # a plain attribute: lives as long as the structure that points to it
+        call.param = ctypes.addressof(call.held)
+        call.batch, call.num_ids = batch.size, batch.ids.numel()
+        call.ids, call.offsets = batch.ids.data_ptr(), batch.offsets.data_ptr()
+        if batch.weights is not None:
+            call.weights = batch.weights.data_ptr()
         return call
 
 

@@ -188,37 +188,46 @@ bool mirror_is_cheaper(const Table& table, const int64_t* keys) {
   return product_cost(table, true, mirrored) < 0.75 * product_cost(table, false, straight);
 }
 
-template <class Record>
-void plan_sorted(const Call* call, Table& table, uint64_t most, int64_t* keys, int32_t* perm, char* room) {
-  Record *a = reinterpret_cast<Record*>(room), *b = a + table.ids;
-  const auto collect = [&](auto number) {
-    int64_t filled = 0;
-    for (int64_t k = 0; k < table.num_features; k++) {
-      const int64_t f = table.features[k], base = call->features[f].key_base;
-      for (int64_t i = call->offsets[f * call->batch]; i < call->offsets[(f + 1) * call->batch]; i++)
-        a[filled++] = Record(number(static_cast<uint64_t>(call->ids[i] + base)), i);
-    }
-  };
-  collect([](uint64_t key) { return key; });
-  grow_tree(table, radix_sort(a, b, table.ids, bits_of(most)), keys, perm);
-  if (!mirror_is_cheaper(table, keys)) return;
-  table.mirrored = 1;
-  collect(Mirror{*table.code});
-  most = 1;
-  for (int64_t l = 0; l < table.order; l++) most *= table.code->radix[l];
-  grow_tree(table, radix_sort(a, b, table.ids, bits_of(most - 1)), keys, perm);
-}
-
 // Largest number that a key of the table may be, mirrored or not.
 uint64_t largest_key(const Call* call, const Table& table) {
-  uint64_t top = 1;
-  for (int64_t k = 0; k < table.num_features; k++) {
+  uint64_t most = 1;
+  for (int64_t l = 0; l < table.order; l++) most *= table.code->radix[l];
+  if (most) return most - 1;
+  for (int64_t k = 0; k < table.num_features; k++) {  // keys that are no digits have no radix
     const int64_t f = table.features[k];
     for (int64_t i = call->offsets[f * call->batch]; i < call->offsets[(f + 1) * call->batch]; i++)
-      top |= static_cast<uint64_t>(call->ids[i] + call->features[f].key_base);
+      most |= static_cast<uint64_t>(call->ids[i] + call->features[f].key_base);
   }
-  return top;
+  return most;
 }
+
+// Records [begin, end) of the table's ids, `number` of each key.
+template <class Record, class Number>
+void collect(const Call* call, const Table& table, int64_t begin, int64_t end, Number number, Record* to) {
+  int64_t before = 0;
+  for (int64_t k = 0; k < table.num_features; k++) {
+    const int64_t f = table.features[k], base = call->features[f].key_base;
+    const int64_t first = call->offsets[f * call->batch] - before, past = call->offsets[(f + 1) * call->batch] - first;
+    for (int64_t r = std::max(begin, before); r < std::min(end, past); r++)
+      to[r] = Record(number(static_cast<uint64_t>(call->ids[first + r] + base)), first + r);
+    before = past;
+  }
+}
+
+// Calls `act` with the table's room for records, as records wide enough for its keys.
+template <class Act>
+void with_records(const Table& table, char* room, Act act) {
+  if (table.most >> 32)
+    act(reinterpret_cast<Wide*>(room));
+  else
+    act(reinterpret_cast<Narrow*>(room));
+}
+
+char* records_of(const PlanRoom& room, int64_t index, int64_t base) {
+  return reinterpret_cast<char*>(room.records.at<Wide>() + 2 * (base + 2 * index));
+}
+
+uint64_t straight(uint64_t key) { return key; }
 
 }  // namespace
 
@@ -244,15 +253,18 @@ void Buffer::grow(int64_t bytes) {
   size_ = size;
 }
 
-void PlanRoom::reserve(const Call* call) {
+void PlanRoom::reserve(const Call* call, int threads) {
   int64_t each = 0, total = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
-    const int64_t room = call->tables[t].ids + 2;
-    each += room, total += room * arrays_of(call->tables[t].order);
+    Table& table = call->tables[t];
+    const int64_t room = table.ids + 2;
+    each += room, total += room * arrays_of(table.order);
+    table.most = largest_key(call, table), table.sorted = nullptr;
   }
   keys.room<int64_t>(each);
   arrays.room<int32_t>(total);
   records.room<Wide>(2 * each);
+  counts.room<int32_t>(int64_t{threads} << SORT_BITS);
 }
 
 void count_ids(const Call* call) {
@@ -262,14 +274,28 @@ void count_ids(const Call* call) {
         call->offsets[(f + 1) * call->batch] - call->offsets[f * call->batch];
 }
 
+void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room, int thread, int threads) {
+  Table& table = call->tables[index];
+  const int64_t n = table.ids;
+  with_records(table, records_of(room, index, base), [&](auto* a) {
+    collect(call, table, n * thread / threads, n * (thread + 1) / threads, straight, a);
+    const int bits = bits_of(table.most);
+    if (threads == 1) {
+      table.sorted = radix_sort(a, a + n, n, bits);
+      return;
+    }
+#pragma omp barrier
+    void* sorted = radix_sort_together(a, a + n, n, bits, room.counts.at<int32_t>(), thread, threads);
+    if (thread == 0) table.sorted = sorted;
+  });
+}
+
 void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room) {
   Table& table = call->tables[index];
   int64_t before = 0;
   for (int64_t t = 0; t < index; t++) before += (call->tables[t].ids + 2) * arrays_of(call->tables[t].order);
-  const int64_t at = base + 2 * index;
-  int64_t* keys = room.keys.at<int64_t>() + at;
+  int64_t* keys = room.keys.at<int64_t>() + base + 2 * index;
   Arrays arrays{room.arrays.at<int32_t>() + before, table.ids + 2};
-  char* records = reinterpret_cast<char*>(room.records.at<Wide>() + 2 * at);
   int32_t* perm = arrays.take();
   table.keys = keys, table.perm = perm, table.mirrored = 0;
   for (int64_t l = 0; l < table.order; l++) {
@@ -279,11 +305,14 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
                                   &level.slice_run, &level.slice_piece})
       *array = arrays.take();
   }
-  const uint64_t top = largest_key(call, table);
-  if (top >> 32)
-    plan_sorted<Wide>(call, table, top, keys, perm, records);
-  else
-    plan_sorted<Narrow>(call, table, top, keys, perm, records);
+  if (!table.sorted) sort_table(call, index, base, room, 0, 1);
+  with_records(table, records_of(room, index, base), [&](auto* a) {
+    grow_tree(table, static_cast<decltype(a)>(table.sorted), keys, perm);
+    if (!mirror_is_cheaper(table, keys)) return;
+    table.mirrored = 1;
+    collect(call, table, 0, table.ids, Mirror{*table.code}, a);
+    grow_tree(table, radix_sort(a, a + table.ids, table.ids, bits_of(table.most)), keys, perm);
+  });
   cut_slices(table, call->slice_rows);
 }
 

@@ -36,15 +36,19 @@ class Buffer {
 // Where the plans of all tables lie: 64-bit keys, then 32-bit arrays. Every array has room for each id of its
 // table and one more; pages that are not reached are not touched.
 struct PlanRoom {
-  Buffer keys, arrays, records;
-  void reserve(const Call* call);
+  Buffer keys, arrays, records, counts;
+  void reserve(const Call* call, int threads);
 };
 
 // Counts the ids of every table.
 void count_ids(const Call* call);
 
-// Sorts the ids of table `index` into a tree and cuts its slices; called by one thread. `base` is where the table's
+// Sorts the ids of table `index`, by all threads of a region together or by one alone. `base` is where the table's
 // ids start when the tables' ids are laid end to end.
+void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room, int thread, int threads);
+
+// Grows the tree of table `index` from its ids, which it sorts if that has not been done, and cuts its slices; called
+// by one thread.
 void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room);
 
 // Then groups the nodes of one of its levels by digit; called by one thread.

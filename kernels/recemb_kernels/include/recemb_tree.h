@@ -73,6 +73,8 @@ struct Rule {
 struct Table {
   const TableCode* code;
   int64_t order, optimizer, mirrored, ids, slices;
+  uint64_t most;             // no key is larger
+  void* sorted;              // the ids' records in order of their keys; null until sorted
   float* const* param;       // [radix_k, width_k] each
   float* const* grad;        // zeroed, same shapes; for GRADIENT
   float* const* state;       // first optimizer state of each parameter

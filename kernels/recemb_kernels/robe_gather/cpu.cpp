@@ -129,20 +129,20 @@ void sort_blocks(const Table* table, Blocks& blocks) {
   }
 }
 
-// Adds to `grad` what the blocks from `at` on that start in array row `from` send to it, or (`Spill`) to the next row.
-template <bool Spill>
-void gather(const Table* table, const Blocks& blocks, const float* grads, int64_t at, int64_t from, float* grad) {
-  const int64_t n = static_cast<int64_t>(blocks.start.size());
-  for (int64_t k = at; k < n && blocks.start[k] < (from + 1) * Z; k++) {
+// sum[2 Z] of the blocks from `at` on that start in array row `from`: that row and the one after it. Whole blocks
+// are added, so that the loops have constant lengths; a row takes its half of two such sums.
+void add_blocks(const Blocks& blocks, const float* grads, int64_t at, int64_t from, float* sum) {
+  const int64_t n = static_cast<int64_t>(blocks.start.size()), end = (from + 1) * Z;
+  for (int64_t k = at; k < n && blocks.start[k] < end; k++) {
     const int64_t piece = blocks.piece[k];
     const int b = static_cast<int>(piece % BLOCKS);
-    const int64_t inside = blocks.start[k] - from * Z, here = std::min<int64_t>(length_of(b), Z - inside);
     const float* g = grads + piece / BLOCKS * D + b * Z;
     const float sign = blocks.sign[piece];
-    if constexpr (Spill)
-      for (int64_t j = here; j < length_of(b); j++) grad[j - here] += sign * g[j];
+    float* to = sum + (blocks.start[k] - from * Z);
+    if (b + 1 < BLOCKS)
+      for (int j = 0; j < Z; j++) to[j] += sign * g[j];
     else
-      for (int64_t j = 0; j < here; j++) grad[inside + j] += sign * g[j];
+      for (int j = 0; j < length_of(BLOCKS - 1); j++) to[j] += sign * g[j];
   }
 }
 
@@ -192,13 +192,14 @@ void backward(const Table* table, const Call* call) {
   sort_blocks(table, blocks);
 #pragma omp for schedule(static)
   for (int64_t k = 0; k < static_cast<int64_t>(blocks.row.size()); k++) {
-    float grad[Z] = {};
+    float own[2 * Z] = {}, spilled[2 * Z] = {}, grad[Z];
     const int64_t row = blocks.row[k];
-    gather<false>(table, blocks, table->spare, blocks.first[k], row, grad);
+    add_blocks(blocks, table->spare, blocks.first[k], row, own);
     // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
     const int64_t before = row ? row - 1 : count - 1;
     const int64_t at = row ? k - 1 : static_cast<int64_t>(blocks.row.size()) - 1;
-    if (at >= 0 && blocks.row[at] == before) gather<true>(table, blocks, table->spare, blocks.first[at], before, grad);
+    if (at >= 0 && blocks.row[at] == before) add_blocks(blocks, table->spare, blocks.first[at], before, spilled);
+    for (int j = 0; j < Z; j++) grad[j] = own[j] + spilled[Z + j];
     finish_row<Z>(table, 0, row, grad);
   }
 }
