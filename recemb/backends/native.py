@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recemb.bags import Bags
 from recemb.errors import NonFiniteError
-from recemb.optim import fused_update
+from recemb.optim import FusedUpdate
 from recemb_kernels.lookup import Lookup
 from recemb_kernels.native import attempt
 
@@ -39,7 +39,7 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     Raises:
         NonFiniteError: in the backward of a fused update, before any weight changes.
     """
-    owners, lookup = _prepare(tables)
+    owners, fused, lookup = _prepare(tables)
     if lookup is None:
         return None
     # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
@@ -47,7 +47,8 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     if not all(store.is_cpu and store.dtype is torch.float32 for own in stores for store in own):
         return None
     compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    updates = [fused_update(own) if training and not compiling else None for own in stores]
+    ask = training and not compiling
+    updates = [update.of(own) if ask else None for update, own in zip(fused, stores, strict=True)]
     if training and any(
         owner.native_when_fused and update is None for owner, update in zip(owners, updates, strict=True)
     ):
@@ -66,12 +67,12 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     )
 
 
-def _prepare(tables: Sequence[Backend]) -> tuple[list[Backend], Lookup | None]:
-    """The storages of a group and its look-up; remembered by the group's first table."""
+def _prepare(tables: Sequence[Backend]) -> tuple[list[Backend], list[FusedUpdate], Lookup | None]:
+    """The storages of a group, their updates and its look-up; remembered by the group's first table."""
     key, memo = tuple(tables), tables[0].memo
     compiling = torch.compiler.is_compiling()
     if not compiling and key in memo:
-        known: tuple[list[Backend], Lookup | None] = memo[key]
+        known: tuple[list[Backend], list[FusedUpdate], Lookup | None] = memo[key]
         return known
     owners = list(dict.fromkeys(owner_of(table) for table in tables))
     index = {owner: k for k, owner in enumerate(owners)}
@@ -83,7 +84,8 @@ def _prepare(tables: Sequence[Backend]) -> tuple[list[Backend], Lookup | None]:
     shapes = [owner.native_shape() for owner in owners]
     whole = tuple(shape for shape in shapes if shape is not None)
     refusal = partial(_refusal, [table.table.name for table in tables])
-    found = owners, Lookup(whole, features, refusal) if len(whole) == len(shapes) else None
+    lookup = Lookup(whole, features, refusal) if len(whole) == len(shapes) else None
+    found = owners, [FusedUpdate() for _ in owners], lookup
     if not compiling:
         memo[key] = found
     return found

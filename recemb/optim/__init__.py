@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,37 +31,62 @@ _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Upda
 _NOT_FUSED = ("momentum", "weight_decay", "amsgrad", "maximize")
 
 
+class FusedUpdate:
+    """What update one storage's in-backward optimizers ask for; asked anew every step, so remembered."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]]] = [], [], []
+        self._update: Callable[[], Update] | None = None
+
+    def of(self, parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
+        """What makes the update, once per backward; calling it reads the learning rate of that moment.
+
+        Args:
+            parameters: those of the storage, which are updated together.
+
+        Returns:
+            ``None`` when there is no such optimizer, when the parameters' optimizers differ in class or
+            settings, or when one has an option (momentum, weight decay, ...) that touches more than the rows
+            of the batch.
+        """
+        attached = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
+        optimizers = [found[0] if found and len(found) == 1 else None for found in attached]
+        settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
+        known, same, unchanged = self._seen
+        if not (
+            len(known) == len(parameters)
+            and all(map(is_, known, parameters))
+            and optimizers == same
+            and settings == unchanged
+        ):
+            self._seen = list(parameters), list(optimizers), [dict(group) for group in settings]
+            self._update = _resolve(optimizers, parameters)
+        return self._update
+
+
 def fused_update(parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
-    """What makes the update that the parameters' in-backward optimizers ask for, once per backward.
+    """:meth:`FusedUpdate.of` these parameters, asked once."""
+    return FusedUpdate().of(parameters)
 
-    Calling it reads the learning rate of that moment.
 
-    Returns:
-        ``None`` when there is no such optimizer, when the parameters' optimizers differ in class or
-        settings, or when one has an option (momentum, weight decay, ...) that touches more than the rows
-        of the batch.
-    """
-    optimizers: list[torch.optim.Optimizer] = []
-    first: dict[str, Any] = {}
-    for parameter in parameters:
-        attached: Sequence[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", ())
-        if len(attached) != 1:
-            return None
-        (optimizer,) = attached
-        (group,) = optimizer.param_groups
-        if not optimizers:
-            first = group
-        elif type(optimizer) is not type(optimizers[0]) or not _same_settings(group, first):
-            return None
-        optimizers.append(optimizer)
-    if not optimizers or any(first.get(option) for option in _NOT_FUSED):
+def _resolve(
+    optimizers: Sequence[torch.optim.Optimizer | None], parameters: Sequence[nn.Parameter]
+) -> Callable[[], Update] | None:
+    attached = [optimizer for optimizer in optimizers if optimizer is not None]
+    if not attached or len(attached) < len(optimizers):
         return None
-    rule = _rule(optimizers[0])
-    return None if rule is None else partial(rule, optimizers, parameters)
+    if any(len(optimizer.param_groups) != 1 for optimizer in attached):
+        return None
+    first = _settings(attached[0])
+    if any(_settings(other) != first for other in attached) or any(map(first[1].get, _NOT_FUSED)):
+        return None
+    rule = _rule(attached[0])
+    return None if rule is None else partial(rule, attached, parameters)
 
 
-def _same_settings(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(value == other.get(key) for key, value in group.items() if key != "params")
+def _settings(optimizer: torch.optim.Optimizer) -> tuple[type, dict[str, Any]]:
+    (group,) = optimizer.param_groups
+    return type(optimizer), {key: value for key, value in group.items() if key != "params"}
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> _Rule | None:

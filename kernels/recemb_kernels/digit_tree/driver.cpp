@@ -75,17 +75,22 @@ void fill_bags(const Call* call, int32_t* bags) {
     for (int64_t i = call->offsets[bag]; i < call->offsets[bag + 1]; i++) bags[i] = static_cast<int32_t>(bag);
 }
 
-// Plans the tables whose kernels ask for it now; every thread of the region calls it.
-void plan_tables(const Call* call, State* state, bool forward) {
+enum Plan : int64_t { NEVER = 0, FORWARD = 1, BACKWARD = 2 };
+
+bool plans(const Call* call, Plan pass) {
+  return std::any_of(call->codes, call->codes + call->num_tables, [&](const TableCode& c) { return c.plan == pass; });
+}
+
+// Plans the tables whose kernels ask for it in this pass; every thread of the region calls it.
+void plan_tables(const Call* call, State* state, Plan pass) {
 #pragma omp single
   {
     if (!state->planned) {
-      count_ids(call);
       state->plan.reserve(call, omp_get_num_threads());
       state->planned = true;
     }
   }
-  const auto now = [&](int64_t t) { return static_cast<bool>(call->tables[t].code->plan_first) == forward; };
+  const auto now = [&](int64_t t) { return call->codes[t].plan == pass; };
   const auto base = [&](int64_t t) {
     int64_t ids = 0;
     for (int64_t before = 0; before < t; before++) ids += call->tables[before].ids;
@@ -194,18 +199,18 @@ void recemb_tree_forward(Call* call, void* holder, int64_t threads) {
   State* state = static_cast<State*>(holder);
   state->planned = false;
   state->one_hot = holds_one_id_a_bag(call);
-  bool plan = false;
-  for (int64_t t = 0; t < call->num_tables; t++) plan = plan || call->codes[t].plan_first;
+  const bool plan = plans(call, FORWARD);
   if (!state->one_hot) {
     // At least one: null means one id a bag.
     state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
   }
   attach(call, state);
+  count_ids(call);
 #pragma omp parallel num_threads(threads_for(call, threads))
   {
     if (plan) {
       if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
-      plan_tables(call, state, true);
+      plan_tables(call, state, FORWARD);
     }
 #pragma omp single
     place(call, state, true);
@@ -222,14 +227,15 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
   attach(call, state);
   for (int64_t f = 0; f < call->num_features; f++)
     state->gradient[f] = {call->grad_out + call->features[f].column, call->columns};
-  bool plan = false;
-  for (int64_t t = 0; t < call->num_tables; t++) plan = plan || !call->codes[t].plan_first;
+  // Kernels without a plan look bags up as well.
+  const bool plan = plans(call, BACKWARD), bags = plan || plans(call, NEVER);
 #pragma omp parallel num_threads(threads_for(call, threads))
   {
-    if (plan) {
-      if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
-      plan_tables(call, state, false);
+    if (bags && !state->one_hot) {
+      fill_bags(call, state->bags.at<int32_t>());
+#pragma omp barrier
     }
+    if (plan) plan_tables(call, state, BACKWARD);
 #pragma omp single
     place(call, state, false);
     run_kernels(call, &Functions::backward);

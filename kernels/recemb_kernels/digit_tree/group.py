@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class _Functions(ctypes.Structure):
 
 class _Code(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("order", "dim", "parameters", "plan_first")),
+        *((name, ctypes.c_int64) for name in ("order", "dim", "parameters", "plan")),
         ("radix", ctypes.c_int64 * MAX_ORDER),
         ("product_cost", ctypes.c_double * MAX_ORDER * 2),
         ("constants", ctypes.c_void_p),
@@ -58,6 +59,14 @@ class _Call(ctypes.Structure):
     )
 
 
+class Plan(IntEnum):
+    """The first pass that needs a table's ids sorted and made distinct, in ``driver.cpp``'s numbering."""
+
+    NEVER = 0
+    FORWARD = 1
+    BACKWARD = 2
+
+
 @dataclass(frozen=True)
 class TableKernel:
     """A table as the driver sees it, and the library compiled for it.
@@ -67,7 +76,7 @@ class TableKernel:
         dim: D.
         radices: p_1 .. p_d; digit k of an id selects a row of parameter k.
         parameters: how many parameters the table has.
-        plan_first: whether the forward works on the batch's distinct rows.
+        plan: the pass that works on the batch's distinct rows.
         cost: work per distinct prefix of each length, for tables that share products of parameters.
         mirrored_cost: the same per distinct suffix.
         constants: int64 numbers that the kernel reads.
@@ -77,7 +86,7 @@ class TableKernel:
     dim: int
     radices: tuple[int, ...]
     parameters: int
-    plan_first: bool = False
+    plan: Plan = Plan.BACKWARD
     cost: tuple[float, ...] = ()
     mirrored_cost: tuple[float, ...] = ()
     constants: tuple[int, ...] = ()
@@ -215,7 +224,7 @@ class Group:
             order=len(kernel.radices),
             dim=kernel.dim,
             parameters=kernel.parameters,
-            plan_first=int(kernel.plan_first),
+            plan=kernel.plan,
             kernel=_Functions.in_dll(kernel.library, "recemb_kernel"),
         )
         code.radix[: len(kernel.radices)] = kernel.radices
@@ -231,7 +240,9 @@ class Group:
 
     def _call(self, parameters: Sequence[Tensor], batch: Batch) -> _Call:
         call = _Call.from_buffer_copy(self._template)
-        call.held = _pointers(parameters)  # a plain attribute: lives as long as the structure that points to it
+        call.held = _pointers(
+            parameters
+        )  # a plain attribute: lives as long as the structure that points to it
         call.param = ctypes.addressof(call.held)
         call.batch, call.num_ids = batch.size, batch.ids.numel()
         call.ids, call.offsets = batch.ids.data_ptr(), batch.offsets.data_ptr()

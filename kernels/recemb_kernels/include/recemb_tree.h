@@ -50,7 +50,7 @@ struct Functions {
 struct TableCode {
   int64_t order, dim;        // number of digits; columns of `out`
   int64_t parameters;        // parameters in the call's flat lists
-  int64_t plan_first;        // whether the forward works on distinct rows
+  int64_t plan;              // the pass that plans: 0 none, 1 the forward, 2 the backward
   int64_t radix[MAX_ORDER];
   double product_cost[2][MAX_ORDER];  // work per node of a level, straight and mirrored; 0: never mirrored
   const int64_t* constants;  // the kernel's own numbers, or null

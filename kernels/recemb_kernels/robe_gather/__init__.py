@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from recemb_kernels.build import load
-from recemb_kernels.digit_tree.group import TableKernel
+from recemb_kernels.digit_tree.group import Plan, TableKernel
 from recemb_kernels.gather_op import GatherOp
 
 __all__ = ["RobeShape", "encode", "robe_gather"]
@@ -85,6 +85,8 @@ def _kernel(shape: RobeShape) -> TableKernel:
         # Keys are not digits: blocks are grouped by hashed place, in the kernel.
         radices=(0,),
         parameters=1,
+        # A row of one block is added to the array as it comes; rows of several are made distinct first.
+        plan=Plan.NEVER if shape.block_size >= shape.dim else Plan.BACKWARD,
         constants=(
             *(shape.rows, len(shape.key_bases)),
             *(*shape.slot, *shape.sign),

@@ -16,6 +16,9 @@ using namespace recemb;
 namespace {
 
 constexpr int D = DIM, Z = BLOCK, BLOCKS = (D + Z - 1) / Z;
+// A row of one block is hashed as cheaply as it is made distinct: its gradients go to the array one by one. A row of
+// several blocks is made distinct first (the driver's plan), its gradient summed and then split.
+constexpr bool DIRECT = BLOCKS == 1;
 constexpr uint64_t P = (uint64_t{1} << 61) - 1;
 
 uint64_t multiply(uint64_t a, uint64_t b) {
@@ -84,7 +87,7 @@ void add_row(const Table* table, const Hash& hash, int64_t t, int64_t key, float
 struct Blocks {
   std::vector<Narrow> narrow;
   std::vector<Wide> wide;
-  std::vector<int64_t> start, piece;  // piece: distinct row * BLOCKS + block, in order of start
+  std::vector<int64_t> start, piece;  // piece: (position in the batch, or distinct row) * BLOCKS + block, by start
   std::vector<float> sign;            // by piece
   std::vector<int64_t> row, first;    // touched array rows, rising; first block at or after each row's begin
 };
@@ -93,7 +96,7 @@ template <class Record>
 void sort_pieces(Blocks& blocks, std::vector<Record>& records, int64_t size) {
   const int64_t n = static_cast<int64_t>(blocks.start.size());
   records.resize(2 * n);
-  for (int64_t i = 0; i < n; i++) records[i] = Record(blocks.start[i], i);
+  for (int64_t i = 0; i < n; i++) records[i] = Record(blocks.start[i], DIRECT ? blocks.piece[i] : i);
   const Record* sorted = radix_sort(records.data(), records.data() + n, n, bits_of(size - 1));
   blocks.piece.resize(n);
   for (int64_t i = 0; i < n; i++) {
@@ -131,23 +134,24 @@ void sort_blocks(const Table* table, Blocks& blocks) {
 
 // sum[2 Z] of the blocks from `at` on that start in array row `from`: that row and the one after it. Whole blocks
 // are added, so that the loops have constant lengths; a row takes its half of two such sums.
-void add_blocks(const Blocks& blocks, const float* grads, int64_t at, int64_t from, float* sum) {
+void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int64_t at, int64_t from, float* sum) {
   const int64_t n = static_cast<int64_t>(blocks.start.size()), end = (from + 1) * Z;
   for (int64_t k = at; k < n && blocks.start[k] < end; k++) {
     const int64_t piece = blocks.piece[k];
     const int b = static_cast<int>(piece % BLOCKS);
-    const float* g = grads + piece / BLOCKS * D + b * Z;
-    const float sign = blocks.sign[piece];
+    const Sender sender = DIRECT ? sender_of(table, call, piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
+    const float* g = sender.grad;
+    const float factor = blocks.sign[piece] * sender.weight;
     float* to = sum + (blocks.start[k] - from * Z);
     if (b + 1 < BLOCKS)
-      for (int j = 0; j < Z; j++) to[j] += sign * g[j];
+      for (int j = 0; j < Z; j++) to[j] += factor * g[j];
     else
-      for (int j = 0; j < length_of(BLOCKS - 1); j++) to[j] += sign * g[j];
+      for (int j = 0; j < length_of(BLOCKS - 1); j++) to[j] += factor * g[j];
   }
 }
 
 int64_t kept(const Table*, const Call*) { return 0; }
-int64_t spare(const Table* table, const Call* call) { return call->grad_out ? table->rows() * D : 0; }
+int64_t spare(const Table* table, const Call* call) { return call->grad_out && !DIRECT ? table->rows() * D : 0; }
 
 void forward(const Table* table, const Call* call) {
   const Hash hash(table);
@@ -174,19 +178,34 @@ void backward(const Table* table, const Call* call) {
       });
     });
   }
-  const int64_t rows = table->rows(), count = table->code->constants[0];
+  const int64_t rows = DIRECT ? table->ids : table->rows(), count = table->code->constants[0];
   // One set of vectors a thread that ever sorts, so that their memory is used again.
   static thread_local Blocks own;
 #pragma omp single
   {
-    own.start.resize(rows * BLOCKS), own.sign.resize(rows * BLOCKS);
+    own.start.resize(rows * BLOCKS), own.sign.resize(DIRECT ? call->num_ids : rows * BLOCKS), own.piece.resize(rows);
     const_cast<Table*>(table)->scratch = &own;
   }
   Blocks& blocks = *static_cast<Blocks*>(table->scratch);
+  if constexpr (DIRECT) {
+    int64_t before = 0;
+    for (int64_t k = 0; k < table->num_features; k++) {
+      const int64_t f = table->features[k], base = call->features[f].key_base, t = hash.table_of(base);
+      const int64_t begin = call->offsets[f * call->batch], end = call->offsets[(f + 1) * call->batch];
+#pragma omp for schedule(static) nowait
+      for (int64_t i = begin; i < end; i++) {
+        hash.place(t, call->ids[i] + base, &blocks.start[before + i - begin], &blocks.sign[i]);
+        blocks.piece[before + i - begin] = i;
+      }
+      before += end - begin;
+    }
+#pragma omp barrier
+  } else {
 #pragma omp for schedule(dynamic, ROWS)
-  for (int64_t u = 0; u < rows; u++) {
-    hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
-    row_gradient<D>(table, call, u, table->spare + u * D);
+    for (int64_t u = 0; u < rows; u++) {
+      hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
+      row_gradient<D>(table, call, u, table->spare + u * D);
+    }
   }
 #pragma omp single
   sort_blocks(table, blocks);
@@ -194,11 +213,11 @@ void backward(const Table* table, const Call* call) {
   for (int64_t k = 0; k < static_cast<int64_t>(blocks.row.size()); k++) {
     float own[2 * Z] = {}, spilled[2 * Z] = {}, grad[Z];
     const int64_t row = blocks.row[k];
-    add_blocks(blocks, table->spare, blocks.first[k], row, own);
+    add_blocks(table, call, blocks, blocks.first[k], row, own);
     // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
     const int64_t before = row ? row - 1 : count - 1;
     const int64_t at = row ? k - 1 : static_cast<int64_t>(blocks.row.size()) - 1;
-    if (at >= 0 && blocks.row[at] == before) add_blocks(blocks, table->spare, blocks.first[at], before, spilled);
+    if (at >= 0 && blocks.row[at] == before) add_blocks(table, call, blocks, blocks.first[at], before, spilled);
     for (int j = 0; j < Z; j++) grad[j] = own[j] + spilled[Z + j];
     finish_row<Z>(table, 0, row, grad);
   }

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from recemb_kernels.build import load
-from recemb_kernels.digit_tree.group import MAX_ORDER, TableKernel
+from recemb_kernels.digit_tree.group import MAX_ORDER, Plan, TableKernel
 from recemb_kernels.gather_op import GatherOp
 
 __all__ = ["MAX_ORDER", "TrainShape", "encode", "tt_gather"]
@@ -56,7 +56,7 @@ def _kernel(shape: TrainShape) -> TableKernel:
         dim=math.prod(shape.dim_shape),
         radices=shape.row_shape,
         parameters=len(shape.row_shape),
-        plan_first=True,
+        plan=Plan.FORWARD,
         cost=_product_cost(shape),
         mirrored_cost=_product_cost(mirrored),
     )
