@@ -23,7 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 INCLUDE = Path(__file__).parent / "include"
-# Reassociation lets sums vectorise; NaN and infinity keep their meaning, unlike under -ffast-math.
+# NaN and infinity keep their meaning, unlike under -ffast-math, and sums their order: the compiler may not change
+# it from one blocking to the next. Sums that may be taken in any order say so (`omp simd reduction`).
 FLAGS = (
     "-O3",
     "-march=native",
@@ -31,7 +32,6 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
-    "-fassociative-math",
     "-ffp-contract=fast",
     "-fopenmp",
     "-shared",

@@ -37,6 +37,7 @@ static inline void update_row(int64_t kind, const Hyper& h, int64_t n, float* w,
       break;
     case ROWWISE_ADAGRAD: {
       float square = 0;
+#pragma omp simd reduction(+ : square)
       for (int64_t i = 0; i < n; i++) square += g[i] * g[i];
       state[0] += square / static_cast<float>(n);
       const float scale = h.lr / (std::sqrt(state[0]) + h.eps);

@@ -45,6 +45,23 @@ static inline void store(float* p, typename Vector<L>::type x) {
   *reinterpret_cast<typename Vector<L>::type*>(p) = x;
 }
 
+// s + x * y, fused where the machine can. Spelt out: of a sum of two products the compiler may fuse either one, and
+// chooses differently from one blocking to the next.
+static inline Vector<8>::type multiply_add(Vector<8>::type s, Vector<8>::type x, Vector<8>::type y) {
+#if defined(__FMA__)
+  return (Vector<8>::type)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)s);
+#else
+  return s + x * y;
+#endif
+}
+static inline Vector<8>::type spread(float x, Vector<8>::type) { return Vector<8>::type{x, x, x, x, x, x, x, x}; }
+#if defined(__AVX512F__)
+static inline Vector<16>::type multiply_add(Vector<16>::type s, Vector<16>::type x, Vector<16>::type y) {
+  return (Vector<16>::type)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)s);
+}
+static inline Vector<16>::type spread(float x, Vector<16>::type) { return (Vector<16>::type)_mm512_set1_ps(x); }
+#endif
+
 static inline Vector<8>::type fold(Vector<8>::type x) { return x; }
 #if defined(__AVX512F__)
 static inline Vector<8>::type fold(Vector<16>::type x) {
@@ -81,9 +98,9 @@ static inline void multiply_block(const float* const* a, const float* B, float* 
     for (int v = 0; v < NV; v++) b[v] = load<L>(B + k * N + column + v * L);
 #pragma GCC unroll 24
     for (int m = 0; m < MB; m++) {
-      const float x = a[m][k];
+      const auto x = spread(a[m][k], b[0]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) s[m][v] += x * b[v];
+      for (int v = 0; v < NV; v++) s[m][v] = multiply_add(s[m][v], x, b[v]);
     }
   }
 #pragma GCC unroll 24
@@ -129,9 +146,9 @@ static inline void outer_block(int64_t rows, const float* const* a, const float*
     for (int v = 0; v < NV; v++) y[v] = load<L>(c[r] + column + v * L);
 #pragma GCC unroll 24
     for (int i = 0; i < KB; i++) {
-      const float x = a[r][k + i];
+      const auto x = spread(a[r][k + i], y[0]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) s[i][v] += x * y[v];
+      for (int v = 0; v < NV; v++) s[i][v] = multiply_add(s[i][v], x, y[v]);
     }
   }
 #pragma GCC unroll 24
@@ -207,7 +224,7 @@ static inline void dot_rows(const float* P, const float* T, float* out) {
         const typename Vector<L>::type x = load<L>(P + m * K + k);
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++)
-          if (Q % 4 == 0 || e + q < Q) s[q] += x * load<L>(T + (e + q) * K + k);
+          if (Q % 4 == 0 || e + q < Q) s[q] = multiply_add(s[q], x, load<L>(T + (e + q) * K + k));
       }
       sum4(s, four);
       for (int q = 0; q < 4 && e + q < Q; q++) out[m * STRIDE + e + q] = four[q];

@@ -159,10 +159,10 @@ void backward_projected(const Table* table, const Call* call) {
       float* to = narrow_grad_at(table, call, k) + b * LEFT;
       for (int i = 0; i < LEFT; i++) {
         float dot = 0;
-        for (int j = 0; j < RIGHT; j++) {
-          dot += g[j] * table->param[1][i * RIGHT + j];
-          sum[i * RIGHT + j] += narrow[i] * g[j];
-        }
+        const float* projection = table->param[1] + i * RIGHT;
+#pragma omp simd reduction(+ : dot)
+        for (int j = 0; j < RIGHT; j++) dot += g[j] * projection[j];
+        for (int j = 0; j < RIGHT; j++) sum[i * RIGHT + j] += narrow[i] * g[j];
         to[i] = dot;
       }
     }
@@ -191,6 +191,7 @@ void backward(const Table* table, const Call* call) {
       weight_gradients(call, f, begin, end, [&](int64_t i, const float* grad) {
         float row[W] = {}, dot = 0;
         add_row(table, call->ids[i] + call->features[f].key_base, 1.0f, row);
+#pragma omp simd reduction(+ : dot)
         for (int j = 0; j < W; j++) dot += row[j] * grad[j];
         return dot;
       });

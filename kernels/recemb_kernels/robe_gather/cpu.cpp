@@ -173,6 +173,7 @@ void backward(const Table* table, const Call* call) {
       weight_gradients(call, f, begin, end, [&](int64_t i, const float* grad) {
         float row[D] = {}, dot = 0;
         add_row(table, hash, t, call->ids[i] + base, 1.0f, row);
+#pragma omp simd reduction(+ : dot)
         for (int j = 0; j < D; j++) dot += row[j] * grad[j];
         return dot;
       });

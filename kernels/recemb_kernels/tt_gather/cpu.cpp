@@ -454,6 +454,7 @@ struct TrainBackward : Train<MIRRORED> {
       weight_gradients(&call, f, first, last, [&](int64_t i, const float* grad) {
         const float* row = Base::rows + int64_t{call.slot[i]} * D;
         float dot = 0;
+#pragma omp simd reduction(+ : dot)
         for (int j = 0; j < D; j++) dot += row[j] * grad[j];
         return dot;
       });
