@@ -56,7 +56,7 @@ class Lookup:
         """Pool a batch of F features, [B, sum of D over the features].
 
         Args:
-            parameters: each table's, float32 on CPU.
+            parameters: each table's, contiguous float32 on CPU.
             ids: [L] int64, already checked against the tables' rows.
             offsets: [F * B + 1] int64.
             weights: [L] float32, or ``None``.
@@ -67,7 +67,7 @@ class Lookup:
             KernelUnavailableError: no native kernel can be compiled here.
         """
         group, batch = self.group, make_batch(ids, offsets, weights, batch_size)
-        stored = [parameter.contiguous() for table in parameters for parameter in table]
+        stored = [parameter for table in parameters for parameter in table]
         if not torch.is_grad_enabled():
             return group.forward(stored, batch, keep=False)[0]
         free = [

@@ -44,7 +44,12 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
         return None
     # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
     stores = [[store for store in owner._parameters.values() if store is not None] for owner in owners]
-    if not all(store.is_cpu and store.dtype is torch.float32 for own in stores for store in own):
+    # A fused update writes to the parameters: copies that are contiguous would take it in their place.
+    if not all(
+        store.is_cpu and store.dtype is torch.float32 and store.is_contiguous()
+        for own in stores
+        for store in own
+    ):
         return None
     compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
     ask = training and not compiling

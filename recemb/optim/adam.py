@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from recemb.optim.state import in_place
 from recemb_kernels.update import Kind, Update
 
 
@@ -20,7 +21,7 @@ def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequenc
     states = [o.state[p] for o, p in zip(optimizers, parameters, strict=True)]
     for state, parameter in zip(states, parameters, strict=True):
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
     return Update(
@@ -29,7 +30,7 @@ def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequenc
         eps=group["eps"],
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        state=[state["exp_avg"] for state in states],
-        state2=[state["exp_avg_sq"] for state in states],
-        steps=[state["step"] for state in states],
+        state=in_place([state["exp_avg"] for state in states]),
+        state2=in_place([state["exp_avg_sq"] for state in states]),
+        steps=in_place([state["step"] for state in states]),
     )

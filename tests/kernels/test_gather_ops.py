@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
-from recemb.spec import ROBE, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import driver
 from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 
@@ -207,16 +208,40 @@ def test_sample_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("position", [2**31 - 1, 2**31, 2**31 + 1, 2**33 - 1])
-def test_f14_ids_beyond_32_bits(position: int) -> None:
-    spec = TableSpec(
-        name="t", num_embeddings=2**33, embedding_dim=16, compression=TensorTrain(rank=4), init_std=1.0
-    )
+@pytest.mark.parametrize(
+    "compression",
+    [TensorTrain(rank=4), QuotientRemainder(collisions=2**17), ROBE(compress_rate=10**6, block_size=16)],
+    ids=lambda compression: compression.method,
+)
+def test_f14_ids_beyond_32_bits(compression: Compression, position: int) -> None:
+    spec = TableSpec(name="t", num_embeddings=2**33, embedding_dim=16, compression=compression, init_std=1.0)
     built = build([spec], torch.device("cpu"))["t"]
     built.reset_parameters()
     ids = torch.tensor([0, position, position])
     native = built.pooled([built], Bags(ids, torch.tensor([0, 1, 3]), 1))
     rows = built.rows(built.map_ids(ids))
     torch.testing.assert_close(native, torch.stack([rows[0], 2 * rows[1]]), rtol=1e-5, atol=1e-6)
+    native.sum().backward()
+    ours = [parameter.grad for parameter in built.parameters()]
+    torchs = torch.autograd.grad(built.rows(built.map_ids(ids)).sum(), list(built.parameters()))
+    for first, second in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_f14_a_stored_table_of_more_than_2_to_the_31_rows() -> None:
+    """8.6 GB of address space, of which the few rows touched are backed by memory."""
+    rows = 2**31 + 8
+    spec = TableSpec(name="t", num_embeddings=rows, embedding_dim=1)
+    table = build([spec], torch.device("cpu"))["t"]
+    (weight,) = table.parameters()
+    apply_optimizer_in_backward(torch.optim.SGD, table.parameters(), {"lr": 0.5})
+    ids = torch.tensor([2**31 - 1, 2**31, 2**31 + 7, 2**31])
+    with torch.no_grad():
+        weight[ids] = torch.tensor([[1.0], [2.0], [4.0], [2.0]])
+    pooled = table.pooled([table], Bags(ids, torch.tensor([0, 2, 4]), 1))
+    assert torch.equal(pooled, torch.tensor([[3.0], [6.0]]))
+    pooled.backward(torch.tensor([[1.0], [2.0]]))
+    assert torch.equal(weight[ids].detach(), torch.tensor([[0.5], [0.5], [3.0], [0.5]]))
 
 
 def test_opcheck_and_compile() -> None:

@@ -23,6 +23,7 @@ from recemb import (
     QuotientRemainder,
     TensorTrain,
 )
+from recemb.errors import ConfigError
 from recemb.optim import fused_update
 
 ROWS = {"a": 4000, "b": 90}
@@ -223,3 +224,31 @@ def test_no_gradient_of_a_large_parameter_is_made(method: str, monkeypatch: pyte
         parameter.register_hook(lambda grad: made.append(grad.shape))
     _loss(ours, _batches()[0]).backward()
     assert all(math.prod(shape) <= 3 * 16 for shape in made)
+
+
+def test_state_that_cannot_be_written_in_place_is_refused_before_any_weight_changes() -> None:
+    ebc = _collection()
+    apply_optimizer_in_backward(torch.optim.Adagrad, ebc.parameters(), {"lr": 0.1})
+    parameters = list(ebc.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    last = parameters[-1]
+    state = last._in_backward_optimizers[0].state[last]  # type: ignore[attr-defined] # torch's own name
+    state["sum"] = state["sum"].double()
+    pooled = ebc(_batches()[0]).values()
+    with pytest.raises(ConfigError, match=r"float64.*needs contiguous float32"):
+        pooled.sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
+def test_a_parameter_that_is_not_contiguous_is_stepped_too() -> None:
+    ours, twin = _collection(), _collection()
+    for ebc in (ours, twin):
+        apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": 0.001})
+    for parameter in ours.parameters():
+        parameter.data = parameter.detach().T.contiguous().T
+    assert not next(ours.parameters()).is_contiguous()
+    for batch in _batches():
+        ours(batch).values().sum().backward()
+        twin(batch).values().sum().backward()
+    for first, second in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
