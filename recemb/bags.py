@@ -17,6 +17,8 @@ from torch import Tensor
 from recemb.errors import BatchError
 from recemb_kernels.check import Limits, bags_are_valid
 
+_MOST = 2**31 - 1
+
 
 @dataclass(frozen=True, eq=False)
 class Bags:
@@ -166,6 +168,11 @@ def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
         )
     if bags.num_features != len(targets):
         raise BatchError(f"batch has {bags.num_features} features, the tables expect {len(targets)}")
+    if max(bags.ids.numel(), bags.offsets.numel()) > _MOST:
+        raise BatchError(
+            f"a batch of {bags.ids.numel()} ids in {bags.offsets.numel() - 1} bags is too large: positions "
+            f"are counted in 32 bits, so at most {_MOST} of each; split the batch"
+        )
     if bags.num_features and (bags.offsets.numel() - 1) % bags.num_features:
         raise BatchError(
             f"offsets have {bags.offsets.numel()} entries, which is not features x batch size + 1 for "

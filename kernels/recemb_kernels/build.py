@@ -23,8 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 INCLUDE = Path(__file__).parent / "include"
-# NaN and infinity keep their meaning, unlike under -ffast-math, and sums their order: the compiler may not change
-# it from one blocking to the next. Sums that may be taken in any order say so (`omp simd reduction`).
+# NaN and infinity keep their meaning, unlike under -ffast-math, and sums their order: the compiler may not
+# change it from one blocking to the next. Sums that may be taken in any order say so (`omp simd reduction`).
 FLAGS = (
     "-O3",
     "-march=native",

@@ -76,8 +76,10 @@ class Lookup:
             if update is None
             for parameter in table
         ]
+        # Without an update, whether a gradient is wanted is for the parameters and weights to say.
+        anchor = _ANCHOR if len(free) < len(stored) else None
         static = self, batch, stored, updates
-        return cast(Tensor, cast(Any, _Pool).apply(static, _ANCHOR, weights, *free))
+        return cast(Tensor, cast(Any, _Pool).apply(static, anchor, weights, *free))
 
     def compiled(
         self,
@@ -102,7 +104,9 @@ class _Pool(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, static: Any, anchor: Tensor, weights: Tensor | None, *free: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, static: Any, anchor: Tensor | None, weights: Tensor | None, *free: Tensor
+    ) -> Tensor:
         ctx.lookup, ctx.batch, ctx.stored, ctx.updates = static
         out, ctx.state = ctx.lookup.group.forward(ctx.stored, ctx.batch, keep=True)
         # Autograd then complains when one of them was changed in place between forward and backward.

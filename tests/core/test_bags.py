@@ -126,3 +126,10 @@ def test_f11_offsets_that_do_not_divide_into_features() -> None:
     bags = Bags(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 2, 3]), 2)
     with pytest.raises(BatchError, match=r"4 entries.*2 features"):
         check_bags(bags, [LookupTarget("f", "t", 10), LookupTarget("g", "t", 10)])
+
+
+def test_a_batch_beyond_32_bits_is_refused() -> None:
+    # A stride of 0: 2**31 ids that take no memory.
+    ids = torch.zeros(1, dtype=torch.int64).expand(2**31)
+    with pytest.raises(BatchError, match="split the batch"):
+        check_bags(Bags(ids, torch.tensor([0, 2**31]), 1), [LookupTarget("f", "t", 10)])

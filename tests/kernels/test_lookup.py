@@ -341,3 +341,16 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits() -> None:
     rows = table.rows(table.map_ids(ids[:100]))
     torch.testing.assert_close(outcomes[0][0][:100], rows, rtol=1e-5, atol=1e-6)
     assert math.prod(table_shapes(spec)[0]) >= 10**6
+
+
+def test_frozen_tables_ask_for_no_gradient() -> None:
+    engine, tables = _engine()
+    for table in tables.values():
+        table.requires_grad_(False)
+    bags = _bags(engine, 5, 2, seed=0)
+    assert not engine(tables, bags).requires_grad
+    tables["tt"].requires_grad_(True)
+    pooled = engine(tables, bags)
+    pooled.sum().backward()
+    assert all(parameter.grad is not None for parameter in tables["tt"].parameters())
+    assert all(parameter.grad is None for parameter in tables["qr"].parameters())

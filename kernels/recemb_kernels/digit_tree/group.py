@@ -17,9 +17,9 @@ from recemb_kernels.update import Update
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
-# A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, and its
-# products of cores are computed once more in the backward instead of being kept. At rank 32 a slice's products
-# fit the last-level cache, which pays for computing them twice.
+# A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, and
+# its products of cores are computed once more in the backward instead of being kept. At rank 32 a slice's
+# products fit the last-level cache, which pays for computing them twice.
 MICRO_BATCH_ROWS = 2**14
 
 

@@ -1,0 +1,275 @@
+// A tensor train of one shape, -DDIMS=q_1,...,q_d -DRANKS=1,R_1,...,R_{d-1},1, and its forward pass. Every method is
+// called by all threads of the driver's parallel region; the `omp for` loops share the work.
+//
+// Mirrored, the same train is read from its other end: core l is the transpose of core d - 1 - l, and a row's
+// columns come out in another order.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "recemb_bags.h"
+#include "recemb_tree.h"
+#include "recemb_vector.h"
+
+namespace recemb {
+
+// Of this library alone: every table's library has a train of its own under the same names.
+namespace {
+
+constexpr int DIM[] = {DIMS};
+constexpr int RANK[] = {RANKS};
+constexpr int ORDER = sizeof(DIM) / sizeof(DIM[0]);
+constexpr int LAST = ORDER - 1;
+static_assert(sizeof(RANK) / sizeof(RANK[0]) == ORDER + 1, "one rank more than cores");
+
+// Sizes of the train as read from its left end, or from its right end.
+template <bool MIRRORED>
+struct Sizes {
+  static constexpr int core(int l) { return MIRRORED ? LAST - l : l; }
+  static constexpr int Q(int l) { return DIM[core(l)]; }
+  static constexpr int K(int l) { return MIRRORED ? RANK[core(l) + 1] : RANK[l]; }  // rank on the left
+  static constexpr int R(int l) { return MIRRORED ? RANK[core(l)] : RANK[l + 1]; }  // and on the right
+  static constexpr int KP(int l) { return round_up(K(l)); }
+  static constexpr int M(int l) {  // q_1 .. q_l
+    int total = 1;
+    for (int k = 0; k < l; k++) total *= Q(k);
+    return total;
+  }
+  static constexpr int N(int l) { return Q(l) * round_up(R(l)); }
+  static constexpr int PRODUCT(int l) { return M(l) * N(l); }  // cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R]
+  static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
+  // A slice as multiplied: [K, q, padded R], the last one transposed, [q, padded K].
+  static constexpr int PACKED(int l) { return l == LAST ? Q(l) * KP(l) : K(l) * N(l); }
+  static constexpr bool IN_PLACE(int l) { return !MIRRORED && l < LAST && R(l) % PAD == 0; }
+};
+constexpr int D = Sizes<false>::M(ORDER);
+
+// Columns of a mirrored row come in the order of its cores: entry j is where column j of that order belongs.
+constexpr std::array<int, D> COLUMN = [] {
+  std::array<int, D> to{};
+  for (int j = 0; j < D; j++)
+    for (int c = 0, rest = j, weight = D; c < ORDER; c++) {  // the last core read is core 0
+      weight /= DIM[c];
+      to[j] += rest % DIM[c] * weight;
+      rest /= DIM[c];
+    }
+  return to;
+}();
+
+constexpr int WIDEST_SLICE = [] {
+  int most = 0;
+  for (int l = 0; l < ORDER; l++)
+    most = std::max({most, Sizes<false>::PACKED(l), Sizes<true>::PACKED(l),
+                     l ? Sizes<false>::N(l) * Sizes<false>::KP(l) : 0, l ? Sizes<true>::N(l) * Sizes<true>::KP(l) : 0});
+  return most;
+}();
+
+// Nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
+constexpr int64_t NODES = 8;
+// Nodes of a piece up to which a slice is not worth transposing.
+constexpr int64_t FEW = 3;
+
+// Per-thread room for one slice, off the stack: a slice of rank 256 is over a megabyte.
+float* scratch(int which) {
+  static thread_local std::vector<float> room[2];
+  if (room[which].empty()) room[which].resize(WIDEST_SLICE);
+  return room[which].data();
+}
+
+template <bool MIRRORED>
+struct Train : Sizes<MIRRORED> {
+  using S = Sizes<MIRRORED>;
+  const Table& table;
+  const Call& call;
+  float* packed[ORDER];
+  float* products[ORDER];  // of levels 1 .. d - 2, of this slice when products are not kept
+  float* rows;
+  int64_t slice = 0;
+
+  Train(const Table* t, const Call* c) : table(*t), call(*c) {
+    float *kept = table.kept, *spare = table.spare;
+    for (int l = 0; l < ORDER; l++) packed[l] = kept, kept += packed_size(table, l);
+    float*& at = keeps_products(table) ? kept : spare;
+    for (int l = 1; l < LAST; l++) products[l] = at, at += products_size(table, l);
+    rows = keeps_rows(call) ? kept : spare;
+  }
+
+  static int64_t packed_size(const Table& table, int l) {
+    return S::IN_PLACE(l) ? 0 : table.level[l].touched * S::PACKED(l);
+  }
+  static bool keeps_products(const Table& table) { return table.slices == 1; }
+  static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
+  static int64_t most_nodes(const Table& table, int l) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < table.slices; s++)
+      most = std::max<int64_t>(most, table.level[l].slice_node[s + 1] - table.level[l].slice_node[s]);
+    return most;
+  }
+  static int64_t products_size(const Table& table, int l) { return most_nodes(table, l) * S::PRODUCT(l); }
+  static int64_t all_products_size(const Table& table) {
+    int64_t total = 0;
+    for (int l = 1; l < LAST; l++) total += products_size(table, l);
+    return total;
+  }
+
+  static int64_t kept_size(const Table& table, const Call& call) {
+    int64_t total = 0;
+    for (int l = 0; l < ORDER; l++) total += packed_size(table, l);
+    if (keeps_products(table)) total += all_products_size(table);
+    return total + (keeps_rows(call) ? table.rows() * D : 0);
+  }
+  static int64_t spare_size(const Table& table, const Call& call) {
+    int64_t total = keeps_products(table) ? 0 : all_products_size(table);
+    if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
+    total += most_nodes(table, LAST) * D;
+    for (int l = 0; l < LAST; l++) total += most_nodes(table, l) * S::PRODUCT(l);
+    for (int l = 1; l < LAST; l++) total += most_nodes(table, l) * S::M(l) * S::KP(l);
+    if (table.slices > 1)
+      for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
+    return total;
+  }
+
+  int64_t begin(int l) const { return table.level[l].slice_node[slice]; }
+  int64_t end(int l) const { return table.level[l].slice_node[slice + 1]; }
+
+  // Element (k, e, r) of a slice of core l is at this place of the stored slice.
+  static constexpr int stored(int l, int k, int e, int r) {
+    return MIRRORED ? (r * S::Q(l) + e) * S::K(l) + k : (k * S::Q(l) + e) * S::R(l) + r;
+  }
+  template <int l, class Move>
+  static void each_element(Move move) {
+    constexpr int K = S::K(l), Q = S::Q(l), R = S::R(l), RP = round_up(R), KP = S::KP(l);
+    if constexpr (l == LAST) {
+      for (int e = 0; e < Q; e++)
+        for (int k = 0; k < K; k++) move(e * KP + k, stored(l, k, e, 0));
+    } else {
+      for (int k = 0; k < K; k++)
+        for (int e = 0; e < Q; e++)
+          for (int r = 0; r < R; r++) move((k * Q + e) * RP + r, stored(l, k, e, r));
+    }
+  }
+
+  template <int l>
+  void pack_touched() const {
+    if constexpr (!S::IN_PLACE(l)) {
+      const Level& level = table.level[l];
+#pragma omp for schedule(static) nowait
+      for (int64_t g = 0; g < level.touched; g++) {
+        const float* slice = table.param[S::core(l)] + int64_t{level.digit[g]} * S::WIDTH(l);
+        float* to = packed[l] + g * S::PACKED(l);
+        if (S::PACKED(l) > S::WIDTH(l)) std::fill(to, to + S::PACKED(l), 0.0f);
+        each_element<l>([&](int p, int s) { to[p] = slice[s]; });
+      }
+    }
+    if constexpr (l < LAST) pack_touched<l + 1>();
+  }
+
+  // The slice of core l of a group of nodes (level 0: of a node), as multiplied.
+  const float* matrix(int l, int64_t group) const {
+    if (S::IN_PLACE(l)) return table.param[S::core(l)] + int64_t{table.level[l].digit[group]} * S::WIDTH(l);
+    return packed[l] + group * S::PACKED(l);
+  }
+  // The product of cores 0 .. l at a node: [M(l + 1), padded R].
+  const float* product(int l, int64_t node) const {
+    return l == 0 ? matrix(0, node) : products[l] + product_at(l, node);
+  }
+  int64_t product_at(int l, int64_t node) const {
+    return (node - (keeps_products(table) ? 0 : begin(l))) * S::PRODUCT(l);
+  }
+
+  // Rows of the products above the nodes of a piece, and rows of what belongs to the nodes themselves.
+  template <int l, class Above, class Own>
+  int64_t pointers(int64_t from, int64_t to, Above above, Own own, const float** a, float** c) const {
+    const Level& level = table.level[l];
+    int64_t rows = 0;
+    for (int64_t k = from; k < to; k++) {
+      const int64_t node = level.by_digit[k];
+      const float* upper = above(node);
+      float* lower = own(node);
+      for (int m = 0; m < S::M(l); m++, rows++) a[rows] = upper + m * S::KP(l), c[rows] = lower + m * S::N(l);
+    }
+    return rows;
+  }
+
+  template <int l>
+  void multiply_level() const {
+    if constexpr (l > 0 && l < LAST) {
+      const Level& level = table.level[l];
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t p = level.slice_piece[slice]; p < level.slice_piece[slice + 1]; p++) {
+        const float* a[PIECE * S::M(l)];
+        float* c[PIECE * S::M(l)];
+        const int64_t from = level.piece_start[p];
+        const int64_t rows = pointers<l>(
+            from, level.piece_start[p + 1], [&](int64_t node) { return product(l - 1, level.parent[node]); },
+            [&](int64_t node) { return products[l] + product_at(l, node); }, a, c);
+        multiply_rows<S::K(l), S::N(l), false>(rows, a, matrix(l, level.group[level.by_digit[from]]), c);
+      }
+    }
+    if constexpr (l < LAST - 1) multiply_level<l + 1>();
+  }
+
+  // Where position i is pooled to when every bag holds one id.
+  float* out_of(int64_t f, int64_t i) const {
+    const int64_t g = table.num_features == 1 ? f : i / call.batch;
+    return call.out + (i - g * call.batch) * call.columns + call.features[g].column;
+  }
+
+  void forward_rows() const {
+    const Level& level = table.level[LAST - 1];
+    const Level& last = table.level[LAST];
+    const int64_t f = table.features[0];
+#pragma omp for schedule(dynamic, NODES)
+    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
+      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
+        float raw[D], turned[D];
+        const float* row = raw;
+        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]), raw);
+        if constexpr (MIRRORED) {
+          for (int j = 0; j < D; j++) turned[COLUMN[j]] = raw[j];
+          row = turned;
+        }
+        if (call.bag) std::copy(row, row + D, rows + u * D);
+        for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
+          const int64_t i = table.perm[k];
+          if (call.bag) {
+            call.slot[i] = static_cast<int32_t>(u);
+            continue;
+          }
+          if (k + AHEAD < table.ids) prefetch_row<true>(out_of(f, table.perm[k + AHEAD]), D);
+          float* out = out_of(f, i);
+          if (call.weights)
+            for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
+          else
+            std::copy(row, row + D, out);
+        }
+      }
+    }
+  }
+
+  void forward() {
+    pack_touched<0>();
+#pragma omp barrier
+    for (slice = 0; slice < table.slices; slice++) {
+      multiply_level<0>();
+      forward_rows();
+    }
+    if (!call.bag) return;
+    each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
+      const int64_t* offsets = call.offsets + f * call.batch;
+      for (int64_t b = first; b < last; b++) {
+        float sum[D] = {};
+        for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
+          const float w = share_of(&call, call.features[f], i, offsets[b + 1] - offsets[b]);
+          const float* row = rows + int64_t{call.slot[i]} * D;
+          for (int j = 0; j < D; j++) sum[j] += w * row[j];
+        }
+        std::copy(sum, sum + D, call.out + b * call.columns + call.features[f].column);
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace recemb
