@@ -20,7 +20,8 @@ from recemb_kernels.check import Limits, bags_are_valid
 _MOST = 2**31 - 1
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: torch.compile cannot hand a frozen dataclass over a graph break.
+@dataclass(eq=False)
 class Bags:
     """The bags of F features over one batch of B samples.
 
@@ -165,6 +166,17 @@ def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
         raise BatchError(
             f"ids must be a 1-D int64 tensor, got {bags.ids.dtype} of shape {tuple(bags.ids.shape)}; "
             "build the KeyedJaggedTensor with values=values.long()"
+        )
+    if bags.offsets.dtype != torch.int64 or bags.offsets.dim() != 1:
+        raise BatchError(
+            f"offsets must be a 1-D int64 tensor, got {bags.offsets.dtype} of shape "
+            f"{tuple(bags.offsets.shape)}; pass offsets.long()"
+        )
+    others = [bags.offsets] if bags.weights is None else [bags.offsets, bags.weights]
+    if any(other.device != bags.ids.device for other in others):
+        raise BatchError(
+            f"ids are on {bags.ids.device} and offsets or weights on "
+            f"{', '.join(str(other.device) for other in others)}; move them to one device"
         )
     if bags.num_features != len(targets):
         raise BatchError(f"batch has {bags.num_features} features, the tables expect {len(targets)}")

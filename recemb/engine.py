@@ -14,9 +14,10 @@ from torch import Tensor
 
 from recemb.backends import backend_of
 from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native
+from recemb.backends.native import pooled_native, served_natively
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.spec import TableSpec
+from recemb_kernels.gather_op import opaque
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Engine:
             members.setdefault(backend_of(table), []).append(f)
         self._groups = tuple(_Group(backend, tuple(features)) for backend, features in members.items())
 
+    # torch.compile breaks its graph here, as it does at torchrec's own jagged tensors: the look-up inside is
+    # the eager one, with its fused optimizers.
+    @opaque
     def __call__(self, tables: Mapping[str, Backend], bags: Bags) -> Tensor:
         """Pool a batch.
 
@@ -65,15 +69,22 @@ class Engine:
             whole = pooled_native(served, bags)
             if whole is not None:
                 return whole
-        outputs = [
-            group.backend.pooled([served[f] for f in group.features], selected)
-            for group in self._groups
-            for selected in (bags.select(group.features),)
-        ]
+        outputs: list[tuple[Sequence[int], Tensor]] = []
+        rest = set(range(len(served)))
+        if len(self._groups) > 1 and not torch.compiler.is_compiling():
+            native = [f for f, fits in enumerate(served_natively(served)) if fits]
+            pooled = pooled_native([served[f] for f in native], bags.select(native)) if native else None
+            if pooled is not None:
+                outputs.append((native, pooled))
+                rest -= set(native)
+        for group in self._groups:
+            own = [f for f in group.features if f in rest]
+            if own:
+                outputs.append((own, group.backend.pooled([served[f] for f in own], bags.select(own))))
         if len(outputs) == 1:
-            return outputs[0]
+            return outputs[0][1]
         columns: dict[int, Tensor] = {}
-        for group, output in zip(self._groups, outputs, strict=True):
-            pieces = torch.split(output, [self.dims[f] for f in group.features], dim=1)
-            columns.update(zip(group.features, pieces, strict=True))
+        for features, output in outputs:
+            pieces = torch.split(output, [self.dims[f] for f in features], dim=1)
+            columns.update(zip(features, pieces, strict=True))
         return torch.cat([columns[f] for f in range(len(self.targets))], dim=1)

@@ -36,6 +36,8 @@ def bags_are_valid(
     """
     if torch.compiler.is_compiling() or not (ids.is_cpu and ids.is_contiguous() and offsets.is_contiguous()):
         return False
+    if not offsets.is_cpu or (weights is not None and not weights.is_cpu):
+        return False
     if weights is not None and not (weights.dtype is torch.float32 and weights.is_contiguous()):
         return False
     library = attempt("check_bags", driver)

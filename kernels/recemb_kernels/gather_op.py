@@ -8,9 +8,7 @@ holds (table, is mean, key base) per feature. Eager mode takes the same kernels 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Generic, TypeVar, cast
 
@@ -29,8 +27,8 @@ _INPUTS = (
 )
 
 
-def _opaque(function: _F) -> _F:
-    """Keep torch.compile from tracing into Python that is called from C++ and only fills pointers."""
+def opaque(function: _F) -> _F:
+    """Keep torch.compile from tracing into Python that only prepares calls of the kernels."""
     return cast(_F, cast(Any, torch.compiler).disable(function))
 
 
@@ -58,8 +56,8 @@ class GatherOp(Generic[_S]):
         _LIBRARY.define(
             f"{name}_backward(Tensor grad_out, {_INPUTS}, bool want_weights) -> (Tensor[], Tensor)"
         )
-        _LIBRARY.impl(name, _opaque(self._forward), "CPU")
-        _LIBRARY.impl(f"{name}_backward", _opaque(self._backward), "CPU")
+        _LIBRARY.impl(name, opaque(self._forward), "CPU")
+        _LIBRARY.impl(f"{name}_backward", opaque(self._backward), "CPU")
         full = f"recemb::{name}"
         torch.library.register_fake(full, self._fake_forward, lib=_LIBRARY)
         torch.library.register_fake(f"{full}_backward", self._fake_backward, lib=_LIBRARY)
@@ -112,7 +110,13 @@ class GatherOp(Generic[_S]):
         # Nothing but tensors crosses from the forward, so what it planned is planned once more.
         _, state = group.forward(stored, batch, keep=True)
         grads, grad_weights = group.backward(
-            grad_out, stored, batch, state, updates=[None] * group.num_tables, want_weights=want_weights
+            grad_out,
+            stored,
+            batch,
+            state,
+            updates=[None] * group.num_tables,
+            wanted=[True] * len(stored),
+            want_weights=want_weights,
         )
         empty = grad_out.new_empty(0)
         return [
@@ -156,13 +160,11 @@ def make_batch(ids: Tensor, offsets: Tensor, weights: Tensor | None, batch_size:
 
 
 def make_group(shapes: Sequence[tuple[Callable[[Any], TableKernel], Any]], features: Sequence[int]) -> Group:
-    """Compile the kernels of (kernel, shape) pairs, side by side, and group them.
+    """Compile the kernels of (kernel, shape) pairs and group them.
 
     Args:
         features: (table, is mean, key base) per feature, flat.
     """
     codes = zip(*[iter(features)] * 3, strict=True)
-    # Compilers run as processes of their own, so threads are enough to use every core.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = list(pool.map(lambda pair: pair[0](pair[1]), shapes))
+    kernels = [kernel(shape) for kernel, shape in shapes]
     return Group(kernels, [FeatureCode(table, bool(mean), base) for table, mean, base in codes])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recemb_kernels.digit_tree.group import Group
+from recemb_kernels.digit_tree.group import Batch, Group
 from recemb_kernels.gather_op import GatherOp, make_batch, make_group
+from recemb_kernels.native import attempt
 from recemb_kernels.update import Update
 
 
@@ -22,6 +25,20 @@ class TableShape:
 
     op: GatherOp[Any]
     shape: Any
+
+
+def available(shapes: Sequence[TableShape]) -> list[bool]:
+    """Whether each shape's kernel can be compiled here; they compile side by side.
+
+    What cannot is warned about once, and not tried again.
+    """
+    # Compilers run as processes of their own, so threads are enough to use every core.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_available, shapes))
+
+
+def _available(shape: TableShape) -> bool:
+    return attempt(f"{shape.op.name} of {shape.shape}", lambda: shape.op.kernel(shape.shape)) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +58,7 @@ class Lookup:
 
     @cached_property
     def group(self) -> Group:
-        """The compiled group; compiling takes seconds the first time that a shape is met on a machine."""
+        """The compiled group."""
         return make_group([(table.op.kernel, table.shape) for table in self.tables], self.features)
 
     def __call__(
@@ -66,20 +83,19 @@ class Lookup:
         Raises:
             KernelUnavailableError: no native kernel can be compiled here.
         """
-        group, batch = self.group, make_batch(ids, offsets, weights, batch_size)
+        batch = make_batch(ids, offsets, weights, batch_size)
         stored = [parameter for table in parameters for parameter in table]
         if not torch.is_grad_enabled():
-            return group.forward(stored, batch, keep=False)[0]
-        free = [
-            parameter
-            for table, update in zip(parameters, updates, strict=True)
-            if update is None
-            for parameter in table
+            return self.group.forward(stored, batch, keep=False)[0]
+        stepped = [
+            update is not None for table, update in zip(parameters, updates, strict=True) for _ in table
         ]
+        wanted = [p.requires_grad and not step for p, step in zip(stored, stepped, strict=True)]
+        free = [parameter for parameter, want in zip(stored, wanted, strict=True) if want]
         # Without an update, whether a gradient is wanted is for the parameters and weights to say.
-        anchor = _ANCHOR if len(free) < len(stored) else None
-        static = self, batch, stored, updates
-        return cast(Tensor, cast(Any, _Pool).apply(static, anchor, weights, *free))
+        anchor = _ANCHOR if any(stepped) else None
+        call = _Call(self.group, self.refusal, batch, stored, updates, stepped, wanted)
+        return cast(Tensor, cast(Any, _Pool).apply(call, anchor, weights, *free))
 
     def compiled(
         self,
@@ -96,39 +112,73 @@ class Lookup:
         return op(flat, ids, offsets, weights, batch, code, self.features)
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One look-up: what is known of it before it runs, per parameter whether a kernel steps it, or its
+    gradient is wanted."""
+
+    group: Group
+    refusal: Callable[[], Exception]
+    batch: Batch
+    stored: Sequence[Tensor]
+    updates: Sequence[Callable[[], Update] | None]
+    stepped: Sequence[bool]
+    wanted: Sequence[bool]
+
+    def versions(self) -> list[int]:
+        """How often each stepped parameter has been changed in place."""
+        return [p._version for p, step in zip(self.stored, self.stepped, strict=True) if step]
+
+
 class _Pool(torch.autograd.Function):
     """One autograd node for all tables.
 
     Parameters with a fused update are no inputs: hooks on their gradients do not fire, and their change in
     the backward is not taken for a mistake. ``_ANCHOR`` is there so that a backward comes even without any.
+    As with FBGEMM's tables, **each look-up is a step of its own**: a table looked up twice before the
+    backward is stepped twice, the second time with gradients at the weights that the first step left, and
+    ``torch.autograd.grad`` of whatever the node has as inputs steps the others too.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, static: Any, anchor: Tensor | None, weights: Tensor | None, *free: Tensor
+        ctx: Any, call: _Call, anchor: Tensor | None, weights: Tensor | None, *free: Tensor
     ) -> Tensor:
-        ctx.lookup, ctx.batch, ctx.stored, ctx.updates = static
-        out, ctx.state = ctx.lookup.group.forward(ctx.stored, ctx.batch, keep=True)
-        # Autograd then complains when one of them was changed in place between forward and backward.
-        ctx.save_for_backward(*free)
-        return cast(Tensor, out)
+        out, ctx.state = call.group.forward(call.stored, call.batch, keep=True)
+        ctx.call, ctx.versions = call, call.versions()
+        # Read again in the backward: autograd then complains when one was changed in place.
+        batch = call.batch
+        ctx.save_for_backward(
+            batch.ids, batch.offsets, *(() if batch.weights is None else (batch.weights,)), *free
+        )
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         _ = ctx.saved_tensors
+        call: _Call = ctx.call
+        updates = [None if update is None else update() for update in call.updates]
+        if ctx.versions != call.versions():
+            # A step has been taken since the forward: its products belong to weights that are gone.
+            call.group.forward(call.stored, call.batch, keep=True, state=ctx.state)
         try:
-            grads, grad_weights = ctx.lookup.group.backward(
+            grads, grad_weights = call.group.backward(
                 grad_out,
-                ctx.stored,
-                ctx.batch,
+                call.stored,
+                call.batch,
                 ctx.state,
-                updates=[None if update is None else update() for update in ctx.updates],
+                updates=updates,
+                wanted=call.wanted,
                 want_weights=ctx.needs_input_grad[2],
             )
         except FloatingPointError:
-            raise ctx.lookup.refusal() from None
-        return None, None, grad_weights, *(grad for grad in grads if grad is not None)
+            raise call.refusal() from None
+        stepped = [p for p, step in zip(call.stored, call.stepped, strict=True) if step]
+        if stepped:
+            torch.autograd.graph.increment_version(stepped)
+        free = [grad for grad, want in zip(grads, call.wanted, strict=True) if want]
+        return None, None, grad_weights, *free
 
 
-_ANCHOR = torch.empty(0, requires_grad=True)
+_ANCHOR = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")

@@ -19,7 +19,13 @@ def hint_huge_pages(tensor: Tensor) -> None:
     besides the row's own: gathering takes twice as long. A hint: where huge pages are off, nothing changes.
     """
     size = tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    # A subclass, such as torch.compile's fake tensors, may have no memory.
+    if (
+        type(tensor) is not Tensor
+        or tensor.device.type != "cpu"
+        or size < 2 * _HUGE_PAGE
+        or not hasattr(mmap, "MADV_HUGEPAGE")
+    ):
         return
     begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     length = (tensor.data_ptr() + size - begin) // _HUGE_PAGE * _HUGE_PAGE

@@ -1,4 +1,4 @@
-"""Which native kernels run here, and why others do not. One warning per op, then the plain torch path."""
+"""Which native kernels run here, and why others do not. One warning a reason, then the plain torch path."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags")
 _unavailable: dict[str, str] = {}
 
 
-def attempt(op: str, call: Callable[[], _T]) -> _T | None:
-    """``call()``, or ``None`` when the op's native kernel cannot be had here (warned about once)."""
-    if op in _unavailable:
+def attempt(what: str, call: Callable[[], _T]) -> _T | None:
+    """``call()``, or ``None`` when a kernel it needs cannot be had here; each reason is warned about once."""
+    if what in _unavailable:
         return None
     try:
         return call()
     except KernelUnavailableError as error:
-        _unavailable[op] = str(error)
-        warnings.warn(
-            f"recemb: {op} runs on plain torch, which is slower: {error}. See `recemb doctor`.", stacklevel=3
-        )
+        if str(error) not in _unavailable.values():
+            warnings.warn(
+                f"recemb: {what} runs on plain torch, which is slower: {error}. See `recemb doctor`.",
+                stacklevel=3,
+            )
+        _unavailable[what] = str(error)
         return None
 
 
@@ -32,8 +34,9 @@ def status() -> dict[str, str]:
     path = compiler()
     report = {}
     for op in OPS:
-        if op in _unavailable:
-            report[op] = f"plain torch: {_unavailable[op]}"
+        failed = [reason for what, reason in _unavailable.items() if what.startswith(op)]
+        if failed:
+            report[op] = f"plain torch: {failed[0]}"
         elif path is None:
             report[op] = "plain torch: no C++ compiler found; install g++ or clang++, or set CXX"
         else:

@@ -1,4 +1,8 @@
-"""The uncompressed table. Bit-identical to ``nn.EmbeddingBag``, outputs and gradients."""
+"""The uncompressed table: ``nn.EmbeddingBag`` to the bit, outputs and gradients.
+
+Under a fused optimizer, and without gradients, the native kernel looks it up: the same bits again, but for
+weighted bags, which may differ by a rounding.
+"""
 
 from __future__ import annotations
 

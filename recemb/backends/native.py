@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
-from recemb_kernels.lookup import Lookup
-from recemb_kernels.native import attempt
+from recemb_kernels.lookup import Lookup, available
+from recemb_kernels.update import Update
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
@@ -24,6 +26,34 @@ _B = TypeVar("_B", bound="Backend")
 def owner_of(table: _B) -> _B:
     """The table that holds the storage of ``table``: itself for most."""
     return table._owner[0] if table._owner else table  # type: ignore[return-value] # peers are of one method
+
+
+@dataclass
+class _Prepared:
+    """What is worked out once of a list of tables. Refers to them weakly: their first one remembers it.
+
+    Attributes:
+        tables: the tables, to be sure that it is still them.
+        owners: position of the table that owns each storage, or of one of its peers.
+        available: per storage, whether a kernel serves it.
+        fused: per storage, its optimizers' update.
+        lookup: the call for all of them, or ``None`` when a kernel is missing.
+    """
+
+    tables: list[ReferenceType[Backend]]
+    owners: list[int]
+    available: list[bool]
+    fused: list[FusedUpdate]
+    lookup: Lookup | None
+
+
+@dataclass
+class _Storage:
+    """One storage in one call: its parameters, the step they take, and whether the kernels can serve it."""
+
+    parameters: list[nn.Parameter]
+    update: Callable[[], Update] | None
+    native: bool
 
 
 def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
@@ -39,46 +69,59 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     Raises:
         NonFiniteError: in the backward of a fused update, before any weight changes.
     """
-    owners, fused, lookup = _prepare(tables)
-    if lookup is None:
-        return None
-    # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
-    stores = [[store for store in owner._parameters.values() if store is not None] for owner in owners]
-    # A fused update writes to the parameters: copies that are contiguous would take it in their place.
-    if not all(
-        store.is_cpu and store.dtype is torch.float32 and store.is_contiguous()
-        for own in stores
-        for store in own
-    ):
-        return None
-    compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    ask = training and not compiling
-    updates = [update.of(own) if ask else None for update, own in zip(fused, stores, strict=True)]
-    if training and any(
-        owner.native_when_fused and update is None for owner, update in zip(owners, updates, strict=True)
-    ):
+    prepared = _prepare(tables)
+    storages = _storages(tables, prepared)
+    lookup = prepared.lookup
+    if lookup is None or not all(storage.native for storage in storages):
         return None
     weights = None if bags.weights is None else bags.weights.float()
-    if compiling:
+    parameters = [storage.parameters for storage in storages]
+    if torch.compiler.is_compiling():
         if len({table.op.name for table in lookup.tables}) > 1:
             return None
-        return attempt(
-            lookup.tables[0].op.name,
-            lambda: lookup.compiled(stores, bags.ids, bags.offsets, weights, bags.batch_size),
-        )
-    return attempt(
-        lookup.tables[0].op.name,
-        lambda: lookup(stores, bags.ids, bags.offsets, weights, bags.batch_size, updates),
-    )
+        return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
+    updates = [storage.update for storage in storages]
+    return lookup(parameters, bags.ids, bags.offsets, weights, bags.batch_size, updates)
 
 
-def _prepare(tables: Sequence[Backend]) -> tuple[list[Backend], list[FusedUpdate], Lookup | None]:
-    """The storages of a group, their updates and its look-up; remembered by the group's first table."""
-    key, memo = tuple(tables), tables[0].memo
+def served_natively(tables: Sequence[Backend]) -> list[bool]:
+    """Per feature, whether :meth:`pooled_native` could serve its table in this step."""
+    native = {
+        owner_of(tables[at]): storage.native
+        for prepared in [_prepare(tables)]
+        for at, storage in zip(prepared.owners, _storages(tables, prepared), strict=True)
+    }
+    return [native[owner_of(table)] for table in tables]
+
+
+def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
+    training = torch.is_grad_enabled()
+    ask = training and not torch.compiler.is_compiling()
+    found = []
+    for at, fits, fused in zip(prepared.owners, prepared.available, prepared.fused, strict=True):
+        owner = owner_of(tables[at])
+        # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
+        own = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        # A fused update writes to the parameters: copies that are contiguous would take it in their place.
+        native = fits and all(p.is_cpu and p.dtype is torch.float32 and p.is_contiguous() for p in own)
+        update = fused.of(own) if ask and native else None
+        if training and update is None and owner.native_when_fused:
+            native = native and not any(p.requires_grad for p in own)
+        found.append(_Storage(own, update, native))
+    return found
+
+
+def _prepare(tables: Sequence[Backend]) -> _Prepared:
+    """What is fixed about these tables; remembered by the first of them."""
+    key, memo = tuple(map(id, tables)), tables[0].memo
     compiling = torch.compiler.is_compiling()
-    if not compiling and key in memo:
-        known: tuple[list[Backend], list[FusedUpdate], Lookup | None] = memo[key]
-        return known
+    if not compiling:
+        known: _Prepared | None = memo.get(key)
+        # Another table may have taken the place of one that is gone.
+        if known is not None and all(
+            seen() is table for seen, table in zip(known.tables, tables, strict=True)
+        ):
+            return known
     owners = list(dict.fromkeys(owner_of(table) for table in tables))
     index = {owner: k for k, owner in enumerate(owners)}
     features = tuple(
@@ -88,12 +131,17 @@ def _prepare(tables: Sequence[Backend]) -> tuple[list[Backend], list[FusedUpdate
     )
     shapes = [owner.native_shape() for owner in owners]
     whole = tuple(shape for shape in shapes if shape is not None)
+    # Under torch.compile a kernel is met, and missed, when the compiled code runs.
+    compiled = iter([True] * len(whole) if compiling else available(whole))
+    fits = [shape is not None and next(compiled) for shape in shapes]
     refusal = partial(_refusal, [table.table.name for table in tables])
-    lookup = Lookup(whole, features, refusal) if len(whole) == len(shapes) else None
-    found = owners, [FusedUpdate() for _ in owners], lookup
-    if not compiling:
-        memo[key] = found
-    return found
+    first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
+    lookup = Lookup(whole, features, refusal) if all(fits) else None
+    if compiling:
+        return _Prepared([], first, fits, [FusedUpdate() for _ in owners], lookup)
+    memo[key] = _Prepared([ref(t) for t in tables], first, fits, [FusedUpdate() for _ in owners], lookup)
+    prepared: _Prepared = memo[key]
+    return prepared
 
 
 def _refusal(names: Sequence[str]) -> NonFiniteError:

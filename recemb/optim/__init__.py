@@ -45,10 +45,12 @@ class FusedUpdate:
             parameters: those of the storage, which are updated together.
 
         Returns:
-            ``None`` when there is no such optimizer, when the parameters' optimizers differ in class or
-            settings, or when one has an option (momentum, weight decay, ...) that touches more than the rows
-            of the batch.
+            ``None`` when there is no such optimizer, when a parameter is frozen, when the parameters'
+            optimizers differ in class or settings, or when one has an option (momentum, weight decay, ...)
+            that touches more than the rows of the batch.
         """
+        if not all(parameter.requires_grad for parameter in parameters):
+            return None
         attached = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
         optimizers = [found[0] if found and len(found) == 1 else None for found in attached]
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from recemb.optim.state import in_place
+from recemb.optim.state import counters, in_place
 from recemb_kernels.update import Kind, Update
 
 
@@ -27,6 +27,6 @@ def sum_update(
         lr=float(group["lr"]),
         eps=group["eps"],
         lr_decay=group["lr_decay"],
-        state=in_place([state["sum"] for state in states]),
-        steps=in_place([state["step"] for state in states]),
+        state=in_place(states, "sum", parameters, row_wise=kind == Kind.ROWWISE_ADAGRAD),
+        steps=counters(states),
     )

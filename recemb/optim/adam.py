@@ -9,28 +9,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from recemb.optim.state import in_place
+from recemb.optim.state import counters, in_place
 from recemb_kernels.update import Kind, Update
 
 
 def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> Update:
     """``torch.optim.Adam`` without AMSGrad; its state is made on the first step, as in torch."""
     group = optimizers[0].param_groups[0]
+    for optimizer, parameter in zip(optimizers, parameters, strict=True):
+        make_state(optimizer, parameter)
     states = [o.state[p] for o, p in zip(optimizers, parameters, strict=True)]
-    for state, parameter in zip(states, parameters, strict=True):
-        if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
     return Update(
         Kind.ADAM,
         lr=float(group["lr"]),
         eps=group["eps"],
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        state=in_place([state["exp_avg"] for state in states]),
-        state2=in_place([state["exp_avg_sq"] for state in states]),
-        steps=in_place([state["step"] for state in states]),
+        state=in_place(states, "exp_avg", parameters),
+        state2=in_place(states, "exp_avg_sq", parameters),
+        steps=counters(states),
     )
+
+
+def make_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Give Adam the state that torch would make on its first step, when it has none yet."""
+    state, group = optimizer.state[parameter], optimizer.param_groups[0]
+    if state:
+        return
+    on_device = group["capturable"] or group["fused"]
+    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
+        state[name] = torch.zeros_like(parameter, requires_grad=False)

@@ -1,27 +1,54 @@
-"""Optimizer state as the kernels can step on it: written in place, so its layout matters."""
+"""Optimizer state as the kernels step on it: written in place, so its layout matters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recemb.errors import ConfigError
 
 
-def in_place(state: Sequence[Tensor]) -> Sequence[Tensor]:
-    """``state`` itself, when the fused step can write to it.
+def in_place(
+    states: Sequence[dict[str, Any]], name: str, parameters: Sequence[nn.Parameter], *, row_wise: bool = False
+) -> list[Tensor]:
+    """``state[name]`` of every parameter, when the fused step can write to it.
+
+    Args:
+        states: one optimizer state per parameter.
+        name: which of its tensors; each has the parameter's shape.
+        row_wise: each has one number a row instead, [N, 1].
 
     Raises:
-        ConfigError: a tensor is not float32, contiguous and on the CPU, for example after loading a state
-            that was saved under another default dtype. No weight has changed.
+        ConfigError: a tensor is not float32, contiguous, on the CPU and of that shape, for example after
+            loading another optimizer's state. No weight has changed.
     """
-    for tensor in state:
-        if tensor.dtype is not torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()):
+    found = []
+    for state, parameter in zip(states, parameters, strict=True):
+        tensor = state[name]
+        rows, columns = parameter.shape
+        expected = rows if row_wise else rows * columns
+        fits = tensor.numel() == expected and tensor.shape[0] == rows
+        if not fits or tensor.dtype is not torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()):
             raise ConfigError(
-                f"an in-backward optimizer has state of {tensor.dtype}, shape {tuple(tensor.shape)} and "
-                f"strides {tensor.stride()} on {tensor.device}; the fused step needs contiguous float32 on "
-                "the CPU: convert it with .float().contiguous(), or load it into a fresh optimizer"
+                f"an in-backward optimizer has a state {name!r} of {tensor.dtype}, shape "
+                f"{tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device} for a parameter of "
+                f"shape {tuple(parameter.shape)}; the fused step needs contiguous float32 on the CPU, "
+                f"{'one number a row' if row_wise else 'of that shape'}: load a state of the same optimizer"
             )
-    return state
+        found.append(tensor)
+    return found
+
+
+def counters(states: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """``state["step"]`` of every parameter as a float32 tensor, which the fused step counts on."""
+    for state in states:
+        step = state["step"]
+        # torch makes it in the default dtype, and older checkpoints hold a number.
+        if not (
+            isinstance(step, Tensor) and step.dtype is torch.float32 and step.is_cpu and step.numel() == 1
+        ):
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    return [state["step"] for state in states]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrec.optim.fused import FusedOptimizer
 
 from recemb.errors import ConfigError
+from recemb.optim.adam import make_state
 
 _Optimizers = Mapping[Tensor, torch.optim.Optimizer]
 
@@ -46,7 +47,9 @@ class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ship
                 'apply_optimizer_in_backward(torch.optim.Adagrad, collection.parameters(), {"lr": 0.01})'
             )
         for parameter, optimizer in optimizers.items():
-            _make_state(optimizer, parameter)
+            # The others that are fused have theirs from the start.
+            if isinstance(optimizer, torch.optim.Adam):
+                make_state(optimizer, parameter)
         self._optimizers = optimizers
         params = {key: parameter for key, parameter in parameters.items() if parameter in optimizers}
         super().__init__(params, _State(optimizers), _groups(optimizers))
@@ -167,17 +170,6 @@ def _groups(optimizers: _Optimizers) -> list[_Group]:
         else:
             members.append(optimizer)
     return [_Group(members) for _, members in found]
-
-
-def _make_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """Give Adam the state that torch would make on its first step; the others that are fused have theirs."""
-    state, group = optimizer.state[parameter], optimizer.param_groups[0]
-    if state or not isinstance(optimizer, torch.optim.Adam):
-        return
-    on_device = group["capturable"] or group["fused"]
-    state["step"] = torch.zeros((), device=parameter.device) if on_device else torch.tensor(0.0)
-    for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
-        state[name] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _check_state(key: str, own: Mapping[str, Any], given: Mapping[str, Any] | None) -> None:

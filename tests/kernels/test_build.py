@@ -133,6 +133,7 @@ from recemb_kernels import pooled_gather, robe_gather, tt_gather
 from recemb_kernels.pooled_gather import Operation, RowShape
 from recemb_kernels.robe_gather import RobeShape
 from recemb_kernels.tt_gather import TrainShape
+from recemb_kernels.update import Kind, Update
 
 torch.manual_seed(0)
 shapes = [
@@ -140,6 +141,9 @@ shapes = [
     TrainShape((11, 7), (3, 2), (1, 5, 1)),
     TrainShape((3, 3, 3, 3), (2, 1, 2, 2), (1, 2, 3, 2, 1)),
 ]
+def cut(items, sizes):
+    parts = iter(items)
+    return [[next(parts) for _ in range(size)] for size in sizes]
 features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (0, True))]
 kernels = [tt_gather._kernel(shape) for shape in shapes]
 # A free mirror, so that the batches below are read from either end.
@@ -165,7 +169,8 @@ groups = (
     (rows, tables),
     (robe, [torch.randn(9, 4)]),
 )
-for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in ((0, 1), (1, 1), (33, 4))):
+sizes_of_batches = ((0, 1), (1, 1), (33, 4), (600, 1))
+for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in sizes_of_batches):
     lengths = torch.randint(0, longest + 1, (4 * batch_size,))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     rows = torch.tensor([504, 77, 81, 81]).repeat_interleave(batch_size).repeat_interleave(lengths)
@@ -174,10 +179,17 @@ for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b i
     for w in (None, torch.rand(ids.numel())):
         batch = Batch(ids, offsets, w, batch_size)
         out, saved = group.forward(cores, batch, keep=True)
-        grad_out, nothing = torch.randn_like(out), [None] * group.num_tables
-        grads, _ = group.backward(
-            grad_out, cores, batch, saved, updates=nothing, want_weights=w is not None
-        )
+        grad_out = torch.randn_like(out)
+        arguments = {"wanted": [True] * len(cores), "want_weights": w is not None}
+        nothing = [None] * group.num_tables
+        grads, _ = group.backward(grad_out, cores, batch, saved, updates=nothing, **arguments)
+        # And with a row-wise step on copies.
+        moved = [core.clone() for core in cores]
+        sizes = [kernel.parameters for kernel in group._kernels]
+        sums = [torch.zeros(len(core), 1) for core in moved]
+        steps = [Update(Kind.ROWWISE_ADAGRAD, 1e-3, 1e-8, state=own) for own in cut(sums, sizes)]
+        _, saved = group.forward(moved, batch, keep=True)
+        group.backward(grad_out, moved, batch, saved, updates=steps, **arguments)
         assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in grads)
 print("clean")
 """

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -100,3 +103,48 @@ def test_torchrecs_dlrm_trains(compression: Compression) -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
     assert all(not torch.equal(p, before[name]) for name, p in embeddings.named_parameters())
+
+
+@by_method
+def test_torch_compile_keeps_the_look_up_and_its_fused_optimizer(compression: Compression) -> None:
+    torch.manual_seed(0)
+    eager, compiled = collection(compression), collection(compression)
+    compiled.load_state_dict(eager.state_dict())
+    for module in (eager, compiled):
+        apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
+
+    def loss(module: recemb.EmbeddingBagCollection, features: KeyedJaggedTensor) -> torch.Tensor:
+        return module(features).values().square().sum()
+
+    step = torch.compile(loss, backend="aot_eager")
+    for _ in range(2):
+        first, second = loss(eager, batch()), step(compiled, batch())
+        assert torch.equal(first, second)
+        first.backward()
+        second.backward()
+    for ours, theirs in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_uncompressed_bits_are_torchs_without_gradients_too(pooling: str) -> None:
+    torch.manual_seed(0)
+    module = recemb.EmbeddingBagCollection(
+        tables=[
+            recemb.EmbeddingBagConfig(
+                name="t",
+                num_embeddings=50,
+                embedding_dim=24,
+                feature_names=["f"],
+                pooling=PoolingType[pooling.upper()],
+            )
+        ]
+    )
+    lengths = torch.randint(0, 9, (200,))
+    ids = torch.randint(0, 50, (int(lengths.sum()),))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    (weight,) = module.parameters()
+    with torch.no_grad():
+        ours = module(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths)).values()
+        theirs = F.embedding_bag(ids, weight, offsets, mode=pooling, include_last_offset=True)
+    assert torch.equal(ours, theirs)

@@ -1,5 +1,5 @@
 // The table-independent part of a look-up: checks the batch, plans it, opens one parallel region for all tables,
-// hands each to the kernel compiled for it, and pools the rows of those that work on distinct rows.
+// and hands each to the kernel compiled for it.
 #include <omp.h>
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "recemb_plan.h"
+#include "recemb_sort.h"
 #include "recemb_tree.h"
 
 using namespace recemb;
@@ -75,8 +76,6 @@ void fill_bags(const Call* call, int32_t* bags) {
     for (int64_t i = call->offsets[bag]; i < call->offsets[bag + 1]; i++) bags[i] = static_cast<int32_t>(bag);
 }
 
-enum Plan : int64_t { NEVER = 0, FORWARD = 1, BACKWARD = 2 };
-
 bool plans(const Call* call, Plan pass) {
   return std::any_of(call->codes, call->codes + call->num_tables, [&](const TableCode& c) { return c.plan == pass; });
 }
@@ -86,9 +85,11 @@ void plan_tables(const Call* call, State* state, Plan pass) {
 #pragma omp single
   {
     if (!state->planned) {
-      state->plan.reserve(call, omp_get_num_threads());
+      state->plan.reserve(call);
       state->planned = true;
     }
+    // The backward may meet more threads than the forward did.
+    state->plan.counts.room<int32_t>(int64_t{omp_get_num_threads()} << SORT_BITS);
   }
   const auto now = [&](int64_t t) { return call->codes[t].plan == pass; };
   const auto base = [&](int64_t t) {

@@ -163,10 +163,15 @@ class Group:
         for pointer in self.free:
             self.driver.recemb_tree_state_free(pointer)
 
-    def forward(self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool) -> tuple[Tensor, State]:
-        """Pool a batch: [B, sum of D], and what the backward needs when ``keep`` says that one comes."""
-        state = State(self)
-        out = torch.empty(batch.size, self.columns)
+    def forward(
+        self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Pool a batch: [B, sum of D], and what the backward needs when ``keep`` says that one comes.
+
+        A ``state`` of the same batch is filled again, for parameters that have changed since.
+        """
+        state = State(self) if state is None else state
+        out = _floats(batch.size, self.columns)
         call = self._call(parameters, batch)
         call.out, call.keep = out.data_ptr(), int(keep)
         self.driver.recemb_tree_forward(ctypes.addressof(call), state.pointer, torch.get_num_threads())
@@ -180,18 +185,19 @@ class Group:
         state: State,
         *,
         updates: Sequence[Update | None],
+        wanted: Sequence[bool],
         want_weights: bool,
     ) -> tuple[list[Tensor | None], Tensor | None]:
-        """Gradients of the parameters, and of the per-sample weights when asked for.
+        """Gradients of the parameters that are ``wanted``, and of the per-sample weights when asked for.
 
-        A table with an update has its touched rows updated in place and ``None`` for gradients.
+        A table with an update has its touched rows updated in place, and ``None`` for gradients.
 
         Raises:
             FloatingPointError: there is an update and ``grad_out`` is not finite; nothing has changed.
         """
         call = self._call(parameters, batch)
         grad_out = grad_out.contiguous()
-        grad_weights = torch.empty(batch.ids.numel()) if want_weights else None
+        grad_weights = _floats(batch.ids.numel()) if want_weights else None
         call.keep = 1
         call.grad_out = grad_out.data_ptr()
         call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
@@ -204,7 +210,8 @@ class Group:
             nothing: list[Tensor | None] = [None] * kernel.parameters
             if update is None:
                 at = len(grads)
-                grads += [torch.zeros_like(p) for p in parameters[at : at + kernel.parameters]]
+                own = range(at, at + kernel.parameters)
+                grads += [torch.zeros_like(parameters[k]) if wanted[k] else None for k in own]
             else:
                 grads += nothing
                 rule.optimizer, rule.lr, rule.eps = update.kind, update.lr, update.eps
@@ -250,6 +257,11 @@ class Group:
         if batch.weights is not None:
             call.weights = batch.weights.data_ptr()
         return call
+
+
+def _floats(*size: int) -> Tensor:
+    # Whatever the default dtype and device are.
+    return torch.empty(*size, dtype=torch.float32, device="cpu")
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

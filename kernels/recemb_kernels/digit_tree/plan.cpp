@@ -253,7 +253,7 @@ void Buffer::grow(int64_t bytes) {
   size_ = size;
 }
 
-void PlanRoom::reserve(const Call* call, int threads) {
+void PlanRoom::reserve(const Call* call) {
   int64_t each = 0, total = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
@@ -264,7 +264,6 @@ void PlanRoom::reserve(const Call* call, int threads) {
   keys.room<int64_t>(each);
   arrays.room<int32_t>(total);
   records.room<Wide>(2 * each);
-  counts.room<int32_t>(int64_t{threads} << SORT_BITS);
 }
 
 void count_ids(const Call* call) {
@@ -280,12 +279,10 @@ void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   with_records(table, records_of(room, index, base), [&](auto* a) {
     collect(call, table, n * thread / threads, n * (thread + 1) / threads, straight, a);
     const int bits = bits_of(table.most);
-    if (threads == 1) {
-      table.sorted = radix_sort(a, a + n, n, bits);
-      return;
-    }
+    if (threads > 1) {
 #pragma omp barrier
-    void* sorted = radix_sort_together(a, a + n, n, bits, room.counts.at<int32_t>(), thread, threads);
+    }
+    void* sorted = radix_sort(a, a + n, n, bits, room.counts.at<int32_t>(), thread, threads);
     if (thread == 0) table.sorted = sorted;
   });
 }
@@ -313,7 +310,7 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
     collect(call, table, 0, table.ids, Mirror{*table.code}, a);
     grow_tree(table, radix_sort(a, a + table.ids, table.ids, bits_of(table.most)), keys, perm);
   });
-  cut_slices(table, call->slice_rows);
+  cut_slices(table, table.code->plan == FORWARD ? call->slice_rows : table.ids);
 }
 
 void plan_level(const Call* call, int64_t index, int64_t l) {

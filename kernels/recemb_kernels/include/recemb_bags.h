@@ -37,8 +37,11 @@ void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask,
     const int64_t length = offsets[b + 1] - offsets[b];
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
       if (i + AHEAD < last) ask(call->ids[i + AHEAD] + feature.key_base);
-      add(call->ids[i] + feature.key_base, share_of(call, feature, i, length), sum);
+      add(call->ids[i] + feature.key_base, call->weights ? call->weights[i] : 1.0f, sum);
     }
+    // Summed, then divided, as torch does: the same bits.
+    if (feature.mean && length > 1)
+      for (int j = 0; j < W; j++) sum[j] /= static_cast<float>(length);
     done(b, sum);
   }
 }
@@ -55,7 +58,7 @@ void each_feature(const Table* table, const Call* call, Pool pool) {
   }
 }
 
-// Gradient of position i's row with its feature's share of the bag: null-free, one place for both layouts.
+// What position i of the batch sends to its row: its bag's gradient, times its weight or share of the bag.
 struct Sender {
   const float* grad;
   float weight;
@@ -103,7 +106,7 @@ void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, D
 template <int W>
 void finish_row(const Table* table, int k, int64_t row, const float* grad) {
   if (table->optimizer == GRADIENT) {
-    std::copy(grad, grad + W, table->grad[k] + row * W);
+    if (table->grad[k]) std::copy(grad, grad + W, table->grad[k] + row * W);
     return;
   }
   const int64_t width = table->optimizer == ROWWISE_ADAGRAD ? 1 : W;

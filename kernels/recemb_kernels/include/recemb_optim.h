@@ -11,15 +11,16 @@ enum Optimizer : int64_t { GRADIENT = 0, SGD = 1, ADAGRAD = 2, ROWWISE_ADAGRAD =
 // Rates of one parameter at one step.
 struct Hyper {
   float lr, eps, beta1, beta2;
-  float root;  // Adam: sqrt(1 - beta2^step)
+  float root;           // Adam: sqrt(1 - beta2^step)
+  float rest1, rest2;   // 1 - beta, subtracted in double: a float has few digits left there
 };
 
 inline Hyper hyper_at(int64_t kind, double step, double lr, double eps, double beta1, double beta2, double lr_decay) {
   double rate = lr, root = 1;
   if (kind == ADAGRAD || kind == ROWWISE_ADAGRAD) rate = lr / (1 + (step - 1) * lr_decay);
   if (kind == ADAM) rate = lr / (1 - std::pow(beta1, step)), root = std::sqrt(1 - std::pow(beta2, step));
-  return {static_cast<float>(rate), static_cast<float>(eps), static_cast<float>(beta1), static_cast<float>(beta2),
-          static_cast<float>(root)};
+  return {static_cast<float>(rate),  static_cast<float>(eps),       static_cast<float>(beta1),    static_cast<float>(beta2),
+          static_cast<float>(root), static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
 }
 
 // w[n] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise).
@@ -46,8 +47,8 @@ static inline void update_row(int64_t kind, const Hyper& h, int64_t n, float* w,
     }
     case ADAM:
       for (int64_t i = 0; i < n; i++) {
-        state[i] = h.beta1 * state[i] + (1 - h.beta1) * g[i];
-        state2[i] = h.beta2 * state2[i] + (1 - h.beta2) * g[i] * g[i];
+        state[i] = h.beta1 * state[i] + h.rest1 * g[i];
+        state2[i] = h.beta2 * state2[i] + h.rest2 * g[i] * g[i];
         w[i] -= h.lr * state[i] / (std::sqrt(state2[i]) / h.root + h.eps);
       }
       break;

@@ -37,7 +37,7 @@ class Buffer {
 // table and one more; pages that are not reached are not touched.
 struct PlanRoom {
   Buffer keys, arrays, records, counts;
-  void reserve(const Call* call, int threads);
+  void reserve(const Call* call);
 };
 
 // Counts the ids of every table.

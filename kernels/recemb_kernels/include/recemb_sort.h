@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace recemb {
 
@@ -27,10 +28,11 @@ inline int bits_of(uint64_t most) { return most ? 64 - __builtin_clzll(most) : 0
 
 constexpr int SORT_BITS = 11;  // of one pass at most
 
-// The same on all threads of a parallel region, each on its share of the records; `counts` has room for
-// threads << SORT_BITS numbers. Every thread returns the same.
+// Sorts a[n], whose keys have at most `bits` bits, in passes of at most SORT_BITS; returns where the result is, `a` or
+// `b`. By one thread alone, or by all threads of a parallel region, each on its share of the records: `counts` then has
+// room for threads << SORT_BITS numbers, and every thread returns the same.
 template <class Record>
-Record* radix_sort_together(Record* a, Record* b, int64_t n, int bits, int32_t* counts, int thread, int threads) {
+Record* radix_sort(Record* a, Record* b, int64_t n, int bits, int32_t* counts = nullptr, int thread = 0, int threads = 1) {
   const int passes = (bits + SORT_BITS - 1) / SORT_BITS;
   if (n < 2 || passes == 0) return a;
   const int width = (bits + passes - 1) / passes;
@@ -38,45 +40,26 @@ Record* radix_sort_together(Record* a, Record* b, int64_t n, int bits, int32_t* 
   const uint64_t mask = buckets - 1;
   for (int p = 0; p < passes; p++) {
     const int shift = p * width;
+    // On the stack: a shared library looks a thread's own variable up with a call, in every step of a loop.
     int32_t count[1 << SORT_BITS];
     std::fill(count, count + buckets, 0);
     for (int64_t i = begin; i < end; i++) count[(a[i].key() >> shift) & mask]++;
-    std::copy(count, count + buckets, counts + thread * buckets);
-#pragma omp barrier
     int32_t before = 0;
-    for (int64_t d = 0; d < buckets; d++)
-      for (int t = 0; t < threads; t++) {
-        if (t == thread) count[d] = before;
-        before += counts[t * buckets + d];
-      }
-    for (int64_t i = begin; i < end; i++) b[count[(a[i].key() >> shift) & mask]++] = a[i];
+    if (threads == 1) {
+      for (int64_t d = 0; d < buckets; d++) before += std::exchange(count[d], before);
+    } else {
+      std::copy(count, count + buckets, counts + thread * buckets);
 #pragma omp barrier
-    std::swap(a, b);
-  }
-  return a;
-}
-
-// Sorts a[n], whose keys have at most `bits` bits, in passes of at most 11 bits;
-// returns where the result is, `a` or `b`.
-template <class Record>
-Record* radix_sort(Record* a, Record* b, int64_t n, int bits) {
-  const int passes = (bits + SORT_BITS - 1) / SORT_BITS;
-  if (n < 2 || passes == 0) return a;
-  const int width = (bits + passes - 1) / passes;
-  const uint64_t mask = (uint64_t{1} << width) - 1;
-  // On the stack: a shared library looks a thread's own variable up with a call, in every step of a loop.
-  int32_t count[1 << SORT_BITS];
-  for (int p = 0; p < passes; p++) {
-    const int shift = p * width;
-    std::fill(count, count + mask + 1, 0);
-    for (int64_t i = 0; i < n; i++) count[(a[i].key() >> shift) & mask]++;
-    int32_t at = 0;
-    for (uint64_t d = 0; d <= mask; d++) {
-      const int32_t here = count[d];
-      count[d] = at;
-      at += here;
+      for (int64_t d = 0; d < buckets; d++)
+        for (int t = 0; t < threads; t++) {
+          if (t == thread) count[d] = before;
+          before += counts[t * buckets + d];
+        }
     }
-    for (int64_t i = 0; i < n; i++) b[count[(a[i].key() >> shift) & mask]++] = a[i];
+    for (int64_t i = begin; i < end; i++) b[count[(a[i].key() >> shift) & mask]++] = a[i];
+    if (threads > 1) {
+#pragma omp barrier
+    }
     std::swap(a, b);
   }
   return a;

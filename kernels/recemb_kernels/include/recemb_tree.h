@@ -35,6 +35,9 @@ struct Level {
 
 constexpr int PIECE = 64;
 
+// The first pass of a kernel that works on the batch's distinct rows. Only those of the forward are cut into slices.
+enum Plan : int64_t { NEVER = 0, FORWARD = 1, BACKWARD = 2 };
+
 struct Table;
 struct Call;
 
@@ -50,7 +53,7 @@ struct Functions {
 struct TableCode {
   int64_t order, dim;        // number of digits; columns of `out`
   int64_t parameters;        // parameters in the call's flat lists
-  int64_t plan;              // the pass that plans: 0 none, 1 the forward, 2 the backward
+  int64_t plan;              // Plan
   int64_t radix[MAX_ORDER];
   double product_cost[2][MAX_ORDER];  // work per node of a level, straight and mirrored; 0: never mirrored
   const int64_t* constants;  // the kernel's own numbers, or null
@@ -76,7 +79,7 @@ struct Table {
   uint64_t most;             // no key is larger
   void* sorted;              // the ids' records in order of their keys; null until sorted
   float* const* param;       // [radix_k, width_k] each
-  float* const* grad;        // zeroed, same shapes; for GRADIENT
+  float* const* grad;        // zeroed, same shapes, for GRADIENT; null where nobody asks for it
   float* const* state;       // first optimizer state of each parameter
   float* const* state2;      // second one (Adam)
   Hyper hyper[MAX_ORDER];    // per parameter

@@ -153,7 +153,8 @@ void backward_projected(const Table* table, const Call* call) {
   for (int64_t task = 0; task < chunks_of(table, call); task++) {
     const int64_t k = task / per_feature, begin = task % per_feature * CHUNK;
     const Gradient& from = call->gradient[table->features[k]];
-    float sum[LEFT * RIGHT] = {};
+    float* sum = partial + task * LEFT * RIGHT;
+    std::fill(sum, sum + LEFT * RIGHT, 0.0f);
     for (int64_t b = begin; b < std::min(begin + CHUNK, call->batch); b++) {
       const float *g = from.at + b * from.stride, *narrow = narrow_at(table, call, k) + b * LEFT;
       float* to = narrow_grad_at(table, call, k) + b * LEFT;
@@ -166,7 +167,6 @@ void backward_projected(const Table* table, const Call* call) {
         to[i] = dot;
       }
     }
-    std::copy(sum, sum + LEFT * RIGHT, partial + task * LEFT * RIGHT);
   }
 #pragma omp single
   for (int64_t k = 0; k < table->num_features; k++)

@@ -181,11 +181,12 @@ void backward(const Table* table, const Call* call) {
   }
   const int64_t rows = DIRECT ? table->ids : table->rows(), count = table->code->constants[0];
   // One set of vectors a thread that ever sorts, so that their memory is used again.
-  static thread_local Blocks own;
+  static thread_local Blocks sorted;
 #pragma omp single
   {
-    own.start.resize(rows * BLOCKS), own.sign.resize(DIRECT ? call->num_ids : rows * BLOCKS), own.piece.resize(rows);
-    const_cast<Table*>(table)->scratch = &own;
+    sorted.start.resize(rows * BLOCKS), sorted.sign.resize(DIRECT ? call->num_ids : rows * BLOCKS);
+    sorted.piece.resize(rows);
+    const_cast<Table*>(table)->scratch = &sorted;
   }
   Blocks& blocks = *static_cast<Blocks*>(table->scratch);
   if constexpr (DIRECT) {
