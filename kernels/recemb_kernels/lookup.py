@@ -38,7 +38,7 @@ def available(shapes: Sequence[TableShape]) -> list[bool]:
 
 
 def _available(shape: TableShape) -> bool:
-    return attempt(f"{shape.op.name} of {shape.shape}", lambda: shape.op.kernel(shape.shape)) is not None
+    return attempt(shape.op.name, lambda: shape.op.kernel(shape.shape), shape.shape) is not None
 
 
 @dataclass(frozen=True, eq=False)

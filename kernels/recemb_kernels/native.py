@@ -13,9 +13,16 @@ OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags")
 _unavailable: dict[str, str] = {}
 
 
-def attempt(what: str, call: Callable[[], _T]) -> _T | None:
-    """``call()``, or ``None`` when a kernel it needs cannot be had here; each reason is warned about once."""
-    if what in _unavailable:
+def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
+    """``call()``, or ``None`` when a kernel it needs cannot be had here; each reason is warned about once.
+
+    Args:
+        op: the op.
+        call: compiles or runs its kernel.
+        shape: what the kernel is compiled for, so that a failure is remembered of this shape only.
+    """
+    what = op if shape is None else f"{op} of {shape}"
+    if op in _unavailable or what in _unavailable:
         return None
     try:
         return call()

@@ -29,8 +29,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
     With F features, B samples and table dimensions D_f, it maps a ``KeyedJaggedTensor`` of F keys to a
     ``KeyedTensor`` of values [B, sum of D_f]: the sum or mean over each bag of its rows, times the
     per-sample weights when ``is_weighted``. Keys, their order, dtypes and state-dict keys
-    (``embedding_bags.<table>.<param>``) follow torchrec; uncompressed tables give the same bits (weighted bags
-    to a rounding, where native kernels run).
+    (``embedding_bags.<table>.<param>``) follow torchrec; uncompressed tables give the same bits (weighted
+    bags to a rounding, where native kernels run).
 
     Args:
         tables: recemb configs, or plain torchrec configs for uncompressed tables.

@@ -11,11 +11,14 @@ import torch
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 from recemb.backends import build
-from recemb.backends.native import pooled_native
+from recemb.backends.native import pooled_native, served_natively
 from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.spec import Dense, QuotientRemainder, TableSpec, TensorTrain
-from recemb_kernels.digit_tree.group import FeatureCode, Group
+from recemb_kernels import native
+from recemb_kernels.build import KernelUnavailableError
+from recemb_kernels.digit_tree.group import FeatureCode, Group, TableKernel
+from recemb_kernels.tt_gather import TrainShape, tt_gather
 from recemb_kernels.update import Kind, Update
 from tests.kernels.cases import (
     METHODS,
@@ -237,3 +240,27 @@ def test_a_collection_is_freed_without_the_collector() -> None:
         assert all(table() is None for table in gone)
     finally:
         gc.enable()
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_others_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tables = make_engine()
+    _, twins = make_engine()
+    monkeypatch.setattr(native, "_unavailable", {})
+    wide = tables["wide_tt"].native_shape()
+    assert wide is not None
+
+    def kernel(shape: TrainShape) -> TableKernel:
+        if shape == wide.shape:
+            raise KernelUnavailableError("this shape is too much for the compiler")
+        return compile_train(shape)
+
+    compile_train = tt_gather.kernel
+    monkeypatch.setattr(tt_gather, "kernel", kernel)
+    bags = make_bags(engine, 9, 2, seed=0)
+    with pytest.warns(UserWarning, match="tt_gather of TrainShape.*too much for the compiler") as warned:
+        ours = engine(tables, bags)
+    assert len(warned) == 1
+    torch.testing.assert_close(ours, plain(engine, twins, bags), rtol=1e-5, atol=1e-6)
+    assert served_natively([tables[t.table] for t in engine.targets]) == [
+        target.table not in ("wide_tt", "dense") for target in engine.targets
+    ]
