@@ -47,7 +47,7 @@ class _Prepared:
     lookup: Lookup | None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Storage:
     """One storage in one call: its parameters, the step they take, and whether the kernels can serve it."""
 
@@ -102,11 +102,14 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
         owner = owner_of(tables[at])
         # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
         own = [parameter for parameter in owner._parameters.values() if parameter is not None]
-        # A fused update writes to the parameters: copies that are contiguous would take it in their place.
-        native = fits and all(p.is_cpu and p.dtype is torch.float32 and p.is_contiguous() for p in own)
+        native = fits
+        for parameter in own:
+            # A fused update writes to the parameters: contiguous copies would take it in their place.
+            if not (parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()):
+                native = False
         update = fused.of(own) if ask and native else None
         if training and update is None and owner.native_when_fused:
-            native = native and not any(p.requires_grad for p in own)
+            native = native and not any(parameter.requires_grad for parameter in own)
         found.append(_Storage(own, update, native))
     return found
 

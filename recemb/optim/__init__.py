@@ -37,6 +37,7 @@ class FusedUpdate:
     def __init__(self) -> None:
         self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]]] = [], [], []
         self._update: Callable[[], Update] | None = None
+        self._made: tuple[Update, list[dict[str, Any]], list[object]] | None = None
 
     def of(self, parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
         """What makes the update, once per backward; calling it reads the learning rate of that moment.
@@ -52,7 +53,7 @@ class FusedUpdate:
         if not all(parameter.requires_grad for parameter in parameters):
             return None
         attached = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
-        optimizers = [found[0] if found and len(found) == 1 else None for found in attached]
+        optimizers: list[Any] = [found[0] if found and len(found) == 1 else None for found in attached]
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
         known, same, unchanged = self._seen
         if not (
@@ -62,8 +63,22 @@ class FusedUpdate:
             and settings == unchanged
         ):
             self._seen = list(parameters), list(optimizers), [dict(group) for group in settings]
-            self._update = _resolve(optimizers, parameters)
+            rule = _resolve(optimizers)
+            self._update = None if rule is None else partial(self._make, rule, optimizers, parameters)
         return self._update
+
+    def _make(
+        self, rule: _Rule, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
+    ) -> Update:
+        settings = [optimizer.param_groups[0] for optimizer in optimizers]
+        if self._made is not None:
+            update, unchanged, held = self._made
+            state = _tensors(optimizers, parameters)
+            if settings == unchanged and len(state) == len(held) and all(map(is_, state, held)):
+                return update
+        update = rule(optimizers, parameters)
+        self._made = update, [dict(group) for group in settings], _tensors(optimizers, parameters)
+        return update
 
 
 def fused_update(parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
@@ -71,9 +86,12 @@ def fused_update(parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | N
     return FusedUpdate().of(parameters)
 
 
-def _resolve(
-    optimizers: Sequence[torch.optim.Optimizer | None], parameters: Sequence[nn.Parameter]
-) -> Callable[[], Update] | None:
+def _tensors(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> list[object]:
+    pairs = zip(optimizers, parameters, strict=True)
+    return [value for optimizer, parameter in pairs for value in optimizer.state[parameter].values()]
+
+
+def _resolve(optimizers: Sequence[torch.optim.Optimizer | None]) -> _Rule | None:
     attached = [optimizer for optimizer in optimizers if optimizer is not None]
     if not attached or len(attached) < len(optimizers):
         return None
@@ -82,8 +100,7 @@ def _resolve(
     first = _settings(attached[0])
     if any(_settings(other) != first for other in attached) or any(map(first[1].get, _NOT_FUSED)):
         return None
-    rule = _rule(attached[0])
-    return None if rule is None else partial(rule, attached, parameters)
+    return _rule(attached[0])
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> tuple[type, dict[str, Any]]:
