@@ -64,19 +64,18 @@ class Engine:
         """
         check_bags(bags, self.targets)
         served = [tables[target.table] for target in self.targets]
-        if len(self._groups) > 1:
-            # The native kernels serve all methods at once, and write every column in its place.
-            whole = pooled_native(served, bags)
-            if whole is not None:
-                return whole
+        # The native kernels serve all methods at once, and write every column in its place.
+        whole = pooled_native(served, bags)
+        if whole is not None:
+            return whole
+        # Else those that they can serve, so that one table on plain torch takes no other with it.
         outputs: list[tuple[Sequence[int], Tensor]] = []
         rest = set(range(len(served)))
-        if len(self._groups) > 1 and not torch.compiler.is_compiling():
-            native = [f for f, fits in enumerate(served_natively(served)) if fits]
-            pooled = pooled_native([served[f] for f in native], bags.select(native)) if native else None
-            if pooled is not None:
-                outputs.append((native, pooled))
-                rest -= set(native)
+        native = [f for f, fits in enumerate(served_natively(served)) if fits]
+        pooled = pooled_native([served[f] for f in native], bags.select(native)) if native else None
+        if pooled is not None:
+            outputs.append((native, pooled))
+            rest -= set(native)
         for group in self._groups:
             own = [f for f in group.features if f in rest]
             if own:

@@ -105,7 +105,7 @@ class Lookup:
         weights: Tensor | None,
         batch: int,
     ) -> Tensor:
-        """The same as a torch op, for tables of one op: what torch.compile can take."""
+        """The same as a torch op, for tables of one op: what torch.export can take."""
         op = self.tables[0].op
         flat = [parameter for table in parameters for parameter in table]
         code = op.encode([table.shape for table in self.tables])

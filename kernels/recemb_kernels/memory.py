@@ -16,7 +16,8 @@ def hint_huge_pages(tensor: Tensor) -> None:
     """Ask the kernel to back a large CPU tensor with pages of 2 MB, before anything is written to it.
 
     A random row of a table of gigabytes on pages of 4 kB costs a miss in the TLB and one in the page table
-    besides the row's own: gathering takes twice as long. A hint: where huge pages are off, nothing changes.
+    besides the row's own: with large ones, a forward from 10 M rows of 16 columns takes 0.8 (B = 4,096) or
+    0.7 (B = 65,536) of the time. A hint: where huge pages are off, nothing changes.
     """
     size = tensor.numel() * tensor.element_size()
     # A subclass, such as torch.compile's fake tensors, may have no memory.

@@ -37,7 +37,7 @@ class FusedUpdate:
     def __init__(self) -> None:
         self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]]] = [], [], []
         self._update: Callable[[], Update] | None = None
-        self._made: tuple[Update, list[dict[str, Any]], list[object]] | None = None
+        self._made: tuple[object, Update, list[dict[str, Any]], list[object]] | None = None
 
     def of(self, parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
         """What makes the update, once per backward; calling it reads the learning rate of that moment.
@@ -71,19 +71,15 @@ class FusedUpdate:
         self, rule: _Rule, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
     ) -> Update:
         settings = [optimizer.param_groups[0] for optimizer in optimizers]
-        if self._made is not None:
-            update, unchanged, held = self._made
+        # Of these very optimizers: settings of others hold other parameters, which do not compare.
+        if self._made is not None and self._made[0] is optimizers:
+            _, update, unchanged, held = self._made
             state = _tensors(optimizers, parameters)
             if settings == unchanged and len(state) == len(held) and all(map(is_, state, held)):
                 return update
         update = rule(optimizers, parameters)
-        self._made = update, [dict(group) for group in settings], _tensors(optimizers, parameters)
+        self._made = optimizers, update, [dict(group) for group in settings], _tensors(optimizers, parameters)
         return update
-
-
-def fused_update(parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
-    """:meth:`FusedUpdate.of` these parameters, asked once."""
-    return FusedUpdate().of(parameters)
 
 
 def _tensors(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> list[object]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from recemb.backends import build
 from recemb.backends.native import pooled_native
@@ -20,6 +21,7 @@ from recemb_kernels import check
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
+    METHODS,
     make_bags,
     make_engine,
     make_kernels,
@@ -200,3 +202,27 @@ def test_frozen_tables_ask_for_no_gradient() -> None:
     pooled.sum().backward()
     assert all(parameter.grad is not None for parameter in tables["tt"].parameters())
     assert all(parameter.grad is None for parameter in tables["qr"].parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
+def test_a_look_up_is_exported_as_its_op(name: str) -> None:
+    _, tables = make_engine()
+    table = tables[name]
+
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+            pooled: Tensor = type(table).pooled([self.table], Bags(ids, offsets, 1))
+            return pooled
+
+    batch = (torch.randint(0, table.table.num_embeddings, (8,)), torch.arange(9))
+    with torch.no_grad():
+        program = torch.export.export(Pooled(), batch, strict=False)
+        assert torch.equal(program.module()(*batch), Pooled()(*batch))
+    shape = table.native_shape()
+    assert shape is not None
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == [f"recemb.{shape.op.name}.default"]

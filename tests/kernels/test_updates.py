@@ -13,6 +13,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from recemb.backends import build
 from recemb.backends.native import pooled_native, served_natively
 from recemb.bags import Bags
+from recemb.engine import Engine
 from recemb.errors import NonFiniteError
 from recemb.spec import Dense, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels import native
@@ -264,3 +265,35 @@ def test_a_kernel_that_does_not_compile_leaves_the_others_native(monkeypatch: py
     assert served_natively([tables[t.table] for t in engine.targets]) == [
         target.table not in ("wide_tt", "dense") for target in engine.targets
     ]
+
+
+def test_a_table_without_an_optimizer_leaves_its_twin_fused() -> None:
+    specs = [TableSpec(name=name, num_embeddings=50, embedding_dim=8, feature_names=(name,)) for name in "ab"]
+    tables = build(specs, torch.device("cpu"))
+    for table in tables.values():
+        table.reset_parameters()
+    apply_optimizer_in_backward(torch.optim.SGD, tables["a"].parameters(), {"lr": 0.5})
+    (fused,), (plain_weight,) = tables["a"].parameters(), tables["b"].parameters()
+    reached: list[torch.Tensor] = []
+    fused.register_hook(reached.append)
+    before = fused.detach().clone()
+    bags = Bags(torch.tensor([3, 4, 4, 7]), torch.arange(5), 2)
+    Engine(specs)(tables, bags).sum().backward()
+    assert reached == []
+    moved = before.clone()
+    moved[[3, 4]] -= 0.5
+    assert torch.equal(fused, moved)
+    assert plain_weight.grad is not None
+    assert plain_weight.grad.sum() == 16
+
+
+def test_an_optimizer_attached_anew_to_other_parameters_is_seen() -> None:
+    _, tables = make_engine()
+    table = tables["dense"]
+    bags = Bags(torch.tensor([3, 4]), torch.arange(3), 1)
+    for _ in range(2):
+        table.weight = torch.nn.Parameter(torch.zeros(500, 16))
+        apply_optimizer_in_backward(torch.optim.SGD, table.parameters(), {"lr": 1.0})
+        table.pooled([table], bags).sum().backward()
+        assert torch.equal(table.weight[[3, 4]].detach(), -torch.ones(2, 16))
+        assert table.weight.grad is None

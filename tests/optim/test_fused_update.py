@@ -24,7 +24,7 @@ from recemb import (
     TensorTrain,
 )
 from recemb.errors import ConfigError
-from recemb.optim import fused_update
+from recemb.optim import FusedUpdate
 
 ROWS = {"a": 4000, "b": 90}
 STEPS, BATCH = 6, 40
@@ -174,7 +174,7 @@ def test_what_cannot_be_fused_steps_through_torchs_hook(
 ) -> None:
     ours, torchs = _collection(), _collection()
     apply_optimizer_in_backward(kind, ours.parameters(), dict(settings))
-    assert fused_update(list(ours.parameters())) is None
+    assert FusedUpdate().of(list(ours.parameters())) is None
     optimizer = kind(torchs.parameters(), **settings)
     for batch in _batches():
         _loss(ours, batch).backward()

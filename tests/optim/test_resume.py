@@ -23,7 +23,7 @@ from recemb import (
     QuotientRemainder,
     TensorTrain,
 )
-from recemb.optim import fused_update
+from recemb.optim import FusedUpdate
 from recemb_kernels import native
 
 ROWS, BATCH = {"a": 500, "b": 60}, 20
@@ -119,7 +119,7 @@ def test_fused_at_any_step(method: str, optimizer: str, before: int, after: int)
 @pytest.mark.parametrize("method", ["tt", "dense"])
 @pytest.mark.parametrize("optimizer", HOOKED)
 def test_stepped_by_torchs_hook(optimizer: str, method: str) -> None:
-    assert fused_update(list(_build(method, optimizer, 0).parameters())) is None
+    assert FusedUpdate().of(list(_build(method, optimizer, 0).parameters())) is None
     _resume_equals_straight(method, optimizer, before=3, after=3)
 
 

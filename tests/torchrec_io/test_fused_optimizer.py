@@ -25,7 +25,7 @@ from recemb import (
     TensorTrain,
 )
 from recemb.errors import ConfigError
-from recemb.optim import fused_update
+from recemb.optim import FusedUpdate
 
 Apply = Callable[..., None]
 TABLES = {
@@ -137,7 +137,7 @@ def test_the_learning_rate_acts_on_the_next_backward() -> None:
     backward(ebc)
     assert moved(ebc, before) == KEYS
     # Still one setting for all: the fused kernels would be left otherwise.
-    assert all(fused_update([p, q]) for p in ebc.parameters() for q in ebc.parameters())
+    assert all(FusedUpdate().of([p, q]) for p in ebc.parameters() for q in ebc.parameters())
 
 
 def test_groups_are_those_of_the_calls_and_stay_so() -> None:
