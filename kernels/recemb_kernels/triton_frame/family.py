@@ -1,0 +1,195 @@
+"""What the tables of one op and one static shape need to be looked up together, and what a call hands them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.plan import BatchPlan, bags_of, plan_batch
+from recemb_kernels.update import Update
+
+_S = TypeVar("_S")
+# Distinct rows that are computed at once; their workspaces then stay in an L2 cache of 40 to 50 MB.
+MICRO_BATCH_ROWS = 2**15
+
+
+@dataclass(frozen=True)
+class FamilyFeature:
+    """One feature of a family.
+
+    Args:
+        number: its number in the batch.
+        column: its first column of the output.
+        mean: whether its bags are averaged.
+        table: its table, by place in the family.
+        key_base: what is added to its ids.
+    """
+
+    number: int
+    column: int
+    mean: bool
+    table: int
+    key_base: int
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """How ids become keys that are distinct over all tables; on the device.
+
+    Attributes:
+        base: [F] what each feature adds to its ids.
+        rows: [F] ids at or above this, or below 0, are skipped.
+        bounds: [families + 1] first key of each family, and one past the last.
+    """
+
+    base: Tensor
+    rows: Tensor
+    bounds: Tensor
+
+
+@dataclass(eq=False)
+class Call:
+    """One look-up, from its forward to the end of its backward.
+
+    Attributes:
+        batch: the bags.
+        columns: width of the output.
+        keys: how its ids become keys.
+        kept: what each family's forward leaves for its backward.
+    """
+
+    batch: Batch
+    columns: int
+    keys: Keys
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    @cached_property
+    def bag(self) -> Tensor:
+        """[L]: the bag of each position."""
+        return bags_of(self.batch.offsets, self.batch.ids.numel())
+
+    @cached_property
+    def plan(self) -> BatchPlan:
+        """The distinct rows, worked out by the first kernel that asks."""
+        ids, feature = self.batch.ids, self.bag // self.batch.size
+        stored = (ids >= 0) & (ids < self.keys.rows[feature])
+        keys = torch.where(stored, ids + self.keys.base[feature], self.keys.bounds[-1])
+        return plan_batch(keys, self.bag, self.keys.bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """What a backward asks of a family.
+
+    Args:
+        grad_out: [B, columns].
+        updates: per table of the family, the step to take, or ``None`` for gradients.
+        wanted: per parameter of the family, whether its gradient is.
+        grad_weights: [L] to fill for this family's positions, or ``None``.
+        refused: [1] int32, not 0 when no weight may change.
+    """
+
+    grad_out: Tensor
+    updates: Sequence[Update | None]
+    wanted: Sequence[bool]
+    grad_weights: Tensor | None
+    refused: Tensor
+
+
+class Family(ABC, Generic[_S]):
+    """Tables of one op whose kernels have the same compile-time constants.
+
+    Args:
+        shapes: the tables.
+        features: what is looked up in them.
+        num_features: F, how many features the batch has.
+        index: the family's place among those of its group.
+        device: where everything lies.
+        dtype: how parameters are stored; sums are float32.
+    """
+
+    micro_batch_rows = MICRO_BATCH_ROWS
+
+    def __init__(
+        self,
+        shapes: Sequence[_S],
+        features: Sequence[FamilyFeature],
+        num_features: int,
+        index: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.shapes, self.own_features = tuple(shapes), tuple(features)
+        self.index, self.device, self.dtype = index, device, dtype
+        self.num_features = num_features
+        self._remembered: dict[tuple[int, ...], Tensor] = {}
+
+    @staticmethod
+    @abstractmethod
+    def constants(shape: Any) -> Hashable:
+        """What the kernels are compiled for; tables with equal constants make one family."""
+
+    @staticmethod
+    @abstractmethod
+    def num_keys(shape: Any) -> int:
+        """Keys that a table needs: one past its largest id plus key base."""
+
+    @staticmethod
+    @abstractmethod
+    def num_parameters(shape: Any) -> int:
+        """Parameters of one table."""
+
+    @staticmethod
+    @abstractmethod
+    def dim(shape: Any) -> int:
+        """Columns of one of its rows."""
+
+    @abstractmethod
+    def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
+        """Fill the family's columns of ``out`` [B, columns].
+
+        Args:
+            call: the look-up; ``call.kept[self.index]`` is for the backward, when ``keep`` says one comes.
+            parameters: contiguous, table by table.
+        """
+
+    @abstractmethod
+    def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        """Gradients of the parameters, in their dtype, or ``None`` where not wanted or stepped on."""
+
+    @cached_property
+    def features(self) -> Tensor:
+        """[F, 3] number, column and mean of the family's own features."""
+        return self.constant([[f.number, f.column, f.mean] for f in self.own_features])
+
+    @cached_property
+    def batch_features(self) -> Tensor:
+        """[F, 3] column, mean and place in the family of every feature of the batch, -1 for others."""
+        rows = [[0, 0, -1] for _ in range(self.num_features)]
+        for place, f in enumerate(self.own_features):
+            rows[f.number] = [f.column, int(f.mean), place]
+        return self.constant(rows)
+
+    def constant(self, numbers: Sequence[Any]) -> Tensor:
+        """An int64 tensor of numbers that never change."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+    def remembered(self, numbers: tuple[int, ...]) -> Tensor:
+        """The same of numbers that rarely change, so that a step copies nothing to the device."""
+        known = self._remembered.get(numbers)
+        if known is None:
+            if len(self._remembered) >= 256:
+                self._remembered.clear()
+            known = self._remembered[numbers] = self.constant(numbers)
+        return known
+
+    def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[K] int64: where each tensor lies."""
+        return self.remembered(tuple(tensor.data_ptr() for tensor in tensors))

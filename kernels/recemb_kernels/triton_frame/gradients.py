@@ -1,0 +1,74 @@
+"""Gradients of the distinct rows of a family, from those of the pooled bags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.triton_frame.elements import cdiv, tile
+from recemb_kernels.triton_frame.family import Call, Family
+from recemb_kernels.triton_frame.kernels import segment_sum, sum_pieces
+
+
+def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -> Tensor:
+    """[L, D] float32: the gradient of each distinct row that belongs to the family; others are not written.
+
+    Positions of one row are summed by pieces of at most ``PIECE``, then piece by piece: one owner for each
+    sum, in the order of positions, so that the bits do not depend on scheduling.
+    """
+    plan, batch = call.plan, call.batch
+    count = batch.ids.numel()
+    cuts = plan.cuts[family.index :]
+    pieces = torch.empty(count, dim, dtype=torch.float32, device=family.device)
+    rows = torch.empty_like(pieces)
+    width = tile(dim, 128)
+    own = max(1, 512 // width)
+    grid = (cdiv(count, own), cdiv(dim, width))
+    weights = batch.weights
+    sum_pieces[grid](
+        pieces,
+        grad_out,
+        plan.order,
+        plan.bag,
+        batch.offsets if weights is None else weights,
+        batch.offsets,
+        family.batch_features,
+        plan.piece_first,
+        plan.row_piece,
+        cuts,
+        batch.size,
+        call.columns,
+        D=dim,
+        WEIGHTED=weights is not None,
+        BP=own,
+        BD=width,
+        num_warps=4,
+    )
+    sum_segments(rows, pieces, plan.row_piece, cuts, None, count)
+    return rows
+
+
+def sum_segments(
+    out: Tensor, source: Tensor, first: Tensor, cuts: Tensor, source_base: Tensor | None, most: int
+) -> None:
+    """``out[n]`` = sum of ``source[first[n] : first[n + 1]]`` for n in ``cuts``, at most ``most`` of them.
+
+    With ``source_base``, both are workspaces of one micro-batch: ``out`` starts at row ``cuts[0]`` and
+    ``source`` at row ``source_base[0]``.
+    """
+    width = out.shape[1]
+    block = tile(width, 256)
+    segment_sum[(most, cdiv(width, block))](
+        out,
+        source,
+        first,
+        cuts,
+        cuts if source_base is None else source_base,
+        RELATIVE=source_base is not None,
+        W=width,
+        BC=max(1, 1024 // block),
+        BW=block,
+        num_warps=1 if block < 64 else 2,
+    )

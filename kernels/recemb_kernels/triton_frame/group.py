@@ -1,0 +1,148 @@
+"""Look-ups of a group of tables on the device: the counterpart of :class:`digit_tree.group.Group`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.digit_tree.group import Batch, FeatureCode
+from recemb_kernels.triton_frame.family import (
+    MICRO_BATCH_ROWS,
+    Backward,
+    Call,
+    Family,
+    FamilyFeature,
+    Keys,
+)
+from recemb_kernels.update import Update
+
+
+class TritonGroup:
+    """Tables and features that are looked up together, in families that share launches.
+
+    Args:
+        tables: per table, its op's family class and its shape.
+        features: in the order of the output's columns.
+        device: where parameters and batches lie; the CPU in Triton's interpreter.
+        dtypes: per table, how its parameters are stored.
+        micro_batch_rows: distinct rows of a family that are computed at once.
+
+    Raises:
+        OverflowError: the tables have more than 2**62 rows together.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[tuple[type[Family[Any]], Any]],
+        features: Sequence[FeatureCode],
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
+        micro_batch_rows: int = MICRO_BATCH_ROWS,
+    ) -> None:
+        self.device = device
+        members: dict[Hashable, list[int]] = {}
+        for t, ((kind, shape), dtype) in enumerate(zip(tables, dtypes, strict=True)):
+            members.setdefault((kind, kind.constants(shape), dtype), []).append(t)
+        self.num_tables = len(tables)
+        self._first = [0]  # each table's first parameter
+        for kind, shape in tables:
+            self._first.append(self._first[-1] + kind.num_parameters(shape))
+        base, bounds = [0] * len(tables), [0]
+        for own in members.values():
+            end = bounds[-1]
+            for t in own:
+                base[t], end = end, end + tables[t][0].num_keys(tables[t][1])
+            bounds.append(end)
+        if bounds[-1] > 2**62:
+            raise OverflowError(f"{bounds[-1]} rows in one group of tables are more than 2**62")
+        columns = [0]
+        for feature in features:
+            kind, shape = tables[feature.table]
+            columns.append(columns[-1] + kind.dim(shape))
+        self.columns = columns[-1]
+        rows = [tables[f.table][0].num_keys(tables[f.table][1]) - f.key_base for f in features]
+        self._keys = Keys(
+            self._constant([base[f.table] + f.key_base for f in features]),
+            self._constant(rows),
+            self._constant(bounds),
+        )
+        self._families: list[tuple[Family[Any], list[int]]] = []
+        for index, own in enumerate(members.values()):
+            kind, dtype = tables[own[0]][0], dtypes[own[0]]
+            place = {t: k for k, t in enumerate(own)}
+            served = [
+                FamilyFeature(number, columns[number], f.mean, place[f.table], f.key_base)
+                for number, f in enumerate(features)
+                if f.table in place
+            ]
+            shapes = [tables[t][1] for t in own]
+            family = kind(shapes, served, len(features), index, device, dtype)
+            family.micro_batch_rows = micro_batch_rows
+            self._families.append((family, own))
+
+    def forward(
+        self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Call | None = None
+    ) -> tuple[Tensor, Call]:
+        """Pool a batch: [B, sum of D] float32, and what the backward needs when ``keep`` says that one comes.
+
+        A ``state`` of the same batch is filled again, for parameters that have changed since.
+        """
+        call = Call(batch, self.columns, self._keys) if state is None else state
+        out = torch.empty(batch.size, self.columns, dtype=torch.float32, device=self.device)
+        if not batch.ids.numel():
+            return out.zero_(), call
+        if batch.size:
+            for family, own in self._families:
+                family.forward(call, self._parameters(parameters, own), out, keep)
+        return out, call
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        parameters: Sequence[Tensor],
+        batch: Batch,
+        state: Call,
+        *,
+        updates: Sequence[Update | None],
+        wanted: Sequence[bool],
+        want_weights: bool,
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Gradients of the parameters that are ``wanted``, and of the per-sample weights when asked for.
+
+        A table with an update has its touched rows updated in place, and ``None`` for gradients. When
+        ``grad_out`` is not finite nothing is updated; the device alone knows, so no error is raised here:
+        see :mod:`recemb_kernels.triton_frame.verdict`.
+        """
+        grads: list[Tensor | None] = [None] * len(parameters)
+        count = batch.ids.numel()
+        grad_weights = grad_out.new_zeros(count, dtype=torch.float32) if want_weights else None
+        grad_out = grad_out.float().contiguous()
+        stepping = any(update is not None for update in updates)
+        refused = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if stepping:
+            refused = (~torch.isfinite(grad_out)).any().to(torch.int32).view(1)
+        for family, own in self._families:
+            stored = self._parameters(parameters, own)
+            places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
+            if not count:
+                found: list[Tensor | None] = [
+                    torch.zeros_like(p) if wanted[k] else None for k, p in zip(places, stored, strict=True)
+                ]
+            else:
+                asked = Backward(
+                    grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
+                )
+                found = family.backward(state, stored, asked)
+            for k, grad in zip(places, found, strict=True):
+                grads[k] = grad
+        self.refused = refused
+        return grads, grad_weights
+
+    def _parameters(self, parameters: Sequence[Tensor], tables: Sequence[int]) -> list[Tensor]:
+        return [parameters[k] for t in tables for k in range(self._first[t], self._first[t + 1])]
+
+    def _constant(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)

@@ -1,0 +1,297 @@
+"""Triton kernels that every op uses: pooling, the way back of gradients, sums over segments, updates.
+
+Positions, rows, bags and elements are int64 throughout. Letters: B samples, D columns of a row, W elements
+of a parameter row. Names in capitals are compile-time constants; BB, BD, ... are the sizes of a program's tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = (tl.constexpr(kind) for kind in (1, 2, 3, 4))
+
+
+@triton.jit
+def upper_bound(array, size, value, STEPS: tl.constexpr):
+    """How many of the rising ``array[:size]`` are <= ``value``, by 2**STEPS > size."""
+    low = tl.zeros_like(value)
+    high = low + size
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = tl.load(array + middle, mask=open_, other=0) <= value
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (below == 0), middle, high)
+    return low
+
+
+@triton.jit
+def pool_rows(
+    out,
+    sources,
+    index,
+    weights,
+    offsets,
+    features,
+    limits,
+    batch_size,
+    columns,
+    LIMITS: tl.constexpr,
+    INDIRECT: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """out[b, columns of f] = sum or mean over bag (f, b) of w * source_f[index].
+
+    Grid (bags of one feature / BB, features, D / BD). ``sources`` [F] holds addresses of row-major [rows, D]
+    arrays of ELEMENT when INDIRECT, else it is the one array of all. ``features`` [F, 3] holds the feature's
+    number in the batch, its first column, and whether it is averaged. Indices outside ``limits[f * LIMITS], limits[f * LIMITS + 1]`` are skipped.
+    """
+    f = tl.program_id(1)
+    bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    feature = tl.load(features + 3 * f)
+    column = tl.load(features + 3 * f + 1)
+    mean = tl.load(features + 3 * f + 2)
+    source = sources
+    if INDIRECT:
+        source = tl.multiple_of(tl.load(sources + f).to(tl.pointer_type(ELEMENT)), 16)
+    low = tl.load(limits + f * LIMITS)
+    high = tl.load(limits + f * LIMITS + 1)
+    here = bags < batch_size
+    first = tl.load(offsets + feature * batch_size + bags, mask=here, other=0)
+    length = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0) - first
+    total = tl.zeros((BB, BD), dtype=tl.float32)
+    for i in range(tl.max(length, 0)):
+        at = first + i
+        row = tl.load(index + at, mask=i < length, other=-1)
+        stored = (i < length) & (row >= low) & (row < high)
+        mask = stored[:, None] & (d < D)[None, :]
+        value = tl.load(source + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + at, mask=stored, other=0.0)[:, None]
+        total += value
+    if mean != 0:
+        total = tl.div_rn(total, tl.zeros_like(total) + tl.maximum(length, 1).to(tl.float32)[:, None])
+    mask = here[:, None] & (d < D)[None, :]
+    tl.store(out + bags[:, None] * columns + column + d[None, :], total, mask=mask)
+
+
+@triton.jit
+def sum_pieces(
+    out,
+    grad_out,
+    order,
+    bag,
+    weights,
+    offsets,
+    features,
+    piece_first,
+    row_piece,
+    cuts,
+    batch_size,
+    columns,
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """out[p] = sum over the positions of piece p of w * the gradient of their bag, of one family's rows.
+
+    Grid (pieces / BP, D / BD). ``features`` [F, 3] holds first column and whether averaged of *every* feature
+    of the batch; ``cuts`` points at the family's first row and the one after its last.
+    """
+    low = tl.load(row_piece + tl.load(cuts))
+    high = tl.load(row_piece + tl.load(cuts + 1))
+    piece = low + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    if low + tl.program_id(0).to(tl.int64) * BP >= high:
+        return
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    here = piece < high
+    first = tl.load(piece_first + piece, mask=here, other=0)
+    length = tl.load(piece_first + piece + 1, mask=here, other=0) - first
+    total = tl.zeros((BP, BD), dtype=tl.float32)
+    for i in range(tl.max(length, 0)):
+        inside = i < length
+        position = tl.load(order + first + i, mask=inside, other=0)
+        own = tl.load(bag + position, mask=inside, other=0)
+        feature = own // batch_size
+        sample = own % batch_size
+        column = tl.load(features + 3 * feature, mask=inside, other=0)
+        mean = tl.load(features + 3 * feature + 1, mask=inside, other=0)
+        begin = tl.load(offsets + own, mask=inside, other=0)
+        count = tl.load(offsets + own + 1, mask=inside, other=1) - begin
+        scale = tl.div_rn(tl.full((BP,), 1.0, tl.float32), tl.where(mean != 0, count, 1).to(tl.float32))
+        if WEIGHTED:
+            scale *= tl.load(weights + position, mask=inside, other=0.0)
+        address = grad_out + (sample * columns + column)[:, None] + d[None, :]
+        mask = inside[:, None] & (d < D)[None, :]
+        total += tl.load(address, mask=mask, other=0.0) * scale[:, None]
+    mask = here[:, None] & (d < D)[None, :]
+    tl.store(out + piece[:, None] * D + d[None, :], total, mask=mask)
+
+
+@triton.jit
+def segment_sum(
+    out,
+    source,
+    first,
+    cuts,
+    source_base,
+    RELATIVE: tl.constexpr,
+    W: tl.constexpr,
+    BC: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """out[n] = sum of source[first[n] : first[n + 1]], for n from ``cuts[0]`` to ``cuts[1]``.
+
+    Grid (segments, W / BW). With RELATIVE, ``out`` starts at row ``cuts[0]`` and ``source`` at row
+    ``source_base[0]``: the workspaces of one micro-batch.
+    """
+    low = tl.load(cuts)
+    n = low + tl.program_id(0)
+    if n >= tl.load(cuts + 1):
+        return
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    c = tl.arange(0, BC)
+    begin = tl.load(first + n)
+    end = tl.load(first + n + 1)
+    base = begin * 0
+    if RELATIVE:
+        base += tl.load(source_base)
+        n -= low
+    total = tl.zeros((BC, BW), dtype=tl.float32)
+    for at in range(begin, end, BC):
+        mask = ((at + c) < end)[:, None] & (w < W)[None, :]
+        total += tl.load(source + (at - base + c)[:, None] * W + w[None, :], mask=mask, other=0.0)
+    tl.store(out + n * W + w, tl.sum(total, 0), mask=w < W)
+
+
+@triton.jit
+def weight_gradients(
+    out,
+    sources,
+    index,
+    bag,
+    offsets,
+    grad_out,
+    features,
+    limits,
+    batch_size,
+    columns,
+    num_ids,
+    LIMITS: tl.constexpr,
+    INDIRECT: tl.constexpr,
+    D: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BL: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """out[l] = gradient of the bag of position l, times its row; of the positions of one family's features.
+
+    Grid (positions / BL). ``features`` [F, 3] of *every* feature of the batch: first column, whether averaged,
+    and its place among ``sources`` and ``limits``, or -1 when another family serves it.
+    """
+    position = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
+    here = position < num_ids
+    own = tl.load(bag + position, mask=here, other=0)
+    feature = own // batch_size
+    sample = own % batch_size
+    column = tl.load(features + 3 * feature, mask=here, other=0)
+    mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
+    f = tl.load(features + 3 * feature + 2, mask=here, other=-1)
+    ours = here & (f >= 0)
+    row = tl.load(index + position, mask=ours, other=-1)
+    stored = ours & (row >= tl.load(limits + f * LIMITS, mask=ours, other=0))
+    stored = stored & (row < tl.load(limits + f * LIMITS + 1, mask=ours, other=0))
+    total = tl.zeros((BL,), dtype=tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        mask = stored[:, None] & (d < D)[None, :]
+        if INDIRECT:
+            source = tl.load(sources + f, mask=ours, other=0).to(tl.pointer_type(ELEMENT))
+            value = tl.load(source[:, None] + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+        else:
+            value = tl.load(sources + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+        grad = tl.load(grad_out + (sample * columns + column)[:, None] + d[None, :], mask=mask, other=0.0)
+        total += tl.sum(value.to(tl.float32) * grad, 1)
+    begin = tl.load(offsets + own, mask=here, other=0)
+    count = tl.load(offsets + own + 1, mask=here, other=1) - begin
+    total = tl.div_rn(total, tl.where(mean != 0, count, 1).to(tl.float32))
+    tl.store(out + position, total, mask=ours)
+
+
+@triton.jit
+def update_rows(
+    grad,
+    entry_table,
+    entry_row,
+    touched,
+    refused,
+    parameters,
+    states,
+    states2,
+    cuts,
+    lr,
+    eps,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    root,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STATE: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """One optimizer step on each touched parameter row, given its whole gradient ``grad[e]`` [W].
+
+    Grid (entries). Entry e is row ``entry_row[e]`` of the parameter at ``parameters[entry_table[e]]``, an
+    address; its optimizer's states lie at ``states`` and ``states2``. Entries from ``cuts[0]`` to ``cuts[1]``
+    take part, where ``touched`` is not 0 and ``refused[0]``, the mark of a non-finite gradient, is 0. The
+    formulas are ``recemb_optim.h``'s.
+    """
+    e = tl.load(cuts) + tl.program_id(0)
+    if e >= tl.load(cuts + 1):
+        return
+    if (tl.load(touched + e) == 0) | (tl.load(refused) != 0):
+        return
+    table = tl.load(entry_table + e)
+    row = tl.load(entry_row + e)
+    parameter = tl.multiple_of(tl.load(parameters + table).to(tl.pointer_type(ELEMENT)), 16) + row * W
+    scale = lr
+    if KIND == ROWWISE_ADAGRAD:
+        square = tl.zeros((BW,), dtype=tl.float32)
+        for start in range(0, W, BW):
+            w = start + tl.arange(0, BW)
+            g = tl.load(grad + e * W + w, mask=w < W, other=0.0)
+            square += g * g
+        state = tl.load(states + table).to(tl.pointer_type(STATE)) + row
+        sum_ = tl.load(state).to(tl.float32) + tl.sum(square, 0) / W
+        tl.store(state, sum_)
+        scale = tl.div_rn(lr, tl.sqrt_rn(sum_) + eps)
+    for start in range(0, W, BW):
+        w = start + tl.arange(0, BW)
+        g = tl.load(grad + e * W + w, mask=w < W, other=0.0)
+        value = tl.load(parameter + w, mask=w < W, other=0.0).to(tl.float32)
+        if KIND == ADAGRAD:
+            state = tl.load(states + table).to(tl.pointer_type(STATE)) + row * W + w
+            sums = tl.load(state, mask=w < W, other=0.0).to(tl.float32) + g * g
+            tl.store(state, sums, mask=w < W)
+            step = tl.div_rn(lr * g, tl.sqrt_rn(sums) + eps)
+        elif KIND == ADAM:
+            state = tl.load(states + table).to(tl.pointer_type(STATE)) + row * W + w
+            state2 = tl.load(states2 + table).to(tl.pointer_type(STATE)) + row * W + w
+            mean = beta1 * tl.load(state, mask=w < W, other=0.0).to(tl.float32) + rest1 * g
+            variance = beta2 * tl.load(state2, mask=w < W, other=0.0).to(tl.float32) + rest2 * g * g
+            tl.store(state, mean, mask=w < W)
+            tl.store(state2, variance, mask=w < W)
+            step = tl.div_rn(lr * mean, tl.div_rn(tl.sqrt_rn(variance), tl.zeros_like(variance) + root) + eps)
+        else:
+            step = scale * g
+        tl.store(parameter + w, value - step, mask=w < W)

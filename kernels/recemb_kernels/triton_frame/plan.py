@@ -1,0 +1,94 @@
+"""The distinct rows of a batch on the device, without the host ever learning how many there are.
+
+Every size below is a bound that the host knows: with L ids there are at most L distinct rows. Kernels are
+launched for the bound, and those beyond the real number, which they read on the device, return at once. So a
+step never waits for the device, and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+# Positions of one row that are summed by one program; longer rows are sums of such pieces.
+PIECE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Ids sorted by key; equal keys are one row, and rows are numbered in the order of their keys.
+
+    L ids give U <= L rows. What belongs to no row is padding: keys ``total``, starts L.
+
+    Attributes:
+        bag: [L] bag of each position of the batch.
+        order: [L] positions, sorted by key.
+        inverse: [L] row of each position.
+        row_key: [L] key of each row.
+        row_first: [L + 1] where each row's run in ``order`` starts.
+        piece_first: [L + 1] where each piece of a run starts.
+        row_piece: [L + 1] first piece of each row.
+        cuts: rows at which the key reaches each of the bounds asked for.
+    """
+
+    bag: Tensor
+    order: Tensor
+    inverse: Tensor
+    row_key: Tensor
+    row_first: Tensor
+    piece_first: Tensor
+    row_piece: Tensor
+    cuts: Tensor
+
+
+def bags_of(offsets: Tensor, num_ids: int) -> Tensor:
+    """[L]: the bag that each position lies in."""
+    positions = torch.arange(num_ids, device=offsets.device)
+    # right=True skips the empty bags that start at the same offset.
+    return torch.searchsorted(offsets, positions, right=True) - 1
+
+
+def plan_batch(keys: Tensor, bag: Tensor, bounds: Tensor) -> BatchPlan:
+    """Sort a batch that is not empty.
+
+    Args:
+        keys: [L] int64; the last of ``bounds`` for a position that is skipped.
+        bag: [L] as of :func:`bags_of`.
+        bounds: [K] int64, rising; keys below the last are rows.
+    """
+    count, device = keys.numel(), keys.device
+    positions = torch.arange(count, device=device)
+    sorted_keys, order = torch.sort(keys, stable=True)
+    new = torch.ones(count, dtype=torch.bool, device=device)
+    torch.ne(sorted_keys[1:], sorted_keys[:-1], out=new[1:])
+    row_of = numbered(new)
+    piece_of = numbered(new | (positions % PIECE == 0))
+    row_first = starts(row_of, count)
+    return BatchPlan(
+        bag=bag,
+        order=order,
+        inverse=torch.empty_like(order).scatter_(0, order, row_of),
+        row_key=torch.cat((sorted_keys, bounds[-1:]))[row_first[:-1]],
+        row_first=row_first,
+        piece_first=starts(piece_of, count),
+        row_piece=_end(piece_of)[row_first],
+        cuts=_end(row_of)[torch.searchsorted(sorted_keys, bounds)],
+    )
+
+
+def numbered(new: Tensor) -> Tensor:
+    """[..., L]: running number of each entry, which rises by one wherever ``new`` is true."""
+    return torch.cumsum(new, dim=-1) - 1
+
+
+def starts(numbers: Tensor, size: int) -> Tensor:
+    """[size + 1]: first place in rising ``numbers`` [L] that holds 0, 1, ...; L for those that none holds."""
+    return torch.searchsorted(numbers, torch.arange(size + 1, device=numbers.device))
+
+
+def _end(numbers: Tensor) -> Tensor:
+    """Append one more than the last."""
+    return cast(Tensor, torch.cat((numbers, numbers[-1:] + 1)))

@@ -1,0 +1,126 @@
+"""Fused optimizer steps on the device: rates are worked out on the host, one launch per distinct set of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.triton_frame.elements import ELEMENTS, tile
+from recemb_kernels.triton_frame.family import Family
+from recemb_kernels.triton_frame.kernels import update_rows
+from recemb_kernels.update import Kind, Update
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Rows of one parameter of every table of a family, whose gradients lie in one array.
+
+    Attributes:
+        table: [E] place of the table in the family.
+        row: [E] row of its parameter.
+        touched: [E] int32, 0 where there is no gradient.
+        cuts: [2] first entry, and one past the last.
+        most: how many there can be.
+    """
+
+    table: Tensor
+    row: Tensor
+    touched: Tensor
+    cuts: Tensor
+    most: int
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """The numbers of one step; equal ones share a launch."""
+
+    kind: Kind
+    state: torch.dtype | None
+    lr: float
+    eps: float
+    beta1: float
+    beta2: float
+    root: float
+
+
+def step(
+    family: Family[Any],
+    entries: Entries,
+    grad: Tensor,
+    parameters: Sequence[Tensor],
+    updates: Sequence[Update | None],
+    which: int,
+    refused: Tensor,
+) -> None:
+    """Step on parameter ``which`` of every table that has an update.
+
+    Args:
+        grad: [E, W] float32.
+        parameters: that parameter of each table, [rows, W].
+        updates: per table.
+        refused: [1] int32; nothing changes unless it is 0. Step counters are on the host and count on.
+    """
+    groups: dict[_Rates, list[int]] = {}
+    for table, update in enumerate(updates):
+        if update is not None:
+            groups.setdefault(_rates(update, which), []).append(table)
+    everyone = sum(map(len, groups.values())) == len(updates)
+    for rates, tables in groups.items():
+        touched = entries.touched
+        if len(groups) > 1 or not everyone:
+            members = [int(table in tables) for table in range(len(updates))]
+            chosen = family.remembered(tuple(members))[entries.table.clamp(min=0)]
+            touched = touched * chosen.to(touched.dtype)
+        # Tables without this update are not read: any address does for them.
+        owners = [table if table in tables else tables[0] for table in range(len(updates))]
+        states, states2 = (
+            [getattr(updates[owner], name) for owner in owners] for name in ("state", "state2")
+        )
+        own = family.addresses([parameters[owner] for owner in owners])
+        first = family.addresses([s[which] for s in states]) if rates.state else own
+        width = parameters[0].shape[1]
+        update_rows[(entries.most,)](
+            grad,
+            entries.table,
+            entries.row,
+            touched,
+            refused,
+            own,
+            first,
+            family.addresses([s[which] for s in states2]) if rates.kind == Kind.ADAM else first,
+            entries.cuts,
+            rates.lr,
+            rates.eps,
+            rates.beta1,
+            1 - rates.beta1,
+            rates.beta2,
+            1 - rates.beta2,
+            rates.root,
+            KIND=int(rates.kind),
+            W=width,
+            ELEMENT=ELEMENTS[family.dtype],
+            STATE=ELEMENTS[rates.state or torch.float32],
+            BW=tile(width, 1024),
+            num_warps=1 if width <= 128 else 4,
+        )
+
+
+def _rates(update: Update, which: int) -> _Rates:
+    """The rates of this step, whose number it counts; ``hyper_at`` of ``recemb_optim.h``."""
+    number = 1.0
+    if update.steps:
+        update.steps[which].add_(1)
+        number = float(update.steps[which])
+    lr, root = update.lr, 1.0
+    if update.kind in (Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD):
+        lr /= 1 + (number - 1) * update.lr_decay
+    if update.kind == Kind.ADAM:
+        lr /= 1 - update.beta1**number
+        root = math.sqrt(1 - update.beta2**number)
+    state = update.state[which].dtype if update.state else None
+    return _Rates(update.kind, state, lr, update.eps, update.beta1, update.beta2, root)

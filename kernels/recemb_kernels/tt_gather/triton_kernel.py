@@ -1,0 +1,220 @@
+"""Triton kernels of tensor-train tables: products of cores over the distinct prefixes of a batch, and back.
+
+Level l has one node per distinct prefix (i_1 .. i_l); rows are the nodes of the last. A node's product of
+cores is a [Q, R] matrix, Q = q_1 .. q_l; its child's is [Q, K] times the child's core slice [K, N], with
+K = R_l and N = q_{l+1} R_{l+1}. Children with one digit share a slice, so they are grouped by it, and a group
+is one matrix product with rows m = (node, j), j < Q. BM, BK, BN are tiles of it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from recemb_kernels.triton_frame.kernels import upper_bound
+
+
+@triton.jit
+def product(a, b, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b, by the tensor cores' instruction or by plain multiply-adds."""
+    if DOT:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+    return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+
+
+@triton.jit
+def split_digits(
+    digits,
+    new,
+    row_key,
+    cuts,
+    first_key,
+    table_keys,
+    radices,
+    entry_base,
+    num_tables,
+    count,
+    micro_batch_rows,
+    ORDER: tl.constexpr,
+    STEPS: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Each row's core slices, and where a new prefix of each length begins.
+
+    ``digits`` [ORDER, count]: entry of each of its slices, ``entry_base[table, k]`` + digit k. ``new``
+    [ORDER - 1, count]: whether the row's first k + 1 digits differ from those of the row before, or a
+    micro-batch begins. ``table_keys`` [tables + 1] and ``radices`` [tables, ORDER] describe the tables;
+    ``first_key`` is the family's first key. Grid (count / BR).
+    """
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    low = tl.load(cuts)
+    inside = (row >= low) & (row < tl.load(cuts + 1))
+    base = tl.load(first_key)
+    key = tl.load(row_key + row, mask=inside, other=0) - base
+    before = tl.load(row_key + row - 1, mask=inside & (row > low), other=0) - base
+    table = upper_bound(table_keys, num_tables, key, STEPS) - 1
+    table = tl.where(inside, table, 0)
+    key -= tl.load(table_keys + table)
+    before -= tl.load(table_keys + table)
+    # A key of an earlier table is negative here, and no quotient of it equals one that is not.
+    fresh = ((row - low) % micro_batch_rows == 0) | (before < 0)
+    for down in tl.static_range(ORDER - 1):
+        k = ORDER - 1 - down
+        radix = tl.load(radices + table * ORDER + k)
+        entry = tl.load(entry_base + table * ORDER + k) + key % radix
+        key = key // radix
+        before = before // radix
+        is_new = inside & (fresh | (key != before))
+        tl.store(digits + k * count + row, entry, mask=row < count)
+        tl.store(new + (k - 1) * count + row, is_new.to(tl.int8), mask=row < count)
+    tl.store(digits + row, tl.load(entry_base + table * ORDER) + key, mask=row < count)
+
+
+@triton.jit
+def copy_slices(
+    out, cores, digit, entry_table, entry_row, cuts, W: tl.constexpr, ELEMENT: tl.constexpr, BW: tl.constexpr
+):
+    """out[n] = the slice of node n of level 1, rows from ``cuts[0]`` on. Grid (nodes, W / BW)."""
+    low = tl.load(cuts)
+    n = low + tl.program_id(0)
+    if n >= tl.load(cuts + 1):
+        return
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    entry = tl.load(digit + n)
+    core = tl.load(cores + tl.load(entry_table + entry)).to(tl.pointer_type(ELEMENT))
+    value = tl.load(core + tl.load(entry_row + entry) * W + w, mask=w < W)
+    tl.store(out + (n - low) * W + w, value, mask=w < W)
+
+
+@triton.jit
+def add_slices(grad, touched, source, digit, cuts, W: tl.constexpr, BW: tl.constexpr):
+    """grad[digit of node n] += source[n], of level 1, whose nodes in one micro-batch have distinct slices.
+
+    Grid (nodes, W / BW).
+    """
+    low = tl.load(cuts)
+    n = low + tl.program_id(0)
+    if n >= tl.load(cuts + 1):
+        return
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    entry = tl.load(digit + n)
+    tl.store(touched + entry, 1)
+    total = tl.load(grad + entry * W + w, mask=w < W, other=0.0)
+    total += tl.load(source + (n - low) * W + w, mask=w < W, other=0.0)
+    tl.store(grad + entry * W + w, total, mask=w < W)
+
+
+@triton.jit
+def multiply(
+    out,
+    source,
+    cores,
+    nodes,
+    parent,
+    group_first,
+    tile_first,
+    tile_group,
+    entry_table,
+    entry_row,
+    source_base,
+    out_base,
+    num_entries,
+    micro_batch,
+    FORWARD: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Forward: out[node] [Q, N] = source[parent] [Q, K] times the node's slice [K, N].
+
+    Otherwise the way back, out[node] [Q, N] = source[node] [Q, K] times the transpose of its slice [N, K].
+    ``source`` and ``out`` start at rows ``source_base[0]`` and ``out_base[0]``. Grid (tiles, N / BN).
+    """
+    first_group = micro_batch.to(tl.int64) * num_entries
+    tile = tl.load(tile_first + first_group) + tl.program_id(0)
+    if tile >= tl.load(tile_first + first_group + num_entries):
+        return
+    group = tl.load(tile_group + tile)
+    begin = tl.load(group_first + group)
+    size = (tl.load(group_first + group + 1) - begin) * Q
+    m = (tile - tl.load(tile_first + group)) * BM + tl.arange(0, BM)
+    entry = group - first_group
+    core = tl.multiple_of(tl.load(cores + tl.load(entry_table + entry)).to(tl.pointer_type(ELEMENT)), 16)
+    core += tl.load(entry_row + entry) * (K * N)
+    node = tl.load(nodes + begin + m // Q, mask=m < size, other=0)
+    if FORWARD:
+        at = tl.load(parent + node, mask=m < size, other=0) - tl.load(source_base)
+    else:
+        at = node - tl.load(source_base)
+    at = (at * Q + m % Q) * K
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(source + at[:, None] + k[None, :], mask=(m < size)[:, None] & (k < K)[None, :], other=0.0)
+        within = (k < K)[:, None] & (n < N)[None, :]
+        if FORWARD:
+            b = tl.load(core + k[:, None] * N + n[None, :], mask=within, other=0.0)
+        else:
+            b = tl.load(core + n[None, :] * K + k[:, None], mask=within, other=0.0)
+        total = product(a.to(COMPUTE), b.to(COMPUTE), total, DOT, PRECISION)
+    to = ((node - tl.load(out_base)) * Q + m % Q) * N
+    tl.store(out + to[:, None] + n[None, :], total, mask=(m < size)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def slice_gradient(
+    grad,
+    source,
+    grad_out,
+    nodes,
+    parent,
+    group_first,
+    source_base,
+    grad_base,
+    num_entries,
+    micro_batch,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """grad[slice] [K, N] += sum over the nodes of its group of source[parent]^T [K, Q] grad_out[node] [Q, N].
+
+    One program owns each tile of a slice, so the sum's order is fixed. Grid (slices, K / BK, N / BN).
+    """
+    entry = tl.program_id(0).to(tl.int64)
+    group = micro_batch.to(tl.int64) * num_entries + entry
+    begin = tl.load(group_first + group)
+    size = (tl.load(group_first + group + 1) - begin) * Q
+    if size == 0:
+        return
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    n = tl.program_id(2) * BN + tl.arange(0, BN)
+    low = tl.load(source_base)
+    low_out = tl.load(grad_base)
+    total = tl.zeros((BK, BN), dtype=tl.float32)
+    for start in range(0, size, BM):
+        m = start + tl.arange(0, BM)
+        node = tl.load(nodes + begin + m // Q, mask=m < size, other=0)
+        at = ((tl.load(parent + node, mask=m < size, other=0) - low) * Q + m % Q) * K
+        to = ((node - low_out) * Q + m % Q) * N
+        a = tl.load(source + at[None, :] + k[:, None], mask=(m < size)[None, :] & (k < K)[:, None], other=0.0)
+        b = tl.load(
+            grad_out + to[:, None] + n[None, :], mask=(m < size)[:, None] & (n < N)[None, :], other=0.0
+        )
+        total = product(a.to(tl.float32), b, total, DOT, PRECISION)
+    address = grad + entry * (K * N) + k[:, None] * N + n[None, :]
+    mask = (k < K)[:, None] & (n < N)[None, :]
+    tl.store(address, tl.load(address, mask=mask, other=0.0) + total, mask=mask)

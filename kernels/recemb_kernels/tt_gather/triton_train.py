@@ -1,0 +1,332 @@
+"""Tensor-train tables on the device: the launches of :mod:`tt_gather.triton_kernel`, level by level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, precision, tile
+from recemb_kernels.triton_frame.family import Backward, Call, Family
+from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
+from recemb_kernels.triton_frame.pooling import pool, weigh
+from recemb_kernels.triton_frame.steps import Entries, step
+from recemb_kernels.tt_gather import TrainShape
+from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, multiply, slice_gradient
+from recemb_kernels.tt_gather.triton_levels import TILE_ROWS, Level, TrainTables, make_levels
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one matrix product [M, K] [K, N] is tiled.
+
+    ``dot`` says that ``tl.dot`` computes it: K and N of 8 and more are padded to the 16 that it takes, which
+    at most quadruples the work; tensor cores have more than that to spare. Narrower ones, as of a last core
+    with q_d < 8, are plain multiply-adds.
+    """
+
+    dot: bool
+    k: int
+    n: int
+
+    @classmethod
+    def of(cls, inner: int, outer: int) -> Tiles:
+        """Tiles for K = ``inner`` and N = ``outer``."""
+        if min(inner, outer) >= 8:
+            return cls(True, tile(inner, 64, 16), tile(outer, 64, 16))
+        k = tile(inner, 32)
+        return cls(False, k, tile(outer, max(1, 128 // k)))
+
+
+@dataclass(eq=False)
+class _Kept:
+    """The tree of a batch, and the products of its nodes while one micro-batch holds them all."""
+
+    levels: list[Level]
+    rows: Tensor | None
+    products: list[Tensor] | None
+
+
+class TrainFamily(Family[TrainShape]):
+    """Tensor-train tables with the same (q_1 .. q_d) and ranks."""
+
+    @staticmethod
+    def constants(shape: TrainShape) -> Hashable:
+        return shape.dim_shape, shape.ranks
+
+    @staticmethod
+    def num_keys(shape: TrainShape) -> int:
+        return math.prod(shape.row_shape)
+
+    @staticmethod
+    def num_parameters(shape: TrainShape) -> int:
+        return len(shape.row_shape)
+
+    @staticmethod
+    def dim(shape: TrainShape) -> int:
+        return math.prod(shape.dim_shape)
+
+    def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
+        count = call.batch.ids.numel()
+        kept: _Kept | None = call.kept.get(self.index)
+        levels = kept.levels if kept else make_levels(self, call, self._tables)
+        rows = torch.empty(count, self._dim, dtype=torch.float32, device=self.device)
+        products: list[Tensor] = []
+        slices = cdiv(count, self.micro_batch_rows)
+        for micro_batch in range(slices):
+            products = self._products(levels, parameters, micro_batch)
+            self._multiply(levels, parameters, micro_batch, len(levels) - 1, products[-1], rows)
+        pool(self, call, out, rows, call.plan.inverse, self._row_cuts(call), self._dim)
+        if keep:
+            weighted = call.batch.weights is not None
+            call.kept[self.index] = _Kept(
+                levels, rows if weighted else None, products if slices == 1 else None
+            )
+
+    def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        kept: _Kept = call.kept[self.index]
+        if asked.grad_weights is not None:
+            assert kept.rows is not None
+            weigh(self, call, asked, kept.rows, call.plan.inverse, self._row_cuts(call), self._dim)
+        grad_rows = row_gradients(self, call, asked.grad_out, self._dim)
+        grads = [
+            torch.zeros(table.numel(), width, dtype=torch.float32, device=self.device)
+            for table, width in zip(self._tables.entry_table, self._widths, strict=True)
+        ]
+        first_touched = torch.zeros(len(grads[0]), dtype=torch.int32, device=self.device)
+        for micro_batch in range(cdiv(call.batch.ids.numel(), self.micro_batch_rows)):
+            products = kept.products or self._products(kept.levels, parameters, micro_batch)
+            grad_node = self._back(kept.levels, parameters, micro_batch, products, grad_rows, grads)
+            self._add(kept.levels[0], micro_batch, grad_node, grads[0], first_touched)
+        touched = [first_touched]
+        for level, grad in zip(kept.levels[1:], grads[1:], strict=True):
+            assert level.groups is not None
+            touched.append((level.groups.first.diff().view(-1, len(grad)).sum(0) > 0).to(torch.int32))
+        return self._finish(parameters, asked, grads, touched)
+
+    def _products(
+        self, levels: Sequence[Level], parameters: Sequence[Tensor], micro_batch: int
+    ) -> list[Tensor]:
+        """The products of a micro-batch's prefixes, level by level; those of its rows are left out."""
+        capacity = min(levels[0].entry.numel(), self.micro_batch_rows)
+        products = [
+            torch.empty(capacity, columns * rank, dtype=self.dtype, device=self.device)
+            for columns, rank in zip(self._tables.prefix_columns[1:], self._ranks[1:-1], strict=True)
+        ]
+        width = products[0].shape[1]
+        block = tile(width, 1024)
+        copy_slices[(capacity, cdiv(width, block))](
+            products[0],
+            self._cores(parameters, 0),
+            levels[0].entry,
+            self._tables.entry_table[0],
+            self._tables.entry_row[0],
+            levels[0].cuts[micro_batch:],
+            W=width,
+            ELEMENT=ELEMENTS[self.dtype],
+            BW=block,
+            num_warps=1 if block <= 64 else 4,
+        )
+        for k in range(1, len(levels) - 1):
+            self._multiply(levels, parameters, micro_batch, k, products[k - 1], products[k])
+        return products
+
+    def _multiply(
+        self,
+        levels: Sequence[Level],
+        parameters: Sequence[Tensor],
+        micro_batch: int,
+        k: int,
+        source: Tensor,
+        out: Tensor,
+        *,
+        forward: bool = True,
+    ) -> None:
+        """Multiply the nodes of level k by their slices of core k, or on the way back by their transposes."""
+        level, tables = levels[k], self._tables
+        groups, q = level.groups, tables.prefix_columns[k]
+        assert groups is not None
+        inner, outer = self._ranks[k], self._dims[k] * self._ranks[k + 1]
+        inner, outer = (inner, outer) if forward else (outer, inner)
+        tiles, entries = Tiles.of(inner, outer), tables.entry_table[k].numel()
+        capacity = min(level.entry.numel(), self.micro_batch_rows)
+        rows, own = self._zero, level.cuts[micro_batch:]
+        # Rows are counted from the first of the batch, nodes from the first of the micro-batch.
+        last = k == len(levels) - 1
+        if forward:
+            source_base, out_base = levels[k - 1].cuts[micro_batch:], rows if last else own
+        else:
+            source_base, out_base = rows if last else own, own
+        # Gradients keep float32's exponents: float16 would lose the small ones.
+        compute = ELEMENTS[self.dtype] if forward else tl.float32
+        multiply[(min(entries, capacity) + cdiv(capacity * q, TILE_ROWS), cdiv(outer, tiles.n))](
+            out,
+            source,
+            self._cores(parameters, k),
+            groups.nodes,
+            level.parent,
+            groups.first,
+            groups.tile_first,
+            groups.tile_group,
+            tables.entry_table[k],
+            tables.entry_row[k],
+            source_base,
+            out_base,
+            entries,
+            micro_batch,
+            FORWARD=forward,
+            DOT=tiles.dot,
+            PRECISION=precision(self.dtype),
+            Q=q,
+            K=inner,
+            N=outer,
+            ELEMENT=ELEMENTS[self.dtype],
+            COMPUTE=compute,
+            BM=TILE_ROWS,
+            BK=tiles.k,
+            BN=tiles.n,
+            num_warps=4,
+        )
+
+    def _back(
+        self,
+        levels: Sequence[Level],
+        parameters: Sequence[Tensor],
+        micro_batch: int,
+        products: Sequence[Tensor],
+        grad_rows: Tensor,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        """From the rows' gradients to those of the slices of cores 2 .. d, and of the first level's nodes."""
+        tables, last = self._tables, len(levels) - 1
+        capacity = min(levels[0].entry.numel(), self.micro_batch_rows)
+        grad_node = grad_rows
+        for k in range(last, 0, -1):
+            level, q = levels[k], tables.prefix_columns[k]
+            groups = level.groups
+            assert groups is not None
+            inner, outer = self._ranks[k], self._dims[k] * self._ranks[k + 1]
+            tiles, entries = Tiles.of(inner, outer), tables.entry_table[k].numel()
+            own, before = level.cuts[micro_batch:], levels[k - 1].cuts[micro_batch:]
+            slice_gradient[(entries, cdiv(inner, tiles.k), cdiv(outer, tiles.n))](
+                grads[k],
+                products[k - 1],
+                grad_node,
+                groups.nodes,
+                level.parent,
+                groups.first,
+                before,
+                self._zero if k == last else own,
+                entries,
+                micro_batch,
+                DOT=tiles.dot,
+                PRECISION=precision(self.dtype),
+                Q=q,
+                K=inner,
+                N=outer,
+                BM=TILE_ROWS if tiles.dot else 16,
+                BK=tiles.k,
+                BN=tiles.n,
+                num_warps=4,
+            )
+            shares = torch.empty(capacity, q * inner, dtype=torch.float32, device=self.device)
+            self._multiply(levels, parameters, micro_batch, k, grad_node, shares, forward=False)
+            grad_node = torch.empty_like(shares)
+            sum_segments(grad_node, shares, levels[k - 1].child, before, own, capacity)
+        return grad_node
+
+    def _add(self, level: Level, micro_batch: int, grad_node: Tensor, grad: Tensor, touched: Tensor) -> None:
+        width = grad.shape[1]
+        block = tile(width, 1024)
+        add_slices[(len(grad_node), cdiv(width, block))](
+            grad,
+            touched,
+            grad_node,
+            level.entry,
+            level.cuts[micro_batch:],
+            W=width,
+            BW=block,
+            num_warps=1 if block <= 64 else 4,
+        )
+
+    def _finish(
+        self,
+        parameters: Sequence[Tensor],
+        asked: Backward,
+        grads: Sequence[Tensor],
+        touched: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Step on the cores of tables with an update; cut the gradients of the others out."""
+        order = len(grads)
+        if any(update is not None for update in asked.updates):
+            for k, grad in enumerate(grads):
+                entries = Entries(
+                    self._tables.entry_table[k],
+                    self._tables.entry_row[k],
+                    touched[k],
+                    self.remembered((0, len(grad))),
+                    len(grad),
+                )
+                step(self, entries, grad, parameters[k::order], asked.updates, k, asked.refused)
+        found: list[Tensor | None] = []
+        for t, update in enumerate(asked.updates):
+            for k, grad in enumerate(grads):
+                first = self._entry_base[t][k]
+                own = grad[first : first + self.shapes[t].row_shape[k]]
+                wanted = update is None and asked.wanted[t * order + k]
+                found.append(own.to(self.dtype) if wanted else None)
+        return found
+
+    def _cores(self, parameters: Sequence[Tensor], k: int) -> Tensor:
+        return self.addresses(parameters[k :: len(self._dims)])
+
+    def _row_cuts(self, call: Call) -> Tensor:
+        return call.plan.cuts[self.index :]
+
+    @cached_property
+    def _zero(self) -> Tensor:
+        return self.constant([0])
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return self.shapes[0].dim_shape
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        return self.shapes[0].ranks
+
+    @property
+    def _dim(self) -> int:
+        return math.prod(self._dims)
+
+    @property
+    def _widths(self) -> list[int]:
+        """Elements of a slice, per core."""
+        return [r * q * s for r, q, s in zip(self._ranks, self._dims, self._ranks[1:], strict=False)]
+
+    @cached_property
+    def _entry_base(self) -> list[list[int]]:
+        """Per table and core, its first slice among those of all tables."""
+        rows = [shape.row_shape for shape in self.shapes]
+        return [[sum(other[k] for other in rows[:t]) for k in range(len(p))] for t, p in enumerate(rows)]
+
+    @cached_property
+    def _tables(self) -> TrainTables:
+        keys = [0]
+        for shape in self.shapes:
+            keys.append(keys[-1] + self.num_keys(shape))
+        cores = range(len(self._dims))
+        each = [[(t, row) for t, s in enumerate(self.shapes) for row in range(s.row_shape[k])] for k in cores]
+        return TrainTables(
+            keys=self.constant(keys),
+            radices=self.constant([shape.row_shape for shape in self.shapes]),
+            entry_base=self.constant(self._entry_base),
+            entry_table=[self.constant([t for t, _ in own]) for own in each],
+            entry_row=[self.constant([row for _, row in own]) for own in each],
+            prefix_columns=[math.prod(self._dims[:k]) for k in cores],
+        )
