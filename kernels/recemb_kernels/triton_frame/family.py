@@ -1,4 +1,4 @@
-"""What the tables of one op and one static shape need to be looked up together, and what a call hands them."""
+"""Tables of one op and one static shape, which are looked up together, and what a call hands them."""
 
 from __future__ import annotations
 

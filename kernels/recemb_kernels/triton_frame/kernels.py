@@ -1,7 +1,7 @@
 """Triton kernels that every op uses: pooling, the way back of gradients, sums over segments, updates.
 
 Positions, rows, bags and elements are int64 throughout. Letters: B samples, D columns of a row, W elements
-of a parameter row. Names in capitals are compile-time constants; BB, BD, ... are the sizes of a program's tile.
+of a parameter row. Names in capitals are compile-time constants, BB, BD, ... the sizes of a program's tile.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def pool_rows(
             value *= tl.load(weights + at, mask=stored, other=0.0)[:, None]
         total += value
     if mean != 0:
-        total = tl.div_rn(total, tl.zeros_like(total) + tl.maximum(length, 1).to(tl.float32)[:, None])
+        count = tl.maximum(length, 1).to(tl.float32)
+        total = tl.div_rn(total, tl.zeros_like(total) + count[:, None])
     mask = here[:, None] & (d < D)[None, :]
     tl.store(out + bags[:, None] * columns + column + d[None, :], total, mask=mask)
 
@@ -193,7 +194,7 @@ def weight_gradients(
 ):
     """out[l] = gradient of the bag of position l, times its row; of the positions of one family's features.
 
-    Grid (positions / BL). ``features`` [F, 3] of *every* feature of the batch: first column, whether averaged,
+    Grid (positions / BL). ``features`` [F, 3] of *every* feature of the batch: first column, whether averaged
     and its place among ``sources`` and ``limits``, or -1 when another family serves it.
     """
     position = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)

@@ -24,8 +24,8 @@ def pool(
     """Fill the family's columns of ``out`` from rows.
 
     Args:
-        source: [rows, width] in any float dtype; or [F] int64, the address of each feature's such array in the
-            family's dtype.
+        source: [rows, width] in any float dtype; or [F] int64, the address of each feature's
+            such array in the family's dtype.
         index: [L] row of each position.
         limits: [2], or [F, 2] with addresses: indices outside are skipped.
         width: columns of a row.

@@ -1,4 +1,4 @@
-"""Fused optimizer steps on the device: rates are worked out on the host, one launch per distinct set of them."""
+"""Fused optimizer steps on the device, one launch per distinct set of rates, which the host works out."""
 
 from __future__ import annotations
 
