@@ -49,7 +49,8 @@ def pool_rows(
 
     Grid (bags of one feature / BB, features, D / BD). ``sources`` [F] holds addresses of row-major [rows, D]
     arrays of ELEMENT when INDIRECT, else it is the one array of all. ``features`` [F, 3] holds the feature's
-    number in the batch, its first column, and whether it is averaged. Indices outside ``limits[f * LIMITS], limits[f * LIMITS + 1]`` are skipped.
+    number in the batch, its first column, and whether it is averaged. Indices outside
+    ``limits[f * LIMITS]`` .. ``limits[f * LIMITS + 1]`` - 1 are skipped.
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
