@@ -7,15 +7,17 @@ The layout is that of FBGEMM's table-batched embeddings: the bag of feature f an
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from recemb.errors import BatchError
 from recemb_kernels.check import Limits, bags_are_valid
+from recemb_kernels.triton_frame.plan import bags_of
+from recemb_kernels.triton_frame.verdict import note, poll
 
 _MOST = 2**31 - 1
 
@@ -30,12 +32,15 @@ class Bags:
         offsets: [F * B + 1] int64, rising from 0 to L.
         num_features: F.
         weights: [L] per-sample weights, or ``None``.
+        refused: [1] int32 on a GPU, set by the check of ids and offsets that are there: not 0 when the batch
+            is bad, of which the host learns later. No weight changes then, and bad ids give 0.
     """
 
     ids: Tensor
     offsets: Tensor
     num_features: int
     weights: Tensor | None = None
+    refused: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -68,6 +73,7 @@ class Bags:
             weights=None
             if self.weights is None
             else torch.cat([part.weights for part in parts if part.weights is not None]),
+            refused=self.refused,
         )
 
     def feature(self, index: int) -> Bags:
@@ -88,6 +94,7 @@ class Bags:
             offsets=offsets - begin if begin else offsets,
             num_features=last - first + 1,
             weights=None if self.weights is None else self.weights[begin:end],
+            refused=self.refused,
         )
 
 
@@ -113,6 +120,11 @@ class LookupTargets(tuple[LookupTarget, ...]):
         """The tables' numbers of rows, for the native check."""
         return (ctypes.c_int64 * len(self))(*[target.num_embeddings for target in self])
 
+    @cached_property
+    def limits_on(self) -> Callable[[torch.device], Tensor]:
+        """[F] the same on a device; copied there once."""
+        return cache(lambda device: torch.tensor([target.num_embeddings for target in self], device=device))
+
 
 def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
     """Raise :class:`BatchError` unless every bag is well formed and every id has a row.
@@ -122,16 +134,50 @@ def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
         targets: one per feature of ``bags``.
 
     Raises:
-        BatchError: names feature, table, sample, position and value. Nothing has been computed by then.
+        BatchError: names feature, table, sample, position and value. Nothing has been computed by then. Of a
+            batch on a GPU it is raised at a later look-up, when the host has learnt of it without waiting;
+            ``bags.refused`` keeps every weight as it is until then.
     """
     known = targets if isinstance(targets, LookupTargets) else LookupTargets(targets)
     _check_shapes(bags, known)
+    if bags.ids.is_cuda and known:
+        check_on_device(bags, known)
+        return
     # One native pass says that all is well; only a bad batch, or another device, takes the long way.
     if _valid(bags, known.limits):
         return
     check_structure(bags, known)
     _check_weights(bags, known)
     _check_ids(bags, known)
+
+
+def check_on_device(bags: Bags, targets: LookupTargets) -> None:
+    """:func:`check_bags` without waiting for the device: sets ``bags.refused``.
+
+    Raises:
+        BatchError: of an earlier batch.
+    """
+    poll()
+    ids, offsets, count = bags.ids, bags.offsets, bags.ids.numel()
+    good = (offsets[0] == 0) & (offsets[-1] == count) & (offsets.diff() >= 0).all()
+    if count and bags.batch_size:
+        limits = targets.limits_on(ids.device)[bags_of(offsets, count) // bags.batch_size]
+        good = good & ((ids >= 0) & (ids < limits)).all()
+    if bags.weights is not None:
+        good = good & torch.isfinite(bags.weights.detach()).all()
+    bags.refused = (~good).to(torch.int32).view(1)
+    note(bags.refused, lambda: _found(bags, targets))
+
+
+def _found(bags: Bags, targets: LookupTargets) -> BatchError:
+    """The error of a batch that was refused."""
+    try:
+        check_structure(bags, targets)
+        _check_weights(bags, targets)
+        _check_ids(bags, targets)
+    except BatchError as error:
+        return BatchError(f"{error} (an earlier batch; no weight was changed for it)")
+    return BatchError("an earlier batch was malformed; it has been changed since, so how is not known")
 
 
 def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, TypeVar, cast
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from recemb_kernels.build import KernelUnavailableError
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, TableKernel
+from recemb_kernels.update import Update
+
+if TYPE_CHECKING:
+    from recemb_kernels.triton_frame.family import Family
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_S = TypeVar("_S")
 # torch.library is untyped.
 _LIBRARY = cast(Any, torch.library).Library("recemb", "FRAGMENT")
 _INPUTS = (
@@ -32,6 +37,47 @@ def opaque(function: _F) -> _F:
     return cast(_F, cast(Any, torch.compiler).disable(function))
 
 
+class Shape(Protocol):
+    """One table's shape, in its op's terms."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+
+
+_S = TypeVar("_S", bound=Shape)
+
+
+class PooledGroup(Protocol):
+    """Tables and features that are looked up together, on CPU (``Group``) or GPU (``TritonGroup``)."""
+
+    @property
+    def num_tables(self) -> int:
+        """How many tables."""
+
+    @property
+    def columns(self) -> int:
+        """Sum of D over the features."""
+
+    def forward(
+        self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Pool a batch, and what the backward needs."""
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        parameters: Sequence[Tensor],
+        batch: Batch,
+        state: Any,
+        *,
+        updates: Sequence[Update | None],
+        wanted: Sequence[bool],
+        want_weights: bool,
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Gradients, or steps taken in their place."""
+
+
 class GatherOp(Generic[_S]):
     """One op, registered with torch under ``recemb::<name>``.
 
@@ -40,6 +86,7 @@ class GatherOp(Generic[_S]):
         encode: a table's shape as numbers.
         decode: turns the flat code of several tables back into their shapes.
         kernel: compiles the kernel of one shape.
+        family: where the kernels for GPU are, ``module:class``; imported when first asked for.
     """
 
     def __init__(
@@ -48,16 +95,18 @@ class GatherOp(Generic[_S]):
         encode: Callable[[Sequence[_S]], tuple[int, ...]],
         decode: Callable[[tuple[int, ...]], Sequence[_S]],
         kernel: Callable[[_S], TableKernel],
+        family: str,
     ) -> None:
-        self.name = name
+        self.name, self._family = name, family
         self.encode, self._decode, self.kernel = encode, decode, kernel
-        self._group = lru_cache(maxsize=256)(self._make_group)
+        self._group: Callable[..., PooledGroup] = lru_cache(maxsize=256)(self._make_group)
         _LIBRARY.define(f"{name}({_INPUTS}) -> Tensor")
         _LIBRARY.define(
             f"{name}_backward(Tensor grad_out, {_INPUTS}, bool want_weights) -> (Tensor[], Tensor)"
         )
-        _LIBRARY.impl(name, opaque(self._forward), "CPU")
-        _LIBRARY.impl(f"{name}_backward", opaque(self._backward), "CPU")
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, opaque(self._forward), device)
+            _LIBRARY.impl(f"{name}_backward", opaque(self._backward), device)
         full = f"recemb::{name}"
         torch.library.register_fake(full, self._fake_forward, lib=_LIBRARY)
         torch.library.register_fake(f"{full}_backward", self._fake_backward, lib=_LIBRARY)
@@ -78,7 +127,7 @@ class GatherOp(Generic[_S]):
         """Pool a batch of F features through torch's dispatcher, [B, sum of D over the features].
 
         Args:
-            parameters: every parameter of every table, float32 on CPU.
+            parameters: every parameter of every table: float32 on CPU, float32, bfloat16 or float16 on GPU.
             ids: [L] int64, already checked against the tables' rows.
             offsets: [F * B + 1] int64.
             weights: [L] float32, or ``None``.
@@ -91,21 +140,40 @@ class GatherOp(Generic[_S]):
         """
         return cast(Tensor, self._op(list(parameters), ids, offsets, weights, batch_size, tables, features))
 
-    def _make_group(self, tables: tuple[int, ...], features: tuple[int, ...]) -> Group:
-        shapes = self._decode(tables)
-        return make_group([(self.kernel, shape) for shape in shapes], features)
+    def family(self) -> type[Family[Any]]:
+        """The kernels for GPU.
+
+        Raises:
+            KernelUnavailableError: Triton is not installed.
+        """
+        module, name = self._family.split(":")
+        try:
+            return cast("type[Family[Any]]", getattr(import_module(module), name))
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            message = "Triton is not installed; pip install 'recemb[gpu]'"
+            raise KernelUnavailableError(message) from None
+
+    def _make_group(
+        self, tables: tuple[int, ...], features: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> PooledGroup:
+        shapes = [(self, shape) for shape in self._decode(tables)]
+        return make_group(shapes, features, device, [dtype] * len(shapes))
+
+    def _group_of(self, parameters: list[Tensor], tables: list[int], features: list[int]) -> PooledGroup:
+        first = parameters[0]
+        return self._group(tuple(tables), tuple(features), first.device, first.dtype)
 
     def _forward(self, parameters: list[Tensor], *rest: Any) -> Tensor:
         *batch, tables, features = rest
-        group = self._group(tuple(tables), tuple(features))
+        group = self._group_of(parameters, tables, features)
         return group.forward([p.contiguous() for p in parameters], make_batch(*batch), keep=False)[0]
 
     def _backward(self, grad_out: Tensor, *arguments: Any) -> tuple[list[Tensor], Tensor]:
         parameters, ids, offsets, weights, batch_size, tables, features, want_weights = arguments
-        group, batch = (
-            self._group(tuple(tables), tuple(features)),
-            make_batch(ids, offsets, weights, batch_size),
-        )
+        group = self._group_of(parameters, tables, features)
+        batch = make_batch(ids, offsets, weights, batch_size)
         stored = [parameter.contiguous() for parameter in parameters]
         # Nothing but tensors crosses from the forward, so what it planned is planned once more.
         _, state = group.forward(stored, batch, keep=True)
@@ -125,7 +193,9 @@ class GatherOp(Generic[_S]):
 
     def _fake_forward(self, parameters: list[Tensor], *rest: Any) -> Tensor:
         _, _, _, batch_size, tables, features = rest
-        return parameters[0].new_empty(batch_size, self._group(tuple(tables), tuple(features)).columns)
+        shapes = self._decode(tuple(tables))
+        columns = sum(shapes[table].dim for table in features[::3])
+        return parameters[0].new_empty(batch_size, columns, dtype=torch.float32)
 
     def _fake_backward(self, grad_out: Tensor, *arguments: Any) -> tuple[list[Tensor], Tensor]:
         parameters, ids = arguments[0], arguments[1]
@@ -149,22 +219,41 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*parameters, ids, offsets, *(() if weights is None else (weights,)))
 
 
-def make_batch(ids: Tensor, offsets: Tensor, weights: Tensor | None, batch_size: int) -> Batch:
-    """The batch as the driver takes it."""
+def make_batch(
+    ids: Tensor, offsets: Tensor, weights: Tensor | None, batch_size: int, refused: Tensor | None = None
+) -> Batch:
+    """The batch as the kernels take it."""
     return Batch(
         ids.contiguous(),
         offsets.contiguous(),
         None if weights is None else weights.detach().contiguous(),
         batch_size,
+        refused,
     )
 
 
-def make_group(shapes: Sequence[tuple[Callable[[Any], TableKernel], Any]], features: Sequence[int]) -> Group:
-    """Compile the kernels of (kernel, shape) pairs and group them.
+def make_group(
+    tables: Sequence[tuple[GatherOp[Any], Any]],
+    features: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    refusal: Callable[[], Exception] | None = None,
+) -> PooledGroup:
+    """Group tables, given as (op, shape), by the kernels of one device.
 
     Args:
         features: (table, is mean, key base) per feature, flat.
+        dtypes: per table, how its parameters are stored.
+        refusal: makes the error of a backward with steps whose gradient is not finite; on GPU, where it is
+            raised later. On CPU that is a FloatingPointError.
+
+    Raises:
+        KernelUnavailableError: a kernel cannot be had here.
     """
-    codes = zip(*[iter(features)] * 3, strict=True)
-    kernels = [kernel(shape) for kernel, shape in shapes]
-    return Group(kernels, [FeatureCode(table, bool(mean), base) for table, mean, base in codes])
+    codes = [FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)]
+    if device.type == "cpu":
+        return Group([op.kernel(shape) for op, shape in tables], codes)
+    families = [(op.family(), shape) for op, shape in tables]
+    from recemb_kernels.triton_frame.group import TritonGroup  # after the families: says what is missing
+
+    return TritonGroup(families, codes, device, dtypes, *(() if refusal is None else (refusal,)))

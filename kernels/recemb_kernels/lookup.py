@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recemb_kernels.digit_tree.group import Batch, Group
-from recemb_kernels.gather_op import GatherOp, make_batch, make_group
+from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.gather_op import GatherOp, PooledGroup, make_batch, make_group
 from recemb_kernels.native import attempt
 from recemb_kernels.update import Update
 
@@ -27,17 +27,19 @@ class TableShape:
     shape: Any
 
 
-def available(shapes: Sequence[TableShape]) -> list[bool]:
-    """Whether each shape's kernel can be compiled here; they compile side by side.
+def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
+    """Whether each shape's kernel can be had here, compiled side by side for the CPU.
 
-    What cannot is warned about once, and not tried again.
+    What cannot is warned about once, and not tried again. A GPU's kernels are compiled when they first run.
     """
+    if device.type == "cuda":
+        return [attempt(f"{shape.op.name} on GPU", shape.op.family) is not None for shape in shapes]
     # Compilers run as processes of their own, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_available, shapes))
+        return list(pool.map(_compiled, shapes))
 
 
-def _available(shape: TableShape) -> bool:
+def _compiled(shape: TableShape) -> bool:
     return attempt(shape.op.name, lambda: shape.op.kernel(shape.shape), shape.shape) is not None
 
 
@@ -57,9 +59,18 @@ class Lookup:
     refusal: Callable[[], Exception]
 
     @cached_property
-    def group(self) -> Group:
-        """The compiled group."""
-        return make_group([(table.op.kernel, table.shape) for table in self.tables], self.features)
+    def _groups(self) -> dict[tuple[torch.device, tuple[torch.dtype, ...]], PooledGroup]:
+        return {}
+
+    def group(self, parameters: Sequence[Sequence[Tensor]]) -> PooledGroup:
+        """The tables as a group, for the device and types of their parameters."""
+        device, dtypes = parameters[0][0].device, tuple(table[0].dtype for table in parameters)
+        known = self._groups.get((device, dtypes))
+        if known is None:
+            tables = [(table.op, table.shape) for table in self.tables]
+            known = make_group(tables, self.features, device, dtypes, self.refusal)
+            self._groups[device, dtypes] = known
+        return known
 
     def __call__(
         self,
@@ -69,24 +80,27 @@ class Lookup:
         weights: Tensor | None,
         batch_size: int,
         updates: Sequence[Callable[[], Update] | None],
+        refused: Tensor | None = None,
     ) -> Tensor:
         """Pool a batch of F features, [B, sum of D over the features].
 
         Args:
-            parameters: each table's, contiguous float32 on CPU.
+            parameters: each table's, contiguous: float32 on CPU, float32, bfloat16 or float16 on GPU.
             ids: [L] int64, already checked against the tables' rows.
             offsets: [F * B + 1] int64.
             weights: [L] float32, or ``None``.
             batch_size: B.
             updates: per table, makes the optimizer step to take in the backward in place of gradients.
+            refused: [1] int32 on a GPU, not 0 when no weight may change.
 
         Raises:
             KernelUnavailableError: no native kernel can be compiled here.
         """
-        batch = make_batch(ids, offsets, weights, batch_size)
+        batch = make_batch(ids, offsets, weights, batch_size, refused)
+        group = self.group(parameters)
         stored = [parameter for table in parameters for parameter in table]
         if not torch.is_grad_enabled():
-            return self.group.forward(stored, batch, keep=False)[0]
+            return group.forward(stored, batch, keep=False)[0]
         stepped = [
             update is not None for table, update in zip(parameters, updates, strict=True) for _ in table
         ]
@@ -94,7 +108,7 @@ class Lookup:
         free = [parameter for parameter, want in zip(stored, wanted, strict=True) if want]
         # Without an update, whether a gradient is wanted is for the parameters and weights to say.
         anchor = _ANCHOR if any(stepped) else None
-        call = _Call(self.group, self.refusal, batch, stored, updates, stepped, wanted)
+        call = _Call(group, self.refusal, batch, stored, updates, stepped, wanted)
         return cast(Tensor, cast(Any, _Pool).apply(call, anchor, weights, *free))
 
     def compiled(
@@ -117,7 +131,7 @@ class _Call:
     """One look-up: what is known of it before it runs, per parameter whether a kernel steps it, or its
     gradient is wanted."""
 
-    group: Group
+    group: PooledGroup
     refusal: Callable[[], Exception]
     batch: Batch
     stored: Sequence[Tensor]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from recemb.backends.base import Backend
 
 _B = TypeVar("_B", bound="Backend")
+_ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def owner_of(table: _B) -> _B:
@@ -35,6 +36,7 @@ class _Prepared:
     Attributes:
         tables: the tables, to be sure that it is still them.
         owners: position of the table that owns each storage, or of one of its peers.
+        device: of the first table; the kernels serve those that lie there too.
         available: per storage, whether a kernel serves it.
         fused: per storage, its optimizers' update.
         lookup: the call for all of them, or ``None`` when a kernel is missing.
@@ -42,6 +44,7 @@ class _Prepared:
 
     tables: list[ReferenceType[Backend]]
     owners: list[int]
+    device: torch.device
     available: list[bool]
     fused: list[FusedUpdate]
     lookup: Lookup | None
@@ -81,7 +84,7 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
             return None
         return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
     updates = [storage.update for storage in storages]
-    return lookup(parameters, bags.ids, bags.offsets, weights, bags.batch_size, updates)
+    return lookup(parameters, bags.ids, bags.offsets, weights, bags.batch_size, updates, bags.refused)
 
 
 def served_natively(tables: Sequence[Backend]) -> list[bool]:
@@ -105,7 +108,7 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
         native = fits
         for parameter in own:
             # A fused update writes to the parameters: contiguous copies would take it in their place.
-            if not (parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()):
+            if parameter.device != prepared.device or not (_fits(parameter) and parameter.is_contiguous()):
                 native = False
         update = fused.of(own) if ask and native else None
         if training and update is None and owner.native_when_fused:
@@ -116,7 +119,8 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
 
 def _prepare(tables: Sequence[Backend]) -> _Prepared:
     """What is fixed about these tables; remembered by the first of them."""
-    key, memo = tuple(map(id, tables)), tables[0].memo
+    device = next(owner_of(tables[0]).parameters(recurse=False)).device
+    key, memo = (device, *map(id, tables)), tables[0].memo
     compiling = torch.compiler.is_compiling()
     if not compiling:
         known: _Prepared | None = memo.get(key)
@@ -135,16 +139,23 @@ def _prepare(tables: Sequence[Backend]) -> _Prepared:
     shapes = [owner.native_shape() for owner in owners]
     whole = tuple(shape for shape in shapes if shape is not None)
     # Under torch.compile a kernel is met, and missed, when the compiled code runs.
-    compiled = iter([True] * len(whole) if compiling else available(whole))
+    compiled = iter([True] * len(whole) if compiling else available(whole, device))
     fits = [shape is not None and next(compiled) for shape in shapes]
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
     lookup = Lookup(whole, features, refusal) if all(fits) else None
     if compiling:
-        return _Prepared([], first, fits, [FusedUpdate() for _ in owners], lookup)
-    memo[key] = _Prepared([ref(t) for t in tables], first, fits, [FusedUpdate() for _ in owners], lookup)
-    prepared: _Prepared = memo[key]
-    return prepared
+        return _Prepared([], first, device, fits, [FusedUpdate() for _ in owners], lookup)
+    made = _Prepared([ref(t) for t in tables], first, device, fits, [FusedUpdate() for _ in owners], lookup)
+    memo[key] = made
+    return made
+
+
+def _fits(parameter: Tensor) -> bool:
+    """Whether the kernels of its device read its type, and can read 16 bytes at once."""
+    if parameter.is_cpu:
+        return parameter.dtype is torch.float32
+    return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % 16 == 0
 
 
 def _refusal(names: Sequence[str]) -> NonFiniteError:

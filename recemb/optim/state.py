@@ -22,21 +22,24 @@ def in_place(
         row_wise: each has one number a row instead, [N, 1].
 
     Raises:
-        ConfigError: a tensor is not float32, contiguous, on the CPU and of that shape, for example after
-            loading another optimizer's state. No weight has changed.
+        ConfigError: a tensor is not float32 (or of the parameter's own type, on a GPU), contiguous, on the
+            parameter's device and of that shape, for example after loading another optimizer's state. No
+            weight has changed.
     """
     found = []
     for state, parameter in zip(states, parameters, strict=True):
         tensor = state[name]
         rows, columns = parameter.shape
         expected = rows if row_wise else rows * columns
-        fits = tensor.numel() == expected and tensor.shape[0] == rows
-        if not fits or tensor.dtype is not torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()):
+        fits = tensor.numel() == expected and tensor.shape[0] == rows and tensor.is_contiguous()
+        typed = tensor.dtype in (torch.float32, parameter.dtype) and tensor.device == parameter.device
+        if not (fits and typed):
             raise ConfigError(
                 f"an in-backward optimizer has a state {name!r} of {tensor.dtype}, shape "
                 f"{tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device} for a parameter of "
-                f"shape {tuple(parameter.shape)}; the fused step needs contiguous float32 on the CPU, "
-                f"{'one number a row' if row_wise else 'of that shape'}: load a state of the same optimizer"
+                f"shape {tuple(parameter.shape)}; the fused step needs contiguous float32 on "
+                f"{parameter.device}, {'one number a row' if row_wise else 'of that shape'}: load a state of "
+                "the same optimizer"
             )
         found.append(tensor)
     return found

@@ -104,12 +104,16 @@ class FeatureCode:
 
 @dataclass(frozen=True)
 class Batch:
-    """Contiguous ids [L] int64, offsets [F * B + 1] int64, weights [L] float32 or ``None``, and B."""
+    """Contiguous ids [L] int64, offsets [F * B + 1] int64, weights [L] float32 or ``None``, and B.
+
+    ``refused`` [1] int32 marks, on a device, a batch that no weight may change for.
+    """
 
     ids: Tensor
     offsets: Tensor
     weights: Tensor | None
     size: int
+    refused: Tensor | None = None
 
 
 class State:

@@ -45,6 +45,12 @@ class RowShape:
     rows: tuple[int, ...]
     widths: tuple[int, ...]
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        left, right = (self.widths * 2)[:2]
+        return {Operation.CONCAT: left + right, Operation.PROJECT: right}.get(self.operation, left)
+
 
 def encode(shapes: Sequence[RowShape]) -> tuple[int, ...]:
     """The op's flat code of its tables."""
@@ -65,7 +71,7 @@ def _kernel(shape: RowShape) -> TableKernel:
     left, right = (shape.widths * 2)[:2]
     return TableKernel(
         library=_library(shape.operation, left, right),
-        dim={Operation.CONCAT: left + right, Operation.PROJECT: right}.get(shape.operation, left),
+        dim=shape.dim,
         # The rows of a projection are its own, not digits of an id.
         radices=shape.rows[:1] if shape.operation == Operation.PROJECT else shape.rows,
         parameters=len(shape.rows),
@@ -78,4 +84,6 @@ def _library(operation: Operation, left: int, right: int) -> ctypes.CDLL:
     return load("pooled_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-pooled_gather = GatherOp("pooled_gather", encode, _decode, _kernel)
+pooled_gather = GatherOp(
+    "pooled_gather", encode, _decode, _kernel, "recemb_kernels.pooled_gather.triton_rows:RowFamily"
+)

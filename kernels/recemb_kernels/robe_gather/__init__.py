@@ -101,4 +101,6 @@ def _library(dim: int, block_size: int, signed: bool) -> ctypes.CDLL:
     return load("robe_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-robe_gather = GatherOp("robe_gather", encode, _decode, _kernel)
+robe_gather = GatherOp(
+    "robe_gather", encode, _decode, _kernel, "recemb_kernels.robe_gather.triton_blocks:BlockFamily"
+)

@@ -19,6 +19,15 @@ def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def factor(dtype: torch.dtype) -> tl.dtype:
+    """What ``tl.dot`` multiplies of a table stored in ``dtype``; it adds up in float32.
+
+    Triton's interpreter takes bfloat16 for the integers that hold its bits; float32 gives the same products.
+    """
+    interpreted = dtype is torch.bfloat16 and triton.knobs.runtime.interpret
+    return tl.float32 if interpreted else ELEMENTS[dtype]
+
+
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies float32 operands.
 

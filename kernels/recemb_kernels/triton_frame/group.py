@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,12 @@ from recemb_kernels.triton_frame.family import (
     FamilyFeature,
     Keys,
 )
+from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
+
+
+def _not_finite() -> Exception:
+    return FloatingPointError("the gradient of the pooled rows is NaN or infinite; no weight was changed")
 
 
 class TritonGroup:
@@ -28,6 +33,7 @@ class TritonGroup:
         features: in the order of the output's columns.
         device: where parameters and batches lie; the CPU in Triton's interpreter.
         dtypes: per table, how its parameters are stored.
+        refusal: makes the error of a backward whose gradient is not finite and that had steps to take.
         micro_batch_rows: distinct rows of a family that are computed at once.
 
     Raises:
@@ -40,9 +46,10 @@ class TritonGroup:
         features: Sequence[FeatureCode],
         device: torch.device,
         dtypes: Sequence[torch.dtype],
+        refusal: Callable[[], Exception] = _not_finite,
         micro_batch_rows: int = MICRO_BATCH_ROWS,
     ) -> None:
-        self.device = device
+        self.device, self._refusal = device, refusal
         members: dict[Hashable, list[int]] = {}
         for t, ((kind, shape), dtype) in enumerate(zip(tables, dtypes, strict=True)):
             members.setdefault((kind, kind.constants(shape), dtype), []).append(t)
@@ -90,6 +97,7 @@ class TritonGroup:
 
         A ``state`` of the same batch is filled again, for parameters that have changed since.
         """
+        poll()
         call = Call(batch, self.columns, self._keys) if state is None else state
         out = torch.empty(batch.size, self.columns, dtype=torch.float32, device=self.device)
         if not batch.ids.numel():
@@ -113,17 +121,22 @@ class TritonGroup:
         """Gradients of the parameters that are ``wanted``, and of the per-sample weights when asked for.
 
         A table with an update has its touched rows updated in place, and ``None`` for gradients. When
-        ``grad_out`` is not finite nothing is updated; the device alone knows, so no error is raised here:
-        see :mod:`recemb_kernels.triton_frame.verdict`.
+        ``grad_out`` is not finite, or the batch is marked as refused, nothing is updated.
+
+        Raises:
+            Exception: the ``refusal``; as the device alone knows, at a later call
+                (:mod:`recemb_kernels.triton_frame.verdict`).
         """
+        poll()
         grads: list[Tensor | None] = [None] * len(parameters)
         count = batch.ids.numel()
         grad_weights = grad_out.new_zeros(count, dtype=torch.float32) if want_weights else None
         grad_out = grad_out.float().contiguous()
         stepping = any(update is not None for update in updates)
-        refused = torch.zeros(1, dtype=torch.int32, device=self.device)
+        infinite = torch.zeros(1, dtype=torch.int32, device=self.device)
         if stepping:
-            refused = (~torch.isfinite(grad_out)).any().to(torch.int32).view(1)
+            infinite = (~torch.isfinite(grad_out)).any().to(torch.int32).view(1)
+        refused = infinite if batch.refused is None else infinite | batch.refused
         for family, own in self._families:
             stored = self._parameters(parameters, own)
             places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
@@ -138,7 +151,8 @@ class TritonGroup:
                 found = family.backward(state, stored, asked)
             for k, grad in zip(places, found, strict=True):
                 grads[k] = grad
-        self.refused = refused
+        if stepping:
+            note(infinite, self._refusal)
         return grads, grad_weights
 
     def _parameters(self, parameters: Sequence[Tensor], tables: Sequence[int]) -> list[Tensor]:

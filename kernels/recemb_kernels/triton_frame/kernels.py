@@ -37,6 +37,7 @@ def pool_rows(
     limits,
     batch_size,
     columns,
+    num_ids,
     LIMITS: tl.constexpr,
     INDIRECT: tl.constexpr,
     D: tl.constexpr,
@@ -64,8 +65,10 @@ def pool_rows(
     low = tl.load(limits + f * LIMITS)
     high = tl.load(limits + f * LIMITS + 1)
     here = bags < batch_size
-    first = tl.load(offsets + feature * batch_size + bags, mask=here, other=0)
-    length = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0) - first
+    # Offsets that are refused must not lead out of bounds before the host knows.
+    first = tl.maximum(tl.load(offsets + feature * batch_size + bags, mask=here, other=0), 0)
+    last = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0)
+    length = tl.minimum(last, num_ids) - first
     total = tl.zeros((BB, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i

@@ -47,8 +47,10 @@ class BatchPlan:
 def bags_of(offsets: Tensor, num_ids: int) -> Tensor:
     """[L]: the bag that each position lies in."""
     positions = torch.arange(num_ids, device=offsets.device)
-    # right=True skips the empty bags that start at the same offset.
-    return torch.searchsorted(offsets, positions, right=True) - 1
+    # right=True skips the empty bags that start at the same offset. Offsets that are refused for not running
+    # from 0 to L must not lead out of bounds before the host knows.
+    bag = torch.searchsorted(offsets, positions, right=True) - 1
+    return bag.clamp(0, max(0, offsets.numel() - 2))
 
 
 def plan_batch(keys: Tensor, bag: Tensor, bounds: Tensor) -> BatchPlan:

@@ -44,6 +44,7 @@ def pool(
         limits,
         batch.size,
         out.shape[1],
+        batch.ids.numel(),
         LIMITS=2 if indirect else 0,
         INDIRECT=indirect,
         D=width,

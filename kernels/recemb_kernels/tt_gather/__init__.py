@@ -30,6 +30,11 @@ class TrainShape:
     dim_shape: tuple[int, ...]
     ranks: tuple[int, ...]
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return math.prod(self.dim_shape)
+
 
 def encode(shapes: Sequence[TrainShape]) -> tuple[int, ...]:
     """The op's flat code of its tables."""
@@ -53,7 +58,7 @@ def _kernel(shape: TrainShape) -> TableKernel:
     mirrored = TrainShape(shape.row_shape[::-1], shape.dim_shape[::-1], shape.ranks[::-1])
     return TableKernel(
         library=_library(shape.dim_shape, shape.ranks),
-        dim=math.prod(shape.dim_shape),
+        dim=shape.dim,
         radices=shape.row_shape,
         parameters=len(shape.row_shape),
         plan=Plan.FORWARD,
@@ -76,4 +81,6 @@ def _library(dim_shape: tuple[int, ...], ranks: tuple[int, ...]) -> ctypes.CDLL:
     return load("tt_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 
-tt_gather = GatherOp("tt_gather", encode, _decode, _kernel)
+tt_gather = GatherOp(
+    "tt_gather", encode, _decode, _kernel, "recemb_kernels.tt_gather.triton_train:TrainFamily"
+)

@@ -19,7 +19,9 @@ def product(a, b, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """total + a b, by the tensor cores' instruction or by plain multiply-adds."""
     if DOT:
         return tl.dot(a, b, total, input_precision=PRECISION)
-    return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+    # A product written with * is turned into a tl.dot that rounds to TF32, whatever PRECISION says.
+    left, right = tl.broadcast(a.to(tl.float32)[:, :, None], b.to(tl.float32)[None, :, :])
+    return total + tl.sum(tl.fma(left, right, tl.zeros_like(left)), 1)
 
 
 @triton.jit

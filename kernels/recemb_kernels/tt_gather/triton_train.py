@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, precision, tile
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, factor, precision, tile
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.pooling import pool, weigh
@@ -163,7 +163,7 @@ class TrainFamily(Family[TrainShape]):
         else:
             source_base, out_base = rows if last else own, own
         # Gradients keep float32's exponents: float16 would lose the small ones.
-        compute = ELEMENTS[self.dtype] if forward else tl.float32
+        compute = factor(self.dtype) if forward else tl.float32
         multiply[(min(entries, capacity) + cdiv(capacity * q, TILE_ROWS), cdiv(outer, tiles.n))](
             out,
             source,

@@ -1,0 +1,53 @@
+"""Errors that only the device can see, raised on the host once they have arrived there.
+
+A kernel leaves a mark; the mark travels to the host beside the work that follows, and is read when it has
+come, at the next look-up or step. Nothing waits, and what the mark forbids has not been done on the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_Pending = tuple[torch.cuda.Event, Tensor, Callable[[], Exception]]
+_pending: deque[_Pending] = deque()
+
+
+def note(mark: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise ``error()`` now or at a later :func:`poll` if ``mark`` [1] is not 0.
+
+    Args:
+        mark: on the CPU it is looked at now.
+        error: makes the error, on the host, where it may wait for the device.
+    """
+    if mark.is_cpu:
+        if bool(mark):
+            raise error()
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return  # A graph is replayed without the host: its marks can only forbid.
+    host = torch.empty(mark.shape, dtype=mark.dtype, pin_memory=True)
+    host.copy_(mark, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    _pending.append((arrived, host, error))
+
+
+def poll(wait: bool = False) -> None:
+    """Raise the first error whose mark has arrived.
+
+    Args:
+        wait: for those under way too, as before a checkpoint is written.
+    """
+    while _pending:
+        arrived, host, error = _pending[0]
+        if wait:
+            arrived.synchronize()
+        elif not arrived.query():
+            return
+        _pending.popleft()
+        if bool(host):
+            raise error()
