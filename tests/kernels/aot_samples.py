@@ -5,6 +5,7 @@ They are run in processes of their own: a process that interprets Triton kernels
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import triton
@@ -36,6 +37,47 @@ def gather_narrow(out, weight, rows, count, D: tl.constexpr, BB: tl.constexpr) -
     offset = (row.to(tl.int32)[:, None] * D + d[None, :]).to(tl.int64)
     value = tl.load(weight + offset)
     tl.store(out + (at[:, None] * D + d[None, :]), value, mask=(at < count)[:, None])
+
+
+@triton.jit
+def wander(out, tables, rows, ends, W: tl.constexpr) -> None:
+    """64-bit through an early return, a search, a branch, a reduction, a table of addresses, tile indices."""
+    n = tl.program_id(0).to(tl.int64)
+    if n >= tl.load(ends):
+        return
+    table = tl.program_id(1)
+    w = tl.program_id(2) * W + tl.arange(0, W)
+    low = n * 0
+    high = n + 5
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(ends + middle) > n:
+            high = middle
+        else:
+            low = middle + 1
+    source = tl.load(tables + 3 * table + 1).to(tl.pointer_type(tl.float32))
+    last = tl.max(tl.load(rows + n * W + w), 0)
+    tl.store(out + last * W + w, tl.load(source + low * W + w))
+
+
+@triton.jit
+def wander_narrow(out, tables, rows, ends, W: tl.constexpr) -> None:
+    """The same ways in 32 bits: narrow are the offsets into ``rows``, the table's address and ``out``."""
+    n = tl.program_id(0)
+    if n >= tl.load(ends):
+        return
+    w = tl.arange(0, W)
+    low = n * 0
+    high = tl.load(ends).to(tl.int32)
+    at = n
+    while low < high:
+        at += W
+        low += 1
+    source = tl.load(tables + 3 * tl.program_id(1)).to(tl.pointer_type(tl.float32))
+    for i in range(tl.load(rows + at).to(tl.int32)):
+        source += i * W
+        last = tl.max(w + i, 0)
+        tl.store(out + last.to(tl.int64) + w, tl.load(source + w))
 
 
 @triton.jit
@@ -79,11 +121,22 @@ def shipped() -> list[Configuration]:
     """All samples."""
     gather = {"out": "*fp32", "weight": "*fp32", "rows": "*i64", "count": "i64"}
     tile = {"D": 32, "BB": 64}
+    walk = {"out": "*fp32", "tables": "*i64", "rows": "*i64", "ends": "*i64"}
     matrices = {"out": "*fp32", "a": "*bf16", "b": "*bf16"}
     return [
         _configuration(gather_wide, gather, tile, note="D=32"),
         _configuration(gather_narrow, gather, tile, note="D=32"),
         _configuration(gather_narrow, gather, tile, note="D=32, out small", small=("out",)),
+        _configuration(wander, walk, {"W": 64}),
+        _configuration(wander_narrow, walk, {"W": 64}),
         _configuration(multiply, matrices, {"D": 64}, dtype="bfloat16", flops_per_lookup=2.0 * 64**3),
         _configuration(hoard, {"out": "*fp32", "source": "*fp32"}, {"W": 512, "N": 40}, num_warps=1),
     ]
+
+
+if __name__ == "__main__":
+    from recemb.cli.main import main
+    from recemb_kernels.aot import registry
+
+    registry.MODULES = ("aot_samples",)
+    sys.exit(main(sys.argv[1:]))

@@ -129,10 +129,14 @@ class _Walk:
             self._operation(line)
 
     def _arguments(self, line: str) -> None:
+        # A helper that was not inlined may be called with any pointer.
+        def origin(name: str) -> str | None:
+            return name[1:] if " public " in line else None
+
         for name, kind in _NAMED.findall(_BRACES.sub("", line)):
             bits = _bits(kind)
             pointer = "!tt.ptr" in kind
-            self._values[name] = Value(base=name[1:]) if pointer else unbounded(bits)
+            self._values[name] = Value(base=origin(name)) if pointer else unbounded(bits)
 
     def _block(self, line: str) -> None:
         region = self._open[-1] if self._open else None

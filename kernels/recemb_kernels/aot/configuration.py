@@ -21,7 +21,7 @@ class Configuration:
         dtype: storage type of the parameters, one of :data:`DTYPES`.
         signature: Triton type of every argument that is no constant, in order:
             ``{"out": "*fp32", "n": "i64"}``.
-        constants: value of every ``tl.constexpr`` argument.
+        constants: value of every ``tl.constexpr`` argument, and ``None`` for tensors that are not given.
         num_warps: warps (32 threads) a block.
         num_stages: stages of the software pipeline.
         flops_per_lookup: floating-point operations per id looked up, at the shape in ``note``.
@@ -70,6 +70,11 @@ class Configuration:
         if set(names) != given:
             missing, extra = set(names) - given, given - set(names)
             raise ValueError(f"{where}: arguments missing: {sorted(missing)}, unknown: {sorted(extra)}")
+        # Under TRITON_INTERPRET the function knows its arguments' names alone. An argument that is no
+        # constexpr may still be a constant: the JIT makes one of None.
+        for parameter in getattr(self.function, "params", ()):
+            if parameter.is_constexpr and parameter.name not in self.constants:
+                raise ValueError(f"{where}: {parameter.name} is a tl.constexpr and belongs in the constants")
 
     @property
     def pointers(self) -> tuple[str, ...]:

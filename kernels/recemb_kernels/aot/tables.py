@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from recemb_kernels.aot.report import Row
 from recemb_kernels.aot.roofline import CARDS
+
+if TYPE_CHECKING:
+    from recemb_kernels.aot.report import Row
 
 WIDTH = 100
 BEGIN, END = "<!-- recemb kernels -->", "<!-- /recemb kernels -->"
 
-Column = tuple[str, Callable[[Row], str]]
+Column = tuple[str, Callable[["Row"], str]]
 
 _WHICH: list[Column] = [
     ("arch", lambda row: row.arch),
