@@ -15,11 +15,23 @@ from recemb.cli import doctor, train
 from recemb.errors import BatchError, ConfigError, DataError, Interrupted, NonFiniteError
 
 Recemb = Callable[..., Any]
-HEAVY = ("torch", "torchrec", "numpy", "pyarrow", "pydantic", "yaml", "matplotlib", "tqdm")
+HEAVY = (
+    "torch",
+    "torchrec",
+    "triton",
+    "recemb_kernels",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "yaml",
+    "matplotlib",
+    "tqdm",
+)
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["report", "--help"], ["prepare", "--help"]]
+    "words",
+    [["--help"], ["--version"], *([verb, "--help"] for verb in ("train", "report", "prepare", "kernels"))],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     script = (
@@ -44,7 +56,7 @@ def test_help_lists_the_verbs_that_exist(recemb: Recemb) -> None:
     code, out, err = recemb("--help")
     assert (code, err) == (0, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "]
-    assert listed == ["prepare", "train", "report", "bench", "doctor"]
+    assert listed == ["prepare", "train", "report", "bench", "kernels", "doctor"]
 
 
 def test_version(recemb: Recemb) -> None:
@@ -55,7 +67,7 @@ def test_version(recemb: Recemb) -> None:
     ("words", "message"),
     [
         (["tran"], "invalid choice: 'tran'; did you mean train?"),
-        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, report, bench, doctor"),
+        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, report, bench, kernels, doctor"),
         ([], "the following arguments are required: VERB"),
         (
             ["train", "--bath_size", "3", "--seed", "1"],

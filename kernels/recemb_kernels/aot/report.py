@@ -1,0 +1,125 @@
+"""The report: one row a configuration and architecture, with everything that the tables and the JSON show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recemb_kernels.aot.addresses import narrow_offsets
+from recemb_kernels.aot.compile import compile_one, for_all
+from recemb_kernels.aot.configuration import Configuration
+from recemb_kernels.aot.occupancy import Occupancy, occupancy
+from recemb_kernels.aot.roofline import Roofline, roofline
+from recemb_kernels.aot.sass import MachineCode, read
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled configuration costs.
+
+    Attributes:
+        configuration: what was compiled.
+        arch: for which architecture.
+        code: registers, spills and instruction counts.
+        shared_bytes: shared memory a block.
+        occupancy: resident warps an SM.
+        roofline: the floor of its time.
+        narrow: address arithmetic that 32 bits could be too few for.
+    """
+
+    configuration: Configuration
+    arch: str
+    code: MachineCode
+    shared_bytes: int
+    occupancy: Occupancy
+    roofline: Roofline
+    narrow: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """What breaks the laws of a shipped kernel: no spills, the stated occupancy, 64-bit addresses."""
+        found = []
+        if self.code.spill_bytes:
+            found.append(f"spills {self.code.spill_bytes} bytes a thread")
+        if self.occupancy.fraction < self.configuration.min_occupancy:
+            found.append(
+                f"occupancy {self.occupancy.fraction:.1%} is below the stated "
+                f"{self.configuration.min_occupancy:.1%}, limited by {self.occupancy.limited_by}"
+            )
+        return [*found, *self.narrow]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: the ten figures of the report first, then what explains them.
+
+        Units: registers a thread, spill_bytes a thread, shared_bytes a block, occupancy a fraction, the
+        roofline in microseconds a million look-ups.
+        """
+        configuration = self.configuration
+        return {
+            "kernel": configuration.kernel,
+            "arch": self.arch,
+            "dtype": configuration.dtype,
+            "registers": self.code.registers,
+            "spill_bytes": self.code.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "occupancy": self.occupancy.fraction,
+            "flops_per_lookup": configuration.flops_per_lookup,
+            "bytes_per_lookup": configuration.bytes_per_lookup,
+            "roofline_us_per_million": self.roofline.us_per_million,
+            "roofline_bound": self.roofline.bound,
+            "note": configuration.note,
+            "num_warps": configuration.num_warps,
+            "num_stages": configuration.num_stages,
+            "min_occupancy": configuration.min_occupancy,
+            "occupancy_limited_by": self.occupancy.limited_by,
+            "blocks_per_sm": self.occupancy.blocks,
+            "i32_offsets": len(self.narrow),
+            "instructions": self.code.instructions,
+            "problems": self.problems,
+        }
+
+
+def examine(configuration: Configuration, arch: str) -> Row:
+    """Compile one configuration for one architecture and read what came out.
+
+    Raises:
+        CompileError: it does not compile, or the disassemblers do not run.
+    """
+    binary = compile_one(configuration, arch)
+    code = read(binary.cubin)
+    return Row(
+        configuration,
+        arch,
+        code,
+        binary.shared_bytes,
+        occupancy(arch, configuration.num_warps, code.registers, binary.shared_bytes),
+        roofline(
+            arch,
+            configuration.dtype,
+            configuration.flops_per_lookup,
+            configuration.bytes_per_lookup,
+            code.instructions["tensor_core"] > 0,
+        ),
+        narrow_offsets(binary.ttir, configuration.small),
+    )
+
+
+def report(
+    configurations: Sequence[Configuration],
+    archs: Sequence[str],
+    threads: int = 2,
+    done: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """A row for every configuration and architecture, in the given order.
+
+    Args:
+        configurations: what to examine.
+        archs: ``"sm_80"``, ``"sm_90"``.
+        threads: compilations at once.
+        done: called after each row.
+
+    Raises:
+        CompileError: a configuration does not compile.
+    """
+    return for_all(examine, configurations, archs, threads, done)
