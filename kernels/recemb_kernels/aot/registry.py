@@ -8,7 +8,7 @@ from importlib import import_module
 from recemb_kernels.aot.configuration import Configuration
 
 # Each offers ``shipped() -> list[Configuration]``. An author adds a line here.
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("recemb_kernels.tt_gather.triton_variants",)
 
 # Autotuning tries every variant of a kernel at the first call of each new shape, at about half a second of
 # compiling a variant: 16 keep that first call below ten seconds.

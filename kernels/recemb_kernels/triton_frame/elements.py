@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Names in reports, and pointer types in Triton's signatures.
+NAMES = {
+    torch.float32: ("float32", "*fp32"),
+    torch.bfloat16: ("bfloat16", "*bf16"),
+    torch.float16: ("float16", "*fp16"),
+}
+
+
+def tuned(
+    kernel: Any, key: Sequence[str], variants: Sequence[tuple[int, int]], restore: Sequence[str] = ()
+) -> Any:
+    """A kernel that tries its variants at the first call of each shape, and keeps the fastest.
+
+    Args:
+        kernel: a Triton kernel.
+        key: arguments that make a shape.
+        variants: (warps, pipeline stages). The interpreter, which has neither, takes the first.
+        restore: arguments that the kernel adds to, which a trial must not leave changed.
+    """
+    tried = variants[:1] if triton.knobs.runtime.interpret else variants
+    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in tried]
+    return triton.autotune(configs=configs, key=list(key), restore_value=list(restore), do_bench=_time)(
+        kernel
+    )
+
+
+def _time(call: Any, quantiles: Any) -> Any:
+    # Milliseconds; Triton's own 25 and 100 would make the first step of a model take minutes.
+    return triton.testing.do_bench(call, warmup=2, rep=10, quantiles=quantiles)
 
 
 def tile(width: int, most: int, least: int = 1) -> int:

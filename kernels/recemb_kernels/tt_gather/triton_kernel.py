@@ -49,6 +49,7 @@ def split_digits(
     ``first_key`` is the family's first key. Grid (count / BR).
     """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    total = tl.zeros((), tl.int64) + count
     low = tl.load(cuts)
     inside = (row >= low) & (row < tl.load(cuts + 1))
     base = tl.load(first_key)
@@ -67,9 +68,9 @@ def split_digits(
         key = key // radix
         before = before // radix
         is_new = inside & (fresh | (key != before))
-        tl.store(digits + k * count + row, entry, mask=row < count)
-        tl.store(new + (k - 1) * count + row, is_new.to(tl.int8), mask=row < count)
-    tl.store(digits + row, tl.load(entry_base + table * ORDER) + key, mask=row < count)
+        tl.store(digits + (k * total + row), entry, mask=row < total)
+        tl.store(new + ((k - 1) * total + row), is_new.to(tl.int8), mask=row < total)
+    tl.store(digits + row, tl.load(entry_base + table * ORDER) + key, mask=row < total)
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def multiply(
     """
     first_group = micro_batch.to(tl.int64) * num_entries
     tile = tl.load(tile_first + first_group) + tl.program_id(0)
-    if tile >= tl.load(tile_first + first_group + num_entries):
+    if tile >= tl.load(tile_first + (first_group + num_entries)):
         return
     group = tl.load(tile_group + tile)
     begin = tl.load(group_first + group)

@@ -12,9 +12,7 @@ from torch import Tensor
 from recemb_kernels.triton_frame.family import Call, Family
 from recemb_kernels.triton_frame.plan import numbered, starts
 from recemb_kernels.tt_gather.triton_kernel import split_digits
-
-# Rows of a matrix product that one program takes.
-TILE_ROWS = 32
+from recemb_kernels.tt_gather.triton_variants import TILE_ROWS
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,39 +8,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, factor, precision, tile
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.pooling import pool, weigh
 from recemb_kernels.triton_frame.steps import Entries, step
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, multiply, slice_gradient
-from recemb_kernels.tt_gather.triton_levels import TILE_ROWS, Level, TrainTables, make_levels
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How one matrix product [M, K] [K, N] is tiled.
-
-    ``dot`` says that ``tl.dot`` computes it: K and N of 8 and more are padded to the 16 that it takes, which
-    at most quadruples the work; tensor cores have more than that to spare. Narrower ones, as of a last core
-    with q_d < 8, are plain multiply-adds.
-    """
-
-    dot: bool
-    k: int
-    n: int
-
-    @classmethod
-    def of(cls, inner: int, outer: int) -> Tiles:
-        """Tiles for K = ``inner`` and N = ``outer``."""
-        if min(inner, outer) >= 8:
-            return cls(True, tile(inner, 64, 16), tile(outer, 64, 16))
-        k = tile(inner, 32)
-        return cls(False, k, tile(outer, max(1, 128 // k)))
+from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices
+from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
+from recemb_kernels.tt_gather.triton_variants import (
+    TILE_ROWS,
+    gradient_constants,
+    multiply_constants,
+    multiply_tuned,
+    slice_block,
+    slice_gradient_tuned,
+)
 
 
 @dataclass(eq=False)
@@ -119,8 +104,8 @@ class TrainFamily(Family[TrainShape]):
             for columns, rank in zip(self._tables.prefix_columns[1:], self._ranks[1:-1], strict=True)
         ]
         width = products[0].shape[1]
-        block = tile(width, 1024)
-        copy_slices[(capacity, cdiv(width, block))](
+        block = slice_block(width)
+        copy_slices[(capacity, cdiv(width, block["BW"]))](
             products[0],
             self._cores(parameters, 0),
             levels[0].entry,
@@ -129,8 +114,7 @@ class TrainFamily(Family[TrainShape]):
             levels[0].cuts[micro_batch:],
             W=width,
             ELEMENT=ELEMENTS[self.dtype],
-            BW=block,
-            num_warps=1 if block <= 64 else 4,
+            **block,
         )
         for k in range(1, len(levels) - 1):
             self._multiply(levels, parameters, micro_batch, k, products[k - 1], products[k])
@@ -149,11 +133,9 @@ class TrainFamily(Family[TrainShape]):
     ) -> None:
         """Multiply the nodes of level k by their slices of core k, or on the way back by their transposes."""
         level, tables = levels[k], self._tables
-        groups, q = level.groups, tables.prefix_columns[k]
+        groups, entries = level.groups, tables.entry_table[k].numel()
         assert groups is not None
-        inner, outer = self._ranks[k], self._dims[k] * self._ranks[k + 1]
-        inner, outer = (inner, outer) if forward else (outer, inner)
-        tiles, entries = Tiles.of(inner, outer), tables.entry_table[k].numel()
+        constants = multiply_constants(self.shapes[0], k, self.dtype, forward)
         capacity = min(level.entry.numel(), self.micro_batch_rows)
         rows, own = self._zero, level.cuts[micro_batch:]
         # Rows are counted from the first of the batch, nodes from the first of the micro-batch.
@@ -162,9 +144,8 @@ class TrainFamily(Family[TrainShape]):
             source_base, out_base = levels[k - 1].cuts[micro_batch:], rows if last else own
         else:
             source_base, out_base = rows if last else own, own
-        # Gradients keep float32's exponents: float16 would lose the small ones.
-        compute = factor(self.dtype) if forward else tl.float32
-        multiply[(min(entries, capacity) + cdiv(capacity * q, TILE_ROWS), cdiv(outer, tiles.n))](
+        tiles = min(entries, capacity) + cdiv(capacity * constants["Q"], TILE_ROWS)
+        multiply_tuned[(tiles, cdiv(constants["N"], constants["BN"]))](
             out,
             source,
             self._cores(parameters, k),
@@ -179,18 +160,7 @@ class TrainFamily(Family[TrainShape]):
             out_base,
             entries,
             micro_batch,
-            FORWARD=forward,
-            DOT=tiles.dot,
-            PRECISION=precision(self.dtype),
-            Q=q,
-            K=inner,
-            N=outer,
-            ELEMENT=ELEMENTS[self.dtype],
-            COMPUTE=compute,
-            BM=TILE_ROWS,
-            BK=tiles.k,
-            BN=tiles.n,
-            num_warps=4,
+            **constants,
         )
 
     def _back(
@@ -207,13 +177,15 @@ class TrainFamily(Family[TrainShape]):
         capacity = min(levels[0].entry.numel(), self.micro_batch_rows)
         grad_node = grad_rows
         for k in range(last, 0, -1):
-            level, q = levels[k], tables.prefix_columns[k]
-            groups = level.groups
+            level, groups = levels[k], levels[k].groups
             assert groups is not None
-            inner, outer = self._ranks[k], self._dims[k] * self._ranks[k + 1]
-            tiles, entries = Tiles.of(inner, outer), tables.entry_table[k].numel()
+            constants, entries = (
+                gradient_constants(self.shapes[0], k, self.dtype),
+                tables.entry_table[k].numel(),
+            )
+            grid = (entries, *(cdiv(constants[x], constants[f"B{x}"]) for x in ("K", "N")))
             own, before = level.cuts[micro_batch:], levels[k - 1].cuts[micro_batch:]
-            slice_gradient[(entries, cdiv(inner, tiles.k), cdiv(outer, tiles.n))](
+            slice_gradient_tuned[grid](
                 grads[k],
                 products[k - 1],
                 grad_node,
@@ -224,17 +196,11 @@ class TrainFamily(Family[TrainShape]):
                 self._zero if k == last else own,
                 entries,
                 micro_batch,
-                DOT=tiles.dot,
-                PRECISION=precision(self.dtype),
-                Q=q,
-                K=inner,
-                N=outer,
-                BM=TILE_ROWS if tiles.dot else 16,
-                BK=tiles.k,
-                BN=tiles.n,
-                num_warps=4,
+                **constants,
             )
-            shares = torch.empty(capacity, q * inner, dtype=torch.float32, device=self.device)
+            shares = torch.empty(
+                capacity, constants["Q"] * constants["K"], dtype=torch.float32, device=self.device
+            )
             self._multiply(levels, parameters, micro_batch, k, grad_node, shares, forward=False)
             grad_node = torch.empty_like(shares)
             sum_segments(grad_node, shares, levels[k - 1].child, before, own, capacity)
@@ -242,16 +208,15 @@ class TrainFamily(Family[TrainShape]):
 
     def _add(self, level: Level, micro_batch: int, grad_node: Tensor, grad: Tensor, touched: Tensor) -> None:
         width = grad.shape[1]
-        block = tile(width, 1024)
-        add_slices[(len(grad_node), cdiv(width, block))](
+        block = slice_block(width)
+        add_slices[(len(grad_node), cdiv(width, block["BW"]))](
             grad,
             touched,
             grad_node,
             level.entry,
             level.cuts[micro_batch:],
             W=width,
-            BW=block,
-            num_warps=1 if block <= 64 else 4,
+            **block,
         )
 
     def _finish(

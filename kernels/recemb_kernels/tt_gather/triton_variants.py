@@ -1,0 +1,249 @@
+"""Compile-time constants of the tensor-train kernels, and the variants of them that are shipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from recemb_kernels.aot.configuration import Configuration
+from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, factor, precision, tile, tuned
+from recemb_kernels.tt_gather import TrainShape
+from recemb_kernels.tt_gather.triton_kernel import (
+    add_slices,
+    copy_slices,
+    multiply,
+    slice_gradient,
+    split_digits,
+)
+
+# Rows of a matrix product that one program takes; plans count in them.
+TILE_ROWS = 32
+# Warps and pipeline stages that are tried at the first product of each shape.
+_DOT = ((4, 2), (8, 2))
+_PLAIN = ((4, 2),)
+
+multiply_tuned = tuned(multiply, ("FORWARD", "Q", "K", "N"), _DOT)
+slice_gradient_tuned = tuned(slice_gradient, ("Q", "K", "N"), _DOT, restore=("grad",))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one matrix product [M, K] [K, N] is tiled.
+
+    ``dot`` says that ``tl.dot`` computes it: K and N of 8 and more are padded to the 16 that it takes, which
+    at most quadruples the work; tensor cores have more than that to spare. Narrower ones, as of a last core
+    with q_d < 8, are plain multiply-adds.
+    """
+
+    dot: bool
+    k: int
+    n: int
+
+    @classmethod
+    def of(cls, inner: int, outer: int) -> Tiles:
+        """Tiles for K = ``inner`` and N = ``outer``."""
+        if min(inner, outer) >= 8:
+            return cls(True, tile(inner, 32, 16), tile(outer, 64, 16))
+        k = tile(inner, 32)
+        return cls(False, k, tile(outer, max(1, 128 // k)))
+
+
+def product_of(shape: TrainShape, k: int) -> tuple[int, int, int]:
+    """(Q, K, N) of the products of level k: columns of a prefix, rank before the core, columns of a slice."""
+    columns = math.prod(shape.dim_shape[:k])
+    return columns, shape.ranks[k], shape.dim_shape[k] * shape.ranks[k + 1]
+
+
+def multiply_constants(shape: TrainShape, k: int, dtype: torch.dtype, forward: bool) -> dict[str, Any]:
+    """The constants of ``multiply`` at level k, on the way there or back."""
+    q, inner, outer = product_of(shape, k)
+    inner, outer = (inner, outer) if forward else (outer, inner)
+    tiles = Tiles.of(inner, outer)
+    return {
+        "FORWARD": forward,
+        "DOT": tiles.dot,
+        "PRECISION": precision(dtype),
+        "Q": q,
+        "K": inner,
+        "N": outer,
+        "ELEMENT": ELEMENTS[dtype],
+        # Gradients keep float32's exponents: float16 would lose the small ones.
+        "COMPUTE": factor(dtype) if forward else tl.float32,
+        "BM": TILE_ROWS,
+        "BK": tiles.k,
+        "BN": tiles.n,
+    }
+
+
+def gradient_constants(shape: TrainShape, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of ``slice_gradient`` at level k."""
+    q, inner, outer = product_of(shape, k)
+    tiles = Tiles.of(inner, outer)
+    return {
+        "DOT": tiles.dot,
+        "PRECISION": precision(dtype),
+        "Q": q,
+        "K": inner,
+        "N": outer,
+        "BM": TILE_ROWS if tiles.dot else 16,
+        "BK": tiles.k,
+        "BN": tiles.n,
+    }
+
+
+def slice_block(width: int) -> dict[str, int]:
+    """Tile and warps of the kernels that copy or add whole slices."""
+    block = tile(width, 1024)
+    return {"BW": block, "num_warps": 1 if block <= 64 else 4}
+
+
+_SHIPPED = (
+    TrainShape((200, 220, 250), (2, 2, 4), (1, 4, 4, 1)),
+    TrainShape((200, 220, 250), (2, 2, 4), (1, 16, 16, 1)),
+    TrainShape((200, 220, 250), (2, 2, 4), (1, 32, 32, 1)),
+    TrainShape((200, 220, 250), (2, 2, 4), (1, 64, 64, 1)),
+    TrainShape((200, 220, 250), (4, 4, 8), (1, 128, 128, 1)),
+)
+_INDEX = "*i64"
+_PLAN = ("nodes", "parent", "group_first", "tile_first", "tile_group")
+_DESCRIPTORS = ("cores", "entry_table", "entry_row", "source_base", "out_base")
+
+
+def shipped() -> list[Configuration]:
+    """What is compiled ahead of time in CI. A look-up is a distinct row that shares no prefix: most work."""
+    found = []
+    for shape in _SHIPPED:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            # float16 differs from bfloat16 in nothing but the name of an instruction.
+            if dtype is not torch.float16 or shape.ranks[1] == 32:
+                found += list(_of_shape(shape, dtype))
+    return found
+
+
+def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
+    size, name, element = dtype.itemsize, NAMES[dtype][0], NAMES[dtype][1]
+    note = f"R={shape.ranks[1]}, q=({','.join(map(str, shape.dim_shape))})"
+    last = len(shape.dim_shape) - 1
+    for k in range(1, last + 1):
+        q, inner, outer = product_of(shape, k)
+        for forward in (True, False):
+            constants = multiply_constants(shape, k, dtype, forward)
+            source, out = (size, 4 if k == last else size) if forward else (4, 4)
+            types = {4: "*fp32", 2: element}
+            way = "" if forward else ", back"
+            for warps, stages in _DOT if constants["DOT"] else _PLAIN:
+                yield Configuration(
+                    kernel="tt_gather.multiply",
+                    function=multiply,
+                    dtype=name,
+                    signature={
+                        "out": types[out],
+                        "source": types[source],
+                        "cores": _INDEX,
+                        **dict.fromkeys(_PLAN, _INDEX),
+                        **dict.fromkeys(("entry_table", "entry_row", "source_base", "out_base"), _INDEX),
+                        "num_entries": "i32",
+                        "micro_batch": "i32",
+                    },
+                    constants=constants,
+                    num_warps=warps,
+                    num_stages=stages,
+                    flops_per_lookup=2.0 * q * inner * outer,
+                    bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
+                    min_occupancy=0.12,
+                    note=f"{note}, core {k + 1}{way}",
+                    small=_DESCRIPTORS,
+                )
+        constants = gradient_constants(shape, k, dtype)
+        for warps, stages in _DOT if constants["DOT"] else _PLAIN:
+            yield Configuration(
+                kernel="tt_gather.slice_gradient",
+                function=slice_gradient,
+                dtype=name,
+                signature={
+                    "grad": "*fp32",
+                    "source": element,
+                    "grad_out": "*fp32",
+                    **dict.fromkeys(("nodes", "parent", "group_first"), _INDEX),
+                    **dict.fromkeys(("source_base", "grad_base"), _INDEX),
+                    "num_entries": "i32",
+                    "micro_batch": "i32",
+                },
+                constants=constants,
+                num_warps=warps,
+                num_stages=stages,
+                flops_per_lookup=2.0 * q * inner * outer,
+                bytes_per_lookup=q * (inner * size + outer * 4.0) + 16,
+                min_occupancy=0.12,
+                note=f"{note}, core {k + 1}",
+                small=("source_base", "grad_base"),
+            )
+    yield from _slices(shape, dtype, note)
+
+
+def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Configuration]:
+    """The kernels that move slices of the first core, and the one that finds a row's slices."""
+    width = shape.dim_shape[0] * shape.ranks[1]
+    name, element = NAMES[dtype]
+    block = slice_block(width)
+    common = {"num_warps": block["num_warps"], "num_stages": 3, "dtype": name, "note": note}
+    yield Configuration(
+        kernel="tt_gather.copy_slices",
+        function=copy_slices,
+        signature={
+            "out": element,
+            **dict.fromkeys(("cores", "digit", "entry_table", "entry_row", "cuts"), _INDEX),
+        },
+        constants={"W": width, "ELEMENT": ELEMENTS[dtype], "BW": block["BW"]},
+        flops_per_lookup=0.0,
+        bytes_per_lookup=2.0 * width * dtype.itemsize + 8,
+        min_occupancy=0.5,
+        small=("cores", "entry_table", "entry_row", "cuts"),
+        **common,
+    )
+    if dtype is torch.float32:
+        yield Configuration(
+            kernel="tt_gather.add_slices",
+            function=add_slices,
+            signature={
+                "grad": "*fp32",
+                "touched": "*i32",
+                "source": "*fp32",
+                "digit": _INDEX,
+                "cuts": _INDEX,
+            },
+            constants={"W": width, "BW": block["BW"]},
+            flops_per_lookup=float(width),
+            bytes_per_lookup=12.0 * width + 8,
+            min_occupancy=0.5,
+            small=("cuts",),
+            **common,
+        )
+    if dtype is torch.float32 and shape == _SHIPPED[0]:
+        tables = ("cuts", "first_key", "table_keys", "radices", "entry_base")
+        order = len(shape.dim_shape)
+        yield Configuration(
+            kernel="tt_gather.split_digits",
+            function=split_digits,
+            dtype=name,
+            signature={
+                "digits": _INDEX,
+                "new": "*i8",
+                "row_key": _INDEX,
+                **dict.fromkeys(tables, _INDEX),
+                **dict.fromkeys(("num_tables", "count", "micro_batch_rows"), "i32"),
+            },
+            constants={"ORDER": order, "STEPS": 5, "BR": 256},
+            num_warps=4,
+            num_stages=3,
+            flops_per_lookup=0.0,
+            bytes_per_lookup=8.0 + 8 * order + order - 1,
+            min_occupancy=0.5,
+            note="26 tables, d=3",
+            small=tables,
+        )
