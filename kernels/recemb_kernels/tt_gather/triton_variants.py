@@ -24,7 +24,7 @@ from recemb_kernels.tt_gather.triton_kernel import (
 # Rows of a matrix product that one program takes; plans count in them.
 TILE_ROWS = 32
 # Warps and pipeline stages that are tried at the first product of each shape.
-_DOT = ((4, 2), (8, 2))
+_DOT = ((8, 2), (8, 3))
 _PLAIN = ((4, 2),)
 
 multiply_tuned = tuned(multiply, ("FORWARD", "Q", "K", "N"), _DOT)
