@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recemb.errors import BatchError
 from recemb_kernels.check import Limits, bags_are_valid
+from recemb_kernels.lookup import Ahead
 from recemb_kernels.triton_frame.plan import bags_of
 from recemb_kernels.triton_frame.verdict import note, poll
 
@@ -34,6 +35,7 @@ class Bags:
         weights: [L] per-sample weights, or ``None``.
         refused: [1] int32 on a GPU, set by the check of ids and offsets that are there: not 0 when the batch
             is bad, of which the host learns later. No weight changes then, and bad ids give 0.
+        ahead: the kernels' preparation of this batch, when it was asked for before its look-up.
     """
 
     ids: Tensor
@@ -41,6 +43,7 @@ class Bags:
     num_features: int
     weights: Tensor | None = None
     refused: Tensor | None = None
+    ahead: Ahead | None = None
 
     @property
     def batch_size(self) -> int:

@@ -59,6 +59,9 @@ class PooledGroup(Protocol):
     def columns(self) -> int:
         """Sum of D over the features."""
 
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Any:
+        """A forward's ``state``, worked out from the ids alone."""
+
     def forward(
         self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Any = None
     ) -> tuple[Tensor, Any]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recemb_kernels.digit_tree.group import Batch
-from recemb_kernels.gather_op import GatherOp, PooledGroup, make_batch, make_group
+from recemb_kernels.gather_op import GatherOp, PooledGroup, make_group
 from recemb_kernels.native import attempt
 from recemb_kernels.update import Update
 
@@ -75,32 +75,28 @@ class Lookup:
     def __call__(
         self,
         parameters: Sequence[Sequence[Tensor]],
-        ids: Tensor,
-        offsets: Tensor,
+        batch: Batch,
         weights: Tensor | None,
-        batch_size: int,
         updates: Sequence[Callable[[], Update] | None],
-        refused: Tensor | None = None,
+        ahead: Ahead | None = None,
     ) -> Tensor:
         """Pool a batch of F features, [B, sum of D over the features].
 
         Args:
             parameters: each table's, contiguous: float32 on CPU, float32, bfloat16 or float16 on GPU.
-            ids: [L] int64, already checked against the tables' rows.
-            offsets: [F * B + 1] int64.
-            weights: [L] float32, or ``None``.
-            batch_size: B.
+            batch: the bags, their ids already checked against the tables' rows.
+            weights: the batch's weights as autograd knows them.
             updates: per table, makes the optimizer step to take in the backward in place of gradients.
-            refused: [1] int32 on a GPU, not 0 when no weight may change.
+            ahead: what :meth:`prepare` has made of this batch.
 
         Raises:
             KernelUnavailableError: no native kernel can be compiled here.
         """
-        batch = make_batch(ids, offsets, weights, batch_size, refused)
         group = self.group(parameters)
+        state = None if ahead is None else ahead.state_for(group)
         stored = [parameter for table in parameters for parameter in table]
         if not torch.is_grad_enabled():
-            return group.forward(stored, batch, keep=False)[0]
+            return group.forward(stored, batch, keep=False, state=state)[0]
         stepped = [
             update is not None for table, update in zip(parameters, updates, strict=True) for _ in table
         ]
@@ -108,8 +104,17 @@ class Lookup:
         free = [parameter for parameter, want in zip(stored, wanted, strict=True) if want]
         # Without an update, whether a gradient is wanted is for the parameters and weights to say.
         anchor = _ANCHOR if any(stepped) else None
-        call = _Call(group, self.refusal, batch, stored, updates, stepped, wanted)
+        call = _Call(group, self.refusal, batch, stored, updates, stepped, wanted, state)
         return cast(Tensor, cast(Any, _Pool).apply(call, anchor, weights, *free))
+
+    def prepare(self, parameters: Sequence[Sequence[Tensor]], batch: Batch) -> Ahead:
+        """Sort and group a batch beside what runs now: in a thread, or on a stream of the GPU's own."""
+        group = self.group(parameters)
+        stored = [parameter for table in parameters for parameter in table]
+        if stored[0].is_cpu:
+            return Ahead(group, _beside().submit(group.prepare, stored, batch).result)
+        made = group.prepare(stored, batch)
+        return Ahead(group, lambda: made)
 
     def compiled(
         self,
@@ -127,6 +132,29 @@ class Lookup:
 
 
 @dataclass(slots=True, eq=False)
+class Ahead:
+    """A batch that is being prepared for its look-up, which it serves once.
+
+    Args:
+        group: the tables it is prepared for.
+        wait: gives what has been prepared, when it is ready.
+    """
+
+    group: PooledGroup
+    wait: Callable[[], Any]
+
+    def state_for(self, group: PooledGroup) -> Any:
+        """What ``group`` needs of the batch, or ``None`` when the tables have changed device or type."""
+        return self.wait() if group is self.group else None
+
+
+@cache
+def _beside() -> ThreadPoolExecutor:
+    # One: on two cores a second one would only slow the step down.
+    return ThreadPoolExecutor(1, thread_name_prefix="recemb-prefetch")
+
+
+@dataclass(slots=True, eq=False)
 class _Call:
     """One look-up: what is known of it before it runs, per parameter whether a kernel steps it, or its
     gradient is wanted."""
@@ -138,6 +166,7 @@ class _Call:
     updates: Sequence[Callable[[], Update] | None]
     stepped: Sequence[bool]
     wanted: Sequence[bool]
+    state: Any
 
     def versions(self) -> list[int]:
         """How often each stepped parameter has been changed in place."""
@@ -158,7 +187,7 @@ class _Pool(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, anchor: Tensor | None, weights: Tensor | None, *free: Tensor
     ) -> Tensor:
-        out, ctx.state = call.group.forward(call.stored, call.batch, keep=True)
+        out, ctx.state = call.group.forward(call.stored, call.batch, keep=True, state=call.state)
         ctx.call, ctx.versions = call, call.versions()
         # Read again in the backward: autograd then complains when one was changed in place.
         batch = call.batch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
+from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Lookup, available
 from recemb_kernels.update import Update
 
@@ -84,7 +85,22 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
             return None
         return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
     updates = [storage.update for storage in storages]
-    return lookup(parameters, bags.ids, bags.offsets, weights, bags.batch_size, updates, bags.refused)
+    batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
+    return lookup(parameters, batch, weights, updates, bags.ahead)
+
+
+def prepare_native(tables: Sequence[Backend], bags: Bags) -> None:
+    """Begin to sort and group the ids of a batch beside what runs now, when the kernels can serve all tables.
+
+    Sets ``bags.ahead``; :func:`pooled_native` of the same tables then finds it done.
+    """
+    prepared = _prepare(tables)
+    storages = _storages(tables, prepared)
+    if prepared.lookup is None or not bags.batch_size or not all(storage.native for storage in storages):
+        return
+    weights = None if bags.weights is None else bags.weights.float()
+    batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
+    bags.ahead = prepared.lookup.prepare([storage.parameters for storage in storages], batch)
 
 
 def served_natively(tables: Sequence[Backend]) -> list[bool]:

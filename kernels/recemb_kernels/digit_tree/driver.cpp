@@ -26,7 +26,8 @@ struct State {
   std::vector<Table> tables;
   std::vector<std::vector<int64_t>> features;
   std::vector<Gradient> gradient;
-  bool planned = false, one_hot = false;
+  bool reserved = false, one_hot = false;
+  bool complete = false;  // the backward's plans are there too
 };
 
 int threads_for(const Call* call, int64_t threads) { return static_cast<int>(call->num_ids < SERIAL ? 1 : threads); }
@@ -84,9 +85,9 @@ bool plans(const Call* call, Plan pass) {
 void plan_tables(const Call* call, State* state, Plan pass) {
 #pragma omp single
   {
-    if (!state->planned) {
+    if (!state->reserved) {
       state->plan.reserve(call);
-      state->planned = true;
+      state->reserved = true;
     }
     // The backward may meet more threads than the forward did.
     state->plan.counts.room<int32_t>(int64_t{omp_get_num_threads()} << SORT_BITS);
@@ -111,6 +112,18 @@ void plan_tables(const Call* call, State* state, Plan pass) {
     const int64_t t = task / MAX_ORDER, level = MAX_ORDER - 1 - task % MAX_ORDER;
     if (now(t)) plan_level(call, t, level);
   }
+}
+
+// Looks at a new batch, and makes room for what is known of its bags.
+void begin(Call* call, State* state) {
+  state->reserved = state->complete = false;
+  state->one_hot = holds_one_id_a_bag(call);
+  if (!state->one_hot) {
+    // At least one: null means one id a bag.
+    state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
+  }
+  attach(call, state);
+  count_ids(call);
 }
 
 const Functions& kernel_of(const Table& table) { return table.mirrored ? table.code->mirror : table.code->kernel; }
@@ -196,17 +209,33 @@ int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const floa
   return bad;
 }
 
-void recemb_tree_forward(Call* call, void* holder, int64_t threads) {
+// Plans a batch for both passes, ahead of its forward. Parameters are not read.
+void recemb_tree_prepare(Call* call, void* holder, int64_t threads) {
   State* state = static_cast<State*>(holder);
-  state->planned = false;
-  state->one_hot = holds_one_id_a_bag(call);
-  const bool plan = plans(call, FORWARD);
-  if (!state->one_hot) {
-    // At least one: null means one id a bag.
-    state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
+  begin(call, state);
+#pragma omp parallel num_threads(threads_for(call, threads))
+  {
+    if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
+    for (const Plan pass : {FORWARD, BACKWARD})
+      if (plans(call, pass)) plan_tables(call, state, pass);
   }
-  attach(call, state);
-  count_ids(call);
+  state->complete = true;
+}
+
+// The driver's own floats at work, of the products and of the rows; what `micro_batch_rows` bounds.
+int64_t recemb_tree_workspace(void* holder) {
+  const State* state = static_cast<State*>(holder);
+  return state->kept.size() + state->spare.size();
+}
+
+// `prepared`: recemb_tree_prepare has been called with this batch and state.
+void recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t prepared) {
+  State* state = static_cast<State*>(holder);
+  const bool plan = plans(call, FORWARD) && !prepared;
+  if (prepared)
+    attach(call, state);
+  else
+    begin(call, state);
 #pragma omp parallel num_threads(threads_for(call, threads))
   {
     if (plan) {
@@ -229,7 +258,7 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
   for (int64_t f = 0; f < call->num_features; f++)
     state->gradient[f] = {call->grad_out + call->features[f].column, call->columns};
   // Kernels without a plan look bags up as well.
-  const bool plan = plans(call, BACKWARD), bags = plan || plans(call, NEVER);
+  const bool bags = plans(call, BACKWARD) || plans(call, NEVER), plan = plans(call, BACKWARD) && !state->complete;
 #pragma omp parallel num_threads(threads_for(call, threads))
   {
     if (bags && !state->one_hot) {

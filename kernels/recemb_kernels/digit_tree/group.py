@@ -121,11 +121,18 @@ class State:
 
     def __init__(self, group: Group) -> None:
         self._group = group
+        self.prepared = False
         # A list's pop and append are atomic, so threads need no lock.
         self.pointer: int = group.free.pop() if group.free else group.driver.recemb_tree_state_new()
 
     def __del__(self) -> None:
         self._group.free.append(self.pointer)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the products and rows of its batch, the largest so far; its plan is not counted."""
+        size: int = self._group.driver.recemb_tree_workspace(self.pointer)
+        return size
 
 
 class Group:
@@ -167,18 +174,32 @@ class Group:
         for pointer in self.free:
             self.driver.recemb_tree_state_free(pointer)
 
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> State:
+        """Sort and group a batch ahead of its forward, on this thread alone; what it computes stays the same.
+
+        Args:
+            parameters: those of the forward; none is read.
+        """
+        state, call = State(self), self._call(parameters, batch)
+        self.driver.recemb_tree_prepare(ctypes.addressof(call), state.pointer, 1)
+        state.prepared = True
+        return state
+
     def forward(
         self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: State | None = None
     ) -> tuple[Tensor, State]:
         """Pool a batch: [B, sum of D], and what the backward needs when ``keep`` says that one comes.
 
-        A ``state`` of the same batch is filled again, for parameters that have changed since.
+        A ``state`` of the same batch comes from :meth:`prepare`, or is filled again for parameters that have
+        changed since.
         """
         state = State(self) if state is None else state
         out = _floats(batch.size, self.columns)
         call = self._call(parameters, batch)
         call.out, call.keep = out.data_ptr(), int(keep)
-        self.driver.recemb_tree_forward(ctypes.addressof(call), state.pointer, torch.get_num_threads())
+        threads, prepared = torch.get_num_threads(), int(state.prepared)
+        state.prepared = False
+        self.driver.recemb_tree_forward(ctypes.addressof(call), state.pointer, threads, prepared)
         return out, state
 
     def backward(
@@ -290,9 +311,15 @@ def driver() -> ctypes.CDLL:
     library.recemb_tree_state_new.argtypes = ()
     library.recemb_tree_state_free.argtypes = (pointer,)
     library.recemb_tree_state_free.restype = None
-    library.recemb_tree_forward.argtypes = library.recemb_tree_backward.argtypes = (pointer, pointer, integer)
+    library.recemb_tree_forward.argtypes = (pointer, pointer, integer, integer)
+    library.recemb_tree_backward.argtypes = (pointer, pointer, integer)
     library.recemb_tree_forward.restype = None
     library.recemb_tree_backward.restype = integer
+    library.recemb_tree_prepare.argtypes, library.recemb_tree_prepare.restype = (
+        (*(pointer,) * 2, integer),
+        None,
+    )
+    library.recemb_tree_workspace.argtypes, library.recemb_tree_workspace.restype = (pointer,), integer
     library.recemb_tree_poison.argtypes, library.recemb_tree_poison.restype = (integer,), None
     library.recemb_tree_check.argtypes = (*(pointer,) * 3, *(integer,) * 3, pointer, integer)
     library.recemb_tree_check.restype = integer

@@ -24,6 +24,8 @@ class Buffer {
     return static_cast<T*>(reserve(count * static_cast<int64_t>(sizeof(T))));
   }
 
+  int64_t size() const { return size_; }  // bytes
+
   static bool poison;  // fill with NaN what is handed out: tests that nothing is read before it is written
 
  private:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -63,12 +63,24 @@ class Call:
         columns: width of the output.
         keys: how its ids become keys.
         kept: what each family's forward leaves for its backward.
+        ready: when another stream has prepared it.
     """
 
     batch: Batch
     columns: int
     keys: Keys
     kept: dict[int, Any] = field(default_factory=dict)
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Have the current stream wait for what another one has prepared, and keep its memory until then."""
+        if self.ready is None:
+            return
+        stream = torch.cuda.current_stream(self.keys.base.device)
+        stream.wait_event(self.ready)
+        self.ready = None
+        for tensor in _tensors(self.__dict__):
+            tensor.record_stream(stream)
 
     @cached_property
     def bag(self) -> Tensor:
@@ -151,6 +163,10 @@ class Family(ABC, Generic[_S]):
     def dim(shape: Any) -> int:
         """Columns of one of its rows."""
 
+    def prepare(self, call: Call) -> None:
+        """Work out what the ids alone decide, into ``call``."""
+        _ = call.plan
+
     @abstractmethod
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
         """Fill the family's columns of ``out`` [B, columns].
@@ -193,3 +209,16 @@ class Family(ABC, Generic[_S]):
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """[K] int64: where each tensor lies."""
         return self.remembered(tuple(tensor.data_ptr() for tensor in tensors))
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    """Every tensor within dataclasses, lists and dictionaries."""
+    if isinstance(held, Tensor):
+        yield held
+    elif is_dataclass(held):
+        yield from _tensors(vars(held))
+    elif isinstance(held, Mapping):
+        yield from _tensors(list(held.values()))
+    elif isinstance(held, list | tuple):
+        for item in held:
+            yield from _tensors(item)

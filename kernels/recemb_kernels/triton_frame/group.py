@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,15 +91,41 @@ class TritonGroup:
             family.micro_batch_rows = micro_batch_rows
             self._families.append((family, own))
 
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call:
+        """Sort and group a batch ahead of its forward, on a stream beside what runs now."""
+        call = Call(batch, self.columns, self._keys)
+        if not (batch.size and batch.ids.numel()):
+            return call
+        if self.device.type != "cuda":
+            self._plan(call)
+            return call
+        current = torch.cuda.current_stream(self.device)
+        self._beside.wait_stream(current)  # the ids may still be on their way
+        with torch.cuda.stream(self._beside):
+            self._plan(call)
+            call.ready = torch.cuda.Event()
+            call.ready.record(self._beside)
+        return call
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def _plan(self, call: Call) -> None:
+        for family, _ in self._families:
+            family.prepare(call)
+
     def forward(
         self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Call | None = None
     ) -> tuple[Tensor, Call]:
         """Pool a batch: [B, sum of D] float32, and what the backward needs when ``keep`` says that one comes.
 
-        A ``state`` of the same batch is filled again, for parameters that have changed since.
+        A ``state`` of the same batch comes from :meth:`prepare`, or is filled again for parameters that have
+        changed since.
         """
         poll()
         call = Call(batch, self.columns, self._keys) if state is None else state
+        call.wait()
         out = torch.empty(batch.size, self.columns, dtype=torch.float32, device=self.device)
         if not batch.ids.numel():
             return out.zero_(), call

@@ -33,8 +33,8 @@ class _Kept:
     """The tree of a batch, and the products of its nodes while one micro-batch holds them all."""
 
     levels: list[Level]
-    rows: Tensor | None
-    products: list[Tensor] | None
+    rows: Tensor | None = None
+    products: list[Tensor] | None = None
 
 
 class TrainFamily(Family[TrainShape]):
@@ -55,6 +55,9 @@ class TrainFamily(Family[TrainShape]):
     @staticmethod
     def dim(shape: TrainShape) -> int:
         return math.prod(shape.dim_shape)
+
+    def prepare(self, call: Call) -> None:
+        call.kept[self.index] = _Kept(make_levels(self, call, self._tables))
 
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
         count = call.batch.ids.numel()
