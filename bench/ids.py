@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,10 @@ class Batch:
     offsets: Tensor
     lengths: Tensor
     grad: Tensor
+
+    def to(self, device: str) -> Batch:
+        """A copy on another device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def number_of_batches(batch: int) -> int:

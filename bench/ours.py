@@ -67,10 +67,10 @@ def table_bytes(specs: Sequence[TableSpec]) -> int:
 
 
 def build_collection(
-    specs: Sequence[TableSpec], optimizer: str, learning_rate: float = LEARNING_RATE
+    specs: Sequence[TableSpec], optimizer: str, learning_rate: float = LEARNING_RATE, device: str = "cpu"
 ) -> EmbeddingBagCollection:
     """The collection, its optimizer fused into the backward pass."""
-    collection = EmbeddingBagCollection(tables=to_configs(specs))
+    collection = EmbeddingBagCollection(tables=to_configs(specs), device=device)
     apply_optimizer_in_backward(_OPTIMIZERS[optimizer], collection.parameters(), {"lr": learning_rate})
     return collection
 
@@ -78,10 +78,10 @@ def build_collection(
 class OurTables:
     """One case of ours; ``steps`` as in :mod:`bench.peers`."""
 
-    def __init__(self, case: str, rows: Sequence[int], dim: int, optimizer: str) -> None:
+    def __init__(self, case: str, rows: Sequence[int], dim: int, optimizer: str, device: str = "cpu") -> None:
         specs = table_specs(case, rows, dim)
         self.names = feature_names(len(rows))
-        self.collection = build_collection(specs, optimizer)
+        self.collection = build_collection(specs, optimizer, device=device)
         self.engine = Engine(specs)
         # Plain hashing: ids are taken mod the rows that there are, as part of the step.
         self.modulus = specs[0].num_embeddings if case == HASHING else None

@@ -28,6 +28,10 @@ from recemb.spec import TensorTrain
 Step = Callable[[Batch], object]
 LEARNING_RATE = 0.01
 _TLTORCH_BYTES = 10**9
+_PLACES = {
+    "cpu": (EmbeddingLocation.HOST, ComputeDevice.CPU),
+    "cuda": (EmbeddingLocation.DEVICE, ComputeDevice.CUDA),
+}
 _FUSED = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "sgd": EmbOptimType.EXACT_SGD}
 
 
@@ -65,10 +69,16 @@ class TBECollection(nn.Module):
         dim: D.
         optimizer: ``rowwise_adagrad`` or ``sgd``.
         learning_rate: of the fused optimizer.
+        device: ``cpu`` or ``cuda``.
     """
 
     def __init__(
-        self, rows: Sequence[int], dim: int, optimizer: str, learning_rate: float = LEARNING_RATE
+        self,
+        rows: Sequence[int],
+        dim: int,
+        optimizer: str,
+        learning_rate: float = LEARNING_RATE,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.names = feature_names(len(rows))
@@ -77,8 +87,9 @@ class TBECollection(nn.Module):
             EmbeddingBagConfig(name=f"t_{f}", num_embeddings=n, embedding_dim=dim, feature_names=[f])
             for f, n in zip(self.names, rows, strict=True)
         ]
+        place = _PLACES[device]
         self.tables = SplitTableBatchedEmbeddingBagsCodegen(
-            [(n, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for n in rows],
+            [(n, dim, *place) for n in rows],
             optimizer=_FUSED[optimizer],
             learning_rate=learning_rate,
         )
@@ -106,8 +117,8 @@ class TBECollection(nn.Module):
 class TBETables:
     """``fbgemm TBE``: ready ids and offsets, and from a KeyedJaggedTensor to a KeyedTensor."""
 
-    def __init__(self, rows: Sequence[int], dim: int, optimizer: str) -> None:
-        self.collection = TBECollection(rows, dim, optimizer)
+    def __init__(self, rows: Sequence[int], dim: int, optimizer: str, device: str = "cpu") -> None:
+        self.collection = TBECollection(rows, dim, optimizer, device=device)
         self.steps: dict[str, Step] = {OP: self._op, MODULE: self._module, FORWARD: self._forward}
 
     def _op(self, batch: Batch) -> None:

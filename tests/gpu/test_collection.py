@@ -1,0 +1,159 @@
+"""The whole collection on a GPU against the CPU: these run where there is one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchrec
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import KeyedJaggedTensor
+
+from recemb import (
+    ROBE,
+    Dense,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    MixedDimension,
+    QuotientRemainder,
+    TensorTrain,
+)
+from recemb.errors import BatchError, NonFiniteError
+from recemb_kernels.triton_frame.verdict import poll
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+METHODS = {
+    "tt": TensorTrain(rank=16),
+    "wide": TensorTrain(rank=8, num_cores=2),
+    "qr": QuotientRemainder(collisions=7),
+    "robe": ROBE(compress_rate=10, block_size=8),
+    "md": MixedDimension(dim=4),
+    "dense": Dense(),
+}
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.1}),
+    "adam": (torch.optim.Adam, {"lr": 0.1}),
+}
+
+
+def collection(device: str, weighted: bool = False) -> EmbeddingBagCollection:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingBagConfig(
+            name=f"t_{name}",
+            num_embeddings=5000,
+            embedding_dim=32,
+            feature_names=[name],
+            compression=compression,
+            pooling=torchrec.PoolingType.SUM,
+        )
+        for name, compression in METHODS.items()
+    ]
+    made = EmbeddingBagCollection(tables=tables, is_weighted=weighted)
+    return made.to(device)
+
+
+def features(seed: int, batch: int = 256, weighted: bool = False) -> KeyedJaggedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 5, (len(METHODS) * batch,), generator=generator)
+    values = (torch.rand(int(lengths.sum()), generator=generator) ** 2 * 5000).long()
+    weights = torch.rand(values.numel(), generator=generator) if weighted else None
+    return KeyedJaggedTensor(keys=list(METHODS), values=values, lengths=lengths, weights=weights)
+
+
+def loss_of(pooled: Tensor) -> Tensor:
+    return (pooled * torch.sin(torch.arange(pooled.shape[1], device=pooled.device))).square().mean()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_outputs_and_gradients(weighted: bool) -> None:
+    cpu = collection("cpu", weighted)
+    gpu = copy.deepcopy(cpu).to("cuda")
+    kjt = features(1, weighted=weighted)
+    ours, theirs = gpu(kjt.to("cuda")).values(), cpu(kjt).values()
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+    loss_of(ours).backward()
+    loss_of(theirs).backward()
+    for mine, other in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.cpu(), other.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_steps(name: str) -> None:
+    kind, settings = OPTIMIZERS[name]
+    cpu = collection("cpu")
+    gpu = copy.deepcopy(cpu).to("cuda")
+    for module in (cpu, gpu):
+        apply_optimizer_in_backward(kind, module.parameters(), settings)
+    for seed in range(3):
+        kjt = features(seed)
+        loss_of(gpu(kjt.to("cuda")).values()).backward()
+        loss_of(cpu(kjt).values()).backward()
+    for mine, other in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        # Adam divides gradients by their own size: those near rounding may point anywhere.
+        loose = 5e-2 if name == "adam" else 1e-3
+        torch.testing.assert_close(mine.cpu(), other, rtol=loose, atol=loose * 1e-1)
+
+
+def test_a_step_never_waits_for_the_gpu() -> None:
+    gpu = collection("cuda")
+    apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, gpu.parameters(), {"lr": 0.1})
+    kjt = features(1).to("cuda")
+    kjt.sync()
+    for _ in range(2):  # kernels are compiled and tuned
+        loss_of(gpu(kjt).values()).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(gpu(kjt).values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    kjt, outputs = features(1).to("cuda"), []
+    for _ in range(2):
+        gpu = collection("cuda")
+        apply_optimizer_in_backward(torch.optim.Adagrad, gpu.parameters(), {"lr": 0.1})
+        loss_of(gpu(kjt).values()).backward()
+        outputs.append([p.detach().clone() for p in gpu.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_a_bad_id_is_named_and_changes_nothing() -> None:
+    gpu = collection("cuda")
+    apply_optimizer_in_backward(torch.optim.SGD, gpu.parameters(), {"lr": 0.1})
+    before = [p.detach().clone() for p in gpu.parameters()]
+    kjt = features(1).to("cuda")
+    kjt.values()[3] = 7000
+
+    def step() -> None:
+        loss_of(gpu(kjt).values()).backward()
+        poll(wait=True)
+
+    with pytest.raises(BatchError, match=r"id 7000 is outside \[0, 5000\)"):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, gpu.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    gpu = collection("cuda")
+    apply_optimizer_in_backward(torch.optim.SGD, gpu.parameters(), {"lr": 0.1})
+    before = [p.detach().clone() for p in gpu.parameters()]
+    kjt = features(1).to("cuda")
+
+    def step() -> None:
+        (gpu(kjt).values().sum() * float("nan")).backward()
+        poll(wait=True)
+
+    with pytest.raises(NonFiniteError, match="none of their weights was changed"):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, gpu.parameters(), strict=True))
