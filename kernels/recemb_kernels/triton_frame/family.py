@@ -141,6 +141,11 @@ class Family(ABC, Generic[_S]):
     def num_keys(shape: Any) -> int:
         """Keys that a table needs: one past its largest id plus key base."""
 
+    @classmethod
+    def num_ids(cls, shape: Any, key_base: int) -> int:
+        """Ids that a feature with this key base has: those from here on are skipped."""
+        return cls.num_keys(shape) - key_base
+
     @staticmethod
     @abstractmethod
     def num_parameters(shape: Any) -> int:

@@ -63,7 +63,7 @@ class TritonGroup:
             kind, shape = tables[feature.table]
             columns.append(columns[-1] + kind.dim(shape))
         self.columns = columns[-1]
-        rows = [tables[f.table][0].num_keys(tables[f.table][1]) - f.key_base for f in features]
+        rows = [tables[f.table][0].num_ids(tables[f.table][1], f.key_base) for f in features]
         self._keys = Keys(
             self._constant([base[f.table] + f.key_base for f in features]),
             self._constant(rows),
