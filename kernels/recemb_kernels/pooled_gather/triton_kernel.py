@@ -6,34 +6,46 @@ right one [c, RIGHT]; a row before pooling has W columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import tile_of
 from recemb_kernels.triton_frame.kernels import upper_bound
 
+# Most columns, and elements, of a program's tile; twice as many spill registers.
+TILE = (128, 512)
 MULT, ADD, CONCAT = (tl.constexpr(operation) for operation in (1, 2, 3))
+
+
+@triton.jit
+def divide(key, radix, reciprocal):
+    """Quotient and remainder of 0 <= key < 2**62, by floor(2**62 / radix): at most one too small."""
+    q = tl.umulhi(key.to(tl.uint64) << 2, reciprocal.to(tl.uint64)).to(tl.int64)
+    more = (key - q * radix >= radix).to(tl.int64)
+    return q + more, key - (q + more) * radix
 
 
 @triton.jit
 def combine(
     left,
     right,
-    quotient,
-    remainder,
     stored,
     d,
     OPERATION: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """[B, BD] float32: columns ``d`` of rows; ``left`` and ``right`` point at parameters, one or [B, 1]."""
+    """[B, BD] float32: columns ``d`` of the rows made of those at ``left`` and ``right`` [B]."""
     mask = stored[:, None] & (d < LEFT)[None, :]
-    a = tl.load(left + quotient[:, None] * LEFT + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(left[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     if OPERATION == CONCAT:
         mask = stored[:, None] & ((d >= LEFT) & (d < LEFT + RIGHT))[None, :]
-        b = tl.load(right + remainder[:, None] * RIGHT + (d - LEFT)[None, :], mask=mask, other=0.0)
+        b = tl.load(right[:, None] + (d - LEFT)[None, :], mask=mask, other=0.0)
         return a + b.to(tl.float32)
-    b = tl.load(right + remainder[:, None] * RIGHT + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(right[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     if OPERATION == MULT:
         return a * b
     return a + b
@@ -63,8 +75,8 @@ def pool_pairs(
     """out[b, columns of f] = sum or mean over bag (f, b) of w * row(id).
 
     Grid (bags of one feature / BB, features, W / BD). ``lefts`` and ``rights`` [F] are addresses, ``features``
-    [F, 3] the number in the batch, first column and whether averaged, ``pairs`` [F, 3] the key base, the ids
-    that the feature has, and c.
+    [F, 3] the number in the batch, first column and whether averaged, ``pairs`` [F, 4] the key base, the ids
+    that the feature has, c, and floor(2**62 / c).
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -72,9 +84,10 @@ def pool_pairs(
     feature = tl.load(features + 3 * f)
     column = tl.load(features + 3 * f + 1)
     mean = tl.load(features + 3 * f + 2)
-    key_base = tl.load(pairs + 3 * f)
-    high = tl.load(pairs + 3 * f + 1)
-    radix = tl.load(pairs + 3 * f + 2)
+    key_base = tl.load(pairs + 4 * f)
+    high = tl.load(pairs + 4 * f + 1)
+    radix = tl.load(pairs + 4 * f + 2)
+    reciprocal = tl.load(pairs + 4 * f + 3)
     left = tl.multiple_of(tl.load(lefts + f).to(tl.pointer_type(ELEMENT)), 16)
     right = tl.multiple_of(tl.load(rights + f).to(tl.pointer_type(ELEMENT)), 16)
     here = bags < batch_size
@@ -85,8 +98,8 @@ def pool_pairs(
         at = first + i
         row = tl.load(ids + at, mask=i < length, other=-1)
         stored = (row >= 0) & (row < high)
-        key = tl.where(stored, row + key_base, 0)
-        value = combine(left, right, key // radix, key % radix, stored, d, OPERATION, LEFT, RIGHT)
+        q, r = divide(row + key_base, radix, reciprocal)
+        value = combine(left + q * LEFT, right + r * RIGHT, stored, d, OPERATION, LEFT, RIGHT)
         if WEIGHTED:
             value *= tl.load(weights + at, mask=stored, other=0.0)[:, None]
         total += value
@@ -99,9 +112,8 @@ def pool_pairs(
 
 @triton.jit
 def split_rows(
-    table,
-    quotient,
-    remainder,
+    left,
+    right,
     left_key,
     right_key,
     row_key,
@@ -111,14 +123,18 @@ def split_rows(
     radices,
     left_keys,
     right_keys,
+    lefts,
+    rights,
     num_tables,
     count,
+    LEFT_BYTES: tl.constexpr,
+    RIGHT_BYTES: tl.constexpr,
     STEPS: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Each distinct row's table, quotient and remainder, and their keys among those of all tables.
+    """The addresses of each distinct row's two parts, and their keys among those of all tables.
 
-    ``left_keys`` and ``right_keys`` [tables + 1] number the rows of either parameter. Rows of other families
+    ``radices`` [tables, 2]: c and floor(2**62 / c). ``left_keys`` and ``right_keys`` [tables + 1] number the rows of either parameter. Rows of other families
     have the left keys -1 before this one's and the largest after, so that left keys rise; and the largest
     right key. Grid (count / BR).
     """
@@ -126,15 +142,13 @@ def split_rows(
     here = u < count
     low = tl.load(cuts)
     inside = here & (u >= low) & (u < tl.load(cuts + 1))
-    key = tl.load(row_key + u, mask=inside, other=0) - tl.where(inside, tl.load(first_key), 0)
+    base = tl.load(first_key)
+    key = tl.load(row_key + u, mask=inside, other=base) - base
     t = upper_bound(table_keys, num_tables, key, STEPS) - 1
     key -= tl.load(table_keys + t)
-    radix = tl.load(radices + t)
-    q = key // radix
-    r = key % radix
-    tl.store(table + u, t, mask=here)
-    tl.store(quotient + u, q, mask=here)
-    tl.store(remainder + u, r, mask=here)
+    q, r = divide(key, tl.load(radices + 2 * t), tl.load(radices + 2 * t + 1))
+    tl.store(left + u, tl.load(lefts + t) + q * LEFT_BYTES, mask=here)
+    tl.store(right + u, tl.load(rights + t) + r * RIGHT_BYTES, mask=here)
     outside = tl.where(u < low, -1, tl.load(left_keys + num_tables))
     tl.store(left_key + u, tl.where(inside, tl.load(left_keys + t) + q, outside), mask=here)
     outside = tl.load(right_keys + num_tables)
@@ -146,9 +160,6 @@ def pair_rows(
     out,
     lefts,
     rights,
-    table,
-    quotient,
-    remainder,
     cuts,
     OPERATION: tl.constexpr,
     LEFT: tl.constexpr,
@@ -158,16 +169,16 @@ def pair_rows(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out[u] [W] = the distinct rows u from ``cuts[0]`` to ``cuts[1]``. Grid (rows / BR, W / BD)."""
+    """out[u] [W] = the distinct rows u from ``cuts[0]`` to ``cuts[1]``, of parts at ``lefts`` and ``rights`` [L].
+
+    Grid (rows / BR, W / BD).
+    """
     u = tl.load(cuts) + tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = u < tl.load(cuts + 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    t = tl.load(table + u, mask=inside, other=0)
-    left = tl.load(lefts + t).to(tl.pointer_type(ELEMENT))
-    right = tl.load(rights + t).to(tl.pointer_type(ELEMENT))
-    q = tl.load(quotient + u, mask=inside, other=0)
-    r = tl.load(remainder + u, mask=inside, other=0)
-    value = combine(left[:, None], right[:, None], q, r, inside, d, OPERATION, LEFT, RIGHT)
+    left = tl.load(lefts + u, mask=inside, other=0).to(tl.pointer_type(ELEMENT))
+    right = tl.load(rights + u, mask=inside, other=0).to(tl.pointer_type(ELEMENT))
+    value = combine(left, right, inside, d, OPERATION, LEFT, RIGHT)
     tl.store(out + u[:, None] * W + d[None, :], value, mask=inside[:, None] & (d < W)[None, :])
 
 
@@ -179,9 +190,7 @@ def sum_sides(
     piece_first,
     run_piece,
     cuts,
-    table,
     others,
-    other_row,
     ORDERED: tl.constexpr,
     FACTOR: tl.constexpr,
     W: tl.constexpr,
@@ -194,8 +203,7 @@ def sum_sides(
     """out[p] [WIDTH] = sum over the distinct rows of piece p of columns FROM on of ``grad_rows`` [., W].
 
     The places of a piece are rows themselves, or places in ``order`` if ORDERED. With FACTOR each is
-    multiplied by row ``other_row`` of the other parameter, whose addresses are ``others``. Grid (pieces / BP,
-    WIDTH / BD).
+    multiplied by its part of the other parameter, at address ``others``. Grid (pieces / BP, WIDTH / BD).
     """
     low = tl.load(run_piece + tl.load(cuts))
     high = tl.load(run_piece + tl.load(cuts + 1))
@@ -208,17 +216,60 @@ def sum_sides(
     length = tl.load(piece_first + piece + 1, mask=here, other=0) - first
     total = tl.zeros((BP, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
-        inside = i < length
-        u = first + i
+        u = tl.where(i < length, first + i, -1)
         if ORDERED:
-            u = tl.load(order + u, mask=inside, other=0)
-        mask = inside[:, None] & (d < WIDTH)[None, :]
+            u = tl.load(order + u, mask=u >= 0, other=-1)
+        # A mask of its own for each use: one for several has broken Triton 3.7's choice of layouts.
+        mask = (u >= 0)[:, None] & (d < WIDTH)[None, :]
         value = tl.load(grad_rows + u[:, None] * W + FROM + d[None, :], mask=mask, other=0.0)
         if FACTOR:
-            other = tl.load(others + tl.load(table + u, mask=inside, other=0)).to(tl.pointer_type(ELEMENT))
-            row = tl.load(other_row + u, mask=inside, other=0)
-            factor = tl.load(other[:, None] + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
+            other = tl.load(others + u, mask=u >= 0, other=0).to(tl.pointer_type(ELEMENT))
+            factor = tl.load(other[:, None] + d[None, :], mask=mask, other=0.0)
             value *= factor.to(tl.float32)
         total += value
     mask = here[:, None] & (d < WIDTH)[None, :]
     tl.store(out + piece[:, None] * WIDTH + d[None, :], total, mask=mask)
+
+
+def variants(dims: Sequence[int] = (16, 64, 128)) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """What is compiled ahead of time: name, kernel, types of the arguments, constants, warps."""
+    found: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
+    names = {1: "mult", 2: "add", 3: "concat"}
+    for element, kind in ((tl.float32, "fp32"), (tl.bfloat16, "bf16")):
+        for dim in dims:
+            for operation, name in names.items():
+                left, right = (dim // 2, dim - dim // 2) if operation == CONCAT.value else (dim, dim)
+                pair = {"OPERATION": operation, "LEFT": left, "RIGHT": right, "W": dim, "ELEMENT": element}
+                label = f"{name}/{dim}/{kind}"
+                rows, columns = tile_of(dim, *TILE)
+                for weighted in (False, True):
+                    constants = {**pair, "WEIGHTED": weighted, "BB": rows, "BD": columns}
+                    found.append((f"pool_pairs/{label}/{weighted}", pool_pairs, _POOL, constants, 4))
+                constants = {**pair, "BR": rows, "BD": columns}
+                found.append((f"pair_rows/{label}", pair_rows, _ROWS, constants, 4))
+                rows, columns = tile_of(right, *TILE)
+                side = {"W": dim, "FROM": dim - right, "WIDTH": right, "ELEMENT": element}
+                for ordered in (False, True):
+                    constants = {**side, "ORDERED": ordered, "FACTOR": operation == MULT.value}
+                    constants |= {"BP": rows, "BD": columns}
+                    found.append((f"sum_sides/{label}/{ordered}", sum_sides, _SUM, constants, 4))
+    constants = {"LEFT_BYTES": 256, "RIGHT_BYTES": 256, "STEPS": 5, "BR": 256}
+    found.append(("split_rows", split_rows, _SPLIT, constants, 4))
+    return found
+
+
+_LONG = "*i64"
+_POOL = {
+    **{"out": "*fp32", "lefts": _LONG, "rights": _LONG, "ids": _LONG, "weights": "*fp32"},
+    **{"offsets": _LONG, "features": _LONG, "pairs": _LONG, "batch_size": "i32", "columns": "i32"},
+}
+_ROWS = {"out": "*fp32", "lefts": _LONG, "rights": _LONG, "cuts": _LONG}
+_SUM = {
+    **{"out": "*fp32", "grad_rows": "*fp32", "order": _LONG, "piece_first": _LONG, "run_piece": _LONG},
+    **{"cuts": _LONG, "others": _LONG},
+}
+_SPLIT = {
+    **dict.fromkeys(("left", "right", "left_key", "right_key", "row_key", "cuts", "first_key"), _LONG),
+    **dict.fromkeys(("table_keys", "radices", "left_keys", "right_keys", "lefts", "rights"), _LONG),
+    **{"num_tables": "i32", "count": "i32"},
+}

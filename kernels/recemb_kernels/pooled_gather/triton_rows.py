@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.pooled_gather import Operation, RowShape
-from recemb_kernels.pooled_gather.triton_kernel import pair_rows, pool_pairs, split_rows, sum_sides
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile
+from recemb_kernels.pooled_gather.triton_kernel import (
+    TILE,
+    pair_rows,
+    pool_pairs,
+    split_rows,
+    sum_sides,
+)
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile_of
 from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.plan import PIECE, runs_of
@@ -28,13 +34,11 @@ class _Split:
     """The distinct rows of a batch, taken apart.
 
     Attributes:
-        table: [L] place of the table in the family.
-        row: quotients and remainders, [L] each.
-        key: the same, numbered over all tables; quotients rise.
+        part: [L] each, the addresses of the quotients' and of the remainders' parts.
+        key: [L] each, their rows, numbered over all tables; those of quotients rise.
     """
 
-    table: Tensor
-    row: tuple[Tensor, Tensor]
+    part: tuple[Tensor, Tensor]
     key: tuple[Tensor, Tensor]
 
 
@@ -89,6 +93,21 @@ class RowFamily(Family[RowShape]):
         if self._operation == Operation.PROJECT:
             return self._back_projected(call, parameters, asked)
         return self._back_pairs(call, parameters, asked)
+
+    def backward_without_ids(self, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        if self._operation != Operation.PROJECT:
+            return super().backward_without_ids(parameters, asked)
+        rows: list[Tensor | None] = []
+        for table, update in zip(parameters[0::2], asked.updates, strict=True):
+            if update is not None and update.steps:
+                update.steps[0].add_(1)
+            wanted = update is None and asked.wanted[2 * len(rows)]
+            rows.append(torch.zeros_like(table) if wanted else None)
+        grad = torch.zeros(
+            self._projection_entries.most, self._widths[1], dtype=torch.float32, device=self.device
+        )
+        projected = finish(self, self._projection_entries, grad, parameters, asked, 1)
+        return [side for pair in zip(rows, projected, strict=True) for side in pair]
 
     # Stored rows
 
@@ -179,8 +198,7 @@ class RowFamily(Family[RowShape]):
 
     def _pool_pairs(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> None:
         batch, width = call.batch, self.dim(self.shapes[0])
-        block = tile(width, 128)
-        bags = max(1, 1024 // block)
+        bags, block = tile_of(width, *TILE)
         pool_pairs[(cdiv(batch.size, bags), len(self.own_features), cdiv(width, block))](
             out,
             self._sources(parameters, 0),
@@ -201,29 +219,26 @@ class RowFamily(Family[RowShape]):
 
     def _back_pairs(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
         width, cuts = self.dim(self.shapes[0]), call.plan.cuts[self.index :]
-        split = self._split(call)
+        split = self._split(call, parameters)
         if asked.grad_weights is not None:
-            rows = self._pair_rows(call, parameters, split)
+            rows = self._pair_rows(call, split)
             weigh(self, call, asked, rows, call.plan.inverse, cuts, width)
         grad_rows = row_gradients(self, call, asked.grad_out, width)
         # A product's sides read each other: both gradients are complete before either side moves.
-        sides = [self._side(split, grad_rows, parameters, which) for which in (0, 1)]
+        sides = [self._side(split, grad_rows, which) for which in (0, 1)]
         found = [
             finish(self, entries, grad, parameters, asked, which)
             for which, (entries, grad) in enumerate(sides)
         ]
         return [side for pair in zip(*found, strict=True) for side in pair]
 
-    def _split(self, call: Call) -> _Split:
+    def _split(self, call: Call, parameters: Sequence[Tensor]) -> _Split:
         plan, count = call.plan, call.batch.ids.numel()
-        table, quotient, remainder, left_key, right_key = torch.empty(
-            5, count, dtype=torch.int64, device=self.device
-        )
+        left, right, left_key, right_key = torch.empty(4, count, dtype=torch.int64, device=self.device)
         num_tables = len(self.shapes)
         split_rows[(cdiv(count, 256),)](
-            table,
-            quotient,
-            remainder,
+            left,
+            right,
             left_key,
             right_key,
             plan.row_key,
@@ -233,26 +248,26 @@ class RowFamily(Family[RowShape]):
             self._radices,
             self._keys[0].first,
             self._keys[1].first,
+            self.addresses(parameters[0::2]),
+            self.addresses(parameters[1::2]),
             num_tables,
             count,
+            LEFT_BYTES=self._widths[0] * self.dtype.itemsize,
+            RIGHT_BYTES=self._widths[1] * self.dtype.itemsize,
             STEPS=num_tables.bit_length(),
             BR=256,
             num_warps=4,
         )
-        return _Split(table, (quotient, remainder), (left_key, right_key))
+        return _Split((left, right), (left_key, right_key))
 
-    def _pair_rows(self, call: Call, parameters: Sequence[Tensor], split: _Split) -> Tensor:
+    def _pair_rows(self, call: Call, split: _Split) -> Tensor:
         """[L, W] float32: the distinct rows."""
         count, width = call.batch.ids.numel(), self.dim(self.shapes[0])
         rows = torch.empty(count, width, dtype=torch.float32, device=self.device)
-        block = tile(width, 128)
-        own = max(1, 1024 // block)
+        own, block = tile_of(width, *TILE)
         pair_rows[(cdiv(count, own), cdiv(width, block))](
             rows,
-            self.addresses(parameters[0::2]),
-            self.addresses(parameters[1::2]),
-            split.table,
-            *split.row,
+            *split.part,
             call.plan.cuts[self.index :],
             **self._pair_constants,
             BR=own,
@@ -261,9 +276,7 @@ class RowFamily(Family[RowShape]):
         )
         return rows
 
-    def _side(
-        self, split: _Split, grad_rows: Tensor, parameters: Sequence[Tensor], which: int
-    ) -> tuple[Entries, Tensor]:
+    def _side(self, split: _Split, grad_rows: Tensor, which: int) -> tuple[Entries, Tensor]:
         """The touched rows of one side of the pairs, and their gradients.
 
         Distinct rows are sorted by quotient; by remainder they are sorted here. Remainders are few and their
@@ -280,8 +293,7 @@ class RowFamily(Family[RowShape]):
         pieces = most if longest <= _WHOLE else min(count, most + cdiv(count, PIECE))
         # Rows of earlier families make one more run of quotients.
         sums = torch.empty(min(count, pieces + 1), width, dtype=torch.float32, device=self.device)
-        block = tile(width, 128)
-        own = max(1, 512 // block)
+        own, block = tile_of(width, *TILE)
         sum_sides[(cdiv(pieces, own), cdiv(width, block))](
             sums,
             grad_rows,
@@ -289,9 +301,7 @@ class RowFamily(Family[RowShape]):
             runs.piece_first,
             runs.run_piece,
             runs.cuts,
-            split.table,
-            self.addresses(parameters[1 - which :: 2]),
-            split.row[1 - which],
+            split.part[1 - which],
             ORDERED=which == 1,
             FACTOR=self._operation == Operation.MULT,
             W=grad_rows.shape[1],
@@ -310,9 +320,9 @@ class RowFamily(Family[RowShape]):
 
     @cached_property
     def _pairs(self) -> Tensor:
-        """[F, 3]: key base, ids and radix of each feature."""
+        """[F, 4]: key base, ids, radix and its reciprocal of each feature."""
         own = [(f.key_base, self.shapes[f.table]) for f in self.own_features]
-        return self.constant([[base, self.num_ids(shape, base), shape.rows[1]] for base, shape in own])
+        return self.constant([[base, self.num_ids(shape, base), *_radix(shape)] for base, shape in own])
 
     @cached_property
     def _pair_constants(self) -> dict[str, Any]:
@@ -338,7 +348,8 @@ class RowFamily(Family[RowShape]):
 
     @cached_property
     def _radices(self) -> Tensor:
-        return self.constant([shape.rows[1] for shape in self.shapes])
+        """[tables, 2]: radix and its reciprocal."""
+        return self.constant([_radix(shape) for shape in self.shapes])
 
     @property
     def _operation(self) -> Operation:
@@ -347,3 +358,8 @@ class RowFamily(Family[RowShape]):
     @property
     def _widths(self) -> tuple[int, ...]:
         return self.shapes[0].widths
+
+
+def _radix(shape: RowShape) -> tuple[int, int]:
+    """c, and what stands for a division by it."""
+    return shape.rows[1], 2**62 // shape.rows[1]

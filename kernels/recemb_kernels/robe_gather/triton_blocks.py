@@ -12,14 +12,18 @@ from torch import Tensor
 
 from recemb_kernels.robe_gather import RobeShape
 from recemb_kernels.robe_gather.triton_kernel import (
+    PLACE_TILE,
+    READ_TILE,
+    SUM_TILE,
     join_halves,
     match_rows,
     place_blocks,
     pool_blocks,
+    pool_tile,
     read_rows,
     sum_blocks,
 )
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile, tile_of
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.plan import PIECE, Runs, runs_of
@@ -69,9 +73,8 @@ class BlockFamily(Family[RobeShape]):
 
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
         batch, longest = call.batch, min(self._dim, self._block)
-        wide = tile(longest, 128)
-        blocks = tile(self._blocks, 128 // wide)
-        chunks, bags = cdiv(longest, wide), max(1, 1024 // (wide * blocks))
+        bags, blocks, wide = pool_tile(self._dim, self._block)
+        chunks = cdiv(longest, wide)
         grid = (cdiv(batch.size, bags), len(self.own_features), cdiv(self._blocks, blocks) * chunks)
         pool_blocks[grid](
             out,
@@ -113,8 +116,7 @@ class BlockFamily(Family[RobeShape]):
         kind = torch.int32 if self._weights < 2**31 else torch.int64
         start = torch.empty(count * self._blocks, dtype=kind, device=self.device)
         negative = torch.empty_like(start, dtype=torch.int8) if self._signed else start
-        blocks = tile(self._blocks, 64)
-        rows, num_tables = max(1, 256 // blocks), len(self._tables)
+        (rows, blocks), num_tables = tile_of(self._blocks, *PLACE_TILE), len(self._tables)
         place_blocks[(cdiv(count, rows), cdiv(self._blocks, blocks))](
             start,
             negative,
@@ -139,8 +141,7 @@ class BlockFamily(Family[RobeShape]):
         """[L, D] float32: the distinct rows."""
         count = call.batch.ids.numel()
         rows = torch.empty(count, self._dim, dtype=torch.float32, device=self.device)
-        block = tile(self._dim, 128)
-        own, arrays = max(1, 1024 // block), len(self.shapes)
+        (own, block), arrays = tile_of(self._dim, *READ_TILE), len(self.shapes)
         read_rows[(cdiv(count, own), cdiv(self._dim, block))](
             rows,
             self.addresses(parameters),
@@ -175,8 +176,7 @@ class BlockFamily(Family[RobeShape]):
         most, width = min(count, self._rows), 2 * self._block
         pieces = min(count, most + cdiv(count, PIECE))
         parts = torch.empty(pieces, width, dtype=torch.float32, device=self.device)
-        block = tile(width, 128)
-        own = max(1, 512 // block)
+        own, block = tile_of(width, *SUM_TILE)
         sum_blocks[(cdiv(pieces, own), cdiv(width, block))](
             parts,
             grad_rows,

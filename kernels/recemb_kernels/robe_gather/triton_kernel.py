@@ -8,13 +8,30 @@ hash of each block adds, for slots and then for signs. A block's start is counte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import cdiv, tile, tile_of
 from recemb_kernels.triton_frame.kernels import upper_bound
 
+# Elements of a program's tile of pooled bags: twice as many take 160 registers a thread.
+POOL_AREA = 512
+# Most columns (of blocks for PLACE_TILE), and elements, of a program's tile.
+PLACE_TILE = (64, 256)
+READ_TILE = (128, 1024)
+SUM_TILE = (128, 512)
 HEAD = tl.constexpr(9)
 MERSENNE = tl.constexpr(2**61 - 1)
+
+
+def pool_tile(dim: int, block_size: int) -> tuple[int, int, int]:
+    """Bags, blocks and columns of a block that one program of :func:`pool_blocks` takes."""
+    columns = tile(min(dim, block_size), 128)
+    blocks = tile(cdiv(dim, block_size), 128 // columns)
+    return max(1, POOL_AREA // (columns * blocks)), blocks, columns
 
 
 @triton.jit
@@ -102,7 +119,7 @@ def pool_blocks(
         at = first + i
         row = tl.load(ids + at, mask=i < length, other=-1)
         stored = (row >= 0) & (row < high)
-        x = tl.where(stored, row + key_base, 0)
+        x = row + key_base
         slot = hash_row(x, tl.load(table + 2), tl.load(table + 3))
         start = place(slot[:, None], slot_offset[None, :], size, reciprocal)
         position = start[:, :, None] + j[None, None, :]
@@ -150,19 +167,22 @@ def place_blocks(
     u = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     inside = (u < count) & (u >= tl.load(cuts)) & (u < tl.load(cuts + 1))
-    key = tl.load(row_key + u, mask=inside, other=0) - tl.where(inside, tl.load(first_key), 0)
-    table = tables + (upper_bound(table_keys, num_tables, key, STEPS) - 1) * (HEAD + 2 * BLOCKS)
-    x = key - tl.load(table + 1)
-    slot = hash_row(x, tl.load(table + 2), tl.load(table + 3))
-    offset = tl.load(table[:, None] + HEAD + k[None, :], mask=(k < BLOCKS)[None, :], other=0)
-    placed = place(slot[:, None], offset, tl.load(table + 6)[:, None], tl.load(table + 7)[:, None])
-    placed = tl.where(inside[:, None], placed + tl.load(table + 8)[:, None], weights_of_all)
+    base = tl.load(first_key)
+    key = tl.load(row_key + u, mask=inside, other=base) - base
+    table = (upper_bound(table_keys, num_tables, key, STEPS) - 1) * (HEAD + 2 * BLOCKS)
+    x = key - tl.load(tables + (table + 1))
+    slot = hash_row(x, tl.load(tables + (table + 2)), tl.load(tables + (table + 3)))
+    offset = tl.load(tables + (table[:, None] + HEAD + k[None, :]), mask=(k < BLOCKS)[None, :], other=0)
+    size, reciprocal = tl.load(tables + (table + 6)), tl.load(tables + (table + 7))
+    placed = place(slot[:, None], offset, size[:, None], reciprocal[:, None])
+    placed = tl.where(inside[:, None], placed + tl.load(tables + (table + 8))[:, None], weights_of_all)
     to = u[:, None] * BLOCKS + k[None, :]
     mask = (u < count)[:, None] & (k < BLOCKS)[None, :]
     tl.store(start + to, placed, mask=mask)
     if SIGNED:
-        hashed = hash_row(x, tl.load(table + 4), tl.load(table + 5))
-        offset = tl.load(table[:, None] + HEAD + BLOCKS + k[None, :], mask=(k < BLOCKS)[None, :], other=0)
+        hashed = hash_row(x, tl.load(tables + (table + 4)), tl.load(tables + (table + 5)))
+        to_sign = tables + (table[:, None] + HEAD + BLOCKS + k[None, :])
+        offset = tl.load(to_sign, mask=(k < BLOCKS)[None, :], other=0)
         odd = add(hashed[:, None], offset.to(tl.uint64)) & 1
         tl.store(negative + to, odd.to(tl.int8), mask=mask)
 
@@ -240,14 +260,15 @@ def sum_blocks(
     total = tl.zeros((BP, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         inside = i < length
-        block = tl.load(order + first + i, mask=inside, other=0)
+        # -1 marks what is left out: one mask for several loads has broken Triton 3.7's choice of layouts.
+        block = tl.load(order + first + i, mask=inside, other=-1)
         shift = tl.load(start + first + i, mask=inside, other=0) % Z
         j = d[None, :] - shift[:, None]
         column = (block % BLOCKS)[:, None] * Z + j
-        mask = inside[:, None] & (j >= 0) & (j < Z) & (column < D)
+        mask = (block >= 0)[:, None] & (j >= 0) & (j < Z) & (column < D)
         value = tl.load(grad_rows + (block // BLOCKS)[:, None] * D + column, mask=mask, other=0.0)
         if SIGNED:
-            odd = tl.load(negative + block, mask=inside, other=0) != 0
+            odd = tl.load(negative + block, mask=block >= 0, other=0) != 0
             value = tl.where(odd[:, None], -value, value)
         total += value
     mask = here[:, None] & (d < 2 * Z)[None, :]
@@ -332,3 +353,61 @@ def join_halves(out, sums, touched, own, before, cuts, Z: tl.constexpr, BZ: tl.c
     total = tl.load(sums + first * (2 * Z) + z, mask=(z < Z) & (first >= 0), other=0.0)
     total += tl.load(sums + second * (2 * Z) + Z + z, mask=(z < Z) & (second >= 0), other=0.0)
     tl.store(out + e * Z + z, total, mask=z < Z)
+
+
+def variants(
+    sizes: Sequence[tuple[int, int]] = ((16, 16), (64, 16), (64, 64), (128, 32), (128, 5)),
+) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """What is compiled ahead of time, for dims and block sizes: name, kernel, argument types, constants, warps."""
+    found: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
+    for dim, size in sizes:
+        for signed in (False, True):
+            block = {"Z": size, "BLOCKS": cdiv(dim, size), "SIGNED": signed}
+            label = f"{dim}/{size}/{'signed' if signed else 'plain'}"
+            bags, blocks, columns = pool_tile(dim, size)
+            rows, width = tile_of(dim, *READ_TILE)
+            for element, kind in ((tl.float32, "fp32"), (tl.bfloat16, "bf16")):
+                own = {**block, "D": dim, "ELEMENT": element}
+                for weighted in (False, True):
+                    tiles = {"BB": bags, "BK": blocks, "BZ": columns, "CHUNKS": cdiv(min(dim, size), columns)}
+                    constants = {**own, **tiles, "WEIGHTED": weighted}
+                    found.append((f"pool_blocks/{label}/{kind}/{weighted}", pool_blocks, _POOL, constants, 4))
+                constants = {**own, "STEPS": 3, "BR": rows, "BD": width}
+                found.append((f"read_rows/{label}/{kind}", read_rows, _READ, constants, 4))
+            rows, columns = tile_of(block["BLOCKS"], *PLACE_TILE)
+            own = {"BLOCKS": block["BLOCKS"], "SIGNED": signed}
+            constants = {**own, "STEPS": 5, "BR": rows, "BK": columns}
+            found.append((f"place_blocks/{label}", place_blocks, _PLACE, constants, 4))
+            rows, columns = tile_of(2 * size, *SUM_TILE)
+            constants = {**block, "D": dim, "BP": rows, "BD": columns}
+            found.append((f"sum_blocks/{label}", sum_blocks, _SUM, constants, 4))
+        found.append((f"join_halves/{size}", join_halves, _JOIN, {"Z": size, "BZ": tile(size, 1024)}, 1))
+    found.append(("match_rows", match_rows, _MATCH, {"ARRAY_STEPS": 3, "STEPS": 22, "BR": 128}, 4))
+    return found
+
+
+_LONG = "*i64"
+_POOL = {
+    **{"out": "*fp32", "arrays": _LONG, "tables": _LONG, "ids": _LONG, "weights": "*fp32"},
+    **{"offsets": _LONG, "features": _LONG, "lookups": _LONG, "batch_size": "i32", "columns": "i32"},
+}
+_PLACE = {
+    **{"start": "*i32", "negative": "*i8", "row_key": _LONG, "cuts": _LONG, "first_key": _LONG},
+    **{"table_keys": _LONG, "tables": _LONG, "num_tables": "i32", "weights_of_all": "i32", "count": "i32"},
+}
+_READ = {
+    **{"out": "*fp32", "arrays": _LONG, "array_rows": _LONG, "start": "*i32", "negative": "*i8"},
+    **{"cuts": _LONG, "num_arrays": "i32"},
+}
+_SUM = {
+    **{"out": "*fp32", "grad_rows": "*fp32", "start": "*i32", "order": _LONG, "negative": "*i8"},
+    **{"piece_first": _LONG, "run_piece": _LONG, "cuts": _LONG},
+}
+_MATCH = {
+    **{"table": _LONG, "row": _LONG, "touched": "*i32", "own": _LONG, "before": _LONG, "run_row": _LONG},
+    **{"run_first": _LONG, "spilled": _LONG, "cuts": _LONG, "array_rows": _LONG},
+    **{"num_arrays": "i32", "most": "i32"},
+}
+_JOIN = {
+    **{"out": "*fp32", "sums": "*fp32", "touched": "*i32", "own": _LONG, "before": _LONG, "cuts": _LONG},
+}

@@ -14,6 +14,12 @@ def tile(width: int, most: int, least: int = 1) -> int:
     return max(least, min(most, triton.next_power_of_2(width)))
 
 
+def tile_of(width: int, most: int, area: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile of about ``area`` elements, of at most ``most`` columns."""
+    columns = tile(width, most)
+    return max(1, area // columns), columns
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     """ceil(numerator / denominator)."""
     return -(-numerator // denominator)

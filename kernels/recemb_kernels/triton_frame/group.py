@@ -127,15 +127,13 @@ class TritonGroup:
         for family, own in self._families:
             stored = self._parameters(parameters, own)
             places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
-            if not count:
-                found: list[Tensor | None] = [
-                    torch.zeros_like(p) if wanted[k] else None for k, p in zip(places, stored, strict=True)
-                ]
-            else:
-                asked = Backward(
-                    grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
-                )
+            asked = Backward(
+                grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
+            )
+            if count:
                 found = family.backward(state, stored, asked)
+            else:
+                found = family.backward_without_ids(stored, asked)
             for k, grad in zip(places, found, strict=True):
                 grads[k] = grad
         self.refused = refused

@@ -47,7 +47,8 @@ def locate(
     at = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     here = at < count
     inside = here & (at >= tl.load(cuts)) & (at < tl.load(cuts + 1))
-    own = tl.load(key + at, mask=inside, other=0) - tl.where(inside, tl.load(first_key), 0)
+    base = tl.load(first_key)
+    own = tl.load(key + at, mask=inside, other=base) - base
     of = upper_bound(table_keys, num_tables, own, STEPS) - 1
     tl.store(table + at, of, mask=here)
     tl.store(row + at, own - tl.load(table_keys + of, mask=inside, other=0), mask=here)

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, TableKernel
 from recemb_kernels.triton_frame.family import Family
@@ -152,9 +155,30 @@ def assert_law(
         assert error <= allowed, (k, float(error), float(allowed))
 
 
-def poisoned(sizes: tuple[Any, ...], **options: Any) -> Tensor:
-    """``torch.empty`` whose numbers are never good by chance."""
-    return torch.full(sizes[0] if not isinstance(sizes[0], int) else sizes, 0, **options)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is allocated without being set: NaN for numbers, 1 for row numbers and marks."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def filled(*args: Any, make: Callable[..., Tensor] = make, **options: Any) -> Tensor:
+            fresh = make(*args, **options)
+            return fresh.fill_(float("nan") if fresh.is_floating_point() else 1)
+
+        monkeypatch.setattr(torch, name, filled)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: numbers read out, shapes that depend on data."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func)
+        masks = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dtype == torch.bool]
+        waits = any(word in name for word in ("_local_scalar_dense", "nonzero", "unique", "masked_select"))
+        if waits or (name.startswith(("aten.index.", "aten.index_put")) and masks):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
 
 
 def make_updates(
@@ -198,14 +222,28 @@ def copied(update: Update | None) -> Update | None:
     return replace(update, **own)
 
 
+def upstream(tables: Tables, batch: Batch) -> Tensor:
+    """A gradient of the output."""
+    columns = sum(tables.family.dim(tables.shapes[f.table]) for f in tables.features)
+    return torch.randn(batch.size, columns, generator=torch.Generator().manual_seed(5))
+
+
+def assert_near(tables: Tables, batch: Batch, dtype: torch.dtype = torch.float32) -> None:
+    """Outputs and all gradients keep the error law."""
+    parameters, grad = tables.parameters(dtype), upstream(tables, batch)
+    found = run(tables.triton(dtype), parameters, batch, grad)
+    exact, peers = (plain_all(tables, parameters, batch, grad, kind) for kind in (torch.float64, dtype))
+    assert [x.dtype for x in found[1 : 1 + len(parameters)]] == [dtype] * len(parameters)
+    assert_law(found, exact, peers, EPSILON[dtype])
+
+
 def assert_same_steps(tables: Tables, batch: Batch, kinds: Sequence[Kind | None]) -> None:
     """Parameters, states and gradients after a backward by Triton are those after the CPU's."""
     theirs = tables.parameters()
     before, ours = [p.clone() for p in theirs], [p.clone() for p in theirs]
     updates = make_updates(tables, theirs, kinds)
     mine = [copied(update) for update in updates]
-    columns = sum(tables.family.dim(tables.shapes[f.table]) for f in tables.features)
-    grad = torch.randn(batch.size, columns, generator=torch.Generator().manual_seed(5))
+    grad = upstream(tables, batch)
     expected = run(tables.cpu(), theirs, batch, grad, updates)
     found = run(tables.triton(), ours, batch, grad, mine)
     for x, y in zip([*found, *ours], [*expected, *theirs], strict=True):
