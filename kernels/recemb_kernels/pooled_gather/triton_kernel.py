@@ -7,12 +7,11 @@ right one [c, RIGHT]; a row before pooling has W columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.elements import tile_of
+from recemb_kernels.triton_frame.elements import Variant, tile_of, variant
 from recemb_kernels.triton_frame.kernels import upper_bound
 
 # Most columns, and elements, of a program's tile; twice as many spill registers.
@@ -74,9 +73,9 @@ def pool_pairs(
 ):
     """out[b, columns of f] = sum or mean over bag (f, b) of w * row(id).
 
-    Grid (bags of one feature / BB, features, W / BD). ``lefts`` and ``rights`` [F] are addresses, ``features``
-    [F, 3] the number in the batch, first column and whether averaged, ``pairs`` [F, 4] the key base, the ids
-    that the feature has, c, and floor(2**62 / c).
+    Grid (bags of one feature / BB, features, W / BD). ``lefts`` and ``rights`` [F] are addresses;
+    ``features`` [F, 3] the number in the batch, first column and whether averaged; ``pairs`` [F, 4] the key
+    base, the ids that the feature has, c, and floor(2**62 / c).
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -134,9 +133,9 @@ def split_rows(
 ):
     """The addresses of each distinct row's two parts, and their keys among those of all tables.
 
-    ``radices`` [tables, 2]: c and floor(2**62 / c). ``left_keys`` and ``right_keys`` [tables + 1] number the rows of either parameter. Rows of other families
-    have the left keys -1 before this one's and the largest after, so that left keys rise; and the largest
-    right key. Grid (count / BR).
+    ``radices`` [tables, 2]: c and floor(2**62 / c). ``left_keys`` and ``right_keys`` [tables + 1] number the
+    rows of either parameter. Rows of other families have the left keys -1 before this one's and the largest
+    after, so that left keys rise; and the largest right key. Grid (count / BR).
     """
     u = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     here = u < count
@@ -169,9 +168,9 @@ def pair_rows(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out[u] [W] = the distinct rows u from ``cuts[0]`` to ``cuts[1]``, of parts at ``lefts`` and ``rights`` [L].
+    """out[u] [W] = the distinct rows u from ``cuts[0]`` to ``cuts[1]``. Grid (rows / BR, W / BD).
 
-    Grid (rows / BR, W / BD).
+    ``lefts`` and ``rights`` [L] are the addresses of their parts.
     """
     u = tl.load(cuts) + tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = u < tl.load(cuts + 1)
@@ -231,9 +230,9 @@ def sum_sides(
     tl.store(out + piece[:, None] * WIDTH + d[None, :], total, mask=mask)
 
 
-def variants(dims: Sequence[int] = (16, 64, 128)) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """What is compiled ahead of time: name, kernel, types of the arguments, constants, warps."""
-    found: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
+def variants(dims: Sequence[int] = (16, 64, 128)) -> list[Variant]:
+    """What is compiled ahead of time."""
+    found = []
     names = {1: "mult", 2: "add", 3: "concat"}
     for element, kind in ((tl.float32, "fp32"), (tl.bfloat16, "bf16")):
         for dim in dims:
@@ -244,32 +243,20 @@ def variants(dims: Sequence[int] = (16, 64, 128)) -> list[tuple[str, Any, dict[s
                 rows, columns = tile_of(dim, *TILE)
                 for weighted in (False, True):
                     constants = {**pair, "WEIGHTED": weighted, "BB": rows, "BD": columns}
-                    found.append((f"pool_pairs/{label}/{weighted}", pool_pairs, _POOL, constants, 4))
+                    found.append(variant(f"pool_pairs/{label}/{weighted}", pool_pairs, constants, _TYPES))
                 constants = {**pair, "BR": rows, "BD": columns}
-                found.append((f"pair_rows/{label}", pair_rows, _ROWS, constants, 4))
+                found.append(variant(f"pair_rows/{label}", pair_rows, constants, _TYPES))
                 rows, columns = tile_of(right, *TILE)
                 side = {"W": dim, "FROM": dim - right, "WIDTH": right, "ELEMENT": element}
                 for ordered in (False, True):
                     constants = {**side, "ORDERED": ordered, "FACTOR": operation == MULT.value}
                     constants |= {"BP": rows, "BD": columns}
-                    found.append((f"sum_sides/{label}/{ordered}", sum_sides, _SUM, constants, 4))
+                    found.append(variant(f"sum_sides/{label}/{ordered}", sum_sides, constants, _TYPES))
     constants = {"LEFT_BYTES": 256, "RIGHT_BYTES": 256, "STEPS": 5, "BR": 256}
-    found.append(("split_rows", split_rows, _SPLIT, constants, 4))
-    return found
+    return [*found, variant("split_rows", split_rows, constants, _TYPES)]
 
 
-_LONG = "*i64"
-_POOL = {
-    **{"out": "*fp32", "lefts": _LONG, "rights": _LONG, "ids": _LONG, "weights": "*fp32"},
-    **{"offsets": _LONG, "features": _LONG, "pairs": _LONG, "batch_size": "i32", "columns": "i32"},
-}
-_ROWS = {"out": "*fp32", "lefts": _LONG, "rights": _LONG, "cuts": _LONG}
-_SUM = {
-    **{"out": "*fp32", "grad_rows": "*fp32", "order": _LONG, "piece_first": _LONG, "run_piece": _LONG},
-    **{"cuts": _LONG, "others": _LONG},
-}
-_SPLIT = {
-    **dict.fromkeys(("left", "right", "left_key", "right_key", "row_key", "cuts", "first_key"), _LONG),
-    **dict.fromkeys(("table_keys", "radices", "left_keys", "right_keys", "lefts", "rights"), _LONG),
-    **{"num_tables": "i32", "count": "i32"},
+_TYPES = {
+    **dict.fromkeys(("out", "weights", "grad_rows"), "*fp32"),
+    **dict.fromkeys(("batch_size", "columns", "num_tables", "count"), "i32"),
 }

@@ -1,20 +1,20 @@
 """Triton kernels of tables that read blocks of one shared array at hashed places.
 
-A row of D columns is BLOCKS blocks of Z, the last one shorter. ``tables`` [V, 9 + 2 BLOCKS] describes every
-table of every array: the array's place in the family, its first key, the coefficients B and Q of the slot's and
-of the sign's hash, the array's size |M|, floor(2**61 / |M|), the weights of the arrays before it, and what the
-hash of each block adds, for slots and then for signs. A block's start is counted over the weights of all arrays.
+A row of D columns is BLOCKS blocks of Z, the last one shorter. ``tables`` [V, 9 + 2 BLOCKS] describes
+every table of every array: the array's place in the family, its first key, the coefficients B and Q of the
+slot's and of the sign's hash, the array's size |M|, floor(2**61 / |M|), the weights of the arrays before it,
+and what the hash of each block adds, for slots and then for signs. A block's start is counted over the
+weights of all arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.elements import cdiv, tile, tile_of
+from recemb_kernels.triton_frame.elements import Variant, cdiv, tile, tile_of, variant
 from recemb_kernels.triton_frame.kernels import upper_bound
 
 # Elements of a program's tile of pooled bags: twice as many take 160 registers a thread.
@@ -89,9 +89,9 @@ def pool_blocks(
 ):
     """out[b, columns of f] = sum or mean over bag (f, b) of w * row(id).
 
-    Grid (bags of one feature / BB, features, tiles of BK blocks in CHUNKS parts of BZ columns). ``arrays`` holds
-    addresses; ``features`` [F, 3] the number in the batch, first column and whether averaged; ``lookups``
-    [F, 3] the table, what is added to ids, and the ids that the feature has.
+    Grid (bags of one feature / BB, features, tiles of BK blocks in CHUNKS parts of BZ columns). ``arrays``
+    holds addresses; ``features`` [F, 3] the number in the batch, first column and whether averaged;
+    ``lookups`` [F, 3] the table, what is added to ids, and the ids that the feature has.
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -159,7 +159,7 @@ def place_blocks(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Start and sign of every block of the distinct rows, [count, BLOCKS]; rows of others start past all arrays.
+    """Start and sign of every block of the distinct rows, [count, BLOCKS]; others start past all arrays.
 
     ``table_keys`` [V + 1]: first key of each table, counted from ``first_key[0]``. Grid (count / BR,
     BLOCKS / BK).
@@ -245,8 +245,8 @@ def sum_blocks(
 ):
     """out[p] [2 Z] = sum of the gradients of the blocks of piece p, which start in one array row.
 
-    They reach into the row after it: its share is the second half. ``start`` is sorted, ``order`` the blocks in
-    its order. Grid (pieces / BP, 2 Z / BD).
+    They reach into the row after it: its share is the second half. ``start`` is sorted, ``order`` the blocks
+    in its order. Grid (pieces / BP, 2 Z / BD).
     """
     low = tl.load(run_piece + tl.load(cuts))
     high = tl.load(run_piece + tl.load(cuts + 1))
@@ -304,10 +304,10 @@ def match_rows(
 ):
     """The array rows that a batch touches, and where their gradients lie.
 
-    Run r of blocks that start in array row ``run_row[r]`` makes two entries: 2 r for that row, and 2 r + 1 for
-    the row after it if no block starts there and one reaches into it. An entry sums the first half of run
-    ``own`` and the second half of run ``before``, if not -1. ``spilled`` [+ 1] counts the blocks that reach
-    beyond their row, among those sorted before. Grid (runs / BR).
+    Run r of blocks that start in array row ``run_row[r]`` makes two entries: 2 r for that row, and 2 r + 1
+    for the row after it if no block starts there and one reaches into it. An entry sums the first half of
+    run ``own`` and the second half of run ``before``, if not -1. ``spilled`` [K + 1] counts the blocks that
+    reach beyond their row, among those sorted before. Grid (runs / BR).
     """
     run = tl.load(cuts) + tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     here = run < tl.load(cuts + 1)
@@ -357,9 +357,9 @@ def join_halves(out, sums, touched, own, before, cuts, Z: tl.constexpr, BZ: tl.c
 
 def variants(
     sizes: Sequence[tuple[int, int]] = ((16, 16), (64, 16), (64, 64), (128, 32), (128, 5)),
-) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """What is compiled ahead of time, for dims and block sizes: name, kernel, argument types, constants, warps."""
-    found: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
+) -> list[Variant]:
+    """What is compiled ahead of time, for dims and block sizes."""
+    found = []
     for dim, size in sizes:
         for signed in (False, True):
             block = {"Z": size, "BLOCKS": cdiv(dim, size), "SIGNED": signed}
@@ -371,43 +371,26 @@ def variants(
                 for weighted in (False, True):
                     tiles = {"BB": bags, "BK": blocks, "BZ": columns, "CHUNKS": cdiv(min(dim, size), columns)}
                     constants = {**own, **tiles, "WEIGHTED": weighted}
-                    found.append((f"pool_blocks/{label}/{kind}/{weighted}", pool_blocks, _POOL, constants, 4))
+                    name = f"pool_blocks/{label}/{kind}/{weighted}"
+                    found.append(variant(name, pool_blocks, constants, _TYPES))
                 constants = {**own, "STEPS": 3, "BR": rows, "BD": width}
-                found.append((f"read_rows/{label}/{kind}", read_rows, _READ, constants, 4))
+                found.append(variant(f"read_rows/{label}/{kind}", read_rows, constants, _TYPES))
             rows, columns = tile_of(block["BLOCKS"], *PLACE_TILE)
-            own = {"BLOCKS": block["BLOCKS"], "SIGNED": signed}
-            constants = {**own, "STEPS": 5, "BR": rows, "BK": columns}
-            found.append((f"place_blocks/{label}", place_blocks, _PLACE, constants, 4))
+            constants = {"BLOCKS": block["BLOCKS"], "SIGNED": signed, "STEPS": 5, "BR": rows, "BK": columns}
+            found.append(variant(f"place_blocks/{label}", place_blocks, constants, _TYPES))
             rows, columns = tile_of(2 * size, *SUM_TILE)
             constants = {**block, "D": dim, "BP": rows, "BD": columns}
-            found.append((f"sum_blocks/{label}", sum_blocks, _SUM, constants, 4))
-        found.append((f"join_halves/{size}", join_halves, _JOIN, {"Z": size, "BZ": tile(size, 1024)}, 1))
-    found.append(("match_rows", match_rows, _MATCH, {"ARRAY_STEPS": 3, "STEPS": 22, "BR": 128}, 4))
-    return found
+            found.append(variant(f"sum_blocks/{label}", sum_blocks, constants, _TYPES))
+        constants = {"Z": size, "BZ": tile(size, 1024)}
+        found.append(variant(f"join_halves/{size}", join_halves, constants, _TYPES, 1))
+    constants = {"ARRAY_STEPS": 3, "STEPS": 22, "BR": 128}
+    return [*found, variant("match_rows", match_rows, constants, _TYPES)]
 
 
-_LONG = "*i64"
-_POOL = {
-    **{"out": "*fp32", "arrays": _LONG, "tables": _LONG, "ids": _LONG, "weights": "*fp32"},
-    **{"offsets": _LONG, "features": _LONG, "lookups": _LONG, "batch_size": "i32", "columns": "i32"},
-}
-_PLACE = {
-    **{"start": "*i32", "negative": "*i8", "row_key": _LONG, "cuts": _LONG, "first_key": _LONG},
-    **{"table_keys": _LONG, "tables": _LONG, "num_tables": "i32", "weights_of_all": "i32", "count": "i32"},
-}
-_READ = {
-    **{"out": "*fp32", "arrays": _LONG, "array_rows": _LONG, "start": "*i32", "negative": "*i8"},
-    **{"cuts": _LONG, "num_arrays": "i32"},
-}
-_SUM = {
-    **{"out": "*fp32", "grad_rows": "*fp32", "start": "*i32", "order": _LONG, "negative": "*i8"},
-    **{"piece_first": _LONG, "run_piece": _LONG, "cuts": _LONG},
-}
-_MATCH = {
-    **{"table": _LONG, "row": _LONG, "touched": "*i32", "own": _LONG, "before": _LONG, "run_row": _LONG},
-    **{"run_first": _LONG, "spilled": _LONG, "cuts": _LONG, "array_rows": _LONG},
-    **{"num_arrays": "i32", "most": "i32"},
-}
-_JOIN = {
-    **{"out": "*fp32", "sums": "*fp32", "touched": "*i32", "own": _LONG, "before": _LONG, "cuts": _LONG},
+_TYPES = {
+    **dict.fromkeys(("out", "weights", "grad_rows", "sums"), "*fp32"),
+    **dict.fromkeys(("start", "touched"), "*i32"),
+    **dict.fromkeys(("batch_size", "columns", "num_tables", "num_arrays", "count", "most"), "i32"),
+    "negative": "*i8",
+    "weights_of_all": "i32",
 }

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+# Name, kernel, types of the arguments, constants and warps of what is compiled ahead of time.
+Variant = tuple[str, Any, dict[str, str], dict[str, Any], int]
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -33,3 +38,11 @@ def precision(dtype: torch.dtype) -> str:
     """
     exact = dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     return "ieee" if exact else "tf32"
+
+
+def variant(
+    name: str, kernel: Any, constants: dict[str, Any], types: Mapping[str, str], num_warps: int = 4
+) -> Variant:
+    """A kernel to compile; arguments without a type of their own are int64 arrays."""
+    signature = {arg: types.get(arg, "*i64") for arg in kernel.arg_names if arg not in constants}
+    return name, kernel, signature, constants, num_warps

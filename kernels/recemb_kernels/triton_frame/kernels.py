@@ -56,9 +56,7 @@ def locate(
 
 
 @triton.jit
-def scatter_rows(
-    out, grad, entry_table, entry_row, touched, cuts, first, W: tl.constexpr, BW: tl.constexpr
-):
+def scatter_rows(out, grad, entry_table, entry_row, touched, cuts, first, W: tl.constexpr, BW: tl.constexpr):
     """out[first[table] + row] = grad[e], in the type of ``out``, of touched entries; -1 leaves a table out.
 
     Grid (entries, W / BW).

@@ -200,8 +200,7 @@ def finish(
         num_warps=1 if block <= 128 else 4,
     )
     return [
-        dense[at : at + size] if want else None
-        for at, size, want in zip(first, rows, wanted, strict=False)
+        dense[at : at + size] if want else None for at, size, want in zip(first, rows, wanted, strict=False)
     ]
 
 

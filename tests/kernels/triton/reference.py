@@ -218,8 +218,8 @@ def copied(update: Update | None) -> Update | None:
     """The same update with states of its own."""
     if update is None:
         return None
-    own = {name: [x.clone() for x in getattr(update, name)] for name in ("state", "state2", "steps")}
-    return replace(update, **own)
+    state, state2, steps = ([x.clone() for x in each] for each in (update.state, update.state2, update.steps))
+    return replace(update, state=state, state2=state2, steps=steps)
 
 
 def upstream(tables: Tables, batch: Batch) -> Tensor:
