@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from bench.settings import Setting
 
 _DESCRIPTION = """\
-Time a training step (forward, backward, fused row-wise Adagrad) of one look-up on the GPU. The roofline is the
-slower of the step's bytes at the copy bandwidth and its arithmetic at the float32 GEMM rate, both measured in
+Time a training step (forward, backward, fused row-wise Adagrad) of one look-up on the GPU. The roofline is
+the slower of its bytes at the copy bandwidth and its arithmetic at the float32 GEMM rate, both measured in
 the same run; bytes and arithmetic are those that no step can do without (bench/work.py).
 """
 _RESULTS = Path(__file__).resolve().parent / "results"

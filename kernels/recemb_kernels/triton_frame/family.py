@@ -153,6 +153,11 @@ class Family(ABC, Generic[_S]):
     def num_keys(shape: Any) -> int:
         """Keys that a table needs: one past its largest id plus key base."""
 
+    @classmethod
+    def num_ids(cls, shape: Any, key_base: int) -> int:
+        """Ids that a feature with this key base has: those from here on are skipped."""
+        return cls.num_keys(shape) - key_base
+
     @staticmethod
     @abstractmethod
     def num_parameters(shape: Any) -> int:
@@ -179,6 +184,18 @@ class Family(ABC, Generic[_S]):
     @abstractmethod
     def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
         """Gradients of the parameters, in their dtype, or ``None`` where not wanted or stepped on."""
+
+    def backward_without_ids(self, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        """The same for a batch without ids: gradients of zero, and steps that change nothing but count."""
+        number = len(parameters) // len(asked.updates)
+        for update in asked.updates:
+            for steps in () if update is None else update.steps:
+                steps.add_(1)
+        stepped = [update is not None for update in asked.updates for _ in range(number)]
+        return [
+            torch.zeros_like(parameter) if want and not step else None
+            for parameter, want, step in zip(parameters, asked.wanted, stepped, strict=True)
+        ]
 
     @cached_property
     def features(self) -> Tensor:

@@ -39,7 +39,7 @@ def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -
         plan.row_piece,
         cuts,
         batch.size,
-        call.columns,
+        grad_out.shape[1],
         D=dim,
         WEIGHTED=weights is not None,
         BP=own,

@@ -71,7 +71,7 @@ class TritonGroup:
             kind, shape = tables[feature.table]
             columns.append(columns[-1] + kind.dim(shape))
         self.columns = columns[-1]
-        rows = [tables[f.table][0].num_keys(tables[f.table][1]) - f.key_base for f in features]
+        rows = [tables[f.table][0].num_ids(tables[f.table][1], f.key_base) for f in features]
         self._keys = Keys(
             self._constant([base[f.table] + f.key_base for f in features]),
             self._constant(rows),
@@ -167,15 +167,13 @@ class TritonGroup:
         for family, own in self._families:
             stored = self._parameters(parameters, own)
             places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
-            if not count:
-                found: list[Tensor | None] = [
-                    torch.zeros_like(p) if wanted[k] else None for k, p in zip(places, stored, strict=True)
-                ]
-            else:
-                asked = Backward(
-                    grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
-                )
+            asked = Backward(
+                grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
+            )
+            if count:
                 found = family.backward(state, stored, asked)
+            else:
+                found = family.backward_without_ids(stored, asked)
             for k, grad in zip(places, found, strict=True):
                 grads[k] = grad
         if stepping:

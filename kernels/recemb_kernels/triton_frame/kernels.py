@@ -27,6 +27,52 @@ def upper_bound(array, size, value, STEPS: tl.constexpr):
 
 
 @triton.jit
+def locate(
+    table,
+    row,
+    touched,
+    key,
+    cuts,
+    first_key,
+    table_keys,
+    num_tables,
+    count,
+    STEPS: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Each key's table and row in it, of keys from ``cuts[0]`` to ``cuts[1]``; the others are not touched.
+
+    ``table_keys`` [tables + 1]: each table's first key, counted from ``first_key[0]``. Grid (count / BR).
+    """
+    at = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    here = at < count
+    inside = here & (at >= tl.load(cuts)) & (at < tl.load(cuts + 1))
+    base = tl.load(first_key)
+    own = tl.load(key + at, mask=inside, other=base) - base
+    of = upper_bound(table_keys, num_tables, own, STEPS) - 1
+    tl.store(table + at, of, mask=here)
+    tl.store(row + at, own - tl.load(table_keys + of, mask=inside, other=0), mask=here)
+    tl.store(touched + at, inside.to(tl.int32), mask=here)
+
+
+@triton.jit
+def scatter_rows(out, grad, entry_table, entry_row, touched, cuts, first, W: tl.constexpr, BW: tl.constexpr):
+    """out[first[table] + row] = grad[e], in the type of ``out``, of touched entries; -1 leaves a table out.
+
+    Grid (entries, W / BW).
+    """
+    e = tl.load(cuts) + tl.program_id(0)
+    if e >= tl.load(cuts + 1):
+        return
+    to = tl.load(first + tl.load(entry_table + e))
+    if (tl.load(touched + e) == 0) | (to < 0):
+        return
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    to += tl.load(entry_row + e)
+    tl.store(out + to * W + w, tl.load(grad + e * W + w, mask=w < W), mask=w < W)
+
+
+@triton.jit
 def pool_rows(
     out,
     sources,

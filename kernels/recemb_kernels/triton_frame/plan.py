@@ -44,6 +44,27 @@ class BatchPlan:
     cuts: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Equal neighbours among L sorted keys, at most L runs; padding as of :class:`BatchPlan`.
+
+    Attributes:
+        number: [L] run of each place.
+        key: [L] key of each run.
+        first: [L + 1] where each run starts.
+        piece_first: [L + 1] where each piece of a run starts.
+        run_piece: [L + 1] first piece of each run.
+        cuts: runs at which the key reaches each of the bounds asked for.
+    """
+
+    number: Tensor
+    key: Tensor
+    first: Tensor
+    piece_first: Tensor
+    run_piece: Tensor
+    cuts: Tensor
+
+
 def bags_of(offsets: Tensor, num_ids: int) -> Tensor:
     """[L]: the bag that each position lies in."""
     positions = torch.arange(num_ids, device=offsets.device)
@@ -61,23 +82,44 @@ def plan_batch(keys: Tensor, bag: Tensor, bounds: Tensor) -> BatchPlan:
         bag: [L] as of :func:`bags_of`.
         bounds: [K] int64, rising; keys below the last are rows.
     """
-    count, device = keys.numel(), keys.device
-    positions = torch.arange(count, device=device)
     sorted_keys, order = torch.sort(keys, stable=True)
-    new = torch.ones(count, dtype=torch.bool, device=device)
-    torch.ne(sorted_keys[1:], sorted_keys[:-1], out=new[1:])
-    row_of = numbered(new)
-    piece_of = numbered(new | (positions % PIECE == 0))
-    row_first = starts(row_of, count)
+    runs = runs_of(sorted_keys, bounds)
     return BatchPlan(
         bag=bag,
         order=order,
-        inverse=torch.empty_like(order).scatter_(0, order, row_of),
-        row_key=torch.cat((sorted_keys, bounds[-1:]))[row_first[:-1]],
-        row_first=row_first,
-        piece_first=starts(piece_of, count),
-        row_piece=_end(piece_of)[row_first],
-        cuts=_end(row_of)[torch.searchsorted(sorted_keys, bounds)],
+        inverse=torch.empty_like(order).scatter_(0, order, runs.number),
+        row_key=runs.key,
+        row_first=runs.first,
+        piece_first=runs.piece_first,
+        row_piece=runs.run_piece,
+        cuts=runs.cuts,
+    )
+
+
+def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False) -> Runs:
+    """The runs of rising keys [L], L > 0.
+
+    Args:
+        bounds: [K] int64, rising; the last is the key of padding.
+        whole: every run is one piece, because none is long.
+    """
+    count, device = sorted_keys.numel(), sorted_keys.device
+    new = torch.ones(count, dtype=torch.bool, device=device)
+    torch.ne(sorted_keys[1:], sorted_keys[:-1], out=new[1:])
+    number = numbered(new)
+    first = starts(number, count)
+    if whole:
+        piece_first, run_piece = first, torch.arange(count + 1, device=device)
+    else:
+        piece_of = numbered(new | (torch.arange(count, device=device) % PIECE == 0))
+        piece_first, run_piece = starts(piece_of, count), _end(piece_of)[first]
+    return Runs(
+        number=number,
+        key=torch.cat((sorted_keys, bounds[-1:]))[first[:-1]],
+        first=first,
+        piece_first=piece_first,
+        run_piece=run_piece,
+        cuts=_end(number)[torch.searchsorted(sorted_keys, bounds)],
     )
 
 

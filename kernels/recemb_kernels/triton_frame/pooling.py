@@ -80,7 +80,7 @@ def weigh(
         family.batch_features,
         limits,
         batch.size,
-        call.columns,
+        asked.grad_out.shape[1],
         count,
         LIMITS=2 if indirect else 0,
         INDIRECT=indirect,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recemb_kernels.triton_frame.elements import ELEMENTS, tile
-from recemb_kernels.triton_frame.family import Family
-from recemb_kernels.triton_frame.kernels import update_rows
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile
+from recemb_kernels.triton_frame.family import Backward, Family
+from recemb_kernels.triton_frame.kernels import locate, scatter_rows, update_rows
 from recemb_kernels.update import Kind, Update
 
 
@@ -33,6 +34,53 @@ class Entries:
     touched: Tensor
     cuts: Tensor
     most: int
+
+
+@dataclass(frozen=True, eq=False)
+class TableKeys:
+    """Keys that number the rows of one parameter over all tables of a family.
+
+    Attributes:
+        first: [tables + 1] each table's first key, counted from 0.
+        total: the last of them.
+    """
+
+    first: Tensor
+    total: int
+
+    @classmethod
+    def of(cls, family: Family[Any], rows: Sequence[int]) -> TableKeys:
+        """From the rows of each table."""
+        return cls(family.constant([0, *accumulate(rows)]), sum(rows))
+
+
+def located(
+    family: Family[Any], keys: TableKeys, key: Tensor, cuts: Tensor, base: Tensor | None = None
+) -> Entries:
+    """Entries for distinct keys.
+
+    Args:
+        keys: how they are numbered.
+        key: [L], those from ``cuts[0]`` to ``cuts[1]`` counted from ``base[0]``, or from 0.
+    """
+    table, row = torch.empty_like(key), torch.empty_like(key)
+    touched = torch.empty(len(key), dtype=torch.int32, device=key.device)
+    num_tables = len(family.shapes)
+    locate[(cdiv(len(key), 256),)](
+        table,
+        row,
+        touched,
+        key,
+        cuts,
+        keys.first if base is None else base,
+        keys.first,
+        num_tables,
+        len(key),
+        STEPS=num_tables.bit_length(),
+        BR=256,
+        num_warps=4,
+    )
+    return Entries(table, row, touched, cuts, min(len(key), keys.total))
 
 
 @dataclass(frozen=True)
@@ -108,6 +156,52 @@ def step(
             BW=tile(width, 1024),
             num_warps=1 if width <= 128 else 4,
         )
+
+
+def finish(
+    family: Family[Any],
+    entries: Entries,
+    grad: Tensor,
+    parameters: Sequence[Tensor],
+    asked: Backward,
+    which: int,
+) -> list[Tensor | None]:
+    """Step on parameter ``which`` of the tables with an update; the dense gradients of others if wanted.
+
+    Args:
+        grad: [E, W] float32.
+        parameters: all of the family's, table by table.
+    """
+    number = len(parameters) // len(asked.updates)
+    own = parameters[which::number]
+    if any(update is not None for update in asked.updates):
+        step(family, entries, grad, own, asked.updates, which, asked.refused)
+    wanted = [
+        update is None and want
+        for update, want in zip(asked.updates, asked.wanted[which::number], strict=True)
+    ]
+    if not any(wanted):
+        return [None] * len(own)
+    rows = [len(parameter) if want else 0 for parameter, want in zip(own, wanted, strict=True)]
+    first = [0, *accumulate(rows)]
+    width = grad.shape[1]
+    dense = torch.zeros(first[-1], width, dtype=family.dtype, device=family.device)
+    block = tile(width, 1024)
+    scatter_rows[(entries.most, cdiv(width, block))](
+        dense,
+        grad,
+        entries.table,
+        entries.row,
+        entries.touched,
+        entries.cuts,
+        family.remembered(tuple(at if want else -1 for at, want in zip(first, wanted, strict=False))),
+        W=width,
+        BW=block,
+        num_warps=1 if block <= 128 else 4,
+    )
+    return [
+        dense[at : at + size] if want else None for at, size, want in zip(first, rows, wanted, strict=False)
+    ]
 
 
 def _rates(update: Update, which: int) -> _Rates:

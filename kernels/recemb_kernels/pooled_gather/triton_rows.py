@@ -1,0 +1,365 @@
+"""Tables of stored rows on the device, and their gradients: rows, pairs of parts, and projected rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.pooled_gather import Operation, RowShape
+from recemb_kernels.pooled_gather.triton_kernel import (
+    TILE,
+    pair_rows,
+    pool_pairs,
+    split_rows,
+    sum_sides,
+)
+from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile_of
+from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
+from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
+from recemb_kernels.triton_frame.plan import PIECE, runs_of
+from recemb_kernels.triton_frame.pooling import pool, weigh
+from recemb_kernels.triton_frame.steps import Entries, TableKeys, finish, located
+
+# Runs that cannot be longer are summed by one program each, without the round through memory of pieces.
+_WHOLE = 4 * PIECE
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """The distinct rows of a batch, taken apart.
+
+    Attributes:
+        part: [L] each, the addresses of the quotients' and of the remainders' parts.
+        key: [L] each, their rows, numbered over all tables; those of quotients rise.
+    """
+
+    part: tuple[Tensor, Tensor]
+    key: tuple[Tensor, Tensor]
+
+
+class RowFamily(Family[RowShape]):
+    """Tables with the same operation and widths."""
+
+    def __init__(
+        self,
+        shapes: Sequence[RowShape],
+        features: Sequence[FamilyFeature],
+        num_features: int,
+        index: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        # Projected rows are pooled narrow, [B, d] a feature side by side; the output's columns come after.
+        self._columns = [feature.column for feature in features]
+        if shapes[0].operation == Operation.PROJECT:
+            narrow = shapes[0].widths[0]
+            features = [replace(feature, column=k * narrow) for k, feature in enumerate(features)]
+        super().__init__(shapes, features, num_features, index, device, dtype)
+
+    @staticmethod
+    def constants(shape: RowShape) -> Hashable:
+        return shape.operation, shape.widths
+
+    @staticmethod
+    def num_keys(shape: RowShape) -> int:
+        return shape.rows[0] * (1 if shape.operation in (Operation.ROW, Operation.PROJECT) else shape.rows[1])
+
+    @staticmethod
+    def num_parameters(shape: RowShape) -> int:
+        return len(shape.rows)
+
+    @staticmethod
+    def dim(shape: RowShape) -> int:
+        return sum(shape.widths) if shape.operation == Operation.CONCAT else shape.widths[-1]
+
+    def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
+        if self._operation == Operation.ROW:
+            self._pool_rows(call, parameters, out)
+        elif self._operation == Operation.PROJECT:
+            narrow = self._pool_projected(call, parameters, out)
+            if keep:
+                call.kept[self.index] = narrow
+        else:
+            self._pool_pairs(call, parameters, out)
+
+    def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        if self._operation == Operation.ROW:
+            return self._back_rows(call, parameters, asked)
+        if self._operation == Operation.PROJECT:
+            return self._back_projected(call, parameters, asked)
+        return self._back_pairs(call, parameters, asked)
+
+    def backward_without_ids(self, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        if self._operation != Operation.PROJECT:
+            return super().backward_without_ids(parameters, asked)
+        rows: list[Tensor | None] = []
+        for table, update in zip(parameters[0::2], asked.updates, strict=True):
+            if update is not None and update.steps:
+                update.steps[0].add_(1)
+            wanted = update is None and asked.wanted[2 * len(rows)]
+            rows.append(torch.zeros_like(table) if wanted else None)
+        grad = torch.zeros(
+            self._projection_entries.most, self._widths[1], dtype=torch.float32, device=self.device
+        )
+        projected = finish(self, self._projection_entries, grad, parameters, asked, 1)
+        return [side for pair in zip(rows, projected, strict=True) for side in pair]
+
+    # Stored rows
+
+    def _pool_rows(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> None:
+        pool(self, call, out, self._sources(parameters, 0), self._rows(call), self._limits, self._widths[0])
+
+    def _back_rows(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        entries, grad = self._row_entries(call, parameters, asked)
+        return finish(self, entries, grad, parameters, asked, 0)
+
+    def _row_entries(
+        self, call: Call, parameters: Sequence[Tensor], asked: Backward
+    ) -> tuple[Entries, Tensor]:
+        """The rows of parameter 0 with their gradients; gradients of weights on the way."""
+        width, plan = self._widths[0], call.plan
+        if asked.grad_weights is not None:
+            source = self._sources(parameters, 0)
+            weigh(self, call, asked, source, self._rows(call), self._limits, width)
+        grad = row_gradients(self, call, asked.grad_out, width)
+        cuts, base = plan.cuts[self.index : self.index + 2], call.keys.bounds[self.index :]
+        return located(self, self._keys[0], plan.row_key, cuts, base), grad
+
+    def _rows(self, call: Call) -> Tensor:
+        """[L]: the row of parameter 0 at each position of the family's features."""
+        if not any(feature.key_base for feature in self.own_features):
+            return call.batch.ids
+        base = [0] * self.num_features
+        for feature in self.own_features:
+            base[feature.number] = feature.key_base
+        return call.batch.ids + self.remembered(tuple(base))[call.bag // call.batch.size]
+
+    def _sources(self, parameters: Sequence[Tensor], which: int) -> Tensor:
+        """[F]: the address of each feature's parameter."""
+        own = parameters[which :: len(self._widths)]
+        return self.addresses([own[feature.table] for feature in self.own_features])
+
+    @cached_property
+    def _limits(self) -> Tensor:
+        """[F, 2]: the rows that each feature has."""
+        return self.constant([[f.key_base, self.shapes[f.table].rows[0]] for f in self.own_features])
+
+    # Projected rows
+
+    def _pool_projected(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> Tensor:
+        """Pool and project; returns the narrow bags, [B, F d]."""
+        narrow, wide = self._widths
+        bags = torch.empty(
+            call.batch.size, len(self.own_features) * narrow, dtype=torch.float32, device=self.device
+        )
+        self._pool_rows(call, parameters, bags)
+        projections = self._projections(parameters)
+        for feature, column in zip(self.own_features, self._columns, strict=True):
+            own = bags[:, feature.column : feature.column + narrow]
+            torch.mm(own, projections[feature.table], out=out[:, column : column + wide])
+        return bags
+
+    def _back_projected(
+        self, call: Call, parameters: Sequence[Tensor], asked: Backward
+    ) -> list[Tensor | None]:
+        narrow, wide = self._widths
+        bags: Tensor = call.kept[self.index]
+        projections, grad_bags = self._projections(parameters), torch.empty_like(bags)
+        grad = torch.zeros(len(self.shapes), narrow, wide, dtype=torch.float32, device=self.device)
+        for feature, column in zip(self.own_features, self._columns, strict=True):
+            upstream = asked.grad_out[:, column : column + wide]
+            own = slice(feature.column, feature.column + narrow)
+            torch.mm(upstream, projections[feature.table].T, out=grad_bags[:, own])
+            grad[feature.table].addmm_(bags[:, own].T, upstream)
+        # The rows' step comes last: until then every kernel has read what the forward read.
+        entries, grad_rows = self._row_entries(call, parameters, replace(asked, grad_out=grad_bags))
+        rows = finish(self, entries, grad_rows, parameters, asked, 0)
+        projected = finish(self, self._projection_entries, grad.view(-1, wide), parameters, asked, 1)
+        return [side for pair in zip(rows, projected, strict=True) for side in pair]
+
+    def _projections(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        return [projection.detach().float() for projection in parameters[1::2]]
+
+    @cached_property
+    def _projection_entries(self) -> Entries:
+        tables, narrow = len(self.shapes), self._widths[0]
+        places = [(t, row) for t in range(tables) for row in range(narrow)]
+        # As on CPU, a step takes the whole projection, whatever the batch looks up.
+        touched = torch.ones(len(places), dtype=torch.int32, device=self.device)
+        table, row = (self.constant(part) for part in zip(*places, strict=True))
+        return Entries(table, row, touched, self.constant([0, len(places)]), len(places))
+
+    # Pairs of a quotient's and a remainder's part
+
+    def _pool_pairs(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> None:
+        batch, width = call.batch, self.dim(self.shapes[0])
+        bags, block = tile_of(width, *TILE)
+        pool_pairs[(cdiv(batch.size, bags), len(self.own_features), cdiv(width, block))](
+            out,
+            self._sources(parameters, 0),
+            self._sources(parameters, 1),
+            batch.ids,
+            batch.offsets if batch.weights is None else batch.weights,
+            batch.offsets,
+            self.features,
+            self._pairs,
+            batch.size,
+            out.shape[1],
+            **self._pair_constants,
+            WEIGHTED=batch.weights is not None,
+            BB=bags,
+            BD=block,
+            num_warps=4,
+        )
+
+    def _back_pairs(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
+        width, cuts = self.dim(self.shapes[0]), call.plan.cuts[self.index :]
+        split = self._split(call, parameters)
+        if asked.grad_weights is not None:
+            rows = self._pair_rows(call, split)
+            weigh(self, call, asked, rows, call.plan.inverse, cuts, width)
+        grad_rows = row_gradients(self, call, asked.grad_out, width)
+        # A product's sides read each other: both gradients are complete before either side moves.
+        sides = [self._side(split, grad_rows, which) for which in (0, 1)]
+        found = [
+            finish(self, entries, grad, parameters, asked, which)
+            for which, (entries, grad) in enumerate(sides)
+        ]
+        return [side for pair in zip(*found, strict=True) for side in pair]
+
+    def _split(self, call: Call, parameters: Sequence[Tensor]) -> _Split:
+        plan, count = call.plan, call.batch.ids.numel()
+        left, right, left_key, right_key = torch.empty(4, count, dtype=torch.int64, device=self.device)
+        num_tables = len(self.shapes)
+        split_rows[(cdiv(count, 256),)](
+            left,
+            right,
+            left_key,
+            right_key,
+            plan.row_key,
+            plan.cuts[self.index :],
+            call.keys.bounds[self.index :],
+            self._table_keys,
+            self._radices,
+            self._keys[0].first,
+            self._keys[1].first,
+            self.addresses(parameters[0::2]),
+            self.addresses(parameters[1::2]),
+            num_tables,
+            count,
+            LEFT_BYTES=self._widths[0] * self.dtype.itemsize,
+            RIGHT_BYTES=self._widths[1] * self.dtype.itemsize,
+            STEPS=num_tables.bit_length(),
+            BR=256,
+            num_warps=4,
+        )
+        return _Split((left, right), (left_key, right_key))
+
+    def _pair_rows(self, call: Call, split: _Split) -> Tensor:
+        """[L, W] float32: the distinct rows."""
+        count, width = call.batch.ids.numel(), self.dim(self.shapes[0])
+        rows = torch.empty(count, width, dtype=torch.float32, device=self.device)
+        own, block = tile_of(width, *TILE)
+        pair_rows[(cdiv(count, own), cdiv(width, block))](
+            rows,
+            *split.part,
+            call.plan.cuts[self.index :],
+            **self._pair_constants,
+            BR=own,
+            BD=block,
+            num_warps=4,
+        )
+        return rows
+
+    def _side(self, split: _Split, grad_rows: Tensor, which: int) -> tuple[Entries, Tensor]:
+        """The touched rows of one side of the pairs, and their gradients.
+
+        Distinct rows are sorted by quotient; by remainder they are sorted here. Remainders are few and their
+        runs long: they are summed piece by piece, as :func:`row_gradients` does.
+        """
+        keys, key = self._keys[which], split.key[which]
+        count, width = len(key), self._widths[which]
+        order = key
+        if which:
+            key, order = torch.sort(key, stable=True)
+        longest = max(shape.rows[1 - which] for shape in self.shapes)
+        runs = runs_of(key, self.remembered((0, keys.total)), whole=longest <= _WHOLE)
+        most = min(count, keys.total)
+        pieces = most if longest <= _WHOLE else min(count, most + cdiv(count, PIECE))
+        # Rows of earlier families make one more run of quotients.
+        sums = torch.empty(min(count, pieces + 1), width, dtype=torch.float32, device=self.device)
+        own, block = tile_of(width, *TILE)
+        sum_sides[(cdiv(pieces, own), cdiv(width, block))](
+            sums,
+            grad_rows,
+            order,
+            runs.piece_first,
+            runs.run_piece,
+            runs.cuts,
+            split.part[1 - which],
+            ORDERED=which == 1,
+            FACTOR=self._operation == Operation.MULT,
+            W=grad_rows.shape[1],
+            FROM=self._widths[0] if which and self._operation == Operation.CONCAT else 0,
+            WIDTH=width,
+            ELEMENT=ELEMENTS[self.dtype],
+            BP=own,
+            BD=block,
+            num_warps=4,
+        )
+        grad = sums
+        if longest > _WHOLE:
+            grad = torch.empty(min(count, most + 1), width, dtype=torch.float32, device=self.device)
+            sum_segments(grad, sums, runs.run_piece, runs.cuts, None, most)
+        return located(self, keys, runs.key, runs.cuts), grad
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        """[F, 4]: key base, ids, radix and its reciprocal of each feature."""
+        own = [(f.key_base, self.shapes[f.table]) for f in self.own_features]
+        return self.constant([[base, self.num_ids(shape, base), *_radix(shape)] for base, shape in own])
+
+    @cached_property
+    def _pair_constants(self) -> dict[str, Any]:
+        left, right = self._widths
+        return {
+            "OPERATION": int(self._operation),
+            "LEFT": left,
+            "RIGHT": right,
+            "W": self.dim(self.shapes[0]),
+            "ELEMENT": ELEMENTS[self.dtype],
+        }
+
+    @cached_property
+    def _keys(self) -> list[TableKeys]:
+        """How the rows of each parameter are numbered over the tables."""
+        return [
+            TableKeys.of(self, [shape.rows[k] for shape in self.shapes]) for k in range(len(self._widths))
+        ]
+
+    @cached_property
+    def _table_keys(self) -> Tensor:
+        return TableKeys.of(self, [self.num_keys(shape) for shape in self.shapes]).first
+
+    @cached_property
+    def _radices(self) -> Tensor:
+        """[tables, 2]: radix and its reciprocal."""
+        return self.constant([_radix(shape) for shape in self.shapes])
+
+    @property
+    def _operation(self) -> Operation:
+        return self.shapes[0].operation
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return self.shapes[0].widths
+
+
+def _radix(shape: RowShape) -> tuple[int, int]:
+    """c, and what stands for a division by it."""
+    return shape.rows[1], 2**62 // shape.rows[1]

@@ -1,0 +1,260 @@
+"""Stored, paired and projected rows by Triton kernels, against plain torch and the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recemb_kernels.digit_tree.group import Batch, FeatureCode
+from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
+from recemb_kernels.pooled_gather.triton_rows import RowFamily
+from recemb_kernels.update import Kind, Update
+from tests.kernels.triton.reference import (
+    NoWaiting,
+    Tables,
+    assert_near,
+    assert_same_steps,
+    make_batch,
+    plain_all,
+    poison,
+    run,
+    upstream,
+)
+
+ROW, MULT, ADD, CONCAT, PROJECT = Operation
+SHAPES = (
+    RowShape(ROW, (50,), (5,)),
+    RowShape(MULT, (9, 7), (6, 6)),
+    RowShape(PROJECT, (40, 3), (3, 8)),
+    # More remainders than one program sums: pieces.
+    RowShape(ADD, (4, 300), (6, 6)),
+    RowShape(CONCAT, (20, 5), (4, 3)),
+    # Second tables of a family, of other sizes.
+    RowShape(ROW, (30,), (5,)),
+    RowShape(MULT, (5, 30), (6, 6)),
+    RowShape(PROJECT, (20, 3), (3, 8)),
+)
+# Every table once, some by two features and some of these by part of their rows.
+FEATURES = (
+    *(FeatureCode(t, t % 2 == 0) for t in range(len(SHAPES))),
+    *(FeatureCode(t, t == 1) for t in (0, 1, 2, 4)),
+    *(FeatureCode(t, False, 20) for t in (0, 3, 2)),
+)
+KINDS = (Kind.SGD, Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD, Kind.ADAM)
+
+
+def _rows(shape: RowShape, parameters: Sequence[Tensor], keys: Tensor) -> Tensor:
+    if shape.operation == ROW:
+        return parameters[0][keys]
+    if shape.operation == PROJECT:
+        return parameters[0][keys] @ parameters[1]
+    left, right = parameters[0][keys // shape.rows[1]], parameters[1][keys % shape.rows[1]]
+    if shape.operation == CONCAT:
+        return torch.cat((left, right), 1)
+    return left * right if shape.operation == MULT else left + right
+
+
+def _tables(shapes: Sequence[RowShape], features: Sequence[FeatureCode] | None = None) -> Tables:
+    return Tables(
+        RowFamily,
+        pooled_gather.kernel,
+        _rows,
+        lambda shape: list(zip(shape.rows, shape.widths, strict=True)),
+        shapes,
+        [FeatureCode(t, False) for t in range(len(shapes))] if features is None else features,
+    )
+
+
+ALL = _tables(SHAPES, FEATURES)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_and_gradients_are_those_of_plain_torch(dtype: torch.dtype, weighted: bool) -> None:
+    assert_near(ALL, make_batch(ALL, 4, 3, weighted=weighted), dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_outputs_and_gradients_are_those_of_the_cpu_kernels(weighted: bool) -> None:
+    batch = make_batch(ALL, 5, 3, weighted=weighted, seed=1)
+    parameters, grad = ALL.parameters(), upstream(ALL, batch)
+    ours, theirs = (run(group, parameters, batch, grad) for group in (ALL.triton(), ALL.cpu()))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_every_table_steps_as_on_cpu(shift: int) -> None:
+    # Neighbours of a family have different optimizers; one table has none.
+    kinds: list[Kind | None] = [KINDS[(t + shift + t // 5) % 4] for t in range(len(SHAPES))]
+    kinds[shift] = None
+    assert_same_steps(ALL, make_batch(ALL, 4, 3, weighted=shift % 2 == 1), kinds)
+
+
+@pytest.mark.parametrize("kind", [Kind.SGD, Kind.ADAM])
+def test_one_optimizer_for_all(kind: Kind) -> None:
+    assert_same_steps(ALL, make_batch(ALL, 4, 2), [kind] * len(SHAPES))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_of_narrow_types_are_rounded_once(dtype: torch.dtype) -> None:
+    batch = make_batch(ALL, 3, 2)
+    parameters, grad = ALL.parameters(dtype), upstream(ALL, batch)
+    slopes = plain_all(ALL, parameters, batch, grad, torch.float64)[1:]
+    exact = [p.double() - 0.5 * slope for p, slope in zip(parameters, slopes, strict=True)]
+    run(ALL.triton(dtype), parameters, batch, grad, [Update(Kind.SGD, lr=0.5)] * len(SHAPES))
+    for x, y in zip(parameters, exact, strict=True):
+        # A unit in the last place: the interpreter cuts bfloat16 off where a GPU rounds.
+        rtol = torch.finfo(dtype).eps * (0.51 if dtype == torch.float16 else 1.01)
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=2e-6)
+
+
+def test_a_product_steps_on_gradients_at_the_old_sides() -> None:
+    tables = _tables([RowShape(MULT, (6, 5), (4, 4))])
+    batch = make_batch(tables, 6, 3)
+    parameters, grad = tables.parameters(), upstream(tables, batch)
+    exact = plain_all(tables, parameters, batch, grad, torch.float64)[1:]
+    old = [p.clone() for p in parameters]
+    run(tables.triton(), parameters, batch, grad, [Update(Kind.SGD, lr=10.0)])
+    for x, before, slope in zip(parameters, old, exact, strict=True):
+        torch.testing.assert_close(x.double(), before - 10 * slope, rtol=1e-5, atol=1e-4)
+
+
+def test_ids_outside_a_table_count_for_nothing() -> None:
+    batch = make_batch(ALL, 4, 3, weighted=True, seed=2)
+    batch.ids[::5] = -1
+    batch.ids[2::7] = -(2**40)
+    batch.ids[3::11] = 2**40
+    assert (batch.ids < 0).sum() > 10
+    assert_near(ALL, batch)
+    weights = run(ALL.triton(), ALL.parameters(), batch, upstream(ALL, batch))[-1]
+    assert not weights[batch.ids < 0].any()
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_batches_without_ids(size: int) -> None:
+    offsets = torch.zeros(len(FEATURES) * size + 1, dtype=torch.int64)
+    batch = Batch(torch.empty(0, dtype=torch.int64), offsets, torch.empty(0), size)
+    parameters = ALL.parameters()
+    out, *grads = run(ALL.triton(), parameters, batch, upstream(ALL, batch))
+    assert out.shape == (size, ALL.triton().columns)
+    assert not any(x.any() for x in (out, *grads))
+    assert len(grads) == len(parameters) + 1
+    # Steps count, and a projection's Adam goes on by its momentum.
+    assert_same_steps(ALL, replace(batch, weights=None), [Kind.ADAM] * len(SHAPES))
+
+
+def test_tables_that_a_batch_leaves_out() -> None:
+    # Families before, between and after those that the ids belong to.
+    for present in ((0,), (3,), (len(SHAPES) - 1,), (1, 4)):
+        tables = _tables(SHAPES)
+        batch = make_batch(tables, 3, 2)
+        lengths = torch.tensor([2 * (t in present) for t in range(len(SHAPES)) for _ in range(3)])
+        ids = torch.randint(0, 15, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
+        batch = Batch(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), None, 3)
+        assert_near(tables, batch)
+        assert_same_steps(tables, batch, [Kind.ADAM] * len(SHAPES))
+
+
+@pytest.mark.parametrize("rows", [(1, 300), (300, 2), (2, 300), (400, 1)])
+@pytest.mark.parametrize("operation", [MULT, CONCAT])
+def test_rows_of_one_side_beyond_a_piece(operation: Operation, rows: tuple[int, int]) -> None:
+    tables = _tables([RowShape(ROW, (5,), (2,)), RowShape(operation, rows, (3, 3))])
+    batch = make_batch(tables, 100, 3, seed=4)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [None, Kind.SGD])
+
+
+def test_one_row_beyond_a_piece() -> None:
+    tables = _tables([RowShape(ROW, (2,), (3,)), RowShape(PROJECT, (2, 2), (2, 3))])
+    batch = make_batch(tables, 50, 6, weighted=True)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [Kind.ADAM, Kind.ADAM])
+
+
+def test_rows_wider_than_a_tile() -> None:
+    shapes = [
+        RowShape(ROW, (7,), (300,)),
+        RowShape(MULT, (4, 3), (140, 140)),
+        RowShape(CONCAT, (4, 3), (150, 131)),
+        RowShape(PROJECT, (9, 130), (130, 150)),
+    ]
+    tables = _tables(shapes)
+    assert_near(tables, make_batch(tables, 3, 3, weighted=True))
+    assert_same_steps(tables, make_batch(tables, 3, 3), [Kind.ROWWISE_ADAGRAD] * 4)
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(
+    operation=st.sampled_from(list(Operation)),
+    rows=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    weighted=st.booleans(),
+    mean=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    operation: Operation,
+    rows: tuple[int, int],
+    widths: tuple[int, int],
+    sizes: tuple[int, int],
+    weighted: bool,
+    mean: bool,
+    seed: int,
+) -> None:
+    if operation in (MULT, ADD):
+        widths = (widths[0], widths[0])
+    elif operation == PROJECT:
+        rows = (rows[0], widths[0])
+    parts = 1 if operation == ROW else 2
+    tables = _tables(
+        [RowShape(operation, rows[:parts], widths[:parts])], [FeatureCode(0, mean), FeatureCode(0, not mean)]
+    )
+    batch = make_batch(tables, *sizes, weighted=weighted, seed=seed)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [KINDS[seed % 4]])
+
+
+def test_what_is_not_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(ALL, 3, 3, weighted=True, seed=6)
+    parameters, grad = ALL.parameters(), upstream(ALL, batch)
+    plain = run(ALL.triton(), parameters, batch, grad)
+    group = ALL.triton()
+    updates = [Update(KINDS[0], lr=0.1), *[None] * (len(SHAPES) - 1)]
+    expected = [p.clone() for p in parameters]
+    run(ALL.triton(), expected, batch, grad, updates)
+    poison(monkeypatch)
+    for x, y in zip(run(group, parameters, batch, grad), plain, strict=True):
+        assert torch.equal(x, y)
+    run(group, parameters, batch, grad, updates)
+    for x, y in zip(parameters, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_host_never_waits() -> None:
+    batch = make_batch(ALL, 3, 3, weighted=True)
+    group, parameters, grad = ALL.triton(), ALL.parameters(), upstream(ALL, batch)
+    expected = run(group, parameters, batch, grad)
+    with NoWaiting():
+        found = run(group, parameters, batch, grad)
+        run(group, parameters, batch, grad, [Update(Kind.SGD, lr=0.1)] * len(SHAPES))
+    # The same bits, too.
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    batch = make_batch(ALL, 3, 3)
+    parameters, grad = ALL.parameters(), upstream(ALL, batch)
+    old = [p.clone() for p in parameters]
+    grad[1, 2] = float("inf")
+    run(ALL.triton(), parameters, batch, grad, [Update(Kind.SGD, lr=0.1)] * len(SHAPES))
+    for x, y in zip(parameters, old, strict=True):
+        assert torch.equal(x, y)

@@ -1,0 +1,258 @@
+"""Blocks of shared arrays by Triton kernels, against plain torch and the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recemb.id_maps.hashing import MERSENNE_61, UniversalHash
+from recemb_kernels.digit_tree.group import Batch, FeatureCode
+from recemb_kernels.robe_gather import RobeShape, robe_gather
+from recemb_kernels.robe_gather.triton_blocks import MOST_IDS, BlockFamily
+from recemb_kernels.robe_gather.triton_kernel import hash_row, place
+from recemb_kernels.update import Kind, Update
+from tests.kernels.triton.reference import (
+    NoWaiting,
+    Tables,
+    assert_near,
+    assert_same_steps,
+    make_batch,
+    plain_all,
+    poison,
+    run,
+    upstream,
+)
+
+KINDS = (Kind.SGD, Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD, Kind.ADAM)
+_HASHES = [UniversalHash.from_seed(7, purpose) for purpose in ("slot", "sign")]
+
+
+@cache
+def _shape(
+    dim: int, block_size: int, rows: int, signed: bool, key_bases: tuple[int, ...] = (0,)
+) -> RobeShape:
+    slot, sign = _HASHES
+    blocks = -(-dim // block_size)
+    offsets = [x for table in range(len(key_bases)) for h in _HASHES for x in h.offsets(1 + table, blocks)]
+    return RobeShape(
+        dim, block_size, rows, signed, (slot.b, slot.q), (sign.b, sign.q), key_bases, tuple(offsets)
+    )
+
+
+def _rows(shape: RobeShape, parameters: Sequence[Tensor], keys: Tensor) -> Tensor:
+    blocks, size = -(-shape.dim // shape.block_size), shape.rows * shape.block_size
+    bases = torch.tensor(shape.key_bases)
+    table = torch.searchsorted(bases, keys, right=True) - 1
+    each = [
+        torch.stack([h.blocks(1 + t, keys - bases[table], blocks) for t in range(len(bases))])
+        for h in _HASHES
+    ]
+    starts, signs = (x[table, torch.arange(len(keys))] for x in each)
+    column = torch.arange(shape.dim)
+    block = column // shape.block_size
+    values = parameters[0].flatten()[(starts[:, block] % size + column % shape.block_size) % size]
+    return torch.where((signs[:, block] & 1 == 1) & shape.signed, -values, values)
+
+
+def _tables(shapes: Sequence[RobeShape], features: Sequence[FeatureCode]) -> Tables:
+    return Tables(
+        BlockFamily,
+        robe_gather.kernel,
+        _rows,
+        lambda shape: [(shape.rows, shape.block_size)],
+        shapes,
+        features,
+    )
+
+
+SHAPES = (
+    # Two arrays of one family, the first shared by two tables; blocks that do not divide the dim.
+    _shape(7, 3, 6, True, (0, 30)),
+    _shape(7, 3, 9, True),
+    # Rows of one block that is longer than they are.
+    _shape(6, 16, 4, False, (0, 10, 40)),
+    # The array is a single block, which every row goes around.
+    _shape(16, 16, 1, True),
+    _shape(5, 1, 11, False),
+    # More array rows than the batch touches.
+    _shape(9, 4, 400, True),
+)
+FEATURES = (
+    *(FeatureCode(0, False, 0), FeatureCode(0, True, 30), FeatureCode(1, False), FeatureCode(2, True, 10)),
+    *(FeatureCode(2, False, 0), FeatureCode(2, False, 40), FeatureCode(3, False), FeatureCode(4, False)),
+    *(FeatureCode(5, False), FeatureCode(5, True), FeatureCode(1, True)),
+)
+ALL = _tables(SHAPES, FEATURES)
+
+
+@triton.jit
+def _hashes(out, ids, linear, square, offsets, sizes, reciprocals, N: tl.constexpr):  # noqa: ANN202
+    n = tl.arange(0, N)
+    hashed = hash_row(tl.load(ids + n), tl.load(linear + n), tl.load(square + n))
+    placed = place(hashed, tl.load(offsets + n), tl.load(sizes + n), tl.load(reciprocals + n))
+    tl.store(out + n, placed)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.lists(st.integers(0, MERSENNE_61 - 1), min_size=32, max_size=32), st.integers(0, 60))
+def test_hashes_are_exact(numbers: list[int], bits: int) -> None:
+    last = MERSENNE_61 - 1
+    columns = [[last, 0, 1, last, *numbers[i:], *numbers[:i]][:32] for i in range(4)]
+    sizes = [1, 1, last, 3, *(1 + n % 2**bits for n in reversed(numbers))][:32]
+    ids, linear, square, offsets = columns
+    out = torch.empty(32, dtype=torch.int64)
+    arguments = [*columns, sizes, [2**61 // size for size in sizes]]
+    _hashes[(1,)](out, *map(torch.tensor, arguments), N=32)
+    assert out.tolist() == [
+        (q * x * x + b * x + o) % MERSENNE_61 % size
+        for x, b, q, o, size in zip(ids, linear, square, offsets, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_and_gradients_are_those_of_plain_torch(dtype: torch.dtype, weighted: bool) -> None:
+    assert_near(ALL, make_batch(ALL, 3, 3, weighted=weighted, most=50), dtype)
+
+
+@pytest.mark.parametrize("most", [40, MOST_IDS])
+def test_outputs_and_gradients_are_those_of_the_cpu_kernels(most: int) -> None:
+    batch = make_batch(ALL, 3, 3, weighted=most == 40, seed=1, most=most)
+    parameters, grad = ALL.parameters(), upstream(ALL, batch)
+    ours, theirs = (run(group, parameters, batch, grad) for group in (ALL.triton(), ALL.cpu()))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_every_array_steps_as_on_cpu(shift: int) -> None:
+    # The two arrays of a family have different optimizers; one array has none.
+    kinds: list[Kind | None] = [KINDS[(t + shift) % 4] for t in range(len(SHAPES))]
+    kinds[shift] = None
+    assert_same_steps(ALL, make_batch(ALL, 3, 2, weighted=shift % 2 == 1, most=60), kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_of_narrow_types_are_rounded_once(dtype: torch.dtype) -> None:
+    batch = make_batch(ALL, 2, 2, most=60)
+    parameters, grad = ALL.parameters(dtype), upstream(ALL, batch)
+    slopes = plain_all(ALL, parameters, batch, grad, torch.float64)[1:]
+    exact = [p.double() - 0.5 * slope for p, slope in zip(parameters, slopes, strict=True)]
+    run(ALL.triton(dtype), parameters, batch, grad, [Update(Kind.SGD, lr=0.5)] * len(SHAPES))
+    for x, y in zip(parameters, exact, strict=True):
+        # A unit in the last place: the interpreter cuts bfloat16 off where a GPU rounds.
+        rtol = torch.finfo(dtype).eps * (0.51 if dtype == torch.float16 else 1.01)
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=2e-6)
+
+
+def test_ids_outside_a_table_count_for_nothing() -> None:
+    # A table's number of rows is known up to the next one of the same array.
+    batch = make_batch(ALL, 4, 3, weighted=True, seed=2, most=50)
+    batch.ids[::5] = -1
+    batch.ids[2::7] = -(2**40)
+    batch.ids[3::11] = MOST_IDS
+    assert_near(ALL, batch)
+    weights = run(ALL.triton(), ALL.parameters(), batch, upstream(ALL, batch))[-1]
+    assert not weights[batch.ids < 0].any()
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_batches_without_ids(size: int) -> None:
+    offsets = torch.zeros(len(FEATURES) * size + 1, dtype=torch.int64)
+    batch = Batch(torch.empty(0, dtype=torch.int64), offsets, torch.empty(0), size)
+    parameters = ALL.parameters()
+    out, *grads = run(ALL.triton(), parameters, batch, upstream(ALL, batch))
+    assert out.shape == (size, ALL.triton().columns)
+    assert not any(x.any() for x in (out, *grads))
+    assert len(grads) == len(parameters) + 1
+    # Steps count.
+    assert_same_steps(ALL, replace(batch, weights=None), [Kind.ADAM] * len(SHAPES))
+
+
+@pytest.mark.parametrize("present", [(0,), (2,), (5,), (1, 4)])
+def test_arrays_that_a_batch_leaves_out(present: tuple[int, ...]) -> None:
+    tables = _tables(SHAPES, [FeatureCode(t, False) for t in range(len(SHAPES))])
+    lengths = torch.tensor([2 * (t in present) for t in range(len(SHAPES)) for _ in range(3)])
+    ids = torch.randint(0, 10, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), None, 3)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [Kind.ADAM] * len(SHAPES))
+
+
+@pytest.mark.parametrize(("dim", "block_size", "rows"), [(6, 2, 3), (4, 4, 2), (3, 8, 1)])
+def test_array_rows_with_more_blocks_than_a_piece(dim: int, block_size: int, rows: int) -> None:
+    tables = _tables([_shape(dim, block_size, rows, True)], [FeatureCode(0, False)])
+    batch = make_batch(tables, 100, 4, seed=4, most=2**40)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [Kind.ADAGRAD])
+
+
+def test_blocks_wider_than_a_tile() -> None:
+    shapes = [_shape(300, 150, 4, True), _shape(140, 1, 200, True), _shape(20, 200, 3, False)]
+    tables = _tables(shapes, [FeatureCode(t, t == 0) for t in range(3)])
+    batch = make_batch(tables, 2, 3, weighted=True, most=99)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [Kind.SGD, None, Kind.ADAM])
+
+
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)),
+    signed=st.booleans(),
+    batch_sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    weighted=st.booleans(),
+    mean=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    sizes: tuple[int, int, int],
+    signed: bool,
+    batch_sizes: tuple[int, int],
+    weighted: bool,
+    mean: bool,
+    seed: int,
+) -> None:
+    dim, block_size, rows = sizes
+    # An array is no smaller than a row.
+    shape = _shape(dim, block_size, max(rows, -(-dim // block_size)), signed, (0, 5))
+    tables = _tables([shape], [FeatureCode(0, mean, 5), FeatureCode(0, not mean)])
+    batch = make_batch(tables, *batch_sizes, weighted=weighted, seed=seed, most=30)
+    assert_near(tables, batch)
+    assert_same_steps(tables, batch, [KINDS[seed % 4]])
+
+
+def test_what_is_not_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(ALL, 3, 2, weighted=True, seed=6, most=50)
+    parameters, grad = ALL.parameters(), upstream(ALL, batch)
+    plain = run(ALL.triton(), parameters, batch, grad)
+    updates = [Update(Kind.SGD, lr=0.1), *[None] * (len(SHAPES) - 1)]
+    expected = [p.clone() for p in parameters]
+    run(ALL.triton(), expected, batch, grad, updates)
+    group = ALL.triton()
+    poison(monkeypatch)
+    for x, y in zip(run(group, parameters, batch, grad), plain, strict=True):
+        assert torch.equal(x, y)
+    run(group, parameters, batch, grad, updates)
+    for x, y in zip(parameters, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_host_never_waits() -> None:
+    batch = make_batch(ALL, 3, 2, weighted=True, most=50)
+    group, parameters, grad = ALL.triton(), ALL.parameters(), upstream(ALL, batch)
+    expected = run(group, parameters, batch, grad)
+    with NoWaiting():
+        found = run(group, parameters, batch, grad)
+        run(group, parameters, batch, grad, [Update(Kind.SGD, lr=0.1)] * len(SHAPES))
+    # The same bits, too.
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
