@@ -241,6 +241,7 @@ def make_group(
     device: torch.device,
     dtypes: Sequence[torch.dtype],
     refusal: Callable[[], Exception] | None = None,
+    micro_batch_rows: int | None = None,
 ) -> PooledGroup:
     """Group tables, given as (op, shape), by the kernels of one device.
 
@@ -249,14 +250,17 @@ def make_group(
         dtypes: per table, how its parameters are stored.
         refusal: makes the error of a backward with steps whose gradient is not finite; on GPU, where it is
             raised later. On CPU that is a FloatingPointError.
+        micro_batch_rows: distinct rows that are computed at once; the device's default when ``None``.
 
     Raises:
         KernelUnavailableError: a kernel cannot be had here.
     """
     codes = [FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)]
+    sized = {} if micro_batch_rows is None else {"micro_batch_rows": micro_batch_rows}
     if device.type == "cpu":
-        return Group([op.kernel(shape) for op, shape in tables], codes)
+        return Group([op.kernel(shape) for op, shape in tables], codes, **sized)
     families = [(op.family(), shape) for op, shape in tables]
     from recemb_kernels.triton_frame.group import TritonGroup  # after the families: says what is missing
 
-    return TritonGroup(families, codes, device, dtypes, *(() if refusal is None else (refusal,)))
+    raised = {} if refusal is None else {"refusal": refusal}
+    return TritonGroup(families, codes, device, dtypes, **raised, **sized)

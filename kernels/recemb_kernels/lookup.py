@@ -52,11 +52,13 @@ class Lookup:
         features: (table, is mean, key base) per feature, flat.
         refusal: makes the error that a backward with an update raises, nothing changed, when the gradient is
             not finite.
+        micro_batch_rows: distinct rows that are computed at once; the device's default when ``None``.
     """
 
     tables: tuple[TableShape, ...]
     features: tuple[int, ...]
     refusal: Callable[[], Exception]
+    micro_batch_rows: int | None = None
 
     @cached_property
     def _groups(self) -> dict[tuple[torch.device, tuple[torch.dtype, ...]], PooledGroup]:
@@ -68,7 +70,7 @@ class Lookup:
         known = self._groups.get((device, dtypes))
         if known is None:
             tables = [(table.op, table.shape) for table in self.tables]
-            known = make_group(tables, self.features, device, dtypes, self.refusal)
+            known = make_group(tables, self.features, device, dtypes, self.refusal, self.micro_batch_rows)
             self._groups[device, dtypes] = known
         return known
 

@@ -60,7 +60,9 @@ class _Storage:
     native: bool
 
 
-def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
+def pooled_native(
+    tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None
+) -> Tensor | None:
     """Pool F features in one call, [B, sum of D], or ``None`` where plain torch has to do it.
 
     A storage that serves several features, or several tables, is passed once, so that it is updated once.
@@ -69,11 +71,13 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     Args:
         tables: ``tables[f]`` for feature f, of any methods; of one method under torch.compile.
         bags: F features.
+        micro_batch_rows: distinct rows that are computed at once, which bounds the workspace of the products
+            of cores; the device's default when ``None``.
 
     Raises:
         NonFiniteError: in the backward of a fused update, before any weight changes.
     """
-    prepared = _prepare(tables)
+    prepared = _prepare(tables, micro_batch_rows)
     storages = _storages(tables, prepared)
     lookup = prepared.lookup
     if lookup is None or not all(storage.native for storage in storages):
@@ -89,12 +93,12 @@ def pooled_native(tables: Sequence[Backend], bags: Bags) -> Tensor | None:
     return lookup(parameters, batch, weights, updates, bags.ahead)
 
 
-def prepare_native(tables: Sequence[Backend], bags: Bags) -> None:
+def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None) -> None:
     """Begin to sort and group the ids of a batch beside what runs now, when the kernels can serve all tables.
 
     Sets ``bags.ahead``; :func:`pooled_native` of the same tables then finds it done.
     """
-    prepared = _prepare(tables)
+    prepared = _prepare(tables, micro_batch_rows)
     storages = _storages(tables, prepared)
     if prepared.lookup is None or not bags.batch_size or not all(storage.native for storage in storages):
         return
@@ -133,10 +137,10 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     return found
 
 
-def _prepare(tables: Sequence[Backend]) -> _Prepared:
+def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> _Prepared:
     """What is fixed about these tables; remembered by the first of them."""
     device = next(owner_of(tables[0]).parameters(recurse=False)).device
-    key, memo = (device, *map(id, tables)), tables[0].memo
+    key, memo = (device, micro_batch_rows, *map(id, tables)), tables[0].memo
     compiling = torch.compiler.is_compiling()
     if not compiling:
         known: _Prepared | None = memo.get(key)
@@ -159,7 +163,7 @@ def _prepare(tables: Sequence[Backend]) -> _Prepared:
     fits = [shape is not None and next(compiled) for shape in shapes]
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
-    lookup = Lookup(whole, features, refusal) if all(fits) else None
+    lookup = Lookup(whole, features, refusal, micro_batch_rows) if all(fits) else None
     if compiling:
         return _Prepared([], first, device, fits, [FusedUpdate() for _ in owners], lookup)
     made = _Prepared([ref(t) for t in tables], first, device, fits, [FusedUpdate() for _ in owners], lookup)
