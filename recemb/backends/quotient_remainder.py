@@ -25,6 +25,8 @@ _SWEEPS = 50
 # Singular directions followed at once; only their first is kept.
 _SUBSPACE = 8
 _SUBSPACE_SWEEPS = 20
+# A factor this small against its table's, in mean square, is not divided by in full.
+_TINY_FACTOR = 0.01
 
 
 class QuotientRemainderBackend(Backend):
@@ -102,6 +104,44 @@ class QuotientRemainderBackend(Backend):
             else:
                 r[:, column - split] = grid.sum(0) / present.sum(0)
         return {"q": q, "r": r}
+
+    @torch.no_grad()
+    def write_back(self, ids: Tensor, values: Tensor) -> None:
+        """Least squares on the longer table (on both under ``concat``), whose rows fewer ids share.
+
+        Exact where no two of ``ids`` share such a row: the mean of what they ask for where they do. Under
+        ``mult`` an element whose factor on the other side is below a tenth of that side's root mean square is
+        approached only, because the other ids of the row would be moved by more than it gains.
+        """
+        slots = self.map_ids(ids)
+        residual = (values - self.rows(slots)).double()
+        q, r = slots[:, 0], slots[:, 1]
+        operation = _compression(self.table).operation
+        if operation == "concat":
+            _add_mean(self.q, q, residual[:, : self.q.shape[1]])
+            _add_mean(self.r, r, residual[:, self.q.shape[1] :])
+            return
+        longer, own, shorter, other = (self.q, q, self.r, r)
+        if len(self.r) > len(self.q):
+            longer, own, shorter, other = self.r, r, self.q, q
+        if operation == "add":
+            _add_mean(longer, own, residual)
+            return
+        factor = shorter[other].double()
+        floor = _TINY_FACTOR * shorter.double().square().mean()
+        rows, index = torch.unique(own, return_inverse=True)
+        square, product = (factor.new_zeros(len(rows), factor.shape[1]) for _ in range(2))
+        square.index_add_(0, index, factor.square())
+        product.index_add_(0, index, factor * residual)
+        change = product / square.clamp(min=float(floor))
+        longer[rows] = (longer[rows].double() + change.nan_to_num(0, 0, 0)).to(longer.dtype)
+
+
+def _add_mean(parameter: Tensor, index: Tensor, change: Tensor) -> None:
+    """Add to each row of ``index`` the mean of what is asked of it."""
+    rows, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
+    total = change.new_zeros(len(rows), change.shape[1]).index_add_(0, inverse, change)
+    parameter[rows] = (parameter[rows].double() + total / counts[:, None]).to(parameter.dtype)
 
 
 def _fit_sum(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import truncated_factors
 from recemb.backends.tt_shapes import core_sizes, table_shapes
+from recemb.backends.tt_write_back import write_rows
 from recemb.id_maps.radix import mixed_radix
 from recemb.spec import TableSpec, TensorTrain
 from recemb_kernels.lookup import TableShape
@@ -107,6 +108,17 @@ class TensorTrainBackend(Backend):
             if moved <= _CONVERGED * scale:
                 break
         return cores
+
+
+    @torch.no_grad()
+    def write_back(self, ids: Tensor, values: Tensor) -> None:
+        """Least squares, core by core, at the least cost to the other rows (:mod:`..tt_write_back`).
+
+        E rows are met to rounding when few of them share a digit: s of them where s * D / q_k <=
+        R_{k-1} R_k in the core of the widest slices, and the core beside it have ranks of at least the
+        columns beyond them.
+        """
+        write_rows(self.cores, self.map_ids(ids), values)
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:
