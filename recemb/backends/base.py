@@ -233,16 +233,21 @@ class Backend(nn.Module, ABC):
                 slots = (self.cache.ids >= 0).nonzero().flatten()
                 self.cache.weight[slots] = weight[self.cache.ids[slots]].to(self.cache.weight.dtype)
 
-    def write_back(self, ids: Tensor, values: Tensor) -> None:
-        """Change the parameters, in place, so that the rows of ``ids`` come as close to ``values`` as they can.
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Change the parameters, in place, so that the rows of ``ids`` come close to ``values``.
 
-        What a cached row has learned goes back where other rows are stored too. Each method states how close
-        it comes; none leaves the rows, all together, further from ``values`` than they were, in the Frobenius
-        norm.
+        What a cached row has learned goes back where other rows are stored too. Each method minimises
+
+            sum over ids of |value - row|**2 + cost * sum over the other rows of |change|**2
+
+        over parameters that it names, and so leaves the rows together no further from ``values`` than they
+        were, and the others changed by no more than that gain over ``cost``. Without a cost the rows are met
+        exactly where that is possible.
 
         Args:
             ids: [E] int64, each once.
             values: [E, D], finite.
+            cost: how often another row is looked up for each time that one of these is, >= 0.
         """
         raise NotImplementedError(
             f"method {self.table.compression.method!r} does not write rows back; use "

@@ -78,10 +78,10 @@ class MixedDimensionBackend(Backend):
         return {"e": e, "p": basis.T}
 
     @torch.no_grad()
-    def write_back(self, ids: Tensor, values: Tensor) -> None:
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Least squares, e[i] = values pinv(P): what of ``values`` lies in the row space of P.
 
-        No other row changes, and the rows end as close as P lets any row come.
+        No other row changes, whatever the cost, and the rows end as close as P lets any row come.
         """
         inverse = torch.linalg.pinv(self.p.double())
         self.e[ids] = (values.double() @ inverse).to(self.e.dtype)

@@ -106,42 +106,45 @@ class QuotientRemainderBackend(Backend):
         return {"q": q, "r": r}
 
     @torch.no_grad()
-    def write_back(self, ids: Tensor, values: Tensor) -> None:
-        """Least squares on the longer table (on both under ``concat``), whose rows fewer ids share.
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Damped least squares on the longer table (on both under ``concat``), whose rows fewer ids share.
 
-        Exact where no two of ``ids`` share such a row: the mean of what they ask for where they do. Under
-        ``mult`` an element whose factor on the other side is below a tenth of that side's root mean square is
-        approached only, because the other ids of the row would be moved by more than it gains.
+        Without a cost that is exact where no two of ``ids`` share such a row, and the mean of what they ask
+        for where they do; but under ``mult`` an element whose factor on the other side is below a tenth of
+        that side's root mean square is approached only: dividing by it would throw the others far off.
         """
         slots = self.map_ids(ids)
         residual = (values - self.rows(slots)).double()
-        q, r = slots[:, 0], slots[:, 1]
-        operation = _compression(self.table).operation
-        if operation == "concat":
-            _add_mean(self.q, q, residual[:, : self.q.shape[1]])
-            _add_mean(self.r, r, residual[:, self.q.shape[1] :])
+        split = self.q.shape[1]
+        if _compression(self.table).operation == "concat":
+            ones = residual.new_ones(1, 1)
+            self._step(0, slots, residual[:, :split], ones.expand(len(self.r), split), cost)
+            self._step(1, slots, residual[:, split:], ones.expand(len(self.q), self.r.shape[1]), cost)
             return
-        longer, own, shorter, other = (self.q, q, self.r, r)
-        if len(self.r) > len(self.q):
-            longer, own, shorter, other = self.r, r, self.q, q
-        if operation == "add":
-            _add_mean(longer, own, residual)
-            return
-        factor = shorter[other].double()
-        floor = _TINY_FACTOR * shorter.double().square().mean()
-        rows, index = torch.unique(own, return_inverse=True)
-        square, product = (factor.new_zeros(len(rows), factor.shape[1]) for _ in range(2))
-        square.index_add_(0, index, factor.square())
-        product.index_add_(0, index, factor * residual)
-        change = product / square.clamp(min=float(floor))
-        longer[rows] = (longer[rows].double() + change.nan_to_num(0, 0, 0)).to(longer.dtype)
+        side = int(len(self.r) > len(self.q))
+        other = (self.r, self.q)[side].double()
+        multiplies = _compression(self.table).operation == "mult"
+        self._step(side, slots, residual, other if multiplies else torch.ones_like(other), cost)
 
+    def _step(self, side: int, slots: Tensor, residual: Tensor, factor: Tensor, cost: float) -> None:
+        """Move rows of E_q (side 0) or E_r (1), which rows of the table are times ``factor``.
 
-def _add_mean(parameter: Tensor, index: Tensor, change: Tensor) -> None:
-    """Add to each row of ``index`` the mean of what is asked of it."""
-    rows, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
-    total = change.new_zeros(len(rows), change.shape[1]).index_add_(0, inverse, change)
-    parameter[rows] = (parameter[rows].double() + total / counts[:, None]).to(parameter.dtype)
+        Args:
+            slots: [E, 2].
+            residual: [E, width] what the rows lack.
+            factor: one row for each of the other side.
+        """
+        parameter = (self.q, self.r)[side]
+        rows, index = torch.unique(slots[:, side], return_inverse=True)
+        own = factor[slots[:, 1 - side]]
+        square, product = (residual.new_zeros(len(rows), residual.shape[1]) for _ in range(2))
+        square.index_add_(0, index, own.square())
+        product.index_add_(0, index, own * residual)
+        everyone = factor.square().sum(dim=0)
+        floor = _TINY_FACTOR * everyone / len(factor)
+        weight = torch.maximum(square + cost * (everyone - square).clamp(min=0), floor)
+        change = torch.where(weight > 0, product / weight, torch.zeros_like(product))
+        parameter[rows] = (parameter[rows].double() + change).to(parameter.dtype)
 
 
 def _fit_sum(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,11 +130,11 @@ class ROBEBackend(Backend):
         return {"array": (total / count.clamp(min=1)).view(self.storage.shape)}
 
     @torch.no_grad()
-    def write_back(self, ids: Tensor, values: Tensor) -> None:
-        """Each weight moves by the mean of what the elements of ``ids`` hashed onto it ask for.
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Damped least squares: each weight moves by what the elements of ``ids`` hashed onto it ask for.
 
-        That is least squares, exact where no two of these elements share a weight. Rows of other ids, and of
-        other tables of the group, that share one move along.
+        Without a cost that is their mean, exact where no two of them share a weight. How many elements of
+        other rows, and of other tables of the group, share it is taken to be the mean, N * D / |M|.
         """
         slots = self.map_ids(ids)
         index, negative = self._elements(slots)
@@ -143,7 +143,9 @@ class ROBEBackend(Backend):
         weights, inverse, counts = torch.unique(index.flatten(), return_inverse=True, return_counts=True)
         total = asked.new_zeros(len(weights)).index_add_(0, inverse, asked)
         flat = self.storage.view(-1)
-        flat[weights] = (flat[weights].double() + total / counts).to(flat.dtype)
+        load = sum(peer.dense_numel for peer in self.peers) / flat.numel()
+        others = (load - counts).clamp(min=0)
+        flat[weights] = (flat[weights].double() + total / (counts + cost * others)).to(flat.dtype)
 
 
 def _compression(table: TableSpec) -> ROBE:

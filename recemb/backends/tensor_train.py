@@ -109,16 +109,10 @@ class TensorTrainBackend(Backend):
                 break
         return cores
 
-
     @torch.no_grad()
-    def write_back(self, ids: Tensor, values: Tensor) -> None:
-        """Least squares, core by core, at the least cost to the other rows (:mod:`..tt_write_back`).
-
-        E rows are met to rounding when few of them share a digit: s of them where s * D / q_k <=
-        R_{k-1} R_k in the core of the widest slices, and the core beside it have ranks of at least the
-        columns beyond them.
-        """
-        write_rows(self.cores, self.map_ids(ids), values)
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Damped least squares, core by core (:mod:`recemb.backends.tt_write_back` has the bounds)."""
+        write_rows(self.cores, self.map_ids(ids), values, cost)
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:

@@ -9,15 +9,23 @@ row of digit j. The sum of their squared changes, over all prefixes and suffixes
 
     ||Z_l^-1 X Z_r^-T||^2,    Z_l Z_l^T = (sum L^T L)^-1,    Z_r Z_r^T = (sum R R^T)^-1,
 
-and the two sums have a closed form: the train contracted with itself. So the change that brings the given
-rows closest to their values, and among those the one that costs all rows of the table least, is the least
-squares solution of least norm in the variables Z_l^-1 X Z_r^-T. Conjugate gradients on the normal equations
-(CGLS, Hestenes and Stiefel, 1952) find it from zero, never raise the residual on the way, and leave out of it
-what would need a large change to gain little.
+and the two sums have a closed form: the train contracted with itself. In the variables Z_l^-1 X Z_r^-T
 
-Bound: s rows that share a digit of the core with the widest slices are met to rounding when their
-D / q_k * s equations a column are independent, for which R_{k-1} R_k must be as many at least. Beyond that the
-rows come as close as the slices allow, one core after the other, and are never further off than before.
+    sum over the rows of |value - row|**2 + cost * sum over all rows of |change|**2
+
+is a damped least squares problem for each slice. Conjugate gradients on its normal equations (CGLS, Hestenes
+and Stiefel, 1952) solve it from zero and never raise it on the way. The core with the widest slices, which
+has most freedom, goes first; the others then take what is left, in the same way.
+
+Bounds: a core's step leaves the rows no further off than they were, than any larger cost would, and so, for
+a cost of at most 1, than the best choice of its slices does for the table as a whole (values of the rows
+given, all others as they are): the rank's best approximation, one core at a time. It costs all other rows
+together at most what it gains, over ``cost``. Without a cost, s rows that share a digit of the widest core
+are met to rounding when their s * D / q_k equations a column are independent, which takes R_{k-1} R_k of at
+least that number.
+
+Without a cost a train of low rank does not survive it: at rank 2 the change that meets a few rows is orders of
+magnitude larger than the rows, and so is what it does to all others.
 """
 
 from __future__ import annotations
@@ -29,19 +37,20 @@ from torch import Tensor
 
 # Of a group of rows; a well posed one takes about as many as it has equations, up to some tens.
 _ITERATIONS = 200
-# Of the rows' norm: float32 holds no more. And of the first gradient: the rest needs changes out of proportion.
+# Of the rows' norm: float32 holds no more. And of the first gradient.
 _CLOSE, _FLAT = 1e-7, 1e-6
 # A direction that the rows of the table do not have, relative to the one they have most of.
 _ABSENT = 1e-12
 
 
-def write_rows(cores: Sequence[Tensor], digits: Tensor, values: Tensor) -> None:
+def write_rows(cores: Sequence[Tensor], digits: Tensor, values: Tensor, cost: float) -> None:
     """Bring rows of a train close to ``values``, in place.
 
     Args:
         cores: [p_k, R_{k-1}, q_k, R_k] each.
         digits: [E, d] int64, rows of distinct digits.
         values: [E, D].
+        cost: of a squared change of any row, against a squared error of these.
     """
     wide = [core.double() for core in cores]
     target = values.double()
@@ -55,28 +64,28 @@ def write_rows(cores: Sequence[Tensor], digits: Tensor, values: Tensor) -> None:
         residual = target.view(shape) - now
         if float(residual.norm()) <= _CLOSE * float(target.norm()):
             break
-        _move_slices(wide, digits, k, (left, right), residual)
+        _move_slices(wide, digits, k, (left, right, residual), cost)
         changed.append(k)
     for k in changed:
         cores[k].copy_(wide[k])
 
 
 def _move_slices(
-    cores: Sequence[Tensor], digits: Tensor, k: int, sides: tuple[Tensor, Tensor], residual: Tensor
+    cores: Sequence[Tensor], digits: Tensor, k: int, rows: tuple[Tensor, Tensor, Tensor], cost: float
 ) -> None:
-    """Add to the slices of core k what brings ``residual`` [E, m, q, n] closest to 0."""
+    """Step on the slices of core k; ``rows`` are their parts left and right, and what they lack."""
     whiten_left = _inverse_root(_left_gram(cores, k))
     whiten_right = _inverse_root(_right_gram(cores, k))
-    left, right = sides[0] @ whiten_left, whiten_right.T @ sides[1]
+    left, right, residual = rows[0] @ whiten_left, whiten_right.T @ rows[1], rows[2]
     slices, sizes = torch.unique(digits[:, k], return_counts=True)
-    groups = torch.argsort(digits[:, k], stable=True).split(sizes.tolist())
-    for slice_, rows in zip(slices.tolist(), groups, strict=True):
-        change = _least_squares(left[rows], right[rows], residual[rows])
+    groups = torch.argsort(digits[:, k], stable=True).tensor_split(sizes.cumsum(0)[:-1].cpu())
+    for slice_, own in zip(slices.tolist(), groups, strict=True):
+        change = _least_squares(left[own], right[own], residual[own], cost)
         cores[k][slice_] += torch.einsum("ra,aqb,sb->rqs", whiten_left, change, whiten_right)
 
 
-def _least_squares(left: Tensor, right: Tensor, target: Tensor) -> Tensor:
-    """The X [r, q, t] of least norm that minimises the sum over i of |target_i - left_i X right_i|**2.
+def _least_squares(left: Tensor, right: Tensor, target: Tensor, cost: float) -> Tensor:
+    """The X [r, q, t] that minimises cost |X|**2 + the sum over i of |target_i - left_i X right_i|**2.
 
     Args:
         left: [s, m, r].
@@ -104,10 +113,10 @@ def _least_squares(left: Tensor, right: Tensor, target: Tensor) -> Tensor:
         if size <= _FLAT**2 * first or float(residual.square().sum()) <= close:
             break
         image = forward(direction)
-        step = size / float(image.square().sum())
+        step = size / (float(image.square().sum()) + cost * float(direction.square().sum()))
         x += step * direction
         residual -= step * image
-        gradient = adjoint(residual)
+        gradient = adjoint(residual) - cost * x
         before, size = size, float(gradient.square().sum())
         direction = gradient + (size / before) * direction
     return x

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from recemb.backends.dense import DenseBackend
 from recemb.cache.layout import num_candidates
+from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import buckets_of, see, vote
 from recemb.spec import Dense, HotRows, TableSpec
-
-# What ``counts`` holds, in order.
-COUNTS = ("lookups", "hits", "promotions", "evictions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,28 +30,6 @@ class Exchange:
     slots: Tensor
     ids: Tensor
     scores: Tensor
-
-
-@dataclass(frozen=True)
-class CacheMetrics:
-    """One cache since training began.
-
-    Attributes:
-        rows: C, how many rows it holds when full.
-        cached_rows: how many it holds.
-        hit_rate: part of the look-ups counted since the first exchange that found their row in it.
-        promotions: rows that have entered.
-        evictions: rows that have left.
-        write_back_error: of the rows that have left, |row just after - cached row| over the same without
-            writing back, in the Frobenius norm over all of them: 0 keeps all that was learned, 1 nothing.
-    """
-
-    rows: int
-    cached_rows: int
-    hit_rate: float
-    promotions: int
-    evictions: int
-    write_back_error: float
 
 
 class HotRowCache(DenseBackend):
@@ -249,6 +225,7 @@ class HotRowCache(DenseBackend):
         return CacheMetrics(
             rows=self.capacity,
             cached_rows=int((self.ids >= 0).sum()),
+            lookups=lookups,
             hit_rate=hits / lookups if lookups else 0.0,
             promotions=promotions,
             evictions=evictions,

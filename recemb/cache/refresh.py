@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def evict(table: Backend, cache: HotRowCache, plan: Exchange) -> tuple[Tensor, T
     values = cache.weight[slots]
     without = table.rows(table.map_ids(ids))
     if cache.settings.write_back:
-        table.write_back(ids, values)
+        table.write_back(ids, values, coldness(cache))
     after = table.rows(table.map_ids(ids))
     lost = [(rows - values).float().square().sum() for rows in (after, without)]
     cache.errors += torch.stack(lost)
@@ -72,6 +73,18 @@ def promote(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
     cache.exchanges += 1
     for callback in cache.on_replace:
         callback(cache, plan.slots)
+
+
+def coldness(cache: HotRowCache) -> float:
+    """How often the mean row outside a cache is looked up for each look-up of one at its edge, in (0, 1].
+
+    Under Zipf's law with exponent 1 the row of rank r is looked up 1 / r as often as the first. That of rank
+    C stands at the edge, and those of ranks C + 1 .. N have the mean (ln N - ln C) / (N - C).
+    """
+    rows, capacity = cache.num_embeddings, cache.capacity
+    if capacity == rows:
+        return 1.0
+    return capacity * (math.log(rows) - math.log(capacity)) / (rows - capacity)
 
 
 def cache_of(table: Backend) -> HotRowCache:

@@ -15,7 +15,8 @@ from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.backends.dense import DenseBackend
 from recemb.backends.memory import MemoryReport, memory_report
-from recemb.cache.hot_rows import CacheMetrics, HotRowCache
+from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.metrics import CacheMetrics
 from recemb.engine import Engine
 from recemb.errors import ConfigError
 from recemb.spec import TableSpec
