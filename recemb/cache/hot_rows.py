@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recemb.backends.dense import DenseBackend
+from recemb.cache.before_step import BeforeStep
 from recemb.cache.layout import num_candidates
 from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import buckets_of, see, vote
@@ -76,8 +77,7 @@ class HotRowCache(DenseBackend):
         self.on_replace: list[Callable[[HotRowCache, Tensor], None]] = []
         # Of this process: a graph made before the last exchange cannot be gone back through.
         self.exchanges = 0
-        # Version of ``weight`` at its last backward: while it has not changed, no optimizer has stepped.
-        self.version_at_backward = -1
+        self.before_step = BeforeStep()
         self._known: dict[str, tuple[Tensor, int, int]] = {}
         capacity, watched = table.cache_rows, num_candidates(table) + 1
         integers = {"ids": (capacity,), "owners": (watched,), "steps": (), "refreshed": (), "counts": (4,)}
@@ -212,6 +212,7 @@ class HotRowCache(DenseBackend):
             vote(self.owners, self.votes, buckets, evicted, scores)
             self.scores.mul_(self.settings.decay)
             self.votes.mul_(self.settings.decay)
+        self.before_step.note([])
         moved = torch.tensor([exchange.ids.numel(), evicted.numel()], device=self.counts.device)
         self.counts[2:] += moved
         now = self.host_value("steps")

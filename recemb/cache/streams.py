@@ -104,10 +104,7 @@ class Streams:
 
     def _waiting(self, caches: Sequence[HotRowCache]) -> bool:
         self._open = [token for token in self._open if token() is not None]
-        return bool(self._open) or any(
-            cache.weight.grad is not None and cache.version_at_backward == version_of(cache.weight)
-            for cache in caches
-        )
+        return bool(self._open) or any(cache.before_step.pending() for cache in caches)
 
     def split(self, tables: Mapping[str, Backend], bags: Bags) -> Split:
         """Send every position to one of the two streams.
@@ -186,12 +183,13 @@ class Streams:
 
     def merge(self, tables: Mapping[str, Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:
         """Add the streams up: [B, W + W_cold] -> [B, W]; in training, count the ids on the way."""
-        caches = [cache_of(tables[self.lookups[f].name]) for f in self.cached]
+        backends = [tables[self.lookups[f].name] for f in self.cached]
+        caches = [cache_of(backend) for backend in backends]
         watching = False
         if training:
             self._count(caches, split)
             watching = any(cache.tracks and cache.settings.policy == "importance" for cache in caches)
-        step = _Step(self, caches, split, watching, _Token() if training else None)
+        step = _Step(self, backends, caches, split, watching, _Token() if training else None)
         if training:
             self._open.append(ref(cast(_Token, step.token)))
         out = cast(Tensor, cast(Any, _Merge).apply(pooled, step))
@@ -268,18 +266,19 @@ class _Step:
     """One forward: what its backward needs."""
 
     streams: Streams
+    tables: Sequence[Backend]
     caches: Sequence[HotRowCache]
     split: Split
     watching: bool
     token: _Token | None
     exchanges: list[int] | None = None
 
-    def shares(self, k: int, f: int) -> tuple[Tensor, Tensor] | None:
+    def shares(self, k: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """[B, 1] each: which part of each bag of a mean feature is hot, and cold; ``None`` under sum."""
         if self.streams.lookups[f].pooling != "mean":
             return None
         hot, cold = self.lengths(f), self.lengths(len(self.streams.lookups) + k)
-        whole = (hot + cold).clamp(min=1).float()
+        whole = (hot + cold).clamp(min=1).to(dtype)
         return (hot / whole)[:, None], (cold / whole)[:, None]
 
     def lengths(self, feature: int) -> Tensor:
@@ -300,10 +299,9 @@ class _Merge(torch.autograd.Function):
         for own, cold in streams.blocks:
             out[:, own] += pooled[:, cold]
         for k, (f, own, cold) in enumerate(streams.columns):
-            shares = step.shares(k, f)
+            shares = step.shares(k, f, out.dtype)
             if shares is not None:
-                hot_share, cold_share = (share.to(out.dtype) for share in shares)
-                out[:, own] = pooled[:, own] * hot_share + pooled[:, cold] * cold_share
+                out[:, own] = pooled[:, own] * shares[0] + pooled[:, cold] * shares[1]
         return out
 
     @staticmethod
@@ -318,18 +316,16 @@ class _Merge(torch.autograd.Function):
             )
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         step.token = None
-        for cache in step.caches:
-            version = version_of(cache.weight)
-            cache.version_at_backward = -1 if version is None else version
+        for cache, table in zip(step.caches, step.tables, strict=True):
+            cache.before_step.note([cache.weight, *table.own_parameters().values()] if cache.due else [])
         both = grad.new_empty(grad.shape[0], streams.columns[-1][2].stop)
         both[:, : streams.width] = grad
         for own, cold in streams.blocks:
             both[:, cold] = grad[:, own]
         for k, (f, own, cold) in enumerate(streams.columns):
-            shares = step.shares(k, f)
+            shares = step.shares(k, f, grad.dtype)
             if shares is not None:
-                hot_share, cold_share = (share.to(grad.dtype) for share in shares)
-                both[:, own], both[:, cold] = grad[:, own] * hot_share, grad[:, own] * cold_share
+                both[:, own], both[:, cold] = grad[:, own] * shares[0], grad[:, own] * shares[1]
         if step.watching:
             step.watching = False
             _measure(step, both)
