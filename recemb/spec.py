@@ -31,8 +31,8 @@ class HotRows:
     Args:
         fraction: how many rows are cached, as a part of the table's N rows (at least one row), or
         rows: how many (at most N). Give one of the two.
-        policy: whose rows are hot: ``lfu`` the most looked up, by counts that decay; ``lru`` the most recently
-            looked up; ``importance`` those with the largest sum of gradient norms, which decays too
+        policy: whose rows are hot: ``lfu`` the most looked up, by counts that decay; ``lru`` the most
+            recently looked up; ``importance`` those with the largest sum of gradient norms, which decays too
             (AdaEmbed, OSDI 2023; CAFE, SIGMOD 2024).
         refresh_every: training steps from one exchange of rows to the next.
         warmup: training steps before the first exchange; until then nothing is cached. ``None`` for
@@ -50,7 +50,7 @@ class HotRows:
     warmup: int | None = None
     decay: float = 0.9
     write_back: bool = True
-    track_every: int = 2
+    track_every: int = 4
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.rows is None):
@@ -61,7 +61,7 @@ class HotRows:
             )
         if self.fraction is not None and not (_is_number(self.fraction) and 0 < self.fraction <= 1):
             raise ConfigError(
-                f"HotRows: fraction={self.fraction!r} must be a number in (0, 1], e.g. 0.01 for 1 % of the rows"
+                f"HotRows: fraction={self.fraction!r} must be a number in (0, 1], e.g. 0.01 for 1 % of rows"
             )
         if self.rows is not None and not (_is_int(self.rows) and self.rows >= 1):
             raise ConfigError(f"HotRows: rows={self.rows!r} must be an int >= 1, e.g. rows=1000")

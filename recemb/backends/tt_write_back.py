@@ -24,8 +24,8 @@ together at most what it gains, over ``cost``. Without a cost, s rows that share
 are met to rounding when their s * D / q_k equations a column are independent, which takes R_{k-1} R_k of at
 least that number.
 
-Without a cost a train of low rank does not survive it: at rank 2 the change that meets a few rows is orders of
-magnitude larger than the rows, and so is what it does to all others.
+Without a cost a train of low rank does not survive it: at rank 2 the change that meets a few rows is orders
+of magnitude larger than the rows, and so is what it does to all others.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of a group of rows; a well posed one takes about as many as it has equations, up to some tens.
+# The whitened rows have norm 1 at most, so a cost of 1/20 takes some ten; none takes what a slice asks for.
 _ITERATIONS = 200
+# Elements of slices that are copied for each row at once, 32 MB.
+_GATHERED = 2**22
 # Of the rows' norm: float32 holds no more. And of the first gradient.
 _CLOSE, _FLAT = 1e-7, 1e-6
 # A direction that the rows of the table do not have, relative to the one they have most of.
@@ -77,48 +79,56 @@ def _move_slices(
     whiten_left = _inverse_root(_left_gram(cores, k))
     whiten_right = _inverse_root(_right_gram(cores, k))
     left, right, residual = rows[0] @ whiten_left, whiten_right.T @ rows[1], rows[2]
-    slices, sizes = torch.unique(digits[:, k], return_counts=True)
-    groups = torch.argsort(digits[:, k], stable=True).tensor_split(sizes.cumsum(0)[:-1].cpu())
-    for slice_, own in zip(slices.tolist(), groups, strict=True):
-        change = _least_squares(left[own], right[own], residual[own], cost)
-        cores[k][slice_] += torch.einsum("ra,aqb,sb->rqs", whiten_left, change, whiten_right)
+    order = torch.argsort(digits[:, k], stable=True)
+    slices, index, sizes = torch.unique_consecutive(digits[order, k], return_inverse=True, return_counts=True)
+    first, taken, room = 0, 0, max(1, _GATHERED // cores[k][0].numel())
+    bounds = [0, *sizes.cumsum(0).tolist()]
+    for last in range(1, len(bounds)):
+        if last < len(bounds) - 1 and bounds[last + 1] - taken <= room:
+            continue
+        # Slices are independent of each other, so as many as fit are solved for at once.
+        own, part = order[taken : bounds[last]], index[taken : bounds[last]] - first
+        change = _least_squares((left[own], right[own], residual[own]), part, last - first, cost)
+        cores[k][slices[first:last]] += torch.einsum("ra,jaqb,sb->jrqs", whiten_left, change, whiten_right)
+        first, taken = last, bounds[last]
 
 
-def _least_squares(left: Tensor, right: Tensor, target: Tensor, cost: float) -> Tensor:
-    """The X [r, q, t] that minimises cost |X|**2 + the sum over i of |target_i - left_i X right_i|**2.
+def _least_squares(rows: tuple[Tensor, Tensor, Tensor], index: Tensor, count: int, cost: float) -> Tensor:
+    """The X [J, r, q, t] that minimises cost |X|**2 + sum over i of |target_i - left_i X_j(i) right_i|**2.
 
     Args:
-        left: [s, m, r].
-        right: [s, t, n].
-        target: [s, m, q, n].
+        rows: left [s, m, r], right [s, t, n] and target [s, m, q, n].
+        index: [s] j(i), which slice each row has.
+        count: J.
     """
-    count, rows, rank = left.shape
+    left, right, target = rows
+    size, m, rank = left.shape
     q, other = target.shape[2], right.shape[1]
-    flat = left.reshape(count * rows, rank)
 
     def forward(x: Tensor) -> Tensor:
-        middle = (flat @ x.view(rank, q * other)).view(count, rows * q, other)
+        middle = torch.bmm(left, x[index].view(size, rank, q * other)).view(size, m * q, other)
         return torch.bmm(middle, right).view(target.shape)
 
     def adjoint(y: Tensor) -> Tensor:
-        middle = torch.bmm(y.reshape(count, rows * q, -1), right.transpose(1, 2))
-        return (flat.T @ middle.view(count * rows, q * other)).view(rank, q, other)
+        middle = torch.bmm(y.reshape(size, m * q, -1), right.transpose(1, 2)).view(size, m, q * other)
+        each = torch.bmm(left.transpose(1, 2), middle).view(size, rank, q, other)
+        return target.new_zeros(count, rank, q, other).index_add_(0, index, each)
 
-    x = target.new_zeros(rank, q, other)
+    x = target.new_zeros(count, rank, q, other)
     residual = target.clone()
     direction = gradient = adjoint(residual)
-    size = float(gradient.square().sum())
-    first, close = size, (_CLOSE * float(target.norm())) ** 2
+    square = float(gradient.square().sum())
+    first, close = square, (_CLOSE * float(target.norm())) ** 2
     for _ in range(_ITERATIONS):
-        if size <= _FLAT**2 * first or float(residual.square().sum()) <= close:
+        if square <= _FLAT**2 * first or float(residual.square().sum()) <= close:
             break
         image = forward(direction)
-        step = size / (float(image.square().sum()) + cost * float(direction.square().sum()))
+        step = square / (float(image.square().sum()) + cost * float(direction.square().sum()))
         x += step * direction
         residual -= step * image
         gradient = adjoint(residual) - cost * x
-        before, size = size, float(gradient.square().sum())
-        direction = gradient + (size / before) * direction
+        before, square = square, float(gradient.square().sum())
+        direction = gradient + (square / before) * direction
     return x
 
 

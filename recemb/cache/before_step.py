@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class BeforeStep:
     """Parameters as they were at a backward, to see later whether an optimizer has stepped since.
 
-    A gradient that is still there says nothing: many loops clear it after the forward. Neither does a tensor's
-    version: torch's fused optimizers do not raise it. So the values are kept, from the one backward before an
-    exchange of rows, of parameters without an optimizer in their backward.
+    A gradient that is still there says nothing: many loops clear it after the forward. Neither does a
+    tensor's version: torch's fused optimizers do not raise it. So the values are kept, of parameters without
+    an optimizer in their backward, from the one backward before an exchange of rows.
     """
 
     def __init__(self) -> None:

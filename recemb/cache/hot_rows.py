@@ -102,10 +102,11 @@ class HotRowCache(DenseBackend):
         return self.table.num_embeddings
 
     def host_value(self, name: str) -> int:
-        """``steps`` or ``refreshed`` as an int, read from the device only when something has written to it."""
-        tensor: Tensor = getattr(self, name)
+        """``steps`` or ``refreshed`` as an int, read from the device only after a write to it."""
+        tensor: Tensor = self._buffers[name]  # type: ignore[assignment] # registered, never None
         known = self._known.get(name)
-        if known is not None and known[0] is tensor and known[1] == version_of(tensor):
+        # What is known is of a tensor that counts its writes.
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
             return known[2]
         return self.remember(name, int(tensor))
 

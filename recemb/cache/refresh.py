@@ -97,6 +97,7 @@ def _check_finite(table: Backend, ids: Tensor, values: Tensor) -> None:
     bad = ~torch.isfinite(values).all(dim=1)
     if bool(bad.any()):
         raise NonFiniteError(
-            f"table {table.table.name!r}: the cached row of id {int(ids[bad][0])} is NaN or infinite and cannot "
-            "be written back; training has diverged: lower the learning rate, or look for infinite inputs"
+            f"table {table.table.name!r}: the cached row of id {int(ids[bad][0])} is NaN or infinite and "
+            "cannot be written back; training has diverged: lower the learning rate, or look for infinite "
+            "inputs"
         )

@@ -185,10 +185,14 @@ class Streams:
         """Add the streams up: [B, W + W_cold] -> [B, W]; in training, count the ids on the way."""
         backends = [tables[self.lookups[f].name] for f in self.cached]
         caches = [cache_of(backend) for backend in backends]
-        watching = False
+        watching: list[bool] = []
         if training:
-            self._count(caches, split)
-            watching = any(cache.tracks and cache.settings.policy == "importance" for cache in caches)
+            tracked = [cache.tracks for cache in caches]
+            self._count(caches, split, tracked)
+            watching = [
+                now and cache.settings.policy == "importance"
+                for now, cache in zip(tracked, caches, strict=True)
+            ]
         step = _Step(self, backends, caches, split, watching, _Token() if training else None)
         if training:
             self._open.append(ref(cast(_Token, step.token)))
@@ -201,9 +205,9 @@ class Streams:
                 cache.remember("steps", before + 1)
         return out
 
-    def _count(self, caches: Sequence[HotRowCache], split: Split) -> None:
+    def _count(self, caches: Sequence[HotRowCache], split: Split, tracked: Sequence[bool]) -> None:
         for k, (f, cache) in enumerate(zip(self.cached, caches, strict=True)):
-            if not cache.tracks:
+            if not tracked[k]:
                 continue
             hits, misses = self.positions(k, f, split)
             cache.count(hits.stop - hits.start + misses.stop - misses.start, hits.stop - hits.start)
@@ -269,7 +273,7 @@ class _Step:
     tables: Sequence[Backend]
     caches: Sequence[HotRowCache]
     split: Split
-    watching: bool
+    watching: list[bool]
     token: _Token | None
     exchanges: list[int] | None = None
 
@@ -311,8 +315,8 @@ class _Merge(torch.autograd.Function):
         streams = step.streams
         if step.exchanges != [cache.exchanges for cache in step.caches]:
             raise RecembError(
-                "the cached rows have been exchanged since the forward of this graph, which has gone backward "
-                "once already (retain_graph=True); run the forward again"
+                "the cached rows have been exchanged since the forward of this graph, which has gone "
+                "backward once already (retain_graph=True); run the forward again"
             )
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         step.token = None
@@ -326,9 +330,9 @@ class _Merge(torch.autograd.Function):
             shares = step.shares(k, f, grad.dtype)
             if shares is not None:
                 both[:, own], both[:, cold] = grad[:, own] * shares[0], grad[:, own] * shares[1]
-        if step.watching:
-            step.watching = False
+        if any(step.watching):
             _measure(step, both)
+            step.watching = []
         return both, None
 
 
@@ -336,7 +340,7 @@ def _measure(step: _Step, grad: Tensor) -> None:
     """Count the gradient norm that reaches each looked-up row."""
     streams, bags = step.streams, step.split.bags
     for k, ((f, own, cold), cache) in enumerate(zip(streams.columns, step.caches, strict=True)):
-        if cache.settings.policy != "importance":
+        if not step.watching[k]:
             continue
         parts = []
         places = zip(

@@ -42,17 +42,17 @@ def vote(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, weights: T
         owners: [K + 1] int64, -1 for none.
         votes: [K + 1] float32.
         buckets: [L] int64, of :func:`buckets_of`.
-        ids: [L] int64; a negative one counts for nothing.
+        ids: [L] int64; one that stands for no id has weight 0.
         weights: [L] float32 >= 0.
     """
-    present, held = ids >= 0, owners[buckets]
-    signed = torch.where(held == ids, weights, -weights)
-    votes.index_add_(0, buckets, signed.masked_fill(~present, 0))
+    held = owners[buckets]
+    own = held == ids
+    votes.index_add_(0, buckets, torch.where(own, weights, -weights))
     after = votes[buckets]
     lost = after < 0
     # Positions of one bucket write the same value, so their order does not matter.
     owners.scatter_(0, buckets, held.masked_fill(lost, _NOBODY))
-    owners.scatter_reduce_(0, buckets, ids.masked_fill(~lost | (held == ids) | ~present, _NOBODY), "amin")
+    owners.scatter_reduce_(0, buckets, ids.masked_fill(~lost | own, _NOBODY), "amin")
     votes.scatter_(0, buckets, after.abs())
 
 

@@ -29,8 +29,8 @@ class Evaluation:
     """One pass over a split after ``step`` training steps.
 
     ``train`` holds the metrics of the training batches since the evaluation before, each computed before its
-    own step (progressive validation); ``best`` says that no earlier evaluation was as good; ``caches`` is what
-    the cached tables have done by then.
+    own step (progressive validation); ``best`` says that no earlier evaluation was as good; ``caches`` is
+    what the cached tables have done by then.
     """
 
     step: int

@@ -157,7 +157,7 @@ def _cache_figures(caches: Mapping[str, CacheMetrics]) -> dict[str, object]:
 def _result(
     run: _Run, outcome: Outcome, test: MetricValues | None, caches: Mapping[str, CacheMetrics]
 ) -> dict[str, Any]:
-    """``result.json``: the figures of the best weights (and of their caches), on the test split if there is one, else on val.
+    """``result.json``: the figures of the best weights, on the test split if there is one, else on val.
 
     ``step_ms_p50`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation.
     """

@@ -56,7 +56,9 @@ def test_values_and_gradients(method: str, pooling: str, dtype: torch.dtype) -> 
     tables = [
         spec(METHODS[method](cache), 60, 8, name="t", features=("f", "g"), pooling=kind),
         spec(Dense(), 20, 4, name="plain"),
-        spec(METHODS[method](None), 50, 8, name="uncached") if method != "robe" else spec(Dense(), 50, 8, name="u"),
+        spec(METHODS[method](None), 50, 8, name="uncached")
+        if method != "robe"
+        else spec(Dense(), 50, 8, name="u"),
         spec(METHODS[method](forever(rows=3)), 40, 8, name="last", pooling=kind),
     ]
     collection = Collection(tables).to(dtype)

@@ -110,7 +110,7 @@ def test_accumulation_equals_one_large_batch() -> None:
     batches = [[1, 2, 3, 3], [3, 3, 4, 4], [5, 5, 5, 1]]
     whole, parts = every_step().double(), every_step().double()
     for _ in range(4):
-        for collection, chunks in ((whole, [sum(batches, [])]), (parts, batches)):
+        for collection, chunks in ((whole, [[i for batch in batches for i in batch]]), (parts, batches)):
             optimizer = sgd(collection, 0.1)
             optimizer.zero_grad()
             for chunk in chunks:

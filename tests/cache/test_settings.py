@@ -86,7 +86,8 @@ def test_equal_compressions_stay_equal(method: str) -> None:
 @pytest.mark.parametrize("rate", [5.0, 20.0])
 def test_a_budget_holds_the_cache_too(method: str, rate: float) -> None:
     tables = [
-        TableSpec(name=f"t{rows}", num_embeddings=rows, embedding_dim=16) for rows in (50, 3000, 40_000, 90_000)
+        TableSpec(name=f"t{rows}", num_embeddings=rows, embedding_dim=16)
+        for rows in (50, 3000, 40_000, 90_000)
     ]
     cache = HotRows(fraction=0.005)
     chosen = compress(tables, method, rate, cache=cache)

@@ -24,7 +24,7 @@ def test_with_a_bucket_for_every_id_votes_are_counts(batches: list[list[int]]) -
     counts: Counter[int] = Counter()
     for batch in batches:
         ids = torch.tensor(batch, dtype=torch.int64)
-        vote(owners, votes, buckets_of(ids, 20, 20), ids, torch.full((len(batch),), 2.0))
+        vote(owners, votes, buckets_of(ids, 20, 20), ids, 2.0 * (ids >= 0))
         counts.update({i: 2 * batch.count(i) for i in set(batch) if i >= 0})
     assert votes[:20].tolist() == [counts[i] for i in range(20)]
     assert owners[:20].tolist() == [i if counts[i] else -1 for i in range(20)]
@@ -38,7 +38,7 @@ def test_one_bucket_is_a_majority_vote_of_whole_batches(batches: list[list[int]]
     owner, score = -1, 0.0
     for batch in batches:
         ids = torch.tensor(batch, dtype=torch.int64)
-        vote(owners, votes, torch.where(ids < 0, 1, 0), ids, torch.ones(len(batch)))
+        vote(owners, votes, torch.where(ids < 0, 1, 0), ids, (ids >= 0).float())
         seen = [i for i in batch if i >= 0]
         score += sum(1 if i == owner else -1 for i in seen)
         if score < 0:
@@ -56,7 +56,10 @@ def test_seen_last(batches: list[list[int]]) -> None:
         buckets = buckets_of(ids, 4, 20)
         see(owners, votes, buckets, ids, step)
         for bucket in set(buckets.tolist()) - {4}:
-            expected[bucket] = (min(i for i, b in zip(batch, buckets.tolist(), strict=True) if b == bucket), step)
+            expected[bucket] = (
+                min(i for i, b in zip(batch, buckets.tolist(), strict=True) if b == bucket),
+                step,
+            )
     for bucket in range(4):
         assert (int(owners[bucket]), int(votes[bucket])) == expected.get(bucket, (-1, 0))
 

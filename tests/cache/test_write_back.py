@@ -123,9 +123,7 @@ def test_a_train_is_within_the_best_choice_of_its_widest_core(seed: int, ids: li
     effective, before = collection.backend().to_dense(), stored(collection)
     core = collection.backend().own_parameters()["core_1"]
     jacobian = torch.autograd.functional.jacobian(
-        lambda value: torch.func.functional_call(
-            _Rows(collection), {"backend.core_1": value}, ()
-        ).flatten(),
+        lambda value: torch.func.functional_call(_Rows(collection), {"backend.core_1": value}, ()).flatten(),
         core.detach(),
     ).flatten(1)
     best = torch.linalg.lstsq(jacobian, (effective - before).flatten(), driver="gelsd").solution
