@@ -187,7 +187,7 @@ def test_robe_rows_that_share_a_weight_take_the_mean() -> None:
     target = backend.to_dense()[chosen]
     slots = backend.map_ids(chosen)
     expected = [
-        float((target[slots == place].mean() if (slots == place).any() else array.detach().flatten()[place]))
+        float(target[slots == place].mean() if (slots == place).any() else array.detach().flatten()[place])
         for place in range(array.numel())
     ]
     backend.write_back(chosen, target, 0)
