@@ -30,7 +30,7 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
             "its bytes count in compress_rate",
         ),
         "cache_policy": ("NAME", "which rows are hot: lfu (default), lru or importance"),
-        "cache_refresh_every": ("STEPS", "exchange cached rows every STEPS training steps (default 64)"),
+        "cache_refresh_every": ("STEPS", "exchange cached rows every STEPS training steps; 64 when left out"),
         "compare": ("dense", "train the uncompressed twin too and print both side by side"),
     },
     "model": {
