@@ -14,6 +14,11 @@ Laws (``tests/backends/test_contract.py`` runs them over every method):
 6. A fresh table's elements have standard deviation ``table.row_std`` and mean 0, whatever the method.
 7. ``from_dense(to_dense())`` reproduces the table when the method has a closed form, and raises
    :class:`ConfigError` without touching a weight when it has none.
+8. ``write_back(ids, values, cost)`` leaves the rows of ``ids`` no further from ``values``, and changes the
+   others by no more than that gain over ``cost`` (``tests/cache/test_write_back.py``).
+
+With cached rows (:mod:`recemb.cache`) 3 and 5 are of the parameters alone: the engine looks cached rows up
+beside them, and ``to_dense`` puts them in their places.
 """
 
 from __future__ import annotations

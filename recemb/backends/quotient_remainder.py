@@ -114,7 +114,7 @@ class QuotientRemainderBackend(Backend):
         that side's root mean square is approached only: dividing by it would throw the others far off.
         """
         slots = self.map_ids(ids)
-        residual = (values - self.rows(slots)).double()
+        residual = values.double() - self.rows(slots).double()
         split = self.q.shape[1]
         if _compression(self.table).operation == "concat":
             ones = residual.new_ones(1, 1)

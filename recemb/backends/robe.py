@@ -138,7 +138,7 @@ class ROBEBackend(Backend):
         """
         slots = self.map_ids(ids)
         index, negative = self._elements(slots)
-        residual = (values - self.rows(slots)).double()
+        residual = values.double() - self.rows(slots).double()
         asked = torch.where(negative, -residual, residual).flatten()
         weights, inverse, counts = torch.unique(index.flatten(), return_inverse=True, return_counts=True)
         total = asked.new_zeros(len(weights)).index_add_(0, inverse, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,3 +190,47 @@ def test_shared_storage_is_counted_once() -> None:
     assert robe.num_params(tables[:2]) == 144 + (3 + 15) * 8
     counted = sum(backend_of(group[0]).num_params(group) for group in groups)
     assert counted == sum(p.numel() for p in collection.parameters())
+
+
+def test_a_collection_built_on_meta_starts_with_an_empty_cache() -> None:
+    from recemb import EmbeddingBagCollection, EmbeddingBagConfig
+
+    config = EmbeddingBagConfig(
+        name="t",
+        num_embeddings=60,
+        embedding_dim=8,
+        feature_names=["f"],
+        compression=TensorTrain(rank=4, cache=forever(rows=5)),
+    )
+    collection = EmbeddingBagCollection(tables=[config], device="meta").to_empty(device="cpu")
+    collection.reset_parameters()
+    (cache,) = collection.hot_row_caches().values()
+    assert cache.ids.tolist() == [-1] * 5
+    assert cache.host_value("steps") == 0
+    assert bool(torch.isfinite(collection.to_dense("t")).all())
+    assert collection.cache_metrics()["t"].cached_rows == 0
+    assert collection.memory().total.num_bytes == sum(
+        tensor.numel() * tensor.element_size() for tensor in collection.state_dict().values()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_rows(method: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    table = replace(spec(METHODS[method](forever(rows=3))), dtype=dtype)
+    collection = Collection([table])
+    cache = hold(collection, [4, 5, 6])
+    with torch.no_grad():
+        cache.weight += torch.randn(3, 8).to(cache.weight.dtype)
+        cache.scores.zero_()
+    before = collection.backend().to_dense()[[4, 5, 6]]
+    out = collection(bags_of([4, 9, 6], [2, 1], 1))
+    assert out.dtype == cache.weight.dtype == getattr(torch, dtype)
+    out.float().sum().backward()
+    hold(collection, [40, 41, 42])
+    # Written back as well as the type allows, and not worse than not at all.
+    after = collection.backend().to_dense()[[4, 5, 6]]
+    assert bool(torch.isfinite(after).all())
+    assert float((after - before).float().norm()) < 3 * 8**0.5
+    assert cache.metrics().write_back_error < 1
