@@ -110,6 +110,9 @@ def test_a_state_saved_in_any_phase_is_the_live_one(
 
         def outer(*args: Any) -> Any:
             check(f"before {name}")
+            if name == "reset_in_backward":
+                # The new rows are in their slots, which no id has yet: not the old ones', not their own.
+                assert bool((collection.cache().ids[args[1]] == -1).all())
             result = inner(*args)
             check(f"after {name}")
             return result

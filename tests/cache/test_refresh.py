@@ -100,10 +100,24 @@ def test_accumulated_gradients_hold_them_until_the_step(name: str) -> None:
     optimizer.step()
     # The gradient is there still, but has been stepped on: many loops clear it after the forward.
     assert collection.cache().weight.grad is not None
-    stale = collection.cache().weight.grad
     collection(one_id_bags([3]))
     assert cached(collection) == {3, 4}
-    assert not bool(stale.any()), "a new row has no gradient of the old one's"
+
+
+def test_a_new_row_has_no_gradient_of_the_old_one() -> None:
+    collection = Collection([spec(TensorTrain(rank=4, cache=forever(rows=2)), 40)])
+    cache = hold(collection, [1, 2])
+    step(collection, [1, 2], sgd(collection))
+    gradient = cache.weight.grad
+    assert gradient is not None
+    kept = gradient[0].clone()
+    with torch.no_grad():
+        cache.scores[0] = 1e9
+    hold(collection, [9])
+    assert cache.ids.tolist() == [1, 9]
+    assert torch.equal(gradient[0], kept)
+    assert bool(kept.any())
+    assert not bool(gradient[1].any())
 
 
 def test_accumulation_equals_one_large_batch() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recemb.cache.refresh import coldness
+from recemb.cache.refresh import coldness, refresh
 from recemb.spec import (
     ROBE,
     Compression,
@@ -216,6 +216,26 @@ def test_an_exchange_writes_back_and_says_how_well(method: str) -> None:
         assert torch.equal(collection.backend().to_dense()[[8, 44]], stored(collection)[[8, 44]])
     assert errors[0] < 0.95
     assert errors[1] == pytest.approx(1)
+
+
+def test_all_tables_of_an_array_write_back_before_any_row_enters() -> None:
+    torch.manual_seed(0)
+    shared = ROBE(compress_rate=10, block_size=8, cache=forever(rows=4))
+    tables = [spec(shared, 40, name="a"), spec(shared, 40, name="b")]
+    collection = Collection(tables).double()
+    for name in ("a", "b"):
+        cache = hold(collection, [0, 1, 2, 3], name)
+        with torch.no_grad():
+            cache.weight += torch.randn(4, 8, dtype=torch.float64)
+            cache.scores.zero_()
+            cache.owners[:4], cache.votes[:4] = torch.arange(4, 8), 1e6
+    start = collection.backend("a").own_parameters()["array"].detach().clone()
+    refresh([collection.backend("a"), collection.backend("b")])
+    assert not torch.equal(start, collection.backend("a").own_parameters()["array"])
+    for name in ("a", "b"):
+        backend, cache = collection.backend(name), collection.cache(name)
+        assert cache.ids.tolist() == [4, 5, 6, 7]
+        assert torch.equal(cache.weight, backend.rows(backend.map_ids(cache.ids)))
 
 
 def test_coldness_is_zipfs() -> None:
