@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,17 +51,21 @@ def main() -> None:
         for seed in range(args.seeds)
         for name, flags in settings
     ]
-    common = ["--data_dir", args.data_dir, *args.train.split()]
-    waiting = [job for job in jobs if not (job[0] / "result.json").exists()]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(lambda job: _train(job[0], [*common, *job[1]]), waiting)
-        for _ in tqdm(done, total=len(waiting), unit="run", disable=not waiting):
-            pass
+    train_all(jobs, ["--data_dir", args.data_dir, *args.train.split()], args.jobs)
     runs = load_runs([args.output])
     print(comparison_table(runs))
     write_report(runs, args.output / "report")
     if args.results:
         _write_csv(args.results, summarise(runs))
+
+
+def train_all(jobs: Sequence[tuple[Path, list[str]]], common: Sequence[str], workers: int | None) -> None:
+    """Run ``recemb train`` for every (run directory, flags) that is not finished, on one thread each."""
+    waiting = [job for job in jobs if not (job[0] / "result.json").exists()]
+    with ThreadPoolExecutor(workers) as pool:
+        done = pool.map(lambda job: _train(job[0], [*common, *job[1]]), waiting)
+        for _ in tqdm(done, total=len(waiting), unit="run", disable=not waiting):
+            pass
 
 
 def _train(output: Path, flags: list[str]) -> None:

@@ -14,7 +14,7 @@ from recemb_kernels.build import cache_dir
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels", "tests/optim")
 _SOURCES = (
-    *("kernels", "recemb/backends", "recemb/id_maps", "recemb/optim", "recemb/torchrec_io"),
+    *("kernels", "recemb/backends", "recemb/id_maps", "recemb/optim", "recemb/cache", "recemb/torchrec_io"),
     *("recemb/bags.py", "recemb/engine.py", "recemb/spec.py"),
 )
 _SUFFIXES = {".py", ".cpp", ".h"}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ROBE,
         Compression,
         Dense,
+        HotRows,
         MixedDimension,
         QuotientRemainder,
         TensorTrain,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Compression": "recemb.spec",
     "Dense": "recemb.spec",
+    "HotRows": "recemb.spec",
     "MixedDimension": "recemb.spec",
     "QuotientRemainder": "recemb.spec",
     "ROBE": "recemb.spec",
@@ -40,6 +42,7 @@ __all__ = [
     "Dense",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
+    "HotRows",
     "MixedDimension",
     "QuotientRemainder",
     "TensorTrain",

@@ -16,6 +16,7 @@ from recemb.backends import backend_of
 from recemb.backends.base import Backend
 from recemb.backends.native import pooled_native, served_natively
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
+from recemb.cache.streams import Streams
 from recemb.spec import TableSpec
 from recemb_kernels.gather_op import opaque
 
@@ -41,8 +42,14 @@ class Engine:
             LookupTarget(feature, table.name, table.num_embeddings) for feature, table in lookups
         )
         self.dims = tuple(table.embedding_dim for _, table in lookups)
+        served = [table for _, table in lookups]
+        # With cached rows a batch is looked up as more features than it has.
+        self._streams = Streams(served) if any(table.cache_rows for table in served) else None
+        if self._streams is not None:
+            served = self._streams.expanded
+        self._widths = [table.embedding_dim for table in served]
         members: dict[type[Backend], list[int]] = {}
-        for f, (_, table) in enumerate(lookups):
+        for f, table in enumerate(served):
             members.setdefault(backend_of(table), []).append(f)
         self._groups = tuple(_Group(backend, tuple(features)) for backend, features in members.items())
 
@@ -63,7 +70,14 @@ class Engine:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
         check_bags(bags, self.targets)
-        served = [tables[target.table] for target in self.targets]
+        if self._streams is None:
+            return self._pool([tables[target.table] for target in self.targets], bags)
+        training = self._streams.begin(tables)
+        split = self._streams.split(tables, bags)
+        pooled = self._pool(self._streams.served(tables), split.bags)
+        return self._streams.merge(tables, pooled, split, training)
+
+    def _pool(self, served: Sequence[Backend], bags: Bags) -> Tensor:
         # The native kernels serve all methods at once, and write every column in its place.
         whole = pooled_native(served, bags)
         if whole is not None:
@@ -84,6 +98,6 @@ class Engine:
             return outputs[0][1]
         columns: dict[int, Tensor] = {}
         for features, output in outputs:
-            pieces = torch.split(output, [self.dims[f] for f in features], dim=1)
+            pieces = torch.split(output, [self._widths[f] for f in features], dim=1)
             columns.update(zip(features, pieces, strict=True))
-        return torch.cat([columns[f] for f in range(len(self.targets))], dim=1)
+        return torch.cat([columns[f] for f in range(len(served))], dim=1)

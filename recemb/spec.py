@@ -10,13 +10,84 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from recemb.errors import ConfigError
 
 Pooling = Literal["sum", "mean"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
+CachePolicy = Literal["lfu", "lru", "importance"]
 DTYPE_BYTES: dict[DTypeName, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HotRows:
+    """A cache of a compressed table's hottest rows, which live uncompressed and train as plain rows.
+
+    Rows enter and leave by themselves, between two training steps: a new one starts at its compressed value,
+    and one that leaves is written back into the compressed parameters, so that its training is kept. Ids come
+    from the training batches alone; evaluation changes nothing.
+
+    Args:
+        fraction: how many rows are cached, as a part of the table's N rows (at least one row), or
+        rows: how many (at most N). Give one of the two.
+        policy: whose rows are hot: ``lfu`` the most looked up, by counts that decay; ``lru`` the most
+            recently looked up; ``importance`` those with the largest sum of gradient norms, which decays too
+            (AdaEmbed, OSDI 2023; CAFE, SIGMOD 2024).
+        refresh_every: training steps from one exchange of rows to the next.
+        warmup: training steps before the first exchange; until then nothing is cached. ``None`` for
+            min(64, refresh_every).
+        decay: what a count keeps at each exchange, in (0, 1].
+        write_back: whether a row that leaves is written into the compressed parameters. Without it the row
+            falls back to its compressed value, and what it has learned as a plain row is lost.
+        track_every: of how many training steps one has its ids counted; others pay for the look-up alone.
+    """
+
+    fraction: float | None = None
+    rows: int | None = None
+    policy: CachePolicy = "lfu"
+    refresh_every: int = 64
+    warmup: int | None = None
+    decay: float = 0.9
+    write_back: bool = True
+    track_every: int = 4
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.rows is None):
+            both = f"both fraction={self.fraction!r} and rows={self.rows!r} are given"
+            neither = "neither fraction nor rows is given"
+            raise ConfigError(
+                f"HotRows: {neither if self.rows is None else both}; give one, e.g. HotRows(fraction=0.01)"
+            )
+        if self.fraction is not None and not (_is_number(self.fraction) and 0 < self.fraction <= 1):
+            raise ConfigError(
+                f"HotRows: fraction={self.fraction!r} must be a number in (0, 1], e.g. 0.01 for 1 % of rows"
+            )
+        if self.rows is not None and not (_is_int(self.rows) and self.rows >= 1):
+            raise ConfigError(f"HotRows: rows={self.rows!r} must be an int >= 1, e.g. rows=1000")
+        policies = get_args(CachePolicy)
+        if self.policy not in policies:
+            raise ConfigError(f"HotRows: policy={self.policy!r} must be one of {', '.join(policies)}")
+        for name, least in (("refresh_every", 1), ("track_every", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if not (_is_int(value) and value >= least) and not (name == "warmup" and value is None):
+                raise ConfigError(f"HotRows: {name}={value!r} must be an int >= {least}, e.g. {name}=64")
+        if not (_is_number(self.decay) and 0 < self.decay <= 1):
+            raise ConfigError(f"HotRows: decay={self.decay!r} must be a number in (0, 1], e.g. 0.9")
+        if not isinstance(self.write_back, bool):
+            raise ConfigError(f"HotRows: write_back={self.write_back!r} must be True or False")
+
+    @property
+    def first_refresh(self) -> int:
+        """Training steps before the first exchange of rows."""
+        return min(64, self.refresh_every) if self.warmup is None else self.warmup
+
+    def capacity(self, num_embeddings: int) -> int:
+        """How many rows of a table of N = ``num_embeddings`` are cached: 1 .. N."""
+        if self.rows is not None:
+            return min(self.rows, num_embeddings)
+        assert self.fraction is not None
+        return min(num_embeddings, max(1, round(self.fraction * num_embeddings)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +95,20 @@ class Compression:
     """How one table is stored. Each method is a frozen subclass that validates itself.
 
     ``method`` is the short name used by ``--method``, ``memory()`` and result files.
+
+    Args:
+        cache: keep the hottest rows uncompressed, or ``None``.
     """
 
+    cache: HotRows | None = None
     method: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and not isinstance(self.cache, HotRows):
+            raise ConfigError(
+                f"{type(self).__name__}: cache={self.cache!r} must be HotRows(...) or None, e.g. "
+                "cache=HotRows(fraction=0.01)"
+            )
 
     def check(self, table: TableSpec) -> None:
         """Raise :class:`ConfigError` when this compression cannot hold ``table``."""
@@ -37,6 +119,14 @@ class Dense(Compression):
     """The uncompressed table: N x D weights, exactly torchrec's own."""
 
     method: ClassVar[str] = "dense"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache is not None:
+            raise ConfigError(
+                f"Dense: cache={self.cache} would hold rows that are uncompressed already; remove it, or "
+                "choose a compression, e.g. TensorTrain(rank=16, cache=HotRows(fraction=0.01))"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +151,7 @@ class TensorTrain(Compression):
     method: ClassVar[str] = "tt"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rank", "row_shape", "dim_shape"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
@@ -130,6 +221,7 @@ class QuotientRemainder(Compression):
     method: ClassVar[str] = "qr"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not _is_int(self.collisions) or self.collisions < 1:
             raise ConfigError(
                 f"QuotientRemainder: collisions={self.collisions!r} must be an int >= 1, e.g. 4"
@@ -176,6 +268,7 @@ class ROBE(Compression):
     method: ClassVar[str] = "robe"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rate = self.compress_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not (1 <= rate < math.inf):
             raise ConfigError(f"ROBE: compress_rate={rate!r} must be a number >= 1, e.g. 100")
@@ -201,6 +294,7 @@ class MixedDimension(Compression):
     method: ClassVar[str] = "md"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not _is_int(self.dim) or self.dim < 1:
             raise ConfigError(f"MixedDimension: dim={self.dim!r} must be an int >= 1, e.g. 4")
 
@@ -266,6 +360,12 @@ class TableSpec:
         self.compression.check(self)
 
     @property
+    def cache_rows(self) -> int:
+        """C, how many rows are cached uncompressed; 0 without a cache."""
+        cache = self.compression.cache
+        return 0 if cache is None else cache.capacity(self.num_embeddings)
+
+    @property
     def row_std(self) -> float:
         """Standard deviation of a fresh row's elements."""
         return self.init_std if self.init_std is not None else math.sqrt(1 / (3 * self.num_embeddings))
@@ -278,3 +378,7 @@ class TableSpec:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

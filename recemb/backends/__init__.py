@@ -63,11 +63,16 @@ def build(tables: Sequence[TableSpec], device: torch.device) -> dict[str, Backen
             raise ConfigError(
                 f"table name {name!r} is taken by torch's nn.ModuleDict; use another, e.g. {'t_' + name!r}"
             )
+    # A cache is a backend itself, so it is known only once this package is.
+    from recemb.cache.hot_rows import HotRowCache
+
     built: dict[str, Backend] = {}
     for backend, peers in storages(tables):
         owner: Backend | None = None
         for table in peers:
             module = backend(table, peers, owner, device)
             owner = owner or module
+            if table.cache_rows:
+                module.cache = HotRowCache(table, device)
             built[table.name] = module
     return {name: built[name] for name in names}

@@ -14,6 +14,11 @@ Laws (``tests/backends/test_contract.py`` runs them over every method):
 6. A fresh table's elements have standard deviation ``table.row_std`` and mean 0, whatever the method.
 7. ``from_dense(to_dense())`` reproduces the table when the method has a closed form, and raises
    :class:`ConfigError` without touching a weight when it has none.
+8. ``write_back(ids, values, cost)`` leaves the rows of ``ids`` no further from ``values``, and changes the
+   others by no more than that gain over ``cost`` (``tests/cache/test_write_back.py``).
+
+With cached rows (:mod:`recemb.cache`) 3 and 5 are of the parameters alone: the engine looks cached rows up
+beside them, and ``to_dense`` puts them in their places.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +38,9 @@ from recemb.errors import ConfigError
 from recemb.spec import Compression, TableSpec
 from recemb_kernels.lookup import TableShape
 from recemb_kernels.memory import hint_huge_pages
+
+if TYPE_CHECKING:
+    from recemb.cache.hot_rows import HotRowCache
 
 # A block of rows being rebuilt for to_dense or from_dense holds at most this many elements (64 MB of fp32).
 BLOCK_NUMEL = 2**24
@@ -76,6 +84,9 @@ class Backend(nn.Module, ABC):
         # array then has one state-dict key, and .to(), to_empty() and assign-loading cannot split it.
         self._owner = () if owner is None else (owner,)
         self.memo = Memo()
+        # Filled in by :func:`recemb.backends.build`: a cache is a table of plain rows, a backend itself.
+        self.cache: HotRowCache | None
+        self.register_module("cache", None)
         if owner is None:
             dtype = getattr(torch, table.dtype)
             for name, shape in self.param_shapes(self.peers).items():
@@ -102,8 +113,9 @@ class Backend(nn.Module, ABC):
 
     @classmethod
     def num_params(cls, tables: Sequence[TableSpec]) -> int:
-        """Exact number of parameters of the storage shared by ``tables``; builds nothing."""
-        return sum(math.prod(shape) for shape in cls.param_shapes(tables).values())
+        """Exact number of parameters of the storage shared by ``tables``, cached rows too; builds nothing."""
+        cached = sum(table.cache_rows * table.embedding_dim for table in tables)
+        return cached + sum(math.prod(shape) for shape in cls.param_shapes(tables).values())
 
     @abstractmethod
     def map_ids(self, ids: Tensor) -> Tensor:
@@ -167,12 +179,15 @@ class Backend(nn.Module, ABC):
         return sum(peer.num_embeddings for peer in before)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of this table's storage, those of its owner when it shares one."""
-        return dict((self._owner[0] if self._owner else self).named_parameters())
+        """The parameters of this table's storage, those of its owner when it shares one; no cached rows."""
+        return dict((self._owner[0] if self._owner else self).named_parameters(recurse=False))
 
     @torch.no_grad()
     def to_dense(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows ``start`` .. ``stop`` - 1 as a dense [stop - start, D] tensor, rebuilt block by block."""
+        """Rows ``start`` .. ``stop`` - 1 as a dense [stop - start, D] tensor, rebuilt block by block.
+
+        Cached rows are taken from the cache, as in a look-up.
+        """
         stop = self.table.num_embeddings if stop is None else stop
         if not 0 <= start <= stop <= self.table.num_embeddings:
             raise ConfigError(
@@ -191,10 +206,15 @@ class Backend(nn.Module, ABC):
         for first, last in self.row_blocks(start, stop):
             ids = torch.arange(first, last, device=parameter.device)
             dense[first - start : last - start] = self.rows(self.map_ids(ids))
+        if self.cache is not None:
+            slots = ((self.cache.ids >= start) & (self.cache.ids < stop)).nonzero().flatten()
+            dense[self.cache.ids[slots] - start] = self.cache.weight[slots].to(dense.dtype)
         return dense
 
     def from_dense(self, weight: Tensor) -> None:
         """Overwrite the parameters, in place, with the method's best approximation of ``weight`` [N, D].
+
+        Cached rows take their values exactly, and stay cached.
 
         Raises:
             ConfigError: wrong shape or dtype, non-finite values, or the method has no closed form here.
@@ -214,6 +234,30 @@ class Backend(nn.Module, ABC):
         with torch.no_grad():
             for name, value in self.approximate(weight.detach()).items():
                 self.own_parameters()[name].copy_(value)
+            if self.cache is not None:
+                slots = (self.cache.ids >= 0).nonzero().flatten()
+                self.cache.weight[slots] = weight[self.cache.ids[slots]].to(self.cache.weight.dtype)
+
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Change the parameters, in place, so that the rows of ``ids`` come close to ``values``.
+
+        What a cached row has learned goes back where other rows are stored too. Each method minimises
+
+            sum over ids of |value - row|**2 + cost * sum over the other rows of |change|**2
+
+        over parameters that it names, and so leaves the rows together no further from ``values`` than they
+        were, and the others changed by no more than that gain over ``cost``. Without a cost the rows are met
+        exactly where that is possible.
+
+        Args:
+            ids: [E] int64, each once.
+            values: [E, D], finite.
+            cost: how often another row is looked up for each time that one of these is, >= 0.
+        """
+        raise NotImplementedError(
+            f"method {self.table.compression.method!r} does not write rows back; use "
+            "cache=HotRows(write_back=False, ...)"
+        )
 
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters, by name, that come closest to ``weight`` [N, D] in the Frobenius norm.

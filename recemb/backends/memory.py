@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from recemb.backends import storages
+from recemb.cache.layout import buffer_bytes
 from recemb.spec import DTYPE_BYTES, TableSpec
 
 
@@ -14,7 +16,7 @@ class TableMemory:
     """One table's storage. A shared array is split over its tables by their N * D.
 
     Attributes:
-        num_bytes: bytes of the parameters as stored.
+        num_bytes: bytes of the parameters as stored, with cached rows and the buffers of their cache.
         dense_bytes: bytes of the same table uncompressed, N * D elements of the same dtype.
     """
 
@@ -70,16 +72,22 @@ class MemoryReport(Sequence[TableMemory]):
         return "\n".join(lines)
 
 
+def cache_bytes(table: TableSpec) -> int:
+    """Bytes of the cached rows of a table and of what its cache keeps beside them."""
+    return table.cache_rows * table.embedding_dim * DTYPE_BYTES[table.dtype] + buffer_bytes(table)
+
+
 def memory_report(tables: Sequence[TableSpec]) -> MemoryReport:
-    """Exact bytes of every table's parameters; gradients and optimizer state are not counted."""
+    """Exact bytes of every table's parameters and caches; gradients and optimizer state are not counted."""
     num_bytes: dict[str, int] = {}
     for backend, peers in storages(tables):
-        total = backend.num_params(peers) * DTYPE_BYTES[peers[0].dtype]
+        shapes = backend.param_shapes(peers).values()
+        total = sum(map(math.prod, shapes)) * DTYPE_BYTES[peers[0].dtype]
         dense, assigned, seen = sum(t.dense_numel for t in peers), 0, 0
         for table in peers:
             seen += table.dense_numel
             share = total * seen // dense - assigned
-            num_bytes[table.name], assigned = share, assigned + share
+            num_bytes[table.name], assigned = share + cache_bytes(table), assigned + share
     return MemoryReport(
         tuple(
             TableMemory(

@@ -76,3 +76,12 @@ class MixedDimensionBackend(Backend):
         basis = leading_eigenvectors(gram(blocks), self.p.shape[0])
         e = torch.cat([(block.to(basis.dtype) @ basis).to(self.e.dtype) for block in blocks])
         return {"e": e, "p": basis.T}
+
+    @torch.no_grad()
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Least squares, e[i] = values pinv(P): what of ``values`` lies in the row space of P.
+
+        No other row changes, whatever the cost, and the rows end as close as P lets any row come.
+        """
+        inverse = torch.linalg.pinv(self.p.double())
+        self.e[ids] = (values.double() @ inverse).to(self.e.dtype)

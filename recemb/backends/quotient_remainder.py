@@ -25,6 +25,8 @@ _SWEEPS = 50
 # Singular directions followed at once; only their first is kept.
 _SUBSPACE = 8
 _SUBSPACE_SWEEPS = 20
+# A factor this small against its table's, in mean square, is not divided by in full.
+_TINY_FACTOR = 0.01
 
 
 class QuotientRemainderBackend(Backend):
@@ -102,6 +104,47 @@ class QuotientRemainderBackend(Backend):
             else:
                 r[:, column - split] = grid.sum(0) / present.sum(0)
         return {"q": q, "r": r}
+
+    @torch.no_grad()
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Damped least squares on the longer table (on both under ``concat``), whose rows fewer ids share.
+
+        Without a cost that is exact where no two of ``ids`` share such a row, and the mean of what they ask
+        for where they do; but under ``mult`` an element whose factor on the other side is below a tenth of
+        that side's root mean square is approached only: dividing by it would throw the others far off.
+        """
+        slots = self.map_ids(ids)
+        residual = values.double() - self.rows(slots).double()
+        split = self.q.shape[1]
+        if _compression(self.table).operation == "concat":
+            ones = residual.new_ones(1, 1)
+            self._step(0, slots, residual[:, :split], ones.expand(len(self.r), split), cost)
+            self._step(1, slots, residual[:, split:], ones.expand(len(self.q), self.r.shape[1]), cost)
+            return
+        side = int(len(self.r) > len(self.q))
+        other = (self.r, self.q)[side].double()
+        multiplies = _compression(self.table).operation == "mult"
+        self._step(side, slots, residual, other if multiplies else torch.ones_like(other), cost)
+
+    def _step(self, side: int, slots: Tensor, residual: Tensor, factor: Tensor, cost: float) -> None:
+        """Move rows of E_q (side 0) or E_r (1), which rows of the table are times ``factor``.
+
+        Args:
+            slots: [E, 2].
+            residual: [E, width] what the rows lack.
+            factor: one row for each of the other side.
+        """
+        parameter = (self.q, self.r)[side]
+        rows, index = torch.unique(slots[:, side], return_inverse=True)
+        own = factor[slots[:, 1 - side]]
+        square, product = (residual.new_zeros(len(rows), residual.shape[1]) for _ in range(2))
+        square.index_add_(0, index, own.square())
+        product.index_add_(0, index, own * residual)
+        everyone = factor.square().sum(dim=0)
+        floor = _TINY_FACTOR * everyone / len(factor)
+        weight = torch.maximum(square + cost * (everyone - square).clamp(min=0), floor)
+        change = torch.where(weight > 0, product / weight, torch.zeros_like(product))
+        parameter[rows] = (parameter[rows].double() + change).to(parameter.dtype)
 
 
 def _fit_sum(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

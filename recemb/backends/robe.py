@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -44,7 +45,8 @@ class ROBEBackend(Backend):
     def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
         first = _compression(tables[0])
         for table in tables[1:]:
-            if _compression(table) != first or table.dtype != tables[0].dtype:
+            # Each table has a cache of its own.
+            if replace(_compression(table), cache=first.cache) != first or table.dtype != tables[0].dtype:
                 raise ConfigError(
                     f"tables {tables[0].name!r} ({first}, {tables[0].dtype}) and {table.name!r} "
                     f"({table.compression}, {table.dtype}) share the ROBE array {first.group!r} but differ; "
@@ -126,6 +128,24 @@ class ROBEBackend(Backend):
             total.index_add_(0, index.flatten(), signed.flatten())
             count.index_add_(0, index.flatten(), torch.ones_like(signed).flatten())
         return {"array": (total / count.clamp(min=1)).view(self.storage.shape)}
+
+    @torch.no_grad()
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Damped least squares: each weight moves by what the elements of ``ids`` hashed onto it ask for.
+
+        Without a cost that is their mean, exact where no two of them share a weight. How many elements of
+        other rows, and of other tables of the group, share it is taken to be the mean, N * D / |M|.
+        """
+        slots = self.map_ids(ids)
+        index, negative = self._elements(slots)
+        residual = values.double() - self.rows(slots).double()
+        asked = torch.where(negative, -residual, residual).flatten()
+        weights, inverse, counts = torch.unique(index.flatten(), return_inverse=True, return_counts=True)
+        total = asked.new_zeros(len(weights)).index_add_(0, inverse, asked)
+        flat = self.storage.view(-1)
+        load = sum(peer.dense_numel for peer in self.peers) / flat.numel()
+        others = (load - counts).clamp(min=0)
+        flat[weights] = (flat[weights].double() + total / (counts + cost * others)).to(flat.dtype)
 
 
 def _compression(table: TableSpec) -> ROBE:

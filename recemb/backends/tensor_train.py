@@ -15,6 +15,7 @@ from torch import Tensor
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import truncated_factors
 from recemb.backends.tt_shapes import core_sizes, table_shapes
+from recemb.backends.tt_write_back import write_rows
 from recemb.id_maps.radix import mixed_radix
 from recemb.spec import TableSpec, TensorTrain
 from recemb_kernels.lookup import TableShape
@@ -107,6 +108,11 @@ class TensorTrainBackend(Backend):
             if moved <= _CONVERGED * scale:
                 break
         return cores
+
+    @torch.no_grad()
+    def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
+        """Damped least squares, core by core (:mod:`recemb.backends.tt_write_back` has the bounds)."""
+        write_rows(self.cores, self.map_ids(ids), values, cost)
 
 
 def _contract(cores: Sequence[Tensor], slots: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ from recemb.errors import ConfigError
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-PROGRAMS = ("ops", "train")
+PROGRAMS = ("ops", "train", "cache")
 
 _DESCRIPTION = """\
 Measure speed as ratios of one run. The programs live in bench/ of a checkout of recemb:
 
   ops     one look-up, ours and the peers' (recemb bench ops --help)
   train   a whole DLRM training step with compressed and with uncompressed tables (recemb bench train --help)
+  cache   hit rate, step time and AUC against the size of a hot-row cache (recemb bench cache --help)
 """
 
 
@@ -29,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure speed against fbgemm, torch and other peers",
-        usage="recemb bench {ops,train} [flags]",
+        usage="recemb bench {ops,train,cache} [flags]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -24,6 +24,13 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         "method": ("METHOD", "dense, tt, qr, robe or md (default dense)"),
         "compress_rate": ("R", "make all tables together R times smaller, e.g. 100"),
         "method_threshold": ("ROWS", "leave tables of at most this many rows uncompressed (default 200)"),
+        "cache_fraction": (
+            "F",
+            "keep this part of each compressed table's rows, the hottest, uncompressed, e.g. 0.01; "
+            "its bytes count in compress_rate",
+        ),
+        "cache_policy": ("NAME", "which rows are hot: lfu (default), lru or importance"),
+        "cache_refresh_every": ("STEPS", "exchange cached rows every STEPS training steps; 64 when left out"),
         "compare": ("dense", "train the uncompressed twin too and print both side by side"),
     },
     "model": {

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from recemb.backends import backend_of
-from recemb.backends.memory import MemoryReport, memory_report
+from recemb.backends.memory import MemoryReport, cache_bytes, memory_report
 from recemb.errors import ConfigError
 from recemb.spec import (
+    DTYPE_BYTES,
     ROBE,
     Compression,
     Dense,
+    HotRows,
     MixedDimension,
     QuotientRemainder,
     TableSpec,
@@ -53,18 +55,25 @@ class BudgetedTables:
 
 
 def compress(
-    tables: Sequence[TableSpec], method: str, compress_rate: float, method_threshold: int = 200
+    tables: Sequence[TableSpec],
+    method: str,
+    compress_rate: float,
+    method_threshold: int = 200,
+    cache: HotRows | None = None,
 ) -> BudgetedTables:
     """Choose settings of ``method`` so that all tables together take dense bytes / ``compress_rate``.
+
+    The bytes of a cache, rows and counters, are part of them: what it takes the compressed rows go without.
 
     Args:
         tables: the model's tables; their own compressions are replaced.
         method: one of ``METHODS``.
         compress_rate: R >= 1.
         method_threshold: tables of at most this many rows stay uncompressed (and count in the total).
+        cache: of every table that is compressed, or ``None``.
 
     Raises:
-        ConfigError: unknown method, rate below 1, or a rate for ``dense``.
+        ConfigError: unknown method, rate below 1, or a rate or a cache for ``dense``.
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
@@ -75,15 +84,17 @@ def compress(
             raise ConfigError(
                 f"method 'dense' cannot reach compress_rate={compress_rate:g}; use tt, qr, robe or md"
             )
+        if cache is not None:
+            raise ConfigError("method 'dense' has nothing to cache; use tt, qr, robe or md, or no cache")
         return BudgetedTables(tuple(replace(t, compression=Dense()) for t in tables), 1.0, None)
     plain = [replace(table, compression=Dense()) for table in tables]
     chosen = [table for table in plain if table.num_embeddings > method_threshold]
     fixed = sum(table.dense_numel for table in plain if table.num_embeddings <= method_threshold)
     budget = sum(table.dense_numel for table in plain) / compress_rate - fixed
     if method == "robe":
-        settled = _share_array(chosen, budget)
+        settled = _share_array(chosen, budget, cache)
     else:
-        settled = _allocate([_ladder(table, method) for table in chosen], budget)
+        settled = _allocate([_ladder(table, method, cache) for table in chosen], budget)
     by_name = {table.name: table for table in settled}
     result = tuple(by_name.get(table.name, table) for table in plain)
     return BudgetedTables(result, compress_rate, _shortfall(result, method, compress_rate, method_threshold))
@@ -106,7 +117,7 @@ class _Ladder:
         self.top = 1 + _last_true(lambda step: self._stored(step) < table.dense_numel, last)
 
     def numel(self, step: int) -> int:
-        """Parameters at a step."""
+        """Parameters at a step, the cache's bytes counted as such."""
         return self.table.dense_numel if step == self.top else self._stored(step)
 
     def at(self, step: int) -> TableSpec:
@@ -120,7 +131,8 @@ class _Ladder:
     def _stored(self, step: int) -> int:
         if step not in self._numel:
             spec = replace(self.table, compression=self._setting(step))
-            self._numel[step] = backend_of(spec).num_params([spec])
+            parameters = sum(map(math.prod, backend_of(spec).param_shapes([spec]).values()))
+            self._numel[step] = parameters + _cache_numel(spec)
         return self._numel[step]
 
 
@@ -133,18 +145,25 @@ def _last_true(holds: Callable[[int], bool], last: int) -> int:
     return low
 
 
-def _ladder(table: TableSpec, method: str) -> _Ladder:
+def _cache_numel(table: TableSpec) -> int:
+    """Bytes of the table's cache, in parameters of the table's type."""
+    return -(-cache_bytes(table) // DTYPE_BYTES[table.dtype])
+
+
+def _ladder(table: TableSpec, method: str, cache: HotRows | None) -> _Ladder:
     if method == "tt":
-        return _Ladder(table, lambda step: TensorTrain(rank=_RANKS[step]), len(_RANKS) - 1)
+        return _Ladder(table, lambda step: TensorTrain(rank=_RANKS[step], cache=cache), len(_RANKS) - 1)
     if method == "md":
-        return _Ladder(table, lambda step: MixedDimension(dim=step + 1), table.embedding_dim - 1)
+        return _Ladder(table, lambda step: MixedDimension(dim=step + 1, cache=cache), table.embedding_dim - 1)
     # c + ceil(N / c) rows rise on both sides of c = sqrt(N). On the upper side the remainder is the longer
     # table: with ids in order of frequency, as `recemb prepare` gives them, the c hottest ids then have a
     # remainder row each, which colder ids share under another quotient. On the lower side hot ids would
     # share.
     least = math.isqrt(table.num_embeddings - 1) + 1
     return _Ladder(
-        table, lambda step: QuotientRemainder(collisions=least + step), table.num_embeddings - least
+        table,
+        lambda step: QuotientRemainder(collisions=least + step, cache=cache),
+        table.num_embeddings - least,
     )
 
 
@@ -182,18 +201,21 @@ def _allocate(ladders: Sequence[_Ladder], budget: float) -> list[TableSpec]:
     return [ladder.at(step) for ladder, step in zip(ladders, steps, strict=True)]
 
 
-def _share_array(tables: Sequence[TableSpec], budget: float) -> list[TableSpec]:
+def _share_array(tables: Sequence[TableSpec], budget: float, cache: HotRows | None) -> list[TableSpec]:
     """One ROBE array of ``budget`` parameters for all tables, blocks as long as a row: one hash a look-up."""
     if not tables:
         return []
     total = sum(table.dense_numel for table in tables)
     if budget >= total:
         return list(tables)
+    # Any settings do to size a cache.
+    probe = MixedDimension(dim=1, cache=cache)
+    budget -= sum(_cache_numel(replace(table, compression=probe)) for table in tables)
     block = min(table.embedding_dim for table in tables)
     widest = max(table.embedding_dim for table in tables)
     # Whole blocks, so that rounding cannot take the array above the budget.
     rate = total / max(block * int(budget // block), block * -(-widest // block))
-    return [replace(t, compression=ROBE(compress_rate=rate, block_size=block)) for t in tables]
+    return [replace(t, compression=ROBE(compress_rate=rate, block_size=block, cache=cache)) for t in tables]
 
 
 def _shortfall(tables: Sequence[TableSpec], method: str, compress_rate: float, threshold: int) -> str | None:
@@ -213,5 +235,10 @@ def _shortfall(tables: Sequence[TableSpec], method: str, compress_rate: float, t
         f"{text} are its least here; the largest part is table {biggest.table!r} with {biggest.num_bytes:,} "
         f"bytes, and the {len(small)} tables of at most {threshold} rows keep "
         f"{sum(record.num_bytes for record in small):,} bytes uncompressed (lower method_threshold, or take "
-        "tt or robe, which shrink further)"
+        "tt or robe, which shrink further)" + _cache_hint(tables)
     )
+
+
+def _cache_hint(tables: Sequence[TableSpec]) -> str:
+    cached = sum(map(cache_bytes, tables))
+    return f"; caches are {cached:,} bytes of it: lower the cache's fraction" if cached else ""

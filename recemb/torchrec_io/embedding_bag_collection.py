@@ -15,6 +15,8 @@ from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.backends.dense import DenseBackend
 from recemb.backends.memory import MemoryReport, memory_report
+from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.metrics import CacheMetrics
 from recemb.engine import Engine
 from recemb.errors import ConfigError
 from recemb.spec import TableSpec
@@ -135,6 +137,15 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         """
         self._backend(table).from_dense(weight)
 
+    def hot_row_caches(self) -> dict[str, HotRowCache]:
+        """The cache of each table that has one (``cache=HotRows(...)``), by table name."""
+        backends = {config.name: self._backend(config.name) for config in self._embedding_bag_configs}
+        return {name: backend.cache for name, backend in backends.items() if backend.cache is not None}
+
+    def cache_metrics(self) -> dict[str, CacheMetrics]:
+        """Per cached table: hit rate, promotions, evictions and write-back error since training began."""
+        return {name: cache.metrics() for name, cache in self.hot_row_caches().items()}
+
     def reset_parameters(self) -> None:
         """Draw fresh parameters for every table; uncompressed tables use their config's ``init_fn``."""
         # torchrec's __init__ calls this before the tables exist.
@@ -149,6 +160,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
                     config.init_fn(backend.weight)
             else:
                 backend.reset_parameters()
+            if backend.cache is not None:
+                backend.cache.reset()
 
     def _backend(self, table: str) -> Backend:
         if table not in self.embedding_bags:

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from recemb.errors import ConfigError
+from recemb.spec import HotRows
 from recemb.training.yaml_file import YamlDocument, parse_scalar, read_yaml
 
 DEFAULT_LEARNING_RATE = {"adam": 1e-3, "adagrad": 1e-2, "rowwise_adagrad": 1e-2, "sgd": 0.1}
@@ -90,6 +91,9 @@ class RunConfig(BaseModel):
     method: Literal["dense", "tt", "qr", "robe", "md"] = "dense"
     compress_rate: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     method_threshold: Annotated[int, Field(ge=0)] = 200
+    cache_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    cache_policy: Literal["lfu", "lru", "importance"] | None = None
+    cache_refresh_every: PositiveInt | None = None
     compare: Literal["dense"] | None = None
 
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "adam"
@@ -114,9 +118,21 @@ class RunConfig(BaseModel):
             object.__setattr__(self, name, value)
         return self
 
+    @property
+    def hot_rows(self) -> HotRows | None:
+        """The cache of every compressed table, or ``None``."""
+        if self.cache_fraction is None:
+            return None
+        given: dict[str, Any] = {"policy": self.cache_policy, "refresh_every": self.cache_refresh_every}
+        return HotRows(
+            fraction=self.cache_fraction,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
     def dense_twin(self) -> RunConfig:
         """The same run with uncompressed tables: same data, model, optimizer and seed."""
         values = self.model_dump() | {"method": "dense", "compress_rate": None, "compare": None}
+        values |= {"cache_fraction": None, "cache_policy": None, "cache_refresh_every": None}
         return RunConfig.model_validate(values)
 
     def to_yaml(self) -> str:
@@ -191,6 +207,11 @@ def _cross_field_problems(config: RunConfig) -> list[tuple[str, str]]:
         )
     if config.method == "dense" and config.compare is not None:
         problems.append(("compare", "the run is dense already; choose --method tt, qr, robe or md"))
+    if config.method == "dense" and config.cache_fraction is not None:
+        problems.append(("cache_fraction", "method is dense; choose --method tt, qr, robe or md"))
+    for name in ("cache_policy", "cache_refresh_every"):
+        if getattr(config, name) is not None and config.cache_fraction is None:
+            problems.append((name, "there is no cache; give --cache_fraction, e.g. 0.01, or remove it"))
     if config.optimizer == "sgd" and config.eps is not None:
         problems.append(("eps", "sgd has no eps; remove it or choose another --optimizer, e.g. adagrad"))
     return problems

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.datasets.utils import Batch
 
+from recemb.cache.metrics import CacheMetrics
 from recemb.errors import NonFiniteError
 from recemb.training.config import RunConfig
 from recemb.training.guards import Place, check_gradients, check_inputs, check_loss
@@ -28,7 +29,8 @@ class Evaluation:
     """One pass over a split after ``step`` training steps.
 
     ``train`` holds the metrics of the training batches since the evaluation before, each computed before its
-    own step (progressive validation); ``best`` says that no earlier evaluation was as good.
+    own step (progressive validation); ``best`` says that no earlier evaluation was as good; ``caches`` is
+    what the cached tables have done by then.
     """
 
     step: int
@@ -39,6 +41,7 @@ class Evaluation:
     train: MetricValues
     seconds: float
     best: bool
+    caches: dict[str, CacheMetrics] = field(default_factory=dict)
 
 
 @dataclass
@@ -212,6 +215,7 @@ class Trainer:
             train=self._train_metrics.compute(),
             seconds=time.perf_counter() - started,
             best=best is None or _score(values) > _score(best.values),
+            caches=self._tables.collection.cache_metrics(),
         )
         self._train_metrics = ClickMetrics()
         self.outcome.evaluations.append(evaluation)

@@ -21,7 +21,12 @@ from recemb.training.yaml_file import read_yaml
 
 # Keys of a configuration that do not change what is trained, and those that say how tables are stored.
 _IDENTITY_KEYS = frozenset({"output", "overwrite", "compare", "seed"})
-_COMPRESSION_KEYS = frozenset({"method", "compress_rate", "method_threshold"})
+_COMPRESSION_KEYS = frozenset(
+    {
+        *("method", "compress_rate", "method_threshold"),
+        *("cache_fraction", "cache_policy", "cache_refresh_every"),
+    }
+)
 _SEARCH_DEPTH = 3
 TABLE_WIDTH = 100
 
@@ -185,12 +190,16 @@ def _key(config: dict[str, Any], without: frozenset[str]) -> str:
 
 
 def _names(groups: Sequence[list[Run]]) -> list[str]:
-    """What tells the settings apart: method and rate, else the directory too."""
+    """What tells the settings apart: method, rate and cache, else the directory too."""
     short = []
     for group in groups:
         rate = group[0].config.get("compress_rate")
         seeds = f" (n={len(group)})" if len(group) > 1 else ""
-        short.append(f"{group[0].result['method']}{f' {rate:g}x' if rate else ''}{seeds}")
+        cached = group[0].config.get("cache_fraction")
+        cache = f" cache {cached:.3g}" if cached else ""
+        policy = group[0].config.get("cache_policy") if cached else None
+        cache += f" {policy}" if policy else ""
+        short.append(f"{group[0].result['method']}{f' {rate:g}x' if rate else ''}{cache}{seeds}")
     return [
         name if short.count(name) == 1 else f"{group[0].path.name}: {name}"
         for name, group in zip(short, groups, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from recemb.cache.metrics import CacheMetrics, total
 from recemb.data.click_log import ClickLog
 from recemb.errors import Interrupted, NonFiniteError
 from recemb.planner.budget import BudgetedTables
@@ -29,6 +31,7 @@ from recemb.training.setup import (
     make_batches,
     open_log,
 )
+from recemb.training.table_step import find_collection
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
         test = trainer.test() if outcome.interrupted is None else None
         outcome = replace(outcome, interrupted=stop.requested)
     directory.save_weights(model, _checkpoint_metadata(outcome))
-    directory.write_result(_result(run, outcome, test))
+    caches = find_collection(model)[1].cache_metrics()
+    directory.write_result(_result(run, outcome, test, caches))
     if outcome.interrupted is not None:
         raise Interrupted(
             f"{outcome.interrupted} came after step {outcome.steps}; weights and figures so far are in "
@@ -139,10 +143,20 @@ def _metrics_record(evaluation: Evaluation) -> dict[str, object]:
         "train_auc": evaluation.train.auc,
         "train_logloss": evaluation.train.logloss,
         "evaluation_seconds": evaluation.seconds,
+        **_cache_figures(evaluation.caches),
     }
 
 
-def _result(run: _Run, outcome: Outcome, test: MetricValues | None) -> dict[str, Any]:
+def _cache_figures(caches: Mapping[str, CacheMetrics]) -> dict[str, object]:
+    """All caches together, and nothing without one."""
+    return (
+        {f"cache_{name}": value for name, value in asdict(total(caches.values())).items()} if caches else {}
+    )
+
+
+def _result(
+    run: _Run, outcome: Outcome, test: MetricValues | None, caches: Mapping[str, CacheMetrics]
+) -> dict[str, Any]:
     """``result.json``: the figures of the best weights, on the test split if there is one, else on val.
 
     ``step_ms_p50`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation.
@@ -185,4 +199,6 @@ def _result(run: _Run, outcome: Outcome, test: MetricValues | None) -> dict[str,
         "best_auc": stats.get("best_auc"),
         "best_logloss": stats.get("best_logloss"),
         "tables": [{**asdict(record), "ratio": record.ratio} for record in memory],
+        **_cache_figures(caches),
+        "caches": {name: asdict(metrics) for name, metrics in caches.items()},
     }

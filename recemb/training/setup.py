@@ -137,7 +137,8 @@ def choose_tables(config: RunConfig, log: ClickLog) -> BudgetedTables:
         )
         for feature, size in zip(log.feature_names, table_sizes(config, log), strict=True)
     ]
-    return compress(tables, config.method, config.compress_rate or 1.0, config.method_threshold)
+    rate, threshold = config.compress_rate or 1.0, config.method_threshold
+    return compress(tables, config.method, rate, threshold, config.hot_rows)
 
 
 def build_model(config: RunConfig, log: ClickLog, tables: BudgetedTables) -> nn.Module:

@@ -55,7 +55,7 @@ class TableStep:
     """
 
     def __init__(self, collection: EmbeddingBagCollection) -> None:
-        self._collection = collection
+        self.collection = collection
         self._names, self._parameters = zip(*collection.named_parameters(), strict=True)
         self._last: _Cut | None = None
         self._gradients: tuple[Tensor | None, ...] = ()
@@ -64,7 +64,7 @@ class TableStep:
     def cut(self) -> Iterator[None]:
         """Run the model's forward inside: the collection's output is then a leaf of the graph above it."""
         self._last = None
-        handle = self._collection.register_forward_hook(self._replace)
+        handle = self.collection.register_forward_hook(self._replace)
         try:
             yield
         finally:
@@ -101,7 +101,7 @@ class TableStep:
             # No kernel steps, so these gradients are all that a second pass would find.
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
-            for optimizer in _get_in_backward_optimizers(self._collection):
+            for optimizer in _get_in_backward_optimizers(self.collection):
                 optimizer.step()
                 optimizer.zero_grad()
         else:

@@ -28,7 +28,10 @@ def green(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("words", [["bench", "--help"], ["bench", "ops", "--help"], ["bench", "train", "-h"]])
+@pytest.mark.parametrize(
+    "words",
+    [["bench", "--help"], ["bench", "ops", "--help"], ["bench", "train", "-h"], ["bench", "cache", "-h"]],
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     script = (
         "import sys; from recemb.cli.main import main\ntry: code = main(sys.argv[1:])\n"
@@ -65,6 +68,8 @@ def test_outside_a_checkout_it_says_so(tmp_path: Path) -> None:
         (["ops", "--preset", "quick", "--rows", "10"], "--preset quick fixes --rows; leave one of them out"),
         (["ops", "--bath", "3"], "unrecognized arguments: --bath"),
         (["train", "--scale", "2"], "--scale must lie in (0, 1]"),
+        (["cache", "--fractions", "0"], "--fractions must lie in (0, 1]"),
+        (["cache", "--data_dir", "x"], "say where they go with --runs"),
     ],
 )
 def test_usage_errors_exit_2(recemb: Recemb, words: list[str], message: str) -> None:
@@ -77,7 +82,7 @@ def test_no_figure_is_printed_on_red_tests(recemb: Recemb, tmp_path: Path) -> No
     red = tmp_path / "test_red.py"
     red.write_text("def test_it():\n    assert 1 == 2\n")
     output = tmp_path / "out"
-    for program in ("ops", "train"):
+    for program in ("ops", "train", "cache"):
         code, out, err = recemb("bench", program, "--tests", str(red), "--output", str(output))
         assert (code, out) == (2, "")
         assert "no speed is reported while the operators' tests are red" in err
@@ -133,3 +138,31 @@ def test_train_from_end_to_end(recemb: Recemb, tmp_path: Path, green: str) -> No
     for row in (dense, compressed):
         assert float(row["samples_per_second"]) == pytest.approx(32e6 / float(row["p50_us"]), rel=1e-3)
         assert (row["tables"], row["batch"], row["dense_optimizer"]) == ("26", "32", "adagrad")
+
+
+def test_cache_from_end_to_end(recemb: Recemb, tmp_path: Path, green: str, log_dir: Path) -> None:
+    output = tmp_path / "out"
+    sizes = ["--rows", "2000", "--batch", "64", "--rank", "4", "--steps", "70", "--rounds", "5"]
+    small = "--batch_size 400 --embedding_dim 4 --dense_arch_layer_sizes 8,4 --over_arch_layer_sizes 8,1"
+    aucs = ["--data_dir", str(log_dir), "--runs", str(tmp_path / "runs"), "--compress_rate", "5"]
+    code, out, err = recemb(
+        *("bench", "cache", *sizes, "--fractions", "0.05", "--policies", "lfu", "--tests", green),
+        *(*aucs, "--seeds", "1", "--train", small, "--output", str(output)),
+    )
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 110
+    with (output / "cache_zipf.csv").open() as handle:
+        plain, cached = csv.DictReader(handle)
+    assert (plain["policy"], plain["ratio"], plain["hit_rate"]) == ("", "1", "0")
+    assert (cached["policy"], cached["cached_rows"]) == ("lfu", "100")
+    assert 0.3 < float(cached["hit_rate"]) <= float(cached["ideal_hit_rate"]) + 0.1
+    with (output / "cache_auc.csv").open() as handle:
+        rows = {row["setting"]: row for row in csv.DictReader(handle)}
+    assert list(rows) == ["dense", "tt", "tt+cache-0.05-lfu", "tt-bytes-of-0.05"]
+    assert float(rows["dense"]["lost"]) == 0
+    assert float(rows["tt"]["gained"]) == 0
+    # A cache is on top of the trains; the trains of as many bytes are as large as both.
+    sizes_of = {name: int(row["embedding_bytes"]) for name, row in rows.items()}
+    assert sizes_of["tt+cache-0.05-lfu"] > sizes_of["tt"]
+    assert sizes_of["tt-bytes-of-0.05"] == pytest.approx(sizes_of["tt+cache-0.05-lfu"], rel=0.05)
+    assert (output / "cache.png").stat().st_size > 0

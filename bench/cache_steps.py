@@ -1,0 +1,150 @@
+"""Hit rate and step time of one cached table on Zipf ids."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import KeyedJaggedTensor
+from torchrec.optim import RowWiseAdagrad
+
+from bench.ids import EXPONENT
+from recemb import EmbeddingBagCollection, EmbeddingBagConfig, HotRows, TensorTrain
+from recemb.data.zipf import BoundedZipf
+
+DIM = 16
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One cache size, or no cache (fraction 0).
+
+    Args:
+        ideal_hit_rate: of the C most frequent ids.
+        mean_us: of all timed steps, with the exchanges of rows among them.
+        ratio: P50 of the round-by-round ratios to the table without a cache.
+        mean_ratio: ratio of the means.
+    """
+
+    rows: int
+    batch: int
+    rank: int
+    policy: str
+    fraction: float
+    cached_rows: int
+    table_bytes: int
+    hit_rate: float
+    ideal_hit_rate: float
+    evictions: int
+    write_back_error: float
+    rounds: int
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    mean_us: float
+    ratio: float = 1.0
+    mean_ratio: float = 1.0
+
+
+class _Case:
+    """One table in training."""
+
+    def __init__(self, args: argparse.Namespace, cache: HotRows | None) -> None:
+        torch.manual_seed(0)
+        self.cache = cache
+        config = EmbeddingBagConfig(
+            name="t",
+            num_embeddings=args.rows,
+            embedding_dim=DIM,
+            feature_names=["f"],
+            compression=TensorTrain(rank=args.rank, cache=cache),
+        )
+        self.collection = EmbeddingBagCollection(tables=[config])
+        apply_optimizer_in_backward(RowWiseAdagrad, self.collection.parameters(), {"lr": 0.01})
+        self.times: list[float] = []
+
+    def step(self, batch: KeyedJaggedTensor, gradient: Tensor) -> None:
+        started = time.perf_counter()
+        self.collection(batch).values().backward(gradient)
+        self.times.append(time.perf_counter() - started)
+
+    def row(self, args: argparse.Namespace, plain: _Case) -> StepRow:
+        times, without = (np.array(case.times[args.steps :]) for case in (self, plain))
+        p20, p50, p80 = np.percentile(times, [20, 50, 80]) * 1e6
+        figures = self.collection.cache_metrics().get("t")
+        rows = figures.rows if figures else 0
+        return StepRow(
+            rows=args.rows,
+            batch=args.batch,
+            rank=args.rank,
+            policy=self.cache.policy if self.cache else "",
+            fraction=(self.cache.fraction or 0.0) if self.cache else 0.0,
+            cached_rows=rows,
+            table_bytes=self.collection.memory().total.num_bytes,
+            hit_rate=figures.hit_rate if figures else 0.0,
+            ideal_hit_rate=_mass(rows, args.rows),
+            evictions=figures.evictions if figures else 0,
+            write_back_error=figures.write_back_error if figures else 0.0,
+            rounds=args.rounds,
+            p20_us=float(p20),
+            p50_us=float(p50),
+            p80_us=float(p80),
+            mean_us=float(times.mean()) * 1e6,
+            ratio=float(np.median(times / without)),
+            mean_ratio=float(times.mean() / without.mean()),
+        )
+
+
+def step_rows(args: argparse.Namespace) -> list[StepRow]:
+    """Train every case on the same batches in turns; the last ``rounds`` steps count."""
+    caches = [HotRows(fraction=f, policy=p) for p in args.policies for f in args.fractions]
+    cases = [_Case(args, cache) for cache in (None, *caches)]
+    generator = np.random.default_rng(1)
+    for turn, (batch, gradient) in enumerate(_batches(args)):
+        if turn == args.steps:
+            for case in cases:
+                for cache in case.collection.hot_row_caches().values():
+                    cache.counts[:2] = 0
+        for k in generator.permutation(len(cases)):
+            cases[k].step(batch, gradient)
+    return [case.row(args, cases[0]) for case in cases]
+
+
+def _batches(args: argparse.Namespace) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
+    generator = np.random.default_rng(0)
+    zipf = BoundedZipf(args.rows, EXPONENT)
+    lengths = torch.ones(args.batch, dtype=torch.int64)
+    gradients = torch.Generator().manual_seed(0)
+    for _ in range(args.steps + args.rounds):
+        ids = torch.from_numpy(zipf.sample(generator, args.batch) - 1)
+        batch = KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths)
+        yield batch, 1e-3 * torch.randn(args.batch, DIM, generator=gradients)
+
+
+def _mass(hot: int, rows: int) -> float:
+    """What part of the look-ups goes to the ``hot`` most frequent of ``rows`` ids."""
+    weights = np.arange(1, rows + 1, dtype=np.float64) ** -EXPONENT
+    return math.fsum(weights[:hot]) / math.fsum(weights)
+
+
+def step_table(rows: Sequence[StepRow]) -> str:
+    """The figures as text."""
+    lines = [
+        f"Zipf {EXPONENT:g} ids, N={rows[0].rows:,}, D={DIM}, B={rows[0].batch:,}, TT R={rows[0].rank}",
+        f"{'policy':<11}{'cached':>9}{'part':>8}{'KB':>9}{'hits':>8}{'ideal':>8}{'P50 us':>9}{'mean us':>9}"
+        f"{'x plain':>9}{'x mean':>8}",
+    ]
+    for r in rows:
+        lines.append(
+            f"{r.policy or 'no cache':<11}{r.cached_rows:>9,}{r.fraction:>8.2%}{r.table_bytes / 1e3:>9,.0f}"
+            f"{r.hit_rate:>8.1%}{r.ideal_hit_rate:>8.1%}{r.p50_us:>9,.0f}{r.mean_us:>9,.0f}{r.ratio:>9.2f}"
+            f"{r.mean_ratio:>8.2f}"
+        )
+    return "\n".join(lines)

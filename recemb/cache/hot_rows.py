@@ -1,0 +1,240 @@
+"""The cached rows of one table: storage, how hot each row is, and the choice of rows to exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recemb.backends.dense import DenseBackend
+from recemb.cache.before_step import BeforeStep
+from recemb.cache.layout import num_candidates
+from recemb.cache.metrics import CacheMetrics
+from recemb.cache.tracker import buckets_of, see, vote
+from recemb.spec import Dense, HotRows, TableSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Rows to exchange.
+
+    Attributes:
+        leaving: [E] slots whose rows are evicted, coldest first.
+        slots: [P] slots that take new rows, ascending; the E vacated ones and free ones.
+        ids: [P] ids that enter, ascending: ``ids[i]`` goes to ``slots[i]``.
+        scores: [P] how hot they are.
+    """
+
+    leaving: Tensor
+    slots: Tensor
+    ids: Tensor
+    scores: Tensor
+
+
+class HotRowCache(DenseBackend):
+    """C plain rows beside a compressed table: ``weight`` [C, D], looked up by slot.
+
+    A slot keeps its row until that leaves, and new ids take the free slots in ascending order, so that a
+    cache of all rows has every id in the slot of its own number. Buffers are those of
+    :mod:`recemb.cache.layout`: a checkpoint holds the cache as it is.
+
+    ``on_replace`` holds functions of (cache, slots [P]) that are called after rows have been replaced. Of
+    optimizers attached by ``apply_optimizer_in_backward`` the state of replaced rows starts anew by itself;
+    for one that is stepped outside, it stays the former row's unless one of these mends it, as
+    ``cache.on_replace.append(lambda cache, slots: reset_rows(optimizer, cache.weight, slots))`` does
+    (:func:`recemb.cache.optimizer_state.reset_rows`).
+
+    Args:
+        table: the compressed table.
+        device: where the rows live; ``meta`` allocates nothing.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    owners: Tensor
+    votes: Tensor
+    steps: Tensor
+    refreshed: Tensor
+    counts: Tensor
+    errors: Tensor
+
+    def __init__(self, table: TableSpec, device: torch.device) -> None:
+        rows = TableSpec(
+            name=table.name,
+            num_embeddings=table.cache_rows,
+            embedding_dim=table.embedding_dim,
+            feature_names=table.feature_names,
+            pooling=table.pooling,
+            compression=Dense(),
+            dtype=table.dtype,
+        )
+        super().__init__(rows, (rows,), None, device)
+        assert table.compression.cache is not None
+        self.settings: HotRows = table.compression.cache
+        self.num_embeddings = table.num_embeddings
+        self.on_replace: list[Callable[[HotRowCache, Tensor], None]] = []
+        # Of this process: a graph made before the last exchange cannot be gone back through.
+        self.exchanges = 0
+        self.before_step = BeforeStep()
+        self._known: dict[str, tuple[Tensor, int, int]] = {}
+        capacity, watched = table.cache_rows, num_candidates(table) + 1
+        integers = {"ids": (capacity,), "owners": (watched,), "steps": (), "refreshed": (), "counts": (4,)}
+        floats = {"scores": (capacity,), "votes": (watched,), "errors": (2,)}
+        for sizes, dtype in ((integers, torch.int64), (floats, torch.float32)):
+            for name, shape in sizes.items():
+                self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        if not self.weight.is_meta:
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything: no row is cached and no step has been taken."""
+        for buffer in (self.scores, self.votes, self.counts, self.errors, self.steps, self.weight):
+            buffer.zero_()
+        for buffer in (self.ids, self.owners, self.refreshed):
+            buffer.fill_(-1)
+
+    @property
+    def capacity(self) -> int:
+        """C."""
+        return self.table.num_embeddings
+
+    def host_value(self, name: str) -> int:
+        """``steps`` or ``refreshed`` as an int, read from the device only after a write to it."""
+        tensor: Tensor = self._buffers[name]  # type: ignore[assignment] # registered, never None
+        known = self._known.get(name)
+        # What is known is of a tensor that counts its writes.
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
+            return known[2]
+        return self.remember(name, int(tensor))
+
+    def remember(self, name: str, value: int) -> int:
+        """Say what ``steps`` or ``refreshed`` holds now, to save reading it."""
+        tensor: Tensor = getattr(self, name)
+        version = version_of(tensor)
+        if version is not None:
+            self._known[name] = (tensor, version, value)
+        return value
+
+    @property
+    def due(self) -> bool:
+        """Whether rows should be exchanged before the next training step."""
+        steps, last = self.host_value("steps"), self.host_value("refreshed")
+        if last < 0:
+            return steps >= self.settings.first_refresh
+        return steps - last >= self.settings.refresh_every
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the ids of the training step under way are counted."""
+        return self.host_value("steps") % self.settings.track_every == 0
+
+    @torch.no_grad()
+    def observe(self, slots: Tensor, misses: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> None:
+        """Count the ids of one training step; nothing is read back from the device.
+
+        Args:
+            slots: [H] int64 slots that were hit.
+            misses: [M] int64 ids that were not cached.
+            weights: what each counts for, [H] and [M] float32, or ``None`` for 1.
+        """
+        buckets = buckets_of(misses, self.owners.numel() - 1, self.num_embeddings)
+        if self.settings.policy == "lru":
+            now = self.host_value("steps")
+            self.scores.index_fill_(0, slots, float(now))
+            see(self.owners, self.votes, buckets, misses, now)
+            return
+        if weights is None:
+            ones = self.scores.new_ones(max(slots.numel(), misses.numel()))
+            weights = ones[: slots.numel()], ones[: misses.numel()]
+        self.scores.index_add_(0, slots, weights[0].to(self.scores.dtype))
+        vote(self.owners, self.votes, buckets, misses, weights[1].to(self.votes.dtype))
+
+    @torch.no_grad()
+    def count(self, lookups: int, hits: int) -> None:
+        """Add to the hit rate, which starts with the first exchange of rows."""
+        if self.host_value("refreshed") >= 0:
+            self.counts[:2] += torch.tensor([lookups, hits], device=self.counts.device)
+
+    @torch.no_grad()
+    def choose(self) -> Exchange:
+        """The hottest ids that are not cached, and the rows that are colder and make room for them.
+
+        Free slots are filled first. Then the hottest id outside takes the place of the coldest row while it
+        is strictly hotter. Equal scores go to the lower id.
+        """
+        held = self.ids >= 0
+        free = (~held).nonzero().flatten()
+        ids, scores = self._candidates(free.numel())
+        order = torch.argsort(ids)
+        order = order[torch.argsort(scores[order], descending=True, stable=True)]
+        ids, scores = ids[order], scores[order]
+        filled = min(free.numel(), ids.numel())
+        slots = held.nonzero().flatten()
+        slots = slots[torch.argsort(self.ids[slots], descending=True)]
+        slots = slots[torch.argsort(self.scores[slots], stable=True)]
+        most = min(slots.numel(), ids.numel() - filled)
+        # Hottest against coldest: once one loses, all later ones do.
+        wins = int((scores[filled : filled + most] > self.scores[slots[:most]]).sum())
+        leaving, entering = slots[:wins], ids[: filled + wins]
+        taken = torch.cat([leaving, free[:filled]]).sort().values
+        order = torch.argsort(entering)
+        return Exchange(leaving, taken, entering[order], scores[: filled + wins][order])
+
+    def _candidates(self, free: int) -> tuple[Tensor, Tensor]:
+        owners, votes = self.owners[:-1], self.votes[:-1]
+        if self.capacity == self.num_embeddings:
+            # Every row has a place: nothing is there to be found out.
+            ids = torch.arange(self.num_embeddings if free else 0, device=self.ids.device)
+            ids = ids[~torch.isin(ids, self.ids)]
+            return ids, self.scores.new_zeros(ids.numel())
+        watched = (owners >= 0) & (votes > 0)
+        ids, scores = owners[watched], votes[watched]
+        outside = ~torch.isin(ids, self.ids)
+        return ids[outside], scores[outside]
+
+    @torch.no_grad()
+    def settle(self, exchange: Exchange, evicted: Tensor, scores: Tensor) -> None:
+        """What is left to do after an exchange: counters, and counts decay.
+
+        Args:
+            exchange: what has been exchanged.
+            evicted: [E] ids that have left.
+            scores: [E] how hot they were.
+        """
+        gone = torch.isin(self.owners, exchange.ids)
+        self.owners.masked_fill_(gone, -1)
+        self.votes.masked_fill_(gone, 0)
+        if self.settings.policy != "lru":
+            # What has left is watched like the others.
+            buckets = buckets_of(evicted, self.owners.numel() - 1, self.num_embeddings)
+            vote(self.owners, self.votes, buckets, evicted, scores)
+            self.scores.mul_(self.settings.decay)
+            self.votes.mul_(self.settings.decay)
+        self.before_step.note([])
+        moved = torch.tensor([exchange.ids.numel(), evicted.numel()], device=self.counts.device)
+        self.counts[2:] += moved
+        now = self.host_value("steps")
+        self.refreshed.fill_(now)
+        self.remember("refreshed", now)
+
+    def metrics(self) -> CacheMetrics:
+        """The figures so far, read from the device."""
+        lookups, hits, promotions, evictions = self.counts.tolist()
+        after, without = self.errors.tolist()
+        return CacheMetrics(
+            rows=self.capacity,
+            cached_rows=int((self.ids >= 0).sum()),
+            lookups=lookups,
+            hit_rate=hits / lookups if lookups else 0.0,
+            promotions=promotions,
+            evictions=evictions,
+            write_back_error=(after / without) ** 0.5 if without else 0.0,
+        )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been written to; ``None`` for one of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version

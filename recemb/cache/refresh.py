@@ -1,0 +1,103 @@
+"""Exchanging rows between two training steps: evict and write back, then promote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recemb.cache.hot_rows import Exchange, HotRowCache
+from recemb.cache.optimizer_state import reset_in_backward
+from recemb.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from recemb.backends.base import Backend
+
+
+@torch.no_grad()
+def refresh(tables: Sequence[Backend]) -> None:
+    """Exchange the rows of some cached tables.
+
+    All rows that leave, of all tables, are written back before any row enters: a row that enters reads
+    parameters that a write-back may have moved. Between any two writes to a tensor the tables hold every row
+    once, so a state saved at any moment is a state that training has been in: a row that leaves is in the
+    cache until its parameters hold it, and one that enters is in its slot before its id is.
+
+    Args:
+        tables: cached tables, each once.
+
+    Raises:
+        NonFiniteError: a row to be written back is NaN or infinite; nothing has changed.
+    """
+    pairs = [(table, cache_of(table)) for table in tables]
+    plans = [(table, cache, cache.choose()) for table, cache in pairs]
+    for table, cache, plan in plans:
+        _check_finite(table, cache.ids[plan.leaving], cache.weight[plan.leaving])
+    left = [evict(table, cache, plan) for table, cache, plan in plans]
+    for (table, cache, plan), (ids, scores) in zip(plans, left, strict=True):
+        promote(table, cache, plan)
+        cache.settle(plan, ids, scores)
+
+
+def evict(table: Backend, cache: HotRowCache, plan: Exchange) -> tuple[Tensor, Tensor]:
+    """Write rows back and vacate their slots; their ids [E] and how hot they were [E]."""
+    slots = plan.leaving
+    ids, scores = cache.ids[slots], cache.scores[slots]
+    if not slots.numel():
+        return ids, scores
+    values = cache.weight[slots]
+    without = table.rows(table.map_ids(ids))
+    if cache.settings.write_back:
+        table.write_back(ids, values, coldness(cache))
+    after = table.rows(table.map_ids(ids))
+    lost = [(rows - values).float().square().sum() for rows in (after, without)]
+    cache.errors += torch.stack(lost)
+    cache.ids[slots] = -1
+    return ids, scores
+
+
+def promote(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
+    """Fill slots with the compressed values of the ids that enter."""
+    if not plan.slots.numel():
+        return
+    cache.weight[plan.slots] = table.rows(table.map_ids(plan.ids))
+    if cache.weight.grad is not None:
+        # Of a step that has been taken, with the former row's gradient.
+        cache.weight.grad[plan.slots] = 0
+    cache.scores[plan.slots] = plan.scores
+    reset_in_backward(cache.weight, plan.slots)
+    cache.ids[plan.slots] = plan.ids
+    cache.exchanges += 1
+    for callback in cache.on_replace:
+        callback(cache, plan.slots)
+
+
+def coldness(cache: HotRowCache) -> float:
+    """How often the mean row outside a cache is looked up for each look-up of one at its edge, in (0, 1].
+
+    Under Zipf's law with exponent 1 the row of rank r is looked up 1 / r as often as the first. That of rank
+    C stands at the edge, and those of ranks C + 1 .. N have the mean (ln N - ln C) / (N - C).
+    """
+    rows, capacity = cache.num_embeddings, cache.capacity
+    if capacity == rows:
+        return 1.0
+    return capacity * (math.log(rows) - math.log(capacity)) / (rows - capacity)
+
+
+def cache_of(table: Backend) -> HotRowCache:
+    """The cache of a table that has one."""
+    assert table.cache is not None
+    return table.cache
+
+
+def _check_finite(table: Backend, ids: Tensor, values: Tensor) -> None:
+    bad = ~torch.isfinite(values).all(dim=1)
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"table {table.table.name!r}: the cached row of id {int(ids[bad][0])} is NaN or infinite and "
+            "cannot be written back; training has diverged: lower the learning rate, or look for infinite "
+            "inputs"
+        )

@@ -1,0 +1,357 @@
+"""A batch over cached tables as two streams, rows that are cached and rows that are not, and their sum.
+
+Feature f of a cached table becomes two features: f, looked up by slot among the plain rows of its cache, and
+a cold one after all others, looked up by id in the compressed parameters. Every position of the batch is in
+exactly one of them, so one call of the engine's serves all tables::
+
+    features  [f_0 .. f_{F-1}, cold ones]       pooled [B, W + W_cold]       out[:, f] = hot + cold
+
+The mean of a bag of n ids, n_h of them cached, is n_h / n times the mean of its hot part plus n_c / n times
+that of its cold part. Where all are cached that is the hot part times 1: a plain table's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recemb.bags import Bags
+from recemb.cache.hot_rows import HotRowCache, version_of
+from recemb.cache.refresh import cache_of, refresh
+from recemb.errors import RecembError
+from recemb.spec import Dense, TableSpec
+
+if TYPE_CHECKING:
+    from recemb.backends.base import Backend
+
+# Above every id plus its table's base.
+_NONE = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A batch split in two.
+
+    Attributes:
+        bags: F hot features, those of uncached tables as they were, then k cold ones.
+        hot_bounds: F + 1 positions of the hot features' ids in ``bags.ids``.
+        cold_bounds: k + 1 positions of the cold features' ids there.
+    """
+
+    bags: Bags
+    hot_bounds: list[int]
+    cold_bounds: list[int]
+
+
+class Streams:
+    """The cached features of a list of look-ups.
+
+    Args:
+        lookups: the table of each of the F features.
+    """
+
+    def __init__(self, lookups: Sequence[TableSpec]) -> None:
+        self.lookups = tuple(lookups)
+        self.cached = tuple(f for f, table in enumerate(lookups) if table.cache_rows)
+        self.names = tuple(dict.fromkeys(lookups[f].name for f in self.cached))
+        bases, base = {}, 0
+        for name in self.names:
+            bases[name] = base
+            base += next(table.num_embeddings for table in lookups if table.name == name)
+        # An id plus its table's base is distinct over all cached tables.
+        self.bases = tuple(bases[lookups[f].name] for f in self.cached)
+        self._keys: tuple[list[tuple[Tensor, int | None]], Tensor, Tensor] | None = None
+        # Graphs whose backward is still to come; they hold slots that must keep their rows until then.
+        self._open: list[ref[_Token]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What can be worked out again stays out of copies, and a graph is not copied.
+        return self.__dict__ | {"_keys": None, "_open": []}
+
+    @property
+    def expanded(self) -> list[TableSpec]:
+        """The tables that the F + k features are looked up in; a cache is an uncompressed one."""
+        hot = [replace_by_rows(table) for table in self.lookups]
+        return hot + [self.lookups[f] for f in self.cached]
+
+    def served(self, tables: Mapping[str, Backend]) -> list[Backend]:
+        """The backends of the F + k features."""
+        own = [tables[table.name] for table in self.lookups]
+        hot = [table if table.cache is None else table.cache for table in own]
+        return hot + [own[f] for f in self.cached]
+
+    def begin(self, tables: Mapping[str, Backend]) -> bool:
+        """Exchange rows where that is due; whether this is a training step.
+
+        Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
+        has stepped on yet: those belong to the rows as they are. It is made up for afterwards.
+        """
+        backends = [tables[name] for name in self.names]
+        caches = [cache_of(backend) for backend in backends]
+        if not (torch.is_grad_enabled() and caches[0].training):
+            return False
+        due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
+        if due and not self._waiting(caches):
+            refresh(due)
+        return True
+
+    def _waiting(self, caches: Sequence[HotRowCache]) -> bool:
+        self._open = [token for token in self._open if token() is not None]
+        return bool(self._open) or any(cache.before_step.pending() for cache in caches)
+
+    def split(self, tables: Mapping[str, Backend], bags: Bags) -> Split:
+        """Send every position to one of the two streams.
+
+        The streams are compacted, which on a GPU waits for their lengths once. A kernel that skips negative
+        ids needs no compaction: both streams then keep the batch's own offsets, with -1 where the other has
+        the position (and divide by the whole bag's length themselves). This function is all that changes.
+        """
+        bounds, mask, ids = bags.feature_bounds, None, bags.ids
+        keys, slots = self._index([cache_of(tables[name]) for name in self.names])
+        segments = self._segments
+        parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]
+        wanted = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(self.names) > 1:
+            counts = torch.tensor([bounds[f + 1] - bounds[f] for f in self.cached], device=ids.device)
+            bases = torch.tensor(self.bases, device=ids.device)
+            wanted = wanted + bases.repeat_interleave(counts, output_size=wanted.numel())
+        at = torch.searchsorted(keys, wanted)
+        hit = keys[at] == wanted
+        if wanted.numel() == ids.numel():
+            mask, rows = hit, slots[at]
+        else:
+            mask, rows = torch.ones_like(ids, dtype=torch.bool), ids.clone()
+            done = 0
+            for first, last in segments:
+                part = slice(bounds[first], bounds[last + 1])
+                found = slice(done, done := done + bounds[last + 1] - bounds[first])
+                mask[part], rows[part] = hit[found], slots[at[found]]
+        before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        hot_offsets = before[bags.offsets]
+        cold_offsets = bags.offsets - hot_offsets
+        miss, size = ~mask, bags.batch_size
+        hot, cold = rows[mask], ids[miss]
+        chosen = [cold_offsets[first * size : (last + 1) * size] for first, last in segments]
+        # Uncached features have nothing in the cold stream, so its offsets run on over them.
+        offsets = torch.cat([hot_offsets[:-1], *(part + hot.numel() for part in chosen), bags.offsets[-1:]])
+        weights = bags.weights
+        both = Bags(
+            ids=torch.cat([hot, cold]),
+            offsets=offsets,
+            num_features=bags.num_features + len(self.cached),
+            weights=None if weights is None else torch.cat([weights[mask], weights[miss]]),
+        )
+        edges = both.feature_bounds
+        return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :])
+
+    @cached_property
+    def _segments(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring cached features, as (first, last)."""
+        runs: list[tuple[int, int]] = []
+        for f in self.cached:
+            runs = [*runs[:-1], (runs[-1][0], f)] if runs and runs[-1][1] == f - 1 else [*runs, (f, f)]
+        return runs
+
+    def _index(self, caches: Sequence[HotRowCache]) -> tuple[Tensor, Tensor]:
+        """Sorted keys of all cached rows, ending with one that no id has, and their slots.
+
+        Worked out when ids have been written to, by an exchange or by loading a state.
+        """
+        seen = [(cache.ids, version_of(cache.ids)) for cache in caches]
+        if self._keys is not None and all(
+            ids is known and version is not None and version == before
+            for (ids, version), (known, before) in zip(seen, self._keys[0], strict=True)
+        ):
+            return self._keys[1:]
+        bases = dict(zip((self.lookups[f].name for f in self.cached), self.bases, strict=True))
+        parts = []
+        for name, cache in zip(self.names, caches, strict=True):
+            taken = (cache.ids >= 0).nonzero().flatten()
+            parts.append((cache.ids[taken] + bases[name], taken))
+        end = caches[0].ids.new_tensor([_NONE])
+        keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
+        slots = torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
+        self._keys = seen, keys, slots
+        return keys, slots
+
+    def merge(self, tables: Mapping[str, Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:
+        """Add the streams up: [B, W + W_cold] -> [B, W]; in training, count the ids on the way."""
+        backends = [tables[self.lookups[f].name] for f in self.cached]
+        caches = [cache_of(backend) for backend in backends]
+        watching: list[bool] = []
+        if training:
+            tracked = [cache.tracks for cache in caches]
+            self._count(caches, split, tracked)
+            watching = [
+                now and cache.settings.policy == "importance"
+                for now, cache in zip(tracked, caches, strict=True)
+            ]
+        step = _Step(self, backends, caches, split, watching, _Token() if training else None)
+        if training:
+            self._open.append(ref(cast(_Token, step.token)))
+        out = cast(Tensor, cast(Any, _Merge).apply(pooled, step))
+        if training:
+            own = list({id(cache): cache for cache in caches}.values())
+            known = [cache.host_value("steps") for cache in own]
+            torch._foreach_add_([cache.steps for cache in own], 1)
+            for cache, before in zip(own, known, strict=True):
+                cache.remember("steps", before + 1)
+        return out
+
+    def _count(self, caches: Sequence[HotRowCache], split: Split, tracked: Sequence[bool]) -> None:
+        for k, (f, cache) in enumerate(zip(self.cached, caches, strict=True)):
+            if not tracked[k]:
+                continue
+            hits, misses = self.positions(k, f, split)
+            cache.count(hits.stop - hits.start + misses.stop - misses.start, hits.stop - hits.start)
+            if cache.settings.policy != "importance":
+                cache.observe(split.bags.ids[hits], split.bags.ids[misses])
+
+    def positions(self, k: int, f: int, split: Split) -> tuple[slice, slice]:
+        """Where the ids of cached feature number k, which is feature f, are: its hits, its misses."""
+        return slice(*split.hot_bounds[f : f + 2]), slice(*split.cold_bounds[k : k + 2])
+
+    @cached_property
+    def columns(self) -> list[tuple[int, slice, slice]]:
+        """Per cached feature: f, its columns of the output, and those of its cold stream."""
+        dims = [table.embedding_dim for table in self.lookups]
+        cold, found = sum(dims), []
+        for f in self.cached:
+            begin = sum(dims[:f])
+            found.append((f, slice(begin, begin + dims[f]), slice(cold, cold + dims[f])))
+            cold += dims[f]
+        return found
+
+    @cached_property
+    def width(self) -> int:
+        """W, columns of the output."""
+        return sum(table.embedding_dim for table in self.lookups)
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """``columns`` of the features that are summed, with neighbours made one."""
+        joined: list[tuple[slice, slice]] = []
+        for f, out, cold in self.columns:
+            if self.lookups[f].pooling == "mean":
+                continue
+            if joined and joined[-1][0].stop == out.start and joined[-1][1].stop == cold.start:
+                out, cold = slice(joined[-1][0].start, out.stop), slice(joined.pop()[1].start, cold.stop)
+            joined.append((out, cold))
+        return joined
+
+
+def replace_by_rows(table: TableSpec) -> TableSpec:
+    """An uncompressed stand-in for a cached table; others as they are."""
+    if not table.cache_rows:
+        return table
+    return TableSpec(
+        name=table.name,
+        num_embeddings=table.cache_rows,
+        embedding_dim=table.embedding_dim,
+        pooling=table.pooling,
+        compression=Dense(),
+        dtype=table.dtype,
+    )
+
+
+class _Token:
+    """Lives while a graph may still go backward."""
+
+
+@dataclass(eq=False)
+class _Step:
+    """One forward: what its backward needs."""
+
+    streams: Streams
+    tables: Sequence[Backend]
+    caches: Sequence[HotRowCache]
+    split: Split
+    watching: list[bool]
+    token: _Token | None
+    exchanges: list[int] | None = None
+
+    def shares(self, k: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """[B, 1] each: which part of each bag of a mean feature is hot, and cold; ``None`` under sum."""
+        if self.streams.lookups[f].pooling != "mean":
+            return None
+        hot, cold = self.lengths(f), self.lengths(len(self.streams.lookups) + k)
+        whole = (hot + cold).clamp(min=1).to(dtype)
+        return (hot / whole)[:, None], (cold / whole)[:, None]
+
+    def lengths(self, feature: int) -> Tensor:
+        """[B] ids in each bag of one of the F + k features."""
+        size = self.split.bags.batch_size
+        return self.split.bags.offsets[feature * size : (feature + 1) * size + 1].diff()
+
+
+class _Merge(torch.autograd.Function):
+    """hot + cold per cached feature; the backward hands both the same gradient and measures it."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, step: _Step) -> Tensor:
+        ctx.step = step
+        step.exchanges = [cache.exchanges for cache in step.caches]
+        streams = step.streams
+        out = pooled[:, : streams.width].clone()
+        for own, cold in streams.blocks:
+            out[:, own] += pooled[:, cold]
+        for k, (f, own, cold) in enumerate(streams.columns):
+            shares = step.shares(k, f, out.dtype)
+            if shares is not None:
+                out[:, own] = pooled[:, own] * shares[0] + pooled[:, cold] * shares[1]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        step: _Step = ctx.step
+        streams = step.streams
+        if step.exchanges != [cache.exchanges for cache in step.caches]:
+            raise RecembError(
+                "the cached rows have been exchanged since the forward of this graph, which has gone "
+                "backward once already (retain_graph=True); run the forward again"
+            )
+        # From here to the optimizer's step, accumulated gradients are of the rows as they are.
+        step.token = None
+        for cache, table in zip(step.caches, step.tables, strict=True):
+            cache.before_step.note([cache.weight, *table.own_parameters().values()] if cache.due else [])
+        both = grad.new_empty(grad.shape[0], streams.columns[-1][2].stop)
+        both[:, : streams.width] = grad
+        for own, cold in streams.blocks:
+            both[:, cold] = grad[:, own]
+        for k, (f, own, cold) in enumerate(streams.columns):
+            shares = step.shares(k, f, grad.dtype)
+            if shares is not None:
+                both[:, own], both[:, cold] = grad[:, own] * shares[0], grad[:, own] * shares[1]
+        if any(step.watching):
+            _measure(step, both)
+            step.watching = []
+        return both, None
+
+
+def _measure(step: _Step, grad: Tensor) -> None:
+    """Count the gradient norm that reaches each looked-up row."""
+    streams, bags = step.streams, step.split.bags
+    for k, ((f, own, cold), cache) in enumerate(zip(streams.columns, step.caches, strict=True)):
+        if not step.watching[k]:
+            continue
+        parts = []
+        places = zip(
+            (f, len(streams.lookups) + k), (own, cold), streams.positions(k, f, step.split), strict=True
+        )
+        for feature, columns, where in places:
+            lengths = step.lengths(feature)
+            norms = grad[:, columns].float().norm(dim=1).nan_to_num(0, 0, 0)
+            if streams.lookups[f].pooling == "mean":
+                norms = norms / lengths.clamp(min=1)
+            each = norms.repeat_interleave(lengths, output_size=where.stop - where.start)
+            parts.append(each if bags.weights is None else each * bags.weights[where].detach().abs().float())
+        hits, misses = streams.positions(k, f, step.split)
+        cache.observe(bags.ids[hits], bags.ids[misses], (parts[0], parts[1]))

@@ -1,0 +1,152 @@
+"""F18: a state saved at any moment of training, of an exchange too, is the live one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
+from recemb.cache import refresh as refresh_module
+from recemb.cache.hot_rows import HotRowCache
+from recemb.spec import HotRows, TableSpec
+from tests.backends.cases import make_bags
+from tests.cache.cases import METHODS, Collection, one_id_bags, spec
+
+
+def table(method: str, policy: Any = "lfu", **settings: Any) -> TableSpec:
+    hot = HotRows(rows=4, policy=policy, warmup=1, refresh_every=2, track_every=1, decay=0.5, **settings)
+    return spec(METHODS[method](hot), 60)
+
+
+def built(table: TableSpec, seed: int = 0) -> Collection:
+    torch.manual_seed(seed)
+    collection = Collection([table])
+    apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.005})
+    return collection
+
+
+def train(collection: Collection, steps: range) -> None:
+    for seed in steps:
+        bags = make_bags([collection.backend().table], 12, weighted=False, seed=seed)
+        collection(bags).square().sum().backward()
+
+
+def snapshot(collection: Collection) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in collection.state_dict().items()}
+
+
+@pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_goes_on_from_a_saved_state_as_it_would_have(
+    method: str, policy: str, tmp_path: Path
+) -> None:
+    live = built(table(method, policy))
+    train(live, range(7))
+    save_file(live.state_dict(), tmp_path / "state.safetensors")
+    loaded = built(table(method, policy), seed=9)
+    loaded.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    train(live, range(7, 14))
+    train(loaded, range(7, 14))
+    for name, value in live.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert live.cache().metrics() == loaded.cache().metrics()
+    assert live.cache().metrics().evictions > 0
+
+
+def test_saving_does_not_change_the_run() -> None:
+    saved, other = built(table("tt")), built(table("tt"))
+    for start in range(10):
+        train(saved, range(start, start + 1))
+        snapshot(saved)
+        train(other, range(start, start + 1))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in saved.state_dict().items())
+
+
+def test_dcp_loads_in_place(tmp_path: Path) -> None:
+    live = built(table("tt"))
+    train(live, range(7))
+    dcp_save(live.state_dict(), checkpoint_id=str(tmp_path / "dcp"))
+    loaded = built(table("tt"), seed=9)
+    train(loaded, range(20, 23))
+    state = loaded.state_dict()
+    dcp_load(state, checkpoint_id=str(tmp_path / "dcp"))
+    # Into the tensors themselves: even without load_state_dict the index of cached rows follows.
+    bags = make_bags([live.backend().table], 12, weighted=False, seed=50)
+    assert torch.equal(live(bags), loaded(bags))
+    train(live, range(7, 12))
+    train(loaded, range(7, 12))
+
+
+@pytest.mark.parametrize("write_back", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_saved_in_any_phase_is_the_live_one(
+    method: str, write_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the write-back, each promotion, and inside the promotion at the optimizer's turn."""
+    collection = built(table(method, write_back=write_back))
+    checked: list[str] = []
+
+    @torch.enable_grad()  # type: ignore[untyped-decorator] # torch leaves it untyped
+    def check(phase: str) -> None:
+        loaded = built(table(method, write_back=write_back), seed=9)
+        loaded.load_state_dict(snapshot(collection))
+        ids = one_id_bags(list(range(60)))
+        with torch.no_grad():
+            assert torch.equal(loaded(ids), collection(ids)), phase
+        assert torch.equal(loaded.backend().to_dense(), collection.backend().to_dense()), phase
+        assert bool(torch.isfinite(loaded.backend().to_dense()).all())
+        checked.append(phase)
+
+    def around(owner: Any, name: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def outer(*args: Any) -> Any:
+            check(f"before {name}")
+            if name == "reset_in_backward":
+                # The new rows are in their slots, which no id has yet: not the old ones', not their own.
+                assert bool((collection.cache().ids[args[1]] == -1).all())
+            result = inner(*args)
+            check(f"after {name}")
+            return result
+
+        monkeypatch.setattr(owner, name, outer)
+
+    around(refresh_module, "evict")
+    around(refresh_module, "promote")
+    around(refresh_module, "reset_in_backward")
+    around(HotRowCache, "settle")
+    around(type(collection.backend()), "write_back")
+    collection.cache().on_replace.append(lambda cache, slots: check("on_replace"))
+    train(collection, range(8))
+    check("between steps")
+    names = {"evict", "promote", "reset_in_backward", "settle"} | ({"write_back"} if write_back else set())
+    assert {f"{when} {name}" for when in ("before", "after") for name in names} <= set(checked)
+
+
+def test_a_state_saved_between_accumulated_backwards() -> None:
+    kinds = [built(table("md"), seed) for seed in (0, 9)]
+    live, loaded = kinds
+    train(live, range(5))
+    live(one_id_bags([1, 2, 2])).sum().backward()
+    loaded.load_state_dict(snapshot(live))
+    with torch.no_grad():
+        ids = one_id_bags(list(range(60)))
+        assert torch.equal(live(ids), loaded(ids))
+    train(live, range(5, 9))
+    train(loaded, range(5, 9))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in live.state_dict().items())
+
+
+def test_a_cache_of_another_size_is_refused() -> None:
+    live = built(table("tt"))
+    other = built(spec(METHODS["tt"](HotRows(rows=5)), 60))
+    with pytest.raises(RuntimeError, match=r"cache\.weight"):
+        other.load_state_dict(live.state_dict())

@@ -1,0 +1,254 @@
+"""When rows are exchanged, and what an exchange leaves alone."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torchrec
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
+from recemb.cache.optimizer_state import reset_rows
+from recemb.cache.refresh import refresh
+from recemb.errors import NonFiniteError, RecembError
+from recemb.spec import HotRows, MixedDimension, TensorTrain
+from tests.cache.cases import Collection, forever, hold, one_id_bags, spec
+
+
+def every_step(capacity: int = 2, **settings: Any) -> Collection:
+    torch.manual_seed(0)
+    hot = HotRows(rows=capacity, warmup=1, refresh_every=1, track_every=1, decay=0.5, **settings)
+    return Collection([spec(TensorTrain(rank=4, cache=hot), 40)])
+
+
+def step(collection: Collection, ids: list[int], optimizer: torch.optim.Optimizer | None = None) -> None:
+    loss = collection(one_id_bags(ids)).square().sum()
+    if optimizer is not None:
+        optimizer.zero_grad()
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+
+
+def sgd(collection: Collection, rate: float = 0.01) -> torch.optim.Optimizer:
+    return torch.optim.SGD(collection.parameters(), rate)
+
+
+def cached(collection: Collection) -> set[int]:
+    return {i for i in collection.cache().ids.tolist() if i >= 0}
+
+
+def test_rows_move_by_themselves_as_the_data_moves() -> None:
+    collection = every_step()
+    optimizer = sgd(collection)
+    seen = []
+    for ids in ([1, 1, 2, 3], [4, 4, 5, 5], [4, 4, 5, 5], [4, 5], [6]):
+        step(collection, ids, optimizer)
+        seen.append(cached(collection))
+    # 1 was seen twice, and 2 is the lower of the two seen once.
+    assert seen[0] == set()
+    assert seen[1] == {1, 2}
+    assert seen[-1] == {4, 5}
+    assert collection.cache().metrics().evictions >= 2
+
+
+def test_a_graph_that_may_still_go_backward_holds_the_rows() -> None:
+    collection = every_step()
+    step(collection, [1, 1, 2], sgd(collection))
+    waiting = collection(one_id_bags([1, 3, 3, 3]))
+    assert cached(collection) == {1, 2}
+    for _ in range(3):
+        collection(one_id_bags([3, 3, 4, 4]))
+    assert cached(collection) == {1, 2}
+    waiting.sum().backward()
+    collection.zero_grad()
+    collection(one_id_bags([3]))
+    assert cached(collection) == {3, 4}
+
+
+def test_a_graph_that_is_dropped_does_not_hold_them() -> None:
+    collection = every_step()
+    step(collection, [1, 1, 2], sgd(collection))
+    dropped = collection(one_id_bags([3, 3, 3, 4, 4, 4]))
+    del dropped
+    gc.collect()
+    collection(one_id_bags([3]))
+    assert cached(collection) == {3, 4}
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01),
+    "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "fused-adam": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "foreach-adagrad": lambda p: torch.optim.Adagrad(p, 0.01, foreach=True),
+    "rowwise-adagrad": lambda p: torchrec.optim.RowWiseAdagrad(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_accumulated_gradients_hold_them_until_the_step(name: str) -> None:
+    collection = every_step()
+    optimizer = OPTIMIZERS[name](collection.parameters())
+    step(collection, [1, 1, 2], optimizer)
+    optimizer.zero_grad()
+    for _ in range(3):
+        collection(one_id_bags([3, 3, 4, 4])).sum().backward()
+        assert cached(collection) == {1, 2}
+    optimizer.step()
+    # The gradient is there still, but has been stepped on: many loops clear it after the forward.
+    assert collection.cache().weight.grad is not None
+    collection(one_id_bags([3]))
+    assert cached(collection) == {3, 4}
+
+
+def test_a_new_row_has_no_gradient_of_the_old_one() -> None:
+    collection = Collection([spec(TensorTrain(rank=4, cache=forever(rows=2)), 40)])
+    cache = hold(collection, [1, 2])
+    step(collection, [1, 2], sgd(collection))
+    gradient = cache.weight.grad
+    assert gradient is not None
+    kept = gradient[0].clone()
+    with torch.no_grad():
+        cache.scores[0] = 1e9
+    hold(collection, [9])
+    assert cache.ids.tolist() == [1, 9]
+    assert torch.equal(gradient[0], kept)
+    assert bool(kept.any())
+    assert not bool(gradient[1].any())
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    batches = [[1, 2, 3, 3], [3, 3, 4, 4], [5, 5, 5, 1]]
+    whole, parts = every_step().double(), every_step().double()
+    for _ in range(4):
+        for collection, chunks in ((whole, [[i for batch in batches for i in batch]]), (parts, batches)):
+            optimizer = sgd(collection, 0.1)
+            optimizer.zero_grad()
+            for chunk in chunks:
+                collection(one_id_bags(chunk)).square().sum().backward()
+            optimizer.step()
+            # The count of steps differs; what the rows are must not.
+            hold(collection, [3, 5])
+    torch.testing.assert_close(whole.backend().to_dense(), parts.backend().to_dense(), rtol=1e-6, atol=1e-7)
+
+
+def test_going_back_again_after_an_exchange_is_refused() -> None:
+    collection = every_step()
+    step(collection, [1, 1, 2], sgd(collection))
+    out = collection(one_id_bags([3, 3, 3, 4, 4, 4])).sum()
+    out.backward(retain_graph=True)
+    collection.zero_grad()
+    collection(one_id_bags([3]))
+    with pytest.raises(RecembError, match="exchanged since the forward"):
+        out.backward()
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode"])
+def test_evaluation_changes_nothing(how: str) -> None:
+    collection = every_step()
+    step(collection, [1, 1, 2], sgd(collection))
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    collection.train(how != "eval")
+    modes = {"eval": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    with modes[how]():
+        for _ in range(3):
+            collection(one_id_bags([7, 7, 8]))
+    assert all(torch.equal(value, before[name]) for name, value in collection.state_dict().items())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_ids_are_counted_every_so_many_steps(every: int) -> None:
+    hot = HotRows(rows=2, warmup=0, refresh_every=100, track_every=every)
+    collection = Collection([spec(TensorTrain(rank=4, cache=hot), 30)])
+    for _ in range(6):
+        collection(one_id_bags([4]))
+    assert float(collection.cache().votes.sum()) == 6 / every
+
+
+def test_importance_is_the_gradient_that_reaches_a_row() -> None:
+    hot = HotRows(rows=2, policy="importance", warmup=0, refresh_every=100, track_every=1)
+    for pooling, parts in (("sum", 1), ("mean", 3)):
+        collection = Collection([spec(TensorTrain(rank=4, cache=hot), 30, pooling=pooling)])  # type: ignore[arg-type]
+        cache = hold(collection, [7])
+        from tests.backends.cases import bags_of
+
+        bags = bags_of([7, 8, 7, 8, 9], [3, 0, 2], 1, [2, -3, 1, 1, 1] if pooling == "sum" else None)
+        out = collection(bags)
+        gradient = torch.zeros_like(out)
+        gradient[0, 0], gradient[2, 1], gradient[2, 2] = 6.0, 3.0, 4.0
+        before = float(cache.scores[0])
+        out.backward(gradient, retain_graph=True)
+        out.backward(gradient)  # counted once
+        hit = 6.0 * 3 if pooling == "sum" else 6.0 / 3 * 2
+        eight = 6.0 * 3 + 5.0 if pooling == "sum" else 6.0 / 3 + 5.0 / 2
+        assert float(cache.scores[0]) - before == pytest.approx(hit, abs=0.1)
+        assert float(cache.votes[8]) == pytest.approx(eight, rel=1e-5)
+        assert float(cache.votes[9]) == pytest.approx(5.0 if parts == 1 else 2.5, rel=1e-5)
+
+
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], float]] = {
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.25}, 0.25),
+    "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.1}, 0.0),
+    "adam": (torch.optim.Adam, {"lr": 0.1}, 0.0),
+}
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "hook"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_new_row_starts_with_fresh_state_under_in_backward_optimizers(name: str, kernel: bool) -> None:
+    kind, settings, start = KINDS[name]
+    collection = Collection([spec(TensorTrain(rank=4, cache=forever(rows=2)), 40)])
+    collection = collection if kernel else collection.double()
+    hold(collection, [1, 2])
+    apply_optimizer_in_backward(kind, collection.parameters(), dict(settings))
+    step(collection, [1, 2, 2, 5])
+    cache = collection.cache()
+    (optimizer,) = cache.weight._in_backward_optimizers
+    state = {k: v for k, v in optimizer.state[cache.weight].items() if v.dim() == 2}
+    kept = {k: v[0].clone() for k, v in state.items()}
+    assert all(bool((v[1] != start).any()) for v in state.values())
+    with torch.no_grad():
+        cache.scores[0] = 1e9
+    hold(collection, [9])
+    assert cache.ids.tolist() == [1, 9]
+    for key, value in state.items():
+        assert torch.equal(value[0], kept[key])
+        assert torch.equal(value[1], torch.full_like(value[1], start))
+    # The next step is the first one of the new row, and no other's.
+    step(collection, [9])
+
+
+def test_an_optimizer_outside_can_be_mended() -> None:
+    collection = Collection([spec(TensorTrain(rank=4, cache=forever(rows=2)), 40)])
+    hold(collection, [1, 2])
+    optimizer = torch.optim.Adam(collection.parameters(), 0.1)
+    step(collection, [1, 2], optimizer)
+    cache = collection.cache()
+    moments = optimizer.state[cache.weight]["exp_avg"]
+    assert bool(moments.any())
+    seen: list[Tensor] = []
+    cache.on_replace.append(lambda cache, slots: reset_rows(optimizer, cache.weight, slots))
+    cache.on_replace.append(lambda cache, slots: seen.append(slots))
+    with torch.no_grad():
+        cache.scores.zero_()
+    hold(collection, [8, 9])
+    assert [slots.tolist() for slots in seen] == [[0, 1]]
+    assert not bool(moments.any())
+    assert float(optimizer.state[cache.weight]["step"]) == 1
+
+
+def test_a_row_that_diverged_is_not_written_back() -> None:
+    collection = Collection([spec(MixedDimension(dim=2, cache=forever(rows=1)), 40)])
+    hold(collection, [3])
+    cache = collection.cache()
+    with torch.no_grad():
+        cache.weight[0, 1] = float("nan")
+        cache.owners[5], cache.votes[5] = 5, 1e9
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"table 't'.*id 3 is NaN"):
+        refresh([collection.backend()])
+    for name, value in collection.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)

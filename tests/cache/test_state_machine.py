@@ -1,0 +1,220 @@
+"""F17: a cached table against a dict of rows and a dict of counts, step by step.
+
+The compressed parameters are E [N, D] times a frozen P = 1, which loses nothing, so training must equal that
+of a plain dict of rows whatever is cached: capacity 1, capacity of the whole working set, more distinct rows
+in a batch than capacity, and evictions in every step. N is small enough that every id outside has a counter
+of its own, so which rows are cached, and in which slot, is foretold too.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from recemb.spec import HotRows, MixedDimension
+from tests.backends.cases import bags_of
+from tests.cache.cases import Collection, spec
+
+ROWS, DIM, RATE, DECAY = 12, 3, 0.25, 0.5
+BAGS = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=5), min_size=1, max_size=4)
+
+
+class CountModel:
+    """Which ids are in which slot, by the rules of :class:`recemb.HotRows`."""
+
+    def __init__(self, capacity: int, hot: HotRows) -> None:
+        self.hot, self.steps, self.last = hot, 0, -1
+        self.slots: list[int | None] = [None] * capacity
+        self.inside: dict[int, float] = {}
+        self.outside: dict[int, float] = {}
+
+    @property
+    def due(self) -> bool:
+        if self.last < 0:
+            return self.steps >= self.hot.first_refresh
+        return self.steps - self.last >= self.hot.refresh_every
+
+    def refresh(self) -> int:
+        if len(self.slots) == ROWS:
+            outside = {i: 0.0 for i in range(ROWS) if i not in self.inside}
+        else:
+            outside = {i: score for i, score in self.outside.items() if score > 0}
+        hottest = sorted(outside, key=lambda i: (-outside[i], i))
+        free = [k for k, i in enumerate(self.slots) if i is None]
+        entering, rest = hottest[: len(free)], hottest[len(free) :]
+        coldest = sorted(self.inside, key=lambda i: (self.inside[i], -i))
+        leaving = []
+        for new, old in zip(rest, coldest, strict=False):
+            if outside[new] > self.inside[old]:
+                entering.append(new)
+                leaving.append(old)
+        places = sorted([*(self.slots.index(i) for i in leaving), *free[: len(entering) - len(leaving)]])
+        scores = {i: outside[i] for i in entering}
+        evicted = {i: self.inside.pop(i) for i in leaving}
+        for place, i in zip(places, sorted(entering), strict=True):
+            self.slots[place] = i
+        for i in entering:
+            self.inside[i] = scores[i]
+            self.outside.pop(i, None)
+        if self.hot.policy == "lfu":
+            self.outside.update(evicted)
+            for side in (self.inside, self.outside):
+                for i in side:
+                    side[i] *= DECAY
+        self.last = self.steps
+        return len(leaving)
+
+    def see(self, ids: list[int]) -> None:
+        for i in ids:
+            side = self.inside if i in self.inside else self.outside
+            side[i] = self.steps if self.hot.policy == "lru" else side.get(i, 0.0) + 1
+        self.steps += 1
+
+
+class CachedTable(RuleBasedStateMachine):
+    @initialize(
+        capacity=st.sampled_from([1, 2, 5, ROWS]),
+        policy=st.sampled_from(["lfu", "lru"]),
+        refresh_every=st.sampled_from([1, 2, 3]),
+        warmup=st.sampled_from([0, 1, 3]),
+        pooling=st.sampled_from(["sum", "mean"]),
+    )
+    def build(self, capacity: int, policy: Any, refresh_every: int, warmup: int, pooling: Any) -> None:
+        hot = HotRows(
+            rows=capacity,
+            policy=policy,
+            refresh_every=refresh_every,
+            warmup=warmup,
+            decay=DECAY,
+            track_every=1,
+        )
+        torch.manual_seed(0)
+        self.pooling = pooling
+        table = spec(MixedDimension(dim=DIM, cache=hot), ROWS, DIM, features=("f", "g"), pooling=pooling)
+        self.collection = Collection([table]).double()
+        backend = self.collection.backend()
+        with torch.no_grad():
+            backend.p.copy_(torch.eye(DIM))
+        backend.p.requires_grad_(False)
+        self.rows = backend.e.detach().clone()
+        self.counts = CountModel(capacity, hot)
+        self.evictions = 0
+        # (pooled, per row the gradient that the model expects): graphs that have not gone backward.
+        self.open: list[tuple[Tensor, Tensor]] = []
+        self.gradient: Tensor | None = None
+
+    def _expected(self, bags: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """What a plain table gives [B, 2 D], and how often each row goes into each bag [bags, N]."""
+        share = torch.zeros(len(bags), ROWS, dtype=torch.float64)
+        for bag, ids in enumerate(bags):
+            for i in ids:
+                share[bag, i] += 1 / len(ids) if self.pooling == "mean" else 1
+        pooled = share @ self.rows
+        size = len(bags) // 2
+        return torch.cat([pooled[:size], pooled[size:]], dim=1), share
+
+    def _forward(self, bags: list[list[int]]) -> tuple[Tensor, Tensor]:
+        # Two features of one table: the same bags, in the order given and backwards.
+        both = bags + bags[::-1]
+        flat = [i for bag in both for i in bag]
+        if torch.is_grad_enabled() and self.collection.training:
+            if self.counts.due and not self.open and self.gradient is None:
+                self.evictions += self.counts.refresh()
+            self.counts.see(flat)
+        pooled = self.collection(bags_of(flat, [len(bag) for bag in both], 2))
+        expected, share = self._expected(both)
+        torch.testing.assert_close(pooled.detach(), expected, rtol=1e-9, atol=1e-11)
+        target = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
+        direction = torch.cat([target[:, :DIM], target[:, DIM:]])
+        return (pooled * target).sum(), share.T @ direction
+
+    @rule(bags=BAGS)
+    def forward(self, bags: list[list[int]]) -> None:
+        if len(self.open) < 2:
+            self.open.append(self._forward(bags))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def backward(self) -> None:
+        loss, gradient = self.open.pop(0)
+        loss.backward()
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def drop(self) -> None:
+        self.open.pop()
+
+    @precondition(lambda self: self.gradient is not None and not self.open)
+    @rule(clear_before=st.booleans())
+    def step(self, clear_before: bool) -> None:
+        optimizer = torch.optim.SGD([p for p in self.collection.parameters() if p.requires_grad], RATE)
+        optimizer.step()
+        assert self.gradient is not None
+        self.rows -= RATE * self.gradient
+        self.gradient = None
+        if not clear_before:
+            optimizer.zero_grad()
+            return
+        # Gradients that stay until the next forward are not taken for accumulated ones; then they go.
+        loss, gradient = self._forward([[0, 1, 1], [ROWS - 1]])
+        optimizer.zero_grad()
+        loss.backward()
+        self.gradient = gradient
+
+    @rule(bags=BAGS)
+    def train_step(self, bags: list[list[int]]) -> None:
+        if self.open or self.gradient is not None:
+            return
+        loss, gradient = self._forward(bags)
+        loss.backward()
+        self.gradient = gradient
+        self.step(clear_before=False)
+
+    @rule(bags=BAGS, inference=st.booleans())
+    def evaluate(self, bags: list[list[int]], inference: bool) -> None:
+        before = {name: value.clone() for name, value in self.collection.state_dict().items()}
+        self.collection.eval()
+        with torch.inference_mode() if inference else torch.no_grad():
+            self._forward(bags)
+        self.collection.train()
+        for name, value in self.collection.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    @precondition(lambda self: not self.open and self.gradient is None)
+    @rule(how=st.sampled_from(["load", "copy", "assign"]))
+    def save_and_load(self, how: str) -> None:
+        if how == "copy":
+            self.collection = copy.deepcopy(self.collection)
+            return
+        stream = io.BytesIO()
+        torch.save(self.collection.state_dict(), stream)
+        stream.seek(0)
+        table = self.collection.backend().table
+        fresh = Collection([table]).double()
+        fresh.load_state_dict(torch.load(stream), assign=how == "assign")
+        fresh.backend().p.requires_grad_(False)
+        self.collection = fresh
+
+    @invariant()
+    def holds_what_was_foretold(self) -> None:
+        if not hasattr(self, "counts"):
+            return
+        cache = self.collection.cache()
+        assert [None if i < 0 else i for i in cache.ids.tolist()] == self.counts.slots
+        for slot, i in enumerate(self.counts.slots):
+            if i is not None:
+                assert float(cache.scores[slot]) == self.counts.inside[i]
+        assert cache.metrics().evictions == self.evictions
+        torch.testing.assert_close(self.collection.backend().to_dense(), self.rows, rtol=1e-9, atol=1e-11)
+
+
+CachedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestCachedTable = CachedTable.TestCase
