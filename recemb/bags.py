@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ class Bags:
         weights: [L] per-sample weights, or ``None``.
         refused: [1] int32 on a GPU, set by the check of ids and offsets that are there: not 0 when the batch
             is bad, of which the host learns later. No weight changes then, and bad ids give 0.
+        checked: whether the batch has been checked already.
         ahead: the kernels' preparation of this batch, when it was asked for before its look-up.
+        split: the same of the cache's streams.
     """
 
     ids: Tensor
@@ -43,7 +46,9 @@ class Bags:
     num_features: int
     weights: Tensor | None = None
     refused: Tensor | None = None
+    checked: bool = False
     ahead: Ahead | None = None
+    split: Any = None
 
     @property
     def batch_size(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recemb.backends import backend_of
 from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native, served_natively
+from recemb.backends.native import pooled_native, prepare_native, served_natively
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.cache.streams import Streams
 from recemb.spec import TableSpec
@@ -34,9 +34,12 @@ class Engine:
 
     Args:
         tables: the tables; feature f of a batch is the f-th entry of ``targets``.
+        micro_batch_rows: distinct rows of a table that the native kernels compute at once, which bounds their
+            workspace whatever the batch; the device's default when ``None``.
     """
 
-    def __init__(self, tables: Sequence[TableSpec]) -> None:
+    def __init__(self, tables: Sequence[TableSpec], micro_batch_rows: int | None = None) -> None:
+        self.micro_batch_rows = micro_batch_rows
         lookups = [(feature, table) for table in tables for feature in table.feature_names]
         self.targets = LookupTargets(
             LookupTarget(feature, table.name, table.num_embeddings) for feature, table in lookups
@@ -69,7 +72,8 @@ class Engine:
         Raises:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
-        check_bags(bags, self.targets)
+        if not bags.checked:
+            check_bags(bags, self.targets)
         if self._streams is None:
             return self._pool([tables[target.table] for target in self.targets], bags)
         training = self._streams.begin(tables)
@@ -77,16 +81,40 @@ class Engine:
         pooled = self._pool(self._streams.served(tables), split.bags)
         return self._streams.merge(tables, pooled, split, training)
 
+    @opaque
+    def prefetch(self, tables: Mapping[str, Backend], bags: Bags) -> None:
+        """Prepare a batch for its look-up, beside what runs now: check it, sort and group its ids.
+
+        A cached table's ids are split into cached rows and others too, which is done again if rows have been
+        exchanged by the time of the look-up. What that computes does not depend on this.
+
+        Args:
+            bags: as of the look-up, which must be given this very object.
+
+        Raises:
+            BatchError: as in the look-up.
+        """
+        check_bags(bags, self.targets)
+        bags.checked = True
+        if self._streams is None:
+            served = [tables[target.table] for target in self.targets]
+            prepare_native(served, bags, self.micro_batch_rows)
+        else:
+            bags.split = self._streams.split(tables, bags)
+            prepare_native(self._streams.served(tables), bags.split.bags, self.micro_batch_rows)
+
     def _pool(self, served: Sequence[Backend], bags: Bags) -> Tensor:
         # The native kernels serve all methods at once, and write every column in its place.
-        whole = pooled_native(served, bags)
+        whole = pooled_native(served, bags, self.micro_batch_rows)
         if whole is not None:
             return whole
         # Else those that they can serve, so that one table on plain torch takes no other with it.
         outputs: list[tuple[Sequence[int], Tensor]] = []
         rest = set(range(len(served)))
         native = [f for f, fits in enumerate(served_natively(served)) if fits]
-        pooled = pooled_native([served[f] for f in native], bags.select(native)) if native else None
+        pooled = None
+        if native:
+            pooled = pooled_native([served[f] for f in native], bags.select(native), self.micro_batch_rows)
         if pooled is not None:
             outputs.append((native, pooled))
             rest -= set(native)

@@ -43,11 +43,13 @@ class Split:
         bags: F hot features, those of uncached tables as they were, then k cold ones.
         hot_bounds: F + 1 positions of the hot features' ids in ``bags.ids``.
         cold_bounds: k + 1 positions of the cold features' ids there.
+        index: the cached rows that it was split by.
     """
 
     bags: Bags
     hot_bounds: list[int]
     cold_bounds: list[int]
+    index: object
 
 
 class Streams:
@@ -113,8 +115,10 @@ class Streams:
         ids needs no compaction: both streams then keep the batch's own offsets, with -1 where the other has
         the position (and divide by the whole bag's length themselves). This function is all that changes.
         """
-        bounds, mask, ids = bags.feature_bounds, None, bags.ids
         keys, slots = self._index([cache_of(tables[name]) for name in self.names])
+        if isinstance(bags.split, Split) and bags.split.index is self._keys:
+            return bags.split
+        bounds, mask, ids = bags.feature_bounds, None, bags.ids
         segments = self._segments
         parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]
         wanted = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -149,7 +153,7 @@ class Streams:
             weights=None if weights is None else torch.cat([weights[mask], weights[miss]]),
         )
         edges = both.feature_bounds
-        return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :])
+        return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :], self._keys)
 
     @cached_property
     def _segments(self) -> list[tuple[int, int]]:

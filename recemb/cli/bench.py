@@ -14,7 +14,7 @@ from recemb.errors import ConfigError
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-PROGRAMS = ("ops", "train", "cache")
+PROGRAMS = ("ops", "train", "cache", "micro_batches", "gpu")
 
 _DESCRIPTION = """\
 Measure speed as ratios of one run. The programs live in bench/ of a checkout of recemb:
@@ -22,6 +22,8 @@ Measure speed as ratios of one run. The programs live in bench/ of a checkout of
   ops     one look-up, ours and the peers' (recemb bench ops --help)
   train   a whole DLRM training step with compressed and with uncompressed tables (recemb bench train --help)
   cache   hit rate, step time and AUC against the size of a hot-row cache (recemb bench cache --help)
+  gpu     one look-up on a GPU, as a share of its roofline (recemb bench gpu --help)
+  micro_batches   memory and time of slices of a batch (recemb bench micro_batches --help)
 """
 
 
@@ -30,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure speed against fbgemm, torch and other peers",
-        usage="recemb bench {ops,train,cache} [flags]",
+        usage=f"recemb bench {{{','.join(PROGRAMS)}}} [flags]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -12,9 +12,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from recemb.backends import build
-from recemb.backends.base import Backend
+from recemb.backends.base import Backend, Memo
 from recemb.backends.dense import DenseBackend
 from recemb.backends.memory import MemoryReport, memory_report
+from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.metrics import CacheMetrics
 from recemb.engine import Engine
@@ -38,6 +39,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         tables: recemb configs, or plain torchrec configs for uncompressed tables.
         is_weighted: whether the input carries per-sample weights.
         device: where the parameters live; ``meta`` allocates nothing.
+        micro_batch_rows: distinct rows of a table whose products of cores are computed at once, which bounds
+            the workspace whatever the batch; ``None`` for 2**14 on the CPU and 2**15 on a GPU.
 
     Raises:
         ConfigError: a table that cannot be stored as asked, before anything is allocated.
@@ -68,7 +71,10 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         tables: Sequence[TorchrecEmbeddingBagConfig],
         is_weighted: bool = False,
         device: torch.device | str | None = None,
+        micro_batch_rows: int | None = None,
     ) -> None:
+        if micro_batch_rows is not None and micro_batch_rows < 1:
+            raise ConfigError(f"micro_batch_rows={micro_batch_rows} must be an int >= 1, e.g. 16384")
         configs = [as_recemb_config(config) for config in tables]
         specs = [table_spec(config) for config in configs]
         _check_weighted_mean(specs, is_weighted)
@@ -79,7 +85,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         for name, backend in built.items():
             self.embedding_bags[name] = backend
         self._device = target
-        self._engine = Engine(specs)
+        self._engine = Engine(specs, micro_batch_rows)
+        self._ahead = Memo()
         self._specs = tuple(specs)
         self.reset_parameters()
 
@@ -95,9 +102,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         Raises:
             BatchError: names table, feature, sample and value; nothing has been computed by then.
         """
-        bags, inverse = bags_from_kjt(
-            maybe_td_to_kjt(features, None), self._engine.targets, self._is_weighted
-        )
+        ahead = self._ahead.pop(id(features), None) if self._ahead else None
+        bags, inverse = ahead[1] if ahead and ahead[0] is features else self._bags(features)
         pooled = self._engine(self.embedding_bags, bags).float()
         if inverse is not None:
             pieces = torch.split(pooled, self._lengths_per_embedding, dim=1)
@@ -105,6 +111,32 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         return KeyedTensor(
             keys=self._embedding_names, values=pooled, length_per_key=self._lengths_per_embedding
         )
+
+    def prefetch(self, features: KeyedJaggedTensor) -> None:
+        """Prepare the next batch beside what runs now: check it, sort and group its ids, find cached rows.
+
+        In a thread on the CPU, on a stream of its own on a GPU. The :meth:`forward` that is given this very
+        object then finds that done; its results do not depend on it. Two batches can be under way.
+
+        Example::
+
+            for features, labels, following in batches:
+                loss = model(features, labels)
+                ebc.prefetch(following)
+                loss.backward()
+
+        Raises:
+            BatchError: as in :meth:`forward`.
+        """
+        bags, inverse = self._bags(features)
+        self._engine.prefetch(self.embedding_bags, bags)
+        while len(self._ahead) > 1:  # of batches that were never looked up
+            self._ahead.pop(next(iter(self._ahead)))
+        self._ahead[id(features)] = features, (bags, inverse)
+
+    def _bags(self, features: KeyedJaggedTensor) -> tuple[Bags, Tensor | None]:
+        kjt = maybe_td_to_kjt(features, None)
+        return bags_from_kjt(kjt, self._engine.targets, self._is_weighted)
 
     def memory(self) -> MemoryReport:
         """Per table: rows, dim, method, bytes, uncompressed bytes and their ratio; prints as a table."""

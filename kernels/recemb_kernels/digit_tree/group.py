@@ -128,12 +128,6 @@ class State:
     def __del__(self) -> None:
         self._group.free.append(self.pointer)
 
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes of the products and rows of its batch, the largest so far; its plan is not counted."""
-        size: int = self._group.driver.recemb_tree_workspace(self.pointer)
-        return size
-
 
 class Group:
     """Tables and features that are looked up together; fixed, so built once and called for every batch.
@@ -169,6 +163,11 @@ class Group:
             codes=ctypes.addressof(self._codes),
             features=ctypes.addressof(self._features),
         )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes for products of parameters and rows of batches, the most so far; plans are not counted."""
+        return sum(self.driver.recemb_tree_workspace(pointer) for pointer in self.free)
 
     def __del__(self) -> None:
         for pointer in self.free:

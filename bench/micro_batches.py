@@ -1,0 +1,201 @@
+"""Memory and time of micro-batches, and of batches that are prepared ahead, at the 26 Kaggle tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recemb.errors import RecembError
+
+_DESCRIPTION = """\
+Time a training step (forward, backward, fused row-wise Adagrad) of the 26 Criteo Kaggle tables, those of 200
+rows and more as tensor trains, with products of cores computed for so many distinct rows of a table at once.
+The workspace is what the kernels hold for these products and rows. Steps take turns, round by round; ratios
+are medians of the round-by-round ratios to the whole batch at once.
+"""
+_RESULTS = Path(__file__).resolve().parent / "results"
+_WHOLE = 2**30
+_THRESHOLD = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to take a step.
+
+    Args:
+        micro_batch_rows: distinct rows at once; 2**30 stands for all.
+        prefetch: whether the next batch is prepared between forward and backward.
+        workspace_bytes: products and rows of one step.
+        ratio: median time to that of the whole batch at once.
+    """
+
+    batch: int
+    ids: str
+    micro_batch_rows: int
+    prefetch: bool
+    workspace_bytes: int
+    p50_us: float
+    ratio: float
+    workspace_ratio: float
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; imports nothing heavy, so that --help is instant."""
+    parser = argparse.ArgumentParser(
+        prog="recemb bench micro_batches",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[65536], metavar="B", help="default 65536")
+    parser.add_argument("--rank", type=int, default=32, metavar="R", help="default %(default)s")
+    parser.add_argument(
+        "--ids", choices=("zipf", "permuted", "uniform"), nargs="+", default=["zipf", "uniform"]
+    )
+    parser.add_argument("--micro_batch_rows", type=int, nargs="+", default=[2**16, 2**14, 2**12], metavar="M")
+    parser.add_argument("--rounds", type=int, default=11, metavar="K", help="default %(default)s")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="CSV (default bench/results, if writable)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _run(args)
+    except RecembError as error:
+        print(f"recemb bench micro_batches: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    from bench.guard import TESTS, require_green
+    from bench.results import results_folder, this_machine, write_csv
+    from bench.settings import KAGGLE
+
+    machine = this_machine(require_green(TESTS))
+    folder, rows = results_folder(args.output, _RESULTS), []
+    print(machine.heading())
+    for batch in args.batch:
+        for ids in args.ids:
+            rows += measure(KAGGLE.rows, batch, ids, args.rank, args.micro_batch_rows, args.rounds)
+    print(table(rows))
+    if folder is not None:
+        write_csv(folder / "micro_batches.csv", rows, machine)
+    return 0
+
+
+def measure(
+    tables: tuple[int, ...], batch: int, ids: str, rank: int, micro_batch_rows: Sequence[int], rounds: int
+) -> list[Row]:
+    """Every way to take a step at one batch size, in turns."""
+    from functools import partial
+
+    from bench.ids import make_batches
+    from bench.measure import Runner, percentiles, ratio, take_turns
+    from bench.settings import Setting
+
+    setting = Setting(rows=tables, batch=batch, ids=ids)
+    batches = make_batches(setting)
+    ways = [(_WHOLE, False), *((rows, False) for rows in micro_batch_rows)]
+    ways += [(micro_batch_rows[-1] if len(micro_batch_rows) == 1 else micro_batch_rows[1], True)]
+    runners, collections = {}, {}
+    for k, (rows, ahead) in enumerate(ways):
+        steps = Steps(tables, rank, setting.dim, rows, ahead)
+        key = (str(rows), str(ahead))
+        # Each starts at another batch, so that none finds the rows in cache that another has just read.
+        runners[key] = Runner(partial(steps.step, batches), batches, first=3 * k)
+        collections[key] = steps
+    times = take_turns(runners, rounds)
+    whole = (str(_WHOLE), "False")
+    base = max(1, collections[whole].workspace_bytes())
+    found = []
+    for (rows, ahead), key in zip(ways, runners, strict=True):
+        space = collections[key].workspace_bytes()
+        middle = percentiles(times[key]).p50
+        found.append(
+            Row(batch, ids, rows, ahead, space, middle, ratio(times[key], times[whole]), space / base)
+        )
+    return found
+
+
+class Steps:
+    """One collection, and its training step on ready KeyedJaggedTensors."""
+
+    def __init__(
+        self, tables: Sequence[int], rank: int, dim: int, micro_batch_rows: int, ahead: bool
+    ) -> None:
+        import torchrec
+        from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
+        from bench.peers import feature_names
+        from recemb import Dense, EmbeddingBagCollection, TensorTrain
+        from recemb.spec import TableSpec
+        from recemb.torchrec_io.configs import to_configs
+
+        self.names, self.ahead = feature_names(len(tables)), ahead
+        specs = [
+            TableSpec(
+                name=f"t_{name}",
+                num_embeddings=rows,
+                embedding_dim=dim,
+                feature_names=(name,),
+                compression=TensorTrain(rank=rank) if rows >= _THRESHOLD else Dense(),
+            )
+            for name, rows in zip(self.names, tables, strict=True)
+        ]
+        self.collection = EmbeddingBagCollection(to_configs(specs), micro_batch_rows=micro_batch_rows)
+        kind = torchrec.optim.RowWiseAdagrad
+        apply_optimizer_in_backward(kind, self.collection.parameters(), {"lr": 0.01})
+        self._features: dict[int, object] = {}
+
+    def step(self, batches: Sequence[object], batch: object) -> None:
+        """Forward, the next batch's preparation when asked for, backward."""
+        pooled = self.collection(self._kjt(batch)).values()
+        if self.ahead:
+            following = batches[(batches.index(batch) + 1) % len(batches)]
+            self.collection.prefetch(self._kjt(following))
+        pooled.backward(batch.grad)  # type: ignore[attr-defined]
+
+    def workspace_bytes(self) -> int:
+        """Of all groups of the collection's native kernels."""
+        total = 0
+        for table in self.collection.embedding_bags.values():
+            for prepared in table.memo.values():
+                if prepared.lookup is not None:
+                    total += sum(group.workspace_bytes for group in prepared.lookup._groups.values())
+        return total
+
+    def _kjt(self, batch: object) -> object:
+        from torchrec import KeyedJaggedTensor
+
+        if id(batch) not in self._features:
+            self._features[id(batch)] = KeyedJaggedTensor(
+                keys=self.names,
+                values=batch.ids,  # type: ignore[attr-defined]
+                lengths=batch.lengths,  # type: ignore[attr-defined]
+            )
+        return self._features[id(batch)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The figures, within 100 columns."""
+    lines = [
+        f"{'B':>8} {'ids':<9}{'rows at once':>13} {'prefetch':<9}{'workspace MB':>13}{'x':>7}"
+        f"{'P50 ms':>9}{'x':>7}"
+    ]
+    for row in rows:
+        size = "all" if row.micro_batch_rows == _WHOLE else f"{row.micro_batch_rows:,}"
+        lines.append(
+            f"{row.batch:>8,} {row.ids:<9}{size:>13} {'yes' if row.prefetch else '':<9}"
+            f"{row.workspace_bytes / 1e6:>13,.1f}{row.workspace_ratio:>7.2f}"
+            f"{row.p50_us / 1e3:>9.1f}{row.ratio:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

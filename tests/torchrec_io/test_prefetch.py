@@ -1,0 +1,142 @@
+"""Batches prepared ahead, and micro-batches: the results are those of a plain run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torchrec
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import KeyedJaggedTensor
+
+from recemb import (
+    ROBE,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    HotRows,
+    MixedDimension,
+    QuotientRemainder,
+    TensorTrain,
+)
+from recemb.errors import BatchError, ConfigError
+
+ROWS = 3000
+HOT = HotRows(rows=40, refresh_every=3, warmup=1)
+METHODS = {
+    "plain": {
+        "tt": TensorTrain(rank=8),
+        "qr": QuotientRemainder(collisions=9),
+        "robe": ROBE(compress_rate=10, block_size=8),
+        "md": MixedDimension(dim=3),
+    },
+    "cached": {
+        "tt": TensorTrain(rank=8, cache=HOT),
+        "qr": QuotientRemainder(collisions=9),
+        "md": MixedDimension(dim=3, cache=HOT),
+    },
+}
+
+
+def make(methods: str, micro_batch_rows: int | None = None) -> EmbeddingBagCollection:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingBagConfig(
+            name=f"t_{name}",
+            num_embeddings=ROWS,
+            embedding_dim=16,
+            feature_names=[name],
+            compression=compression,
+            pooling=torchrec.PoolingType.MEAN if name == "qr" else torchrec.PoolingType.SUM,
+        )
+        for name, compression in METHODS[methods].items()
+    ]
+    return EmbeddingBagCollection(tables=tables, micro_batch_rows=micro_batch_rows)
+
+
+def batches(methods: str, count: int = 8, longest: int = 3) -> list[KeyedJaggedTensor]:
+    generator = torch.Generator().manual_seed(1)
+    keys, found = list(METHODS[methods]), []
+    for _ in range(count):
+        lengths = torch.randint(0, longest + 1, (len(keys) * 50,), generator=generator)
+        values = (torch.rand(int(lengths.sum()), generator=generator) ** 3 * ROWS).long()
+        found.append(KeyedJaggedTensor(keys=keys, values=values, lengths=lengths))
+    return found
+
+
+def train(ebc: EmbeddingBagCollection, given: Sequence[KeyedJaggedTensor], ahead: int) -> list[Tensor]:
+    """Outputs of every step and the state after the last, with ``ahead`` batches under way."""
+    apply_optimizer_in_backward(torch.optim.Adagrad, ebc.parameters(), {"lr": 0.1})
+    outputs = []
+    for k, features in enumerate(given):
+        pooled = ebc(features).values()
+        for following in given[k + 1 : k + 1 + ahead]:
+            ebc.prefetch(following)
+        pooled.square().mean().backward()
+        outputs.append(pooled.detach())
+    return [*outputs, *ebc.state_dict().values()]
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("methods", METHODS)
+def test_prefetched_batches_give_the_bits_of_a_plain_run(methods: str, ahead: int, longest: int) -> None:
+    given = batches(methods, longest=longest)
+    plain, prepared = train(make(methods), given, 0), train(make(methods), given, ahead)
+    assert len(plain) == len(prepared)
+    assert all(torch.equal(a, b) for a, b in zip(plain, prepared, strict=True))
+
+
+def test_what_was_prepared_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the test above would pass without any."""
+    ebc, (features,) = make("plain"), batches("plain", 1)
+    ebc.prefetch(features)
+    monkeypatch.setattr("recemb.torchrec_io.embedding_bag_collection.bags_from_kjt", None)
+    monkeypatch.setattr("recemb.engine.check_bags", None)
+    ebc(features)
+    with pytest.raises(TypeError):
+        ebc(features)
+
+
+def test_a_bad_batch_is_named_when_it_is_prepared() -> None:
+    ebc, (features,) = make("plain"), batches("plain", 1)
+    features.values()[0] = ROWS
+    with pytest.raises(BatchError, match=rf"id {ROWS} is outside"):
+        ebc.prefetch(features)
+
+
+def test_a_prepared_batch_that_never_comes_is_let_go() -> None:
+    ebc, given = make("plain"), batches("plain", 6)
+    for features in given[:5]:
+        ebc.prefetch(features)
+    assert len(ebc._ahead) == 2
+    assert torch.equal(ebc(given[5]).values(), make("plain")(given[5]).values())
+    assert torch.equal(ebc(given[0]).values(), make("plain")(given[0]).values())
+
+
+def test_a_collection_is_copied_without_what_is_under_way() -> None:
+    ebc, (features,) = make("plain"), batches("plain", 1)
+    ebc.prefetch(features)
+    twin = copy.deepcopy(ebc)
+    assert torch.equal(twin(features).values(), ebc(features).values())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_micro_batches_give_the_same_outputs(rows: int) -> None:
+    given = batches("plain", 1)
+    plain, sliced = make("plain"), make("plain", micro_batch_rows=rows)
+    outputs = [ebc(given[0]).values() for ebc in (plain, sliced)]
+    assert torch.equal(*outputs)
+    for pooled in outputs:
+        pooled.square().mean().backward()
+    for first, second in zip(plain.parameters(), sliced.parameters(), strict=True):
+        assert first.grad is not None
+        assert second.grad is not None
+        torch.testing.assert_close(first.grad, second.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batch_rows_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match=r"micro_batch_rows=0 must be an int >= 1, e\.g\. 16384"):
+        make("plain", micro_batch_rows=0)
