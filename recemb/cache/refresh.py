@@ -82,9 +82,9 @@ def write_back_cost(cache: HotRowCache, leaving: int) -> float:
     """What a squared change of a row that stays outside counts against the squared error of one that leaves.
 
     As if the mean row outside were ``_CARE`` times as dear as the mean row that leaves: its mean square
-    change in one exchange is then at most 1 / (4 ``_CARE``) of what those rows lack, for each step of least squares
-    (a tensor train takes one for each core). Where many leave at once that is more care than how often rows
-    are looked up asks for (:func:`coldness`), which takes its place.
+    change in one exchange is then at most 1 / (4 ``_CARE``) of what those rows lack, for each step of least
+    squares (a tensor train takes one for each core). Where many leave at once that is more care than how
+    often rows are looked up asks for (:func:`coldness`), which takes its place.
 
     Args:
         cache: the cache.
