@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recemb.backends.tt_write_back import _least_squares
 from recemb.cache.refresh import coldness, refresh, write_back_cost
 from recemb.spec import (
     ROBE,
@@ -142,6 +143,25 @@ class _Rows(torch.nn.Module):
     def forward(self) -> Tensor:
         ids = torch.arange(self.backend.table.num_embeddings)
         return self.backend.rows(self.backend.map_ids(ids))
+
+
+@pytest.mark.parametrize("cost", [0.003, 0.05, 1.0])
+def test_the_damped_problem_is_solved(cost: float) -> None:
+    """The conjugate gradients against a dense solver, two slices at once."""
+    generator = torch.Generator().manual_seed(0)
+    left, right, target = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 2, 4), (5, 3, 2), (5, 2, 3, 2))
+    )
+    index = torch.tensor([0, 0, 0, 1, 1])
+    found = _least_squares((left, right, target), index, 2, cost)
+    for slice_ in range(2):
+        own = index == slice_
+        matrix = torch.einsum("imr,itn->imnrt", left[own], right[own]).reshape(-1, 12)
+        wanted = target[own].permute(0, 1, 3, 2).reshape(-1, 3)
+        normal = matrix.T @ matrix + cost * torch.eye(12, dtype=torch.float64)
+        best = torch.linalg.solve(normal, matrix.T @ wanted).view(4, 3, 3)
+        torch.testing.assert_close(found[slice_].permute(0, 2, 1), best, rtol=1e-5, atol=1e-6)
 
 
 def test_a_train_pays_least_among_all_changes_that_meet_the_rows() -> None:
