@@ -16,6 +16,9 @@ from recemb.errors import NonFiniteError
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
 
+# At 10 an exchange moves the mean row outside by at most about a sixth of what the rows that leave lack.
+_CARE = 10
+
 
 @torch.no_grad()
 def refresh(tables: Sequence[Backend]) -> None:
@@ -51,7 +54,7 @@ def evict(table: Backend, cache: HotRowCache, plan: Exchange) -> tuple[Tensor, T
     values = cache.weight[slots]
     without = table.rows(table.map_ids(ids))
     if cache.settings.write_back:
-        table.write_back(ids, values, coldness(cache))
+        table.write_back(ids, values, write_back_cost(cache, ids.numel()))
     after = table.rows(table.map_ids(ids))
     lost = [(rows - values).float().square().sum() for rows in (after, without)]
     cache.errors += torch.stack(lost)
@@ -73,6 +76,21 @@ def promote(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
     cache.exchanges += 1
     for callback in cache.on_replace:
         callback(cache, plan.slots)
+
+
+def write_back_cost(cache: HotRowCache, leaving: int) -> float:
+    """What a squared change of a row that stays outside counts against the squared error of one that leaves.
+
+    As if the mean row outside were ``_CARE`` times as dear as the mean row that leaves: its mean square
+    change in one exchange is then at most 1 / (4 ``_CARE``) of what those rows lack, for each step of least
+    squares (a tensor train takes one for each core). Where many leave at once that is more care than how
+    often rows are looked up asks for (:func:`coldness`), which takes its place.
+
+    Args:
+        cache: the cache.
+        leaving: E, how many rows leave.
+    """
+    return min(coldness(cache), _CARE * leaving / cache.num_embeddings)
 
 
 def coldness(cache: HotRowCache) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recemb.cache.refresh import coldness, refresh
+from recemb.backends.tt_write_back import _least_squares
+from recemb.cache.refresh import coldness, refresh, write_back_cost
 from recemb.spec import (
     ROBE,
     Compression,
@@ -91,6 +92,7 @@ def test_rows_come_closer_and_others_pay_no_more_than_the_gain(method: str, cost
         # The TT's three cores each keep it, so the squares of their changes add up to three gains at most.
         gains = before**2 - after**2
         assert moved**2 <= (3 * gains if method == "tt" else gains) / cost * (1 + 1e-9)
+        assert moved**2 <= (3 if method == "tt" else 1) * before**2 / (4 * cost) * (1 + 1e-9)
     if method == "md":
         assert moved == 0
 
@@ -110,7 +112,7 @@ def test_a_train_is_within_the_best_approximation_of_its_rank(rank: int, seed: i
     best = Collection([spec(TensorTrain(rank=rank), 120, 16)]).double()
     best.backend().from_dense(effective)
     allowed = float((best.backend().to_dense() - effective)[ids].norm())
-    after, before, _ = written(collection, ids, coldness(collection.cache()))
+    after, before, _ = written(collection, ids, write_back_cost(collection.cache(), len(ids)))
     assert after <= allowed < before
 
 
@@ -141,6 +143,25 @@ class _Rows(torch.nn.Module):
     def forward(self) -> Tensor:
         ids = torch.arange(self.backend.table.num_embeddings)
         return self.backend.rows(self.backend.map_ids(ids))
+
+
+@pytest.mark.parametrize("cost", [0.003, 0.05, 1.0])
+def test_the_damped_problem_is_solved(cost: float) -> None:
+    """The conjugate gradients against a dense solver, two slices at once."""
+    generator = torch.Generator().manual_seed(0)
+    left, right, target = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 2, 4), (5, 3, 2), (5, 2, 3, 2))
+    )
+    index = torch.tensor([0, 0, 0, 1, 1])
+    found = _least_squares((left, right, target), index, 2, cost)
+    for slice_ in range(2):
+        own = index == slice_
+        matrix = torch.einsum("imr,itn->imnrt", left[own], right[own]).reshape(-1, 12)
+        wanted = target[own].permute(0, 1, 3, 2).reshape(-1, 3)
+        normal = matrix.T @ matrix + cost * torch.eye(12, dtype=torch.float64)
+        best = torch.linalg.solve(normal, matrix.T @ wanted).view(4, 3, 3)
+        torch.testing.assert_close(found[slice_].permute(0, 2, 1), best, rtol=1e-5, atol=1e-6)
 
 
 def test_a_train_pays_least_among_all_changes_that_meet_the_rows() -> None:
@@ -242,6 +263,9 @@ def test_coldness_is_zipfs() -> None:
     cache = Collection([spec(MixedDimension(dim=2, cache=HotRows(rows=10)), 1000)]).cache()
     outside = sum(1 / rank for rank in range(11, 1001)) / 990
     assert coldness(cache) == pytest.approx(outside * 10, rel=0.02)
+    # Few that leave are met closely; many are not worth what they cost.
+    assert write_back_cost(cache, 1) == pytest.approx(0.01)
+    assert write_back_cost(cache, 10) == coldness(cache)
     every = Collection([spec(MixedDimension(dim=2, cache=HotRows(fraction=1.0)), 40)]).cache()
     assert coldness(every) == 1.0
     assert math.isfinite(coldness(every))
