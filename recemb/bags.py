@@ -7,9 +7,9 @@ The layout is that of FBGEMM's table-batched embeddings: the bag of feature f an
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -128,10 +128,17 @@ class LookupTargets(tuple[LookupTarget, ...]):
         """The tables' numbers of rows, for the native check."""
         return (ctypes.c_int64 * len(self))(*[target.num_embeddings for target in self])
 
-    @cached_property
-    def limits_on(self) -> Callable[[torch.device], Tensor]:
+    def limits_on(self, device: torch.device) -> Tensor:
         """[F] the same on a device; copied there once."""
-        return cache(lambda device: torch.tensor([target.num_embeddings for target in self], device=device))
+        known = self._limits.get(device)
+        if known is None:
+            rows = [target.num_embeddings for target in self]
+            known = self._limits[device] = torch.tensor(rows, device=device)
+        return known
+
+    @cached_property
+    def _limits(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:

@@ -7,26 +7,17 @@ eager, sharded and cached use cannot drift apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from recemb.backends import backend_of
 from recemb.backends.base import Backend
 from recemb.backends.native import pooled_native, prepare_native, served_natively
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
+from recemb.cache.device_streams import DeviceStreams
 from recemb.cache.streams import Streams
 from recemb.spec import TableSpec
 from recemb_kernels.gather_op import opaque
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The features whose tables one backend serves, by position in the batch."""
-
-    backend: type[Backend]
-    features: tuple[int, ...]
 
 
 class Engine:
@@ -47,14 +38,7 @@ class Engine:
         self.dims = tuple(table.embedding_dim for _, table in lookups)
         served = [table for _, table in lookups]
         # With cached rows a batch is looked up as more features than it has.
-        self._streams = Streams(served) if any(table.cache_rows for table in served) else None
-        if self._streams is not None:
-            served = self._streams.expanded
-        self._widths = [table.embedding_dim for table in served]
-        members: dict[type[Backend], list[int]] = {}
-        for f, table in enumerate(served):
-            members.setdefault(backend_of(table), []).append(f)
-        self._groups = tuple(_Group(backend, tuple(features)) for backend, features in members.items())
+        self._streams = _both_streams(served) if any(table.cache_rows for table in served) else None
 
     # torch.compile breaks its graph here, as it does at torchrec's own jagged tensors: the look-up inside is
     # the eager one, with its fused optimizers.
@@ -76,10 +60,11 @@ class Engine:
             check_bags(bags, self.targets)
         if self._streams is None:
             return self._pool([tables[target.table] for target in self.targets], bags)
-        training = self._streams.begin(tables)
-        split = self._streams.split(tables, bags)
-        pooled = self._pool(self._streams.served(tables), split.bags)
-        return self._streams.merge(tables, pooled, split, training)
+        streams = self._choose(self._streams, tables, bags)
+        training = streams.begin(tables)
+        split = streams.split(tables, bags)
+        pooled = self._pool(streams.served(tables), split.bags)
+        return streams.merge(tables, pooled, split, training)
 
     @opaque
     def prefetch(self, tables: Mapping[str, Backend], bags: Bags) -> None:
@@ -100,8 +85,16 @@ class Engine:
             served = [tables[target.table] for target in self.targets]
             prepare_native(served, bags, self.micro_batch_rows)
         else:
-            bags.split = self._streams.split(tables, bags)
-            prepare_native(self._streams.served(tables), bags.split.bags, self.micro_batch_rows)
+            streams = self._choose(self._streams, tables, bags)
+            bags.split = streams.split(tables, bags)
+            prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
+
+    @staticmethod
+    def _choose(both: tuple[Streams, Streams], tables: Mapping[str, Backend], bags: Bags) -> Streams:
+        """How to split this batch: plain torch cannot skip positions."""
+        compacted, in_place = both
+        skips = bags.ids.is_cuda and all(served_natively(in_place.served(tables)))
+        return in_place if skips else compacted
 
     def _pool(self, served: Sequence[Backend], bags: Bags) -> Tensor:
         # The native kernels serve all methods at once, and write every column in its place.
@@ -118,14 +111,27 @@ class Engine:
         if pooled is not None:
             outputs.append((native, pooled))
             rest -= set(native)
-        for group in self._groups:
-            own = [f for f in group.features if f in rest]
+        for backend, members in _by_backend(served).items():
+            own = [f for f in members if f in rest]
             if own:
-                outputs.append((own, group.backend.pooled([served[f] for f in own], bags.select(own))))
+                outputs.append((own, backend.pooled([served[f] for f in own], bags.select(own))))
         if len(outputs) == 1:
             return outputs[0][1]
         columns: dict[int, Tensor] = {}
         for features, output in outputs:
-            pieces = torch.split(output, [self._widths[f] for f in features], dim=1)
+            pieces = torch.split(output, [served[f].table.embedding_dim for f in features], dim=1)
             columns.update(zip(features, pieces, strict=True))
         return torch.cat([columns[f] for f in range(len(served))], dim=1)
+
+
+def _by_backend(served: Sequence[Backend]) -> dict[type[Backend], list[int]]:
+    """The features that each method serves."""
+    members: dict[type[Backend], list[int]] = {}
+    for f, table in enumerate(served):
+        members.setdefault(type(table), []).append(f)
+    return members
+
+
+def _both_streams(served: Sequence[TableSpec]) -> tuple[Streams, Streams]:
+    """How batches are split on the CPU, and for kernels on a GPU."""
+    return Streams(served), DeviceStreams(served)

@@ -136,27 +136,28 @@ class HotRowCache(DenseBackend):
         """Count the ids of one training step; nothing is read back from the device.
 
         Args:
-            slots: [H] int64 slots that were hit.
-            misses: [M] int64 ids that were not cached.
-            weights: what each counts for, [H] and [M] float32, or ``None`` for 1.
+            slots: [H] int64 slots that were hit; a negative one stands for none.
+            misses: [M] int64 ids that were not cached; likewise.
+            weights: what each counts for, [H] and [M] float32, 0 for none; or ``None`` for 1.
         """
         buckets = buckets_of(misses, self.owners.numel() - 1, self.num_embeddings)
         if self.settings.policy == "lru":
             now = self.host_value("steps")
-            self.scores.index_fill_(0, slots, float(now))
+            seen = torch.where(slots >= 0, float(now), 0.0).to(self.scores.dtype)
+            self.scores.scatter_reduce_(0, slots.clamp(min=0), seen, "amax")
             see(self.owners, self.votes, buckets, misses, now)
             return
         if weights is None:
-            ones = self.scores.new_ones(max(slots.numel(), misses.numel()))
-            weights = ones[: slots.numel()], ones[: misses.numel()]
-        self.scores.index_add_(0, slots, weights[0].to(self.scores.dtype))
+            weights = (slots >= 0).float(), (misses >= 0).float()
+        self.scores.index_add_(0, slots.clamp(min=0), weights[0].to(self.scores.dtype))
         vote(self.owners, self.votes, buckets, misses, weights[1].to(self.votes.dtype))
 
     @torch.no_grad()
-    def count(self, lookups: int, hits: int) -> None:
-        """Add to the hit rate, which starts with the first exchange of rows."""
+    def count(self, lookups: int | Tensor, hits: int | Tensor) -> None:
+        """Add to the hit rate, which starts with the first exchange of rows; tensors stay on the device."""
         if self.host_value("refreshed") >= 0:
-            self.counts[:2] += torch.tensor([lookups, hits], device=self.counts.device)
+            self.counts[0] += lookups
+            self.counts[1] += hits
 
     @torch.no_grad()
     def choose(self) -> Exchange:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from recemb.backends.base import Backend
 
 # Above every id plus its table's base.
-_NONE = torch.iinfo(torch.int64).max
+NO_KEY = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,9 @@ class Streams:
     Args:
         lookups: the table of each of the F features.
     """
+
+    # Whether each stream holds its own positions alone, so that the mean of a bag is of a part of it.
+    compact = True
 
     def __init__(self, lookups: Sequence[TableSpec]) -> None:
         self.lookups = tuple(lookups)
@@ -111,9 +114,8 @@ class Streams:
     def split(self, tables: Mapping[str, Backend], bags: Bags) -> Split:
         """Send every position to one of the two streams.
 
-        The streams are compacted, which on a GPU waits for their lengths once. A kernel that skips negative
-        ids needs no compaction: both streams then keep the batch's own offsets, with -1 where the other has
-        the position (and divide by the whole bag's length themselves). This function is all that changes.
+        The streams are compacted, for which the host has to know their lengths;
+        :class:`recemb.cache.device_streams.DeviceStreams` does without.
         """
         keys, slots = self._index([cache_of(tables[name]) for name in self.names])
         if isinstance(bags.split, Split) and bags.split.index is self._keys:
@@ -179,7 +181,7 @@ class Streams:
         for name, cache in zip(self.names, caches, strict=True):
             taken = (cache.ids >= 0).nonzero().flatten()
             parts.append((cache.ids[taken] + bases[name], taken))
-        end = caches[0].ids.new_tensor([_NONE])
+        end = caches[0].ids.new_tensor([NO_KEY])
         keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
         slots = torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
         self._keys = seen, keys, slots
@@ -197,7 +199,7 @@ class Streams:
                 now and cache.settings.policy == "importance"
                 for now, cache in zip(tracked, caches, strict=True)
             ]
-        step = _Step(self, backends, caches, split, watching, _Token() if training else None)
+        step = Step(self, backends, caches, split, watching, _Token() if training else None)
         if training:
             self._open.append(ref(cast(_Token, step.token)))
         out = cast(Tensor, cast(Any, _Merge).apply(pooled, step))
@@ -217,6 +219,25 @@ class Streams:
             cache.count(hits.stop - hits.start + misses.stop - misses.start, hits.stop - hits.start)
             if cache.settings.policy != "importance":
                 cache.observe(split.bags.ids[hits], split.bags.ids[misses])
+
+    def measure(self, k: int, columns: tuple[int, slice, slice], step: Step, grad: Tensor) -> None:
+        """Count the gradient norm that reaches each row that cached feature number k has looked up.
+
+        Args:
+            columns: its entry of :attr:`columns`.
+            grad: [B, W + W_cold] of both streams.
+        """
+        bags, (f, own, cold) = step.split.bags, columns
+        hits, misses = self.positions(k, f, step.split)
+        parts = []
+        for feature, part, where in ((f, own, hits), (len(self.lookups) + k, cold, misses)):
+            lengths = step.lengths(feature)
+            norms = grad[:, part].float().norm(dim=1).nan_to_num(0, 0, 0)
+            if self.lookups[f].pooling == "mean":
+                norms = norms / lengths.clamp(min=1)
+            each = norms.repeat_interleave(lengths, output_size=where.stop - where.start)
+            parts.append(each if bags.weights is None else each * bags.weights[where].detach().abs().float())
+        step.caches[k].observe(bags.ids[hits], bags.ids[misses], (parts[0], parts[1]))
 
     def positions(self, k: int, f: int, split: Split) -> tuple[slice, slice]:
         """Where the ids of cached feature number k, which is feature f, are: its hits, its misses."""
@@ -238,12 +259,17 @@ class Streams:
         """W, columns of the output."""
         return sum(table.embedding_dim for table in self.lookups)
 
+    @property
+    def pooled_width(self) -> int:
+        """W + W_cold, columns of both streams."""
+        return self.width + sum(self.lookups[f].embedding_dim for f in self.cached)
+
     @cached_property
     def blocks(self) -> list[tuple[slice, slice]]:
-        """``columns`` of the features that are summed, with neighbours made one."""
+        """``columns`` of the features whose streams are added up as they are, with neighbours made one."""
         joined: list[tuple[slice, slice]] = []
         for f, out, cold in self.columns:
-            if self.lookups[f].pooling == "mean":
+            if self.compact and self.lookups[f].pooling == "mean":
                 continue
             if joined and joined[-1][0].stop == out.start and joined[-1][1].stop == cold.start:
                 out, cold = slice(joined[-1][0].start, out.stop), slice(joined.pop()[1].start, cold.stop)
@@ -270,7 +296,7 @@ class _Token:
 
 
 @dataclass(eq=False)
-class _Step:
+class Step:
     """One forward: what its backward needs."""
 
     streams: Streams
@@ -283,7 +309,7 @@ class _Step:
 
     def shares(self, k: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """[B, 1] each: which part of each bag of a mean feature is hot, and cold; ``None`` under sum."""
-        if self.streams.lookups[f].pooling != "mean":
+        if self.streams.lookups[f].pooling != "mean" or not self.streams.compact:
             return None
         hot, cold = self.lengths(f), self.lengths(len(self.streams.lookups) + k)
         whole = (hot + cold).clamp(min=1).to(dtype)
@@ -299,7 +325,7 @@ class _Merge(torch.autograd.Function):
     """hot + cold per cached feature; the backward hands both the same gradient and measures it."""
 
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, step: _Step) -> Tensor:
+    def forward(ctx: Any, pooled: Tensor, step: Step) -> Tensor:
         ctx.step = step
         step.exchanges = [cache.exchanges for cache in step.caches]
         streams = step.streams
@@ -315,7 +341,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        step: _Step = ctx.step
+        step: Step = ctx.step
         streams = step.streams
         if step.exchanges != [cache.exchanges for cache in step.caches]:
             raise RecembError(
@@ -326,7 +352,7 @@ class _Merge(torch.autograd.Function):
         step.token = None
         for cache, table in zip(step.caches, step.tables, strict=True):
             cache.before_step.note([cache.weight, *table.own_parameters().values()] if cache.due else [])
-        both = grad.new_empty(grad.shape[0], streams.columns[-1][2].stop)
+        both = grad.new_zeros(grad.shape[0], streams.pooled_width)
         both[:, : streams.width] = grad
         for own, cold in streams.blocks:
             both[:, cold] = grad[:, own]
@@ -334,28 +360,8 @@ class _Merge(torch.autograd.Function):
             shares = step.shares(k, f, grad.dtype)
             if shares is not None:
                 both[:, own], both[:, cold] = grad[:, own] * shares[0], grad[:, own] * shares[1]
-        if any(step.watching):
-            _measure(step, both)
-            step.watching = []
+        for k, (watched, columns) in enumerate(zip(step.watching, streams.columns, strict=True)):
+            if watched:
+                streams.measure(k, columns, step, both)
+        step.watching = []
         return both, None
-
-
-def _measure(step: _Step, grad: Tensor) -> None:
-    """Count the gradient norm that reaches each looked-up row."""
-    streams, bags = step.streams, step.split.bags
-    for k, ((f, own, cold), cache) in enumerate(zip(streams.columns, step.caches, strict=True)):
-        if not step.watching[k]:
-            continue
-        parts = []
-        places = zip(
-            (f, len(streams.lookups) + k), (own, cold), streams.positions(k, f, step.split), strict=True
-        )
-        for feature, columns, where in places:
-            lengths = step.lengths(feature)
-            norms = grad[:, columns].float().norm(dim=1).nan_to_num(0, 0, 0)
-            if streams.lookups[f].pooling == "mean":
-                norms = norms / lengths.clamp(min=1)
-            each = norms.repeat_interleave(lengths, output_size=where.stop - where.start)
-            parts.append(each if bags.weights is None else each * bags.weights[where].detach().abs().float())
-        hits, misses = streams.positions(k, f, step.split)
-        cache.observe(bags.ids[hits], bags.ids[misses], (parts[0], parts[1]))

@@ -16,6 +16,7 @@ from recemb import (
     Dense,
     EmbeddingBagCollection,
     EmbeddingBagConfig,
+    HotRows,
     MixedDimension,
     QuotientRemainder,
     TensorTrain,
@@ -101,6 +102,49 @@ def test_fused_steps(name: str) -> None:
         # Adam divides gradients by their own size: those near rounding may point anywhere.
         loose = 5e-2 if name == "adam" else 1e-3
         torch.testing.assert_close(mine.cpu(), other, rtol=loose, atol=loose * 1e-1)
+
+
+@pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
+def test_cached_rows(policy: str) -> None:
+    torch.manual_seed(0)
+    hot = HotRows(rows=100, policy=policy, refresh_every=2, warmup=1)
+    tables = [
+        EmbeddingBagConfig(
+            name="t_tt",
+            num_embeddings=5000,
+            embedding_dim=32,
+            feature_names=list(METHODS),
+            compression=TensorTrain(rank=8, cache=hot),
+        )
+    ]
+    cpu = EmbeddingBagCollection(tables=tables)
+    gpu = copy.deepcopy(cpu).to("cuda")
+    for module in (cpu, gpu):
+        apply_optimizer_in_backward(torch.optim.Adagrad, module.parameters(), {"lr": 0.1})
+    for seed in range(6):
+        kjt = features(seed)
+        ours, theirs = gpu(kjt.to("cuda")).values(), cpu(kjt).values()
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-3)
+        loss_of(ours).backward()
+        loss_of(theirs).backward()
+    assert cpu.cache_metrics()["t_tt"].promotions > 0
+    assert gpu.cache_metrics()["t_tt"].hit_rate == pytest.approx(
+        cpu.cache_metrics()["t_tt"].hit_rate, abs=0.02
+    )
+
+
+def test_batches_prepared_ahead_give_the_bits_of_a_plain_run() -> None:
+    given, states = [features(seed).to("cuda") for seed in range(5)], []
+    for ahead in (False, True):
+        gpu = collection("cuda")
+        apply_optimizer_in_backward(torch.optim.Adagrad, gpu.parameters(), {"lr": 0.1})
+        for k, kjt in enumerate(given):
+            loss = loss_of(gpu(kjt).values())
+            if ahead and k + 1 < len(given):
+                gpu.prefetch(given[k + 1])
+            loss.backward()
+        states.append([p.detach().clone() for p in gpu.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_a_step_never_waits_for_the_gpu() -> None:

@@ -1,0 +1,142 @@
+"""A batch over cached tables as two streams, split on the device without the host learning their lengths.
+
+Both streams keep the batch's positions and offsets, with -1 where the other has the position, which the
+kernels for GPU skip. Every feature is in the cold stream too, so that its offsets are the batch's own; those
+of tables without a cache have nothing there::
+
+    features  [f_0 .. f_{F-1}, f_0 .. f_{F-1}]       pooled [B, 2 W]       out = hot + cold
+
+A mean divides by the length of the whole bag in both streams, so their sum is the bag's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recemb.bags import Bags
+from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.refresh import cache_of
+from recemb.cache.streams import NO_KEY, Split, Step, Streams, replace_by_rows
+from recemb.spec import TableSpec
+from recemb_kernels.triton_frame.plan import bags_of
+
+if TYPE_CHECKING:
+    from recemb.backends.base import Backend
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSplit(Split):
+    """A batch split in two; bounds are left empty, as the host does not know them.
+
+    Attributes:
+        bag: [L] bag of each position, feature by feature.
+        offsets: [F * B + 1] of the batch.
+    """
+
+    bag: Tensor
+    offsets: Tensor
+
+
+class DeviceStreams(Streams):
+    """:class:`Streams` for kernels that skip negative ids."""
+
+    compact = False
+
+    def __init__(self, lookups: Sequence[TableSpec]) -> None:
+        super().__init__(lookups)
+        self._base_of: dict[torch.device, Tensor] = {}
+
+    @property
+    def expanded(self) -> list[TableSpec]:
+        return [replace_by_rows(table) for table in self.lookups] + list(self.lookups)
+
+    def served(self, tables: Mapping[str, Backend]) -> list[Backend]:
+        own = [tables[table.name] for table in self.lookups]
+        return [table if table.cache is None else table.cache for table in own] + own
+
+    def split(self, tables: Mapping[str, Backend], bags: Bags) -> DeviceSplit:
+        keys, slots = self._index([cache_of(tables[name]) for name in self.names])
+        if isinstance(bags.split, DeviceSplit) and bags.split.index is self._keys:
+            return bags.split
+        ids, count = bags.ids, bags.ids.numel()
+        bag = bags_of(bags.offsets, count)
+        base = self._base_on(ids.device)[bag // max(1, bags.batch_size)]
+        cached = base >= 0
+        wanted = torch.where(cached, ids + base, NO_KEY)
+        at = torch.searchsorted(keys, wanted)
+        hit = cached & (keys[at] == wanted)
+        both = Bags(
+            ids=torch.cat(
+                [
+                    torch.where(cached, torch.where(hit, slots[at], -1), ids),
+                    torch.where(cached & ~hit, ids, -1),
+                ]
+            ),
+            offsets=torch.cat([bags.offsets, bags.offsets[1:] + count]),
+            num_features=2 * bags.num_features,
+            weights=None if bags.weights is None else torch.cat([bags.weights, bags.weights]),
+            refused=bags.refused,
+        )
+        return DeviceSplit(both, [], [], self._keys, bag, bags.offsets)
+
+    @cached_property
+    def columns(self) -> list[tuple[int, slice, slice]]:
+        found, begin = [], 0
+        for f, table in enumerate(self.lookups):
+            end = begin + table.embedding_dim
+            if f in self.cached:
+                found.append((f, slice(begin, end), slice(self.width + begin, self.width + end)))
+            begin = end
+        return found
+
+    @property
+    def pooled_width(self) -> int:
+        return 2 * self.width
+
+    def measure(self, k: int, columns: tuple[int, slice, slice], step: Step, grad: Tensor) -> None:
+        (f, own, _), split, weights = columns, step.split, step.split.bags.weights
+        assert isinstance(split, DeviceSplit)
+        size, count = grad.shape[0], split.bag.numel()
+        norms = grad[:, own].float().norm(dim=1).nan_to_num(0, 0, 0)
+        if self.lookups[f].pooling == "mean":
+            norms = norms / split.offsets[f * size : (f + 1) * size + 1].diff().clamp(min=1)
+        each = norms[split.bag % max(1, size)]
+        if weights is not None:
+            each = each * weights[:count].detach().abs().float()
+        slots, misses = self._positions(f, split, size)
+        step.caches[k].observe(slots, misses, (each * (slots >= 0), each * (misses >= 0)))
+
+    def _count(self, caches: Sequence[HotRowCache], split: Split, tracked: Sequence[bool]) -> None:
+        assert isinstance(split, DeviceSplit)
+        for f, cache_, now in zip(self.cached, caches, tracked, strict=True):
+            if not now:
+                continue
+            size = split.bags.batch_size
+            slots, misses = self._positions(f, split, size)
+            hits = (slots >= 0).sum()
+            cache_.count(hits + (misses >= 0).sum(), hits)
+            if cache_.settings.policy != "importance":
+                cache_.observe(slots, misses)
+
+    def _positions(self, f: int, split: DeviceSplit, size: int) -> tuple[Tensor, Tensor]:
+        """[L] each: slots that feature f has hit and ids that it has missed, -1 at other positions."""
+        count = split.bag.numel()
+        mine = (split.bag // max(1, size)) == f
+        both = split.bags.ids
+        return torch.where(mine, both[:count], -1), torch.where(mine, both[count:], -1)
+
+    def _base_on(self, device: torch.device) -> Tensor:
+        """[F] what each feature adds to its ids, -1 without a cache; copied to the device once."""
+        known = self._base_of.get(device)
+        if known is None:
+            bases = [-1] * len(self.lookups)
+            for f, base in zip(self.cached, self.bases, strict=True):
+                bases[f] = base
+            known = self._base_of[device] = torch.tensor(bases, device=device)
+        return known

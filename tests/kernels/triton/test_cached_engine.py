@@ -1,0 +1,92 @@
+"""Cached tables through the kernels for GPU: split in place, without the host learning any length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
+from recemb.backends import build
+from recemb.backends.base import Backend
+from recemb.bags import Bags
+from recemb.cache.refresh import cache_of
+from recemb.engine import Engine
+from recemb.spec import Dense, HotRows, MixedDimension, TableSpec, TensorTrain
+from recemb_kernels.digit_tree.group import FeatureCode
+from recemb_kernels.triton_frame.group import TritonGroup
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
+
+
+@pytest.fixture
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look-ups on CPU tensors by the interpreted kernels, split as on a GPU."""
+
+    def make_group(
+        tables: Sequence[tuple[Any, Any]], features: Sequence[int], device: Any, dtypes: Any, *rest: Any
+    ) -> TritonGroup:
+        codes = [
+            FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)
+        ]
+        return TritonGroup([(op.family(), shape) for op, shape in tables], codes, device, dtypes)
+
+    monkeypatch.setattr("recemb_kernels.lookup.make_group", make_group)
+    monkeypatch.setattr(Engine, "_choose", staticmethod(lambda both, tables, bags: both[1]))
+
+
+def make(policy: str) -> tuple[Engine, dict[str, Backend]]:
+    torch.manual_seed(0)
+    hot = HotRows(rows=12, policy=policy, refresh_every=2, warmup=1)  # type: ignore[arg-type]
+    methods = {"tt": TensorTrain(rank=4, cache=hot), "plain": Dense(), "md": MixedDimension(dim=2, cache=hot)}
+    specs = [
+        TableSpec(
+            name=name,
+            num_embeddings=200,
+            embedding_dim=8,
+            feature_names=("a", "b") if name == "tt" else (name,),
+            pooling="mean" if name == "md" else "sum",
+            compression=compression,
+            init_std=0.5,
+        )
+        for name, compression in methods.items()
+    ]
+    tables = build(specs, torch.device("cpu"))
+    for table in tables.values():
+        table.reset_parameters()
+        apply_optimizer_in_backward(torch.optim.Adagrad, table.parameters(), {"lr": 0.1})
+    return Engine(specs), tables
+
+
+def train(policy: str, weighted: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    engine, tables = make(policy)
+    generator, outputs = torch.Generator().manual_seed(2), []
+    for _ in range(5):
+        lengths = torch.randint(0, 4, (4 * 8,), generator=generator)
+        ids = (torch.rand(int(lengths.sum()), generator=generator) ** 3 * 200).long()
+        weights = torch.rand(ids.numel(), generator=generator) if weighted else None
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        out = engine(tables, Bags(ids, offsets, 4, weights))
+        out.square().mean().backward()
+        outputs.append(out.detach())
+    state = {
+        f"{name}.{key}": value for name, table in tables.items() for key, value in table.state_dict().items()
+    }
+    assert bool((cache_of(tables["tt"]).ids >= 0).any()), "no row was ever cached"
+    return outputs, state
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
+def test_the_same_as_compacted_streams(policy: str, weighted: bool, request: pytest.FixtureRequest) -> None:
+    expected, state = train(policy, weighted)
+    request.getfixturevalue("through_triton")
+    outputs, reached = train(policy, weighted)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert state.keys() == reached.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(reached[key], value, rtol=1e-3, atol=1e-4, msg=key)
