@@ -64,8 +64,8 @@ def make(policy: str) -> tuple[Engine, dict[str, Backend]]:
 def train(policy: str, weighted: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
     engine, tables = make(policy)
     generator, outputs = torch.Generator().manual_seed(2), []
-    for _ in range(5):
-        lengths = torch.randint(0, 4, (4 * 8,), generator=generator)
+    for _ in range(7):
+        lengths = torch.randint(0, 4, (4 * 6,), generator=generator)
         ids = (torch.rand(int(lengths.sum()), generator=generator) ** 3 * 200).long()
         weights = torch.rand(ids.numel(), generator=generator) if weighted else None
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
