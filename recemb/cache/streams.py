@@ -360,8 +360,8 @@ class _Merge(torch.autograd.Function):
             shares = step.shares(k, f, grad.dtype)
             if shares is not None:
                 both[:, own], both[:, cold] = grad[:, own] * shares[0], grad[:, own] * shares[1]
-        for k, (watched, columns) in enumerate(zip(step.watching, streams.columns, strict=True)):
+        for k, watched in enumerate(step.watching):
             if watched:
-                streams.measure(k, columns, step, both)
+                streams.measure(k, streams.columns[k], step, both)
         step.watching = []
         return both, None
