@@ -73,10 +73,6 @@ class RowFamily(Family[RowShape]):
     def num_parameters(shape: RowShape) -> int:
         return len(shape.rows)
 
-    @staticmethod
-    def dim(shape: RowShape) -> int:
-        return sum(shape.widths) if shape.operation == Operation.CONCAT else shape.widths[-1]
-
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
         if self._operation == Operation.ROW:
             self._pool_rows(call, parameters, out)
@@ -197,7 +193,7 @@ class RowFamily(Family[RowShape]):
     # Pairs of a quotient's and a remainder's part
 
     def _pool_pairs(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> None:
-        batch, width = call.batch, self.dim(self.shapes[0])
+        batch, width = call.batch, self.shapes[0].dim
         bags, block = tile_of(width, *TILE)
         pool_pairs[(cdiv(batch.size, bags), len(self.own_features), cdiv(width, block))](
             out,
@@ -218,7 +214,7 @@ class RowFamily(Family[RowShape]):
         )
 
     def _back_pairs(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
-        width, cuts = self.dim(self.shapes[0]), call.plan.cuts[self.index :]
+        width, cuts = self.shapes[0].dim, call.plan.cuts[self.index :]
         split = self._split(call, parameters)
         if asked.grad_weights is not None:
             rows = self._pair_rows(call, split)
@@ -262,7 +258,7 @@ class RowFamily(Family[RowShape]):
 
     def _pair_rows(self, call: Call, split: _Split) -> Tensor:
         """[L, W] float32: the distinct rows."""
-        count, width = call.batch.ids.numel(), self.dim(self.shapes[0])
+        count, width = call.batch.ids.numel(), self.shapes[0].dim
         rows = torch.empty(count, width, dtype=torch.float32, device=self.device)
         own, block = tile_of(width, *TILE)
         pair_rows[(cdiv(count, own), cdiv(width, block))](
@@ -331,7 +327,7 @@ class RowFamily(Family[RowShape]):
             "OPERATION": int(self._operation),
             "LEFT": left,
             "RIGHT": right,
-            "W": self.dim(self.shapes[0]),
+            "W": self.shapes[0].dim,
             "ELEMENT": ELEMENTS[self.dtype],
         }
 

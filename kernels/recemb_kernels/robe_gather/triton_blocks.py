@@ -30,9 +30,6 @@ from recemb_kernels.triton_frame.plan import PIECE, Runs, runs_of
 from recemb_kernels.triton_frame.pooling import weigh
 from recemb_kernels.triton_frame.steps import Entries, finish
 
-# A shape does not say how many ids the last table of its array has; keys of 2**13 such arrays fit the plan.
-MOST_IDS = 2**48
-
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
@@ -56,20 +53,16 @@ class BlockFamily(Family[RobeShape]):
 
     @staticmethod
     def num_keys(shape: RobeShape) -> int:
-        return shape.key_bases[-1] + MOST_IDS
+        return shape.num_keys
 
     @classmethod
     def num_ids(cls, shape: RobeShape, key_base: int) -> int:
-        ends = (*shape.key_bases[1:], cls.num_keys(shape))
+        ends = (*shape.key_bases[1:], shape.num_keys)
         return next(end for end in ends if key_base < end) - key_base
 
     @staticmethod
     def num_parameters(shape: RobeShape) -> int:
         return 1
-
-    @staticmethod
-    def dim(shape: RobeShape) -> int:
-        return shape.dim
 
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
         batch, longest = call.batch, min(self._dim, self._block)

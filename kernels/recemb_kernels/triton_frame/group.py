@@ -68,8 +68,7 @@ class TritonGroup:
             raise OverflowError(f"{bounds[-1]} rows in one group of tables are more than 2**62")
         columns = [0]
         for feature in features:
-            kind, shape = tables[feature.table]
-            columns.append(columns[-1] + kind.dim(shape))
+            columns.append(columns[-1] + tables[feature.table][1].dim)
         self.columns = columns[-1]
         rows = [tables[f.table][0].num_ids(tables[f.table][1], f.key_base) for f in features]
         self._keys = Keys(
