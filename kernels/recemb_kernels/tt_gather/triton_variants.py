@@ -191,7 +191,7 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
     width = shape.dim_shape[0] * shape.ranks[1]
     name, element = NAMES[dtype]
     block = slice_block(width)
-    common = {"num_warps": block["num_warps"], "num_stages": 3, "dtype": name, "note": note}
+    common: dict[str, Any] = {"num_warps": block["num_warps"], "num_stages": 3, "dtype": name, "note": note}
     yield Configuration(
         kernel="tt_gather.copy_slices",
         function=copy_slices,

@@ -185,6 +185,7 @@ def test_the_bits_of_two_runs_and_no_waiting_for_the_device() -> None:
     assert_bits_without_waiting(ALL, make_batch(ALL, 4, 3, weighted=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert_nothing_steps(ALL, make_batch(ALL, 3, 3), math.inf)
 
