@@ -98,6 +98,8 @@ def shipped() -> list[Configuration]:
     for dim, block_size in _SHIPPED:
         shape = _shape(dim, block_size, True)
         found += [_pool(shape, _FLOAT, False), _read(shape, _FLOAT), *_backward(shape)]
+        if (dim, block_size) != (16, 16):  # whose kernel is that of (64, 16)
+            found.append(_join(shape))
     shape, plain = (_shape(*_SHIPPED[0], signed) for signed in (True, False))
     found += [_pool(shape, _FLOAT, True), _pool(plain, _FLOAT, False)]
     found += [_pool(shape, dtype, False) for dtype in (torch.bfloat16, torch.float16)]
@@ -153,7 +155,7 @@ def _backward(shape: RobeShape) -> Iterator[Configuration]:
         **as_compiled(place_blocks, place_constants(shape, 26), _TYPES),
         flops_per_lookup=0.0,
         bytes_per_lookup=8.0 + 5 * blocks,
-        min_occupancy=0.25,
+        min_occupancy=0.5,
         small=("cuts", "first_key", "table_keys", "tables"),
     )
     yield Configuration(
@@ -162,17 +164,22 @@ def _backward(shape: RobeShape) -> Iterator[Configuration]:
         **as_compiled(sum_blocks, sum_constants(shape), _TYPES),
         flops_per_lookup=float(shape.dim),
         bytes_per_lookup=4.0 * shape.dim + blocks * (8 * size + 8 + 4 + 1 + 8),
-        min_occupancy=0.25,
+        min_occupancy=0.5,
         small=("cuts",),
     )
-    yield Configuration(
+
+
+def _join(shape: RobeShape) -> Configuration:
+    blocks, size = cdiv(shape.dim, shape.block_size), shape.block_size
+    return Configuration(
         kernel="robe_gather.join_halves",
-        **common,
+        dtype="float32",
         **as_compiled(join_halves, join_constants(size), _TYPES),
         # Every block touches two array rows.
         flops_per_lookup=2.0 * blocks * size,
         bytes_per_lookup=2.0 * blocks * (8 * size + 20),
         min_occupancy=0.5,
+        note=_note(shape),
         small=("cuts",),
     )
 

@@ -14,9 +14,9 @@ import triton.language as tl
 from recemb_kernels.triton_frame.elements import ELEMENTS, tile, tile_of
 from recemb_kernels.update import Kind
 
-# Most columns, and elements, of a program's tile of rows that are read from addresses or by index.
-POOL_TILE = (128, 1024)
-WEIGH_TILE = (64, 1024)
+# Most columns, and elements, of a program's tile; twice as many spill registers.
+POOL_TILE = (128, 512)
+WEIGH_TILE = (64, 512)
 PIECE_TILE = (128, 512)
 
 

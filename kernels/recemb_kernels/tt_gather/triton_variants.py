@@ -155,7 +155,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     num_stages=stages,
                     flops_per_lookup=2.0 * q * inner * outer,
                     bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
-                    min_occupancy=0.12,
+                    min_occupancy=0.37,
                     note=f"{note}, core {k + 1}{way}",
                     small=_DESCRIPTORS,
                 )
@@ -179,7 +179,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                 num_stages=stages,
                 flops_per_lookup=2.0 * q * inner * outer,
                 bytes_per_lookup=q * (inner * size + outer * 4.0) + 16,
-                min_occupancy=0.12,
+                min_occupancy=0.5,
                 note=f"{note}, core {k + 1}",
                 small=("source_base", "grad_base"),
             )
