@@ -159,7 +159,7 @@ def _shape(peers: tuple[TableSpec, ...], rows: int) -> RobeShape:
     blocks = ceil_div(dim, compression.block_size)
     hashes = [UniversalHash.from_seed(compression.seed, f"robe/{kind}") for kind in ("slot", "sign")]
     slot, sign = hashes
-    bases = [0, *accumulate(peer.num_embeddings for peer in peers)][:-1]
+    *bases, num_keys = [0, *accumulate(peer.num_embeddings for peer in peers)]
     tables = [stable_integer(peer.name) for peer in peers]
     return RobeShape(
         dim=dim,
@@ -170,4 +170,5 @@ def _shape(peers: tuple[TableSpec, ...], rows: int) -> RobeShape:
         sign=(sign.b, sign.q),
         key_bases=tuple(bases),
         offsets=tuple(x for table in tables for family in hashes for x in family.offsets(table, blocks)),
+        num_keys=num_keys,
     )

@@ -15,6 +15,10 @@ import pytest
 
 from recemb_kernels.aot import registry
 from recemb_kernels.aot.configuration import Configuration
+from recemb_kernels.aot.occupancy import Occupancy
+from recemb_kernels.aot.report import Row
+from recemb_kernels.aot.roofline import Roofline
+from recemb_kernels.aot.sass import MachineCode
 
 SAMPLES = Path(__file__).with_name("aot_samples.py")
 KEYS = [
@@ -58,6 +62,15 @@ def test_tensor_cores_are_counted(rows: list[dict[str, Any]]) -> None:
         assert instructions["lds"] > 0
         assert instructions["sts"] > 0
     assert all(row["instructions"]["tensor_core"] == 0 for row in _of(rows, "gather_wide"))
+
+
+def test_float32_on_tensor_cores_is_a_problem() -> None:
+    for dtype, expected in (("float32", 1), ("bfloat16", 0)):
+        code = MachineCode(32, 0, {"tensor_core": 4})
+        enough = Occupancy(16, 1.0, "warps")
+        row = Row(_configuration(dtype=dtype), "sm_90", code, 0, enough, Roofline(1.0, "memory"), [])
+        assert len(row.problems) == expected
+        assert all("TF32" in problem for problem in row.problems)
 
 
 def test_tensor_cores_decide_the_roofline(rows: list[dict[str, Any]]) -> None:

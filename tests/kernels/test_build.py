@@ -161,7 +161,7 @@ stores = [
 ]
 rows = Group([pooled_gather._kernel(shape) for shape in stores], [*features[:3], FeatureCode(3, False)])
 tables = [torch.randn(n, w) for shape in stores for n, w in zip(shape.rows, shape.widths)]
-shared = RobeShape(6, 4, 9, True, (11, 13), (17, 19), (0, 504, 581), tuple(range(5, 17)))
+shared = RobeShape(6, 4, 9, True, (11, 13), (17, 19), (0, 504, 581), tuple(range(5, 17)), 662)
 arrays = [FeatureCode(0, False), FeatureCode(0, True, 504), FeatureCode(0, False, 581), FeatureCode(0, True)]
 robe = Group([robe_gather._kernel(shared)], arrays)
 groups = (

@@ -8,7 +8,12 @@ from importlib import import_module
 from recemb_kernels.aot.configuration import Configuration
 
 # Each offers ``shipped() -> list[Configuration]``. An author adds a line here.
-MODULES: tuple[str, ...] = ("recemb_kernels.tt_gather.triton_variants",)
+MODULES: tuple[str, ...] = (
+    "recemb_kernels.tt_gather.triton_variants",
+    "recemb_kernels.pooled_gather.triton_variants",
+    "recemb_kernels.robe_gather.triton_variants",
+    "recemb_kernels.triton_frame.variants",
+)
 
 # Autotuning tries every variant of a kernel at the first call of each new shape, at about half a second of
 # compiling a variant: 16 keep that first call below ten seconds.

@@ -38,7 +38,10 @@ class Row:
 
     @property
     def problems(self) -> list[str]:
-        """What breaks the laws of a shipped kernel: no spills, the stated occupancy, 64-bit addresses."""
+        """What breaks the laws of a shipped kernel.
+
+        No spills, the stated occupancy, 64-bit addresses, and float32 that is not rounded to TF32.
+        """
         found = []
         if self.code.spill_bytes:
             found.append(f"spills {self.code.spill_bytes} bytes a thread")
@@ -47,6 +50,8 @@ class Row:
                 f"occupancy {self.occupancy.fraction:.1%} is below the stated "
                 f"{self.configuration.min_occupancy:.1%}, limited by {self.occupancy.limited_by}"
             )
+        if self.configuration.dtype == "float32" and self.code.instructions["tensor_core"]:
+            found.append("multiplies float32 on the tensor cores, which round it to TF32")
         return [*found, *self.narrow]
 
     def as_json(self) -> dict[str, Any]:

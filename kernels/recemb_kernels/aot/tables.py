@@ -1,4 +1,7 @@
-"""Prints the report: two tables for a terminal of 100 columns, the same two as Markdown for a README."""
+"""Prints the report: two tables for a terminal of 100 columns, and one as Markdown for a README.
+
+The README's has a line for each kernel, shape and dtype, with the worst of its architectures and variants.
+"""
 
 from __future__ import annotations
 
@@ -84,21 +87,55 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The same two tables, for the text between the markers of a README."""
-    first: list[Column] = [("kernel", _heading)]
+    """One table for the text between the markers of a README, shorter than the terminal's two."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((_heading(row), row.configuration.dtype), []).append(row)
+    columns = [*_WORST, *(_least(arch) for arch in dict.fromkeys(row.arch for row in rows))]
     return "\n".join(
         [
-            "Written by `recemb kernels --write`.",
-            *_RESOURCES_ARE,
+            "Written by `recemb kernels --write`: of each kernel, shape and dtype the worst architecture and",
+            "variant; `recemb kernels` prints them one by one. Registers are a thread's, shared memory a",
+            "block's, occupancy is a share of an SM's 64 warps (and what CI insists on), MMA whether tensor",
+            "cores are used. FLOP and bytes are one look-up's; µs/M is the least time of a million look-ups",
+            "by the datasheet:",
             "",
-            *_marked(rows, [*first, *_RESOURCES]),
-            "",
-            *_WORK_IS,
             *(f"- {line}" for line in _cards(rows)),
             "",
-            *_marked(rows, [*first, *_WORK]),
+            "| " + " | ".join(name for name, _ in columns) + " |",
+            "|" + "|".join("---" if name in (*_LEFT, "kernel") else "---:" for name, _ in columns) + "|",
+            *(
+                "| " + " | ".join(read(group).replace("|", "\\|") for _, read in columns) + " |"
+                for group in groups.values()
+            ),
         ]
     )
+
+
+def _least(arch: str) -> tuple[str, Callable[[Sequence[Row]], str]]:
+    """The roofline on one architecture, which all variants share."""
+
+    def read(group: Sequence[Row]) -> str:
+        own = [row.roofline for row in group if row.arch == arch]
+        return f"{own[0].us_per_million:,.1f} {own[0].bound}" if own else ""
+
+    return f"µs/M {arch}", read
+
+
+# Of the rows of one kernel, shape and dtype.
+_WORST: list[tuple[str, Callable[[Sequence[Row]], str]]] = [
+    ("kernel", lambda group: _heading(group[0])),
+    ("dtype", lambda group: group[0].configuration.dtype),
+    ("warps", lambda group: "/".join(dict.fromkeys(str(row.configuration.num_warps) for row in group))),
+    ("registers", lambda group: str(max(row.code.registers for row in group))),
+    ("spill B", lambda group: str(max(row.code.spill_bytes for row in group))),
+    ("shared B", lambda group: f"{max(row.shared_bytes for row in group):,}"),
+    ("occupancy", lambda group: f"{min(row.occupancy.fraction for row in group):.0%}"),
+    ("at least", lambda group: f"{group[0].configuration.min_occupancy:.0%}"),
+    ("MMA", lambda group: "yes" if any(row.code.instructions["tensor_core"] for row in group) else ""),
+    ("FLOP", lambda group: f"{group[0].configuration.flops_per_lookup:,.0f}"),
+    ("bytes", lambda group: f"{group[0].configuration.bytes_per_lookup:,.0f}"),
+]
 
 
 def replace_between_markers(document: str, tables: str) -> str:
@@ -137,14 +174,6 @@ def _plain(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
         lines.append(heading)
         lines.extend(line(words) for _, words in group)
     return lines
-
-
-def _marked(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    return [
-        "| " + " | ".join(name for name, _ in columns) + " |",
-        "|" + "|".join("---" if name in (*_LEFT, "kernel") else "---:" for name, _ in columns) + "|",
-        *("| " + " | ".join(read(row).replace("|", "\\|") for _, read in columns) + " |" for row in rows),
-    ]
 
 
 def _cards(rows: Sequence[Row]) -> list[str]:

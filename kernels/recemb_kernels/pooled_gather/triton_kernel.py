@@ -6,16 +6,11 @@ right one [c, RIGHT]; a row before pooling has W columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.elements import Variant, tile_of, variant
 from recemb_kernels.triton_frame.kernels import upper_bound
 
-# Most columns, and elements, of a program's tile; twice as many spill registers.
-TILE = (128, 512)
 MULT, ADD, CONCAT = (tl.constexpr(operation) for operation in (1, 2, 3))
 
 
@@ -228,35 +223,3 @@ def sum_sides(
         total += value
     mask = here[:, None] & (d < WIDTH)[None, :]
     tl.store(out + piece[:, None] * WIDTH + d[None, :], total, mask=mask)
-
-
-def variants(dims: Sequence[int] = (16, 64, 128)) -> list[Variant]:
-    """What is compiled ahead of time."""
-    found = []
-    names = {1: "mult", 2: "add", 3: "concat"}
-    for element, kind in ((tl.float32, "fp32"), (tl.bfloat16, "bf16")):
-        for dim in dims:
-            for operation, name in names.items():
-                left, right = (dim // 2, dim - dim // 2) if operation == CONCAT.value else (dim, dim)
-                pair = {"OPERATION": operation, "LEFT": left, "RIGHT": right, "W": dim, "ELEMENT": element}
-                label = f"{name}/{dim}/{kind}"
-                rows, columns = tile_of(dim, *TILE)
-                for weighted in (False, True):
-                    constants = {**pair, "WEIGHTED": weighted, "BB": rows, "BD": columns}
-                    found.append(variant(f"pool_pairs/{label}/{weighted}", pool_pairs, constants, _TYPES))
-                constants = {**pair, "BR": rows, "BD": columns}
-                found.append(variant(f"pair_rows/{label}", pair_rows, constants, _TYPES))
-                rows, columns = tile_of(right, *TILE)
-                side = {"W": dim, "FROM": dim - right, "WIDTH": right, "ELEMENT": element}
-                for ordered in (False, True):
-                    constants = {**side, "ORDERED": ordered, "FACTOR": operation == MULT.value}
-                    constants |= {"BP": rows, "BD": columns}
-                    found.append(variant(f"sum_sides/{label}/{ordered}", sum_sides, constants, _TYPES))
-    constants = {"LEFT_BYTES": 256, "RIGHT_BYTES": 256, "STEPS": 5, "BR": 256}
-    return [*found, variant("split_rows", split_rows, constants, _TYPES)]
-
-
-_TYPES = {
-    **dict.fromkeys(("out", "weights", "grad_rows"), "*fp32"),
-    **dict.fromkeys(("batch_size", "columns", "num_tables", "count"), "i32"),
-}

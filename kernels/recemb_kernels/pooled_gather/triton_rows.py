@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from recemb_kernels.pooled_gather import Operation, RowShape
-from recemb_kernels.pooled_gather.triton_kernel import (
-    TILE,
-    pair_rows,
-    pool_pairs,
-    split_rows,
-    sum_sides,
+from recemb_kernels.pooled_gather.triton_kernel import pair_rows, pool_pairs, split_rows, sum_sides
+from recemb_kernels.pooled_gather.triton_variants import (
+    pair_constants,
+    pool_constants,
+    side_constants,
+    split_constants,
 )
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile_of
+from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.plan import PIECE, runs_of
@@ -72,10 +71,6 @@ class RowFamily(Family[RowShape]):
     @staticmethod
     def num_parameters(shape: RowShape) -> int:
         return len(shape.rows)
-
-    @staticmethod
-    def dim(shape: RowShape) -> int:
-        return sum(shape.widths) if shape.operation == Operation.CONCAT else shape.widths[-1]
 
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
         if self._operation == Operation.ROW:
@@ -197,9 +192,10 @@ class RowFamily(Family[RowShape]):
     # Pairs of a quotient's and a remainder's part
 
     def _pool_pairs(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> None:
-        batch, width = call.batch, self.dim(self.shapes[0])
-        bags, block = tile_of(width, *TILE)
-        pool_pairs[(cdiv(batch.size, bags), len(self.own_features), cdiv(width, block))](
+        batch = call.batch
+        constants = pool_constants(self.shapes[0], self.dtype, batch.weights is not None)
+        columns = cdiv(constants["W"], constants["BD"])
+        pool_pairs[(cdiv(batch.size, constants["BB"]), len(self.own_features), columns)](
             out,
             self._sources(parameters, 0),
             self._sources(parameters, 1),
@@ -210,15 +206,11 @@ class RowFamily(Family[RowShape]):
             self._pairs,
             batch.size,
             out.shape[1],
-            **self._pair_constants,
-            WEIGHTED=batch.weights is not None,
-            BB=bags,
-            BD=block,
-            num_warps=4,
+            **constants,
         )
 
     def _back_pairs(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
-        width, cuts = self.dim(self.shapes[0]), call.plan.cuts[self.index :]
+        width, cuts = self.shapes[0].dim, call.plan.cuts[self.index :]
         split = self._split(call, parameters)
         if asked.grad_weights is not None:
             rows = self._pair_rows(call, split)
@@ -236,7 +228,8 @@ class RowFamily(Family[RowShape]):
         plan, count = call.plan, call.batch.ids.numel()
         left, right, left_key, right_key = torch.empty(4, count, dtype=torch.int64, device=self.device)
         num_tables = len(self.shapes)
-        split_rows[(cdiv(count, 256),)](
+        constants = split_constants(self.shapes[0], self.dtype, num_tables)
+        split_rows[(cdiv(count, constants["BR"]),)](
             left,
             right,
             left_key,
@@ -252,27 +245,20 @@ class RowFamily(Family[RowShape]):
             self.addresses(parameters[1::2]),
             num_tables,
             count,
-            LEFT_BYTES=self._widths[0] * self.dtype.itemsize,
-            RIGHT_BYTES=self._widths[1] * self.dtype.itemsize,
-            STEPS=num_tables.bit_length(),
-            BR=256,
-            num_warps=4,
+            **constants,
         )
         return _Split((left, right), (left_key, right_key))
 
     def _pair_rows(self, call: Call, split: _Split) -> Tensor:
         """[L, W] float32: the distinct rows."""
-        count, width = call.batch.ids.numel(), self.dim(self.shapes[0])
+        count, width = call.batch.ids.numel(), self.shapes[0].dim
         rows = torch.empty(count, width, dtype=torch.float32, device=self.device)
-        own, block = tile_of(width, *TILE)
-        pair_rows[(cdiv(count, own), cdiv(width, block))](
+        constants = pair_constants(self.shapes[0], self.dtype)
+        pair_rows[(cdiv(count, constants["BR"]), cdiv(width, constants["BD"]))](
             rows,
             *split.part,
             call.plan.cuts[self.index :],
-            **self._pair_constants,
-            BR=own,
-            BD=block,
-            num_warps=4,
+            **constants,
         )
         return rows
 
@@ -293,8 +279,8 @@ class RowFamily(Family[RowShape]):
         pieces = most if longest <= _WHOLE else min(count, most + cdiv(count, PIECE))
         # Rows of earlier families make one more run of quotients.
         sums = torch.empty(min(count, pieces + 1), width, dtype=torch.float32, device=self.device)
-        own, block = tile_of(width, *TILE)
-        sum_sides[(cdiv(pieces, own), cdiv(width, block))](
+        constants = side_constants(self.shapes[0], self.dtype, which)
+        sum_sides[(cdiv(pieces, constants["BP"]), cdiv(width, constants["BD"]))](
             sums,
             grad_rows,
             order,
@@ -302,15 +288,7 @@ class RowFamily(Family[RowShape]):
             runs.run_piece,
             runs.cuts,
             split.part[1 - which],
-            ORDERED=which == 1,
-            FACTOR=self._operation == Operation.MULT,
-            W=grad_rows.shape[1],
-            FROM=self._widths[0] if which and self._operation == Operation.CONCAT else 0,
-            WIDTH=width,
-            ELEMENT=ELEMENTS[self.dtype],
-            BP=own,
-            BD=block,
-            num_warps=4,
+            **constants,
         )
         grad = sums
         if longest > _WHOLE:
@@ -323,17 +301,6 @@ class RowFamily(Family[RowShape]):
         """[F, 4]: key base, ids, radix and its reciprocal of each feature."""
         own = [(f.key_base, self.shapes[f.table]) for f in self.own_features]
         return self.constant([[base, self.num_ids(shape, base), *_radix(shape)] for base, shape in own])
-
-    @cached_property
-    def _pair_constants(self) -> dict[str, Any]:
-        left, right = self._widths
-        return {
-            "OPERATION": int(self._operation),
-            "LEFT": left,
-            "RIGHT": right,
-            "W": self.dim(self.shapes[0]),
-            "ELEMENT": ELEMENTS[self.dtype],
-        }
 
     @cached_property
     def _keys(self) -> list[TableKeys]:

@@ -21,7 +21,8 @@ from recemb_kernels.gather_op import GatherOp
 
 __all__ = ["RobeShape", "encode", "robe_gather"]
 
-_HEAD = 6
+# Numbers of an array's code before its key bases.
+_HEAD = 11
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class RobeShape:
         slot, sign: coefficients B and Q of the two hashes.
         key_bases: per table, rising, what its features add to their ids.
         offsets: per table, (A e + C b + D) mod P of each block's slot, then of each block's sign.
+        num_keys: one past the largest id plus key base; on GPU keys of several arrays are told apart by it.
     """
 
     dim: int
@@ -46,22 +48,24 @@ class RobeShape:
     sign: tuple[int, int]
     key_bases: tuple[int, ...]
     offsets: tuple[int, ...]
+    num_keys: int
 
 
 def encode(shapes: Sequence[RobeShape]) -> tuple[int, ...]:
     """The op's flat code of its arrays."""
     flat: list[int] = []
     for s in shapes:
-        flat += [s.dim, s.block_size, s.rows, s.signed, *s.slot, *s.sign, len(s.key_bases), len(s.offsets)]
-        flat += [*s.key_bases, *s.offsets]
+        flat += [s.dim, s.block_size, s.rows, s.signed, *s.slot, *s.sign, s.num_keys]
+        flat += [len(s.key_bases), len(s.offsets), *s.key_bases, *s.offsets]
     return tuple(flat)
 
 
 def _decode(flat: tuple[int, ...]) -> list[RobeShape]:
     shapes, at = [], 0
     while at < len(flat):
-        dim, block_size, rows, signed, b, q, sign_b, sign_q, tables, offsets = flat[at : at + 10]
-        bases, end = at + 10 + tables, at + 10 + tables + offsets
+        first = at + _HEAD
+        dim, block_size, rows, signed, b, q, sign_b, sign_q, num_keys, tables, offsets = flat[at:first]
+        bases, end = first + tables, first + tables + offsets
         shapes.append(
             RobeShape(
                 dim,
@@ -70,8 +74,9 @@ def _decode(flat: tuple[int, ...]) -> list[RobeShape]:
                 bool(signed),
                 (b, q),
                 (sign_b, sign_q),
-                flat[at + 10 : bases],
+                flat[first:bases],
                 flat[bases:end],
+                num_keys,
             )
         )
         at = end

@@ -12,26 +12,27 @@ from torch import Tensor
 
 from recemb_kernels.robe_gather import RobeShape
 from recemb_kernels.robe_gather.triton_kernel import (
-    PLACE_TILE,
-    READ_TILE,
-    SUM_TILE,
     join_halves,
     match_rows,
     place_blocks,
     pool_blocks,
-    pool_tile,
     read_rows,
     sum_blocks,
 )
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile, tile_of
+from recemb_kernels.robe_gather.triton_variants import (
+    join_constants,
+    match_constants,
+    place_constants,
+    pool_constants,
+    read_constants,
+    sum_constants,
+)
+from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.plan import PIECE, Runs, runs_of
 from recemb_kernels.triton_frame.pooling import weigh
 from recemb_kernels.triton_frame.steps import Entries, finish
-
-# A shape does not say how many ids the last table of its array has; keys of 2**13 such arrays fit the plan.
-MOST_IDS = 2**48
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,27 +57,22 @@ class BlockFamily(Family[RobeShape]):
 
     @staticmethod
     def num_keys(shape: RobeShape) -> int:
-        return shape.key_bases[-1] + MOST_IDS
+        return shape.num_keys
 
     @classmethod
     def num_ids(cls, shape: RobeShape, key_base: int) -> int:
-        ends = (*shape.key_bases[1:], cls.num_keys(shape))
+        ends = (*shape.key_bases[1:], shape.num_keys)
         return next(end for end in ends if key_base < end) - key_base
 
     @staticmethod
     def num_parameters(shape: RobeShape) -> int:
         return 1
 
-    @staticmethod
-    def dim(shape: RobeShape) -> int:
-        return shape.dim
-
     def forward(self, call: Call, parameters: Sequence[Tensor], out: Tensor, keep: bool) -> None:
-        batch, longest = call.batch, min(self._dim, self._block)
-        bags, blocks, wide = pool_tile(self._dim, self._block)
-        chunks = cdiv(longest, wide)
-        grid = (cdiv(batch.size, bags), len(self.own_features), cdiv(self._blocks, blocks) * chunks)
-        pool_blocks[grid](
+        batch = call.batch
+        constants = pool_constants(self.shapes[0], self.dtype, batch.weights is not None)
+        tiles = cdiv(self._blocks, constants["BK"]) * constants["CHUNKS"]
+        pool_blocks[(cdiv(batch.size, constants["BB"]), len(self.own_features), tiles)](
             out,
             self.addresses(parameters),
             self._tables,
@@ -87,17 +83,7 @@ class BlockFamily(Family[RobeShape]):
             self._lookups,
             batch.size,
             out.shape[1],
-            D=self._dim,
-            Z=self._block,
-            BLOCKS=self._blocks,
-            SIGNED=self._signed,
-            WEIGHTED=batch.weights is not None,
-            ELEMENT=ELEMENTS[self.dtype],
-            BB=bags,
-            BK=blocks,
-            BZ=wide,
-            CHUNKS=chunks,
-            num_warps=4,
+            **constants,
         )
 
     def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
@@ -116,8 +102,9 @@ class BlockFamily(Family[RobeShape]):
         kind = torch.int32 if self._weights < 2**31 else torch.int64
         start = torch.empty(count * self._blocks, dtype=kind, device=self.device)
         negative = torch.empty_like(start, dtype=torch.int8) if self._signed else start
-        (rows, blocks), num_tables = tile_of(self._blocks, *PLACE_TILE), len(self._tables)
-        place_blocks[(cdiv(count, rows), cdiv(self._blocks, blocks))](
+        num_tables = len(self._tables)
+        constants = place_constants(self.shapes[0], num_tables)
+        place_blocks[(cdiv(count, constants["BR"]), cdiv(self._blocks, constants["BK"]))](
             start,
             negative,
             call.plan.row_key,
@@ -128,12 +115,7 @@ class BlockFamily(Family[RobeShape]):
             num_tables,
             self._weights,
             count,
-            BLOCKS=self._blocks,
-            SIGNED=self._signed,
-            STEPS=num_tables.bit_length(),
-            BR=rows,
-            BK=blocks,
-            num_warps=4,
+            **constants,
         )
         return _Blocks(start, negative)
 
@@ -141,8 +123,9 @@ class BlockFamily(Family[RobeShape]):
         """[L, D] float32: the distinct rows."""
         count = call.batch.ids.numel()
         rows = torch.empty(count, self._dim, dtype=torch.float32, device=self.device)
-        (own, block), arrays = tile_of(self._dim, *READ_TILE), len(self.shapes)
-        read_rows[(cdiv(count, own), cdiv(self._dim, block))](
+        arrays = len(self.shapes)
+        constants = read_constants(self.shapes[0], self.dtype, arrays)
+        read_rows[(cdiv(count, constants["BR"]), cdiv(self._dim, constants["BD"]))](
             rows,
             self.addresses(parameters),
             self._array_rows,
@@ -150,15 +133,7 @@ class BlockFamily(Family[RobeShape]):
             placed.negative,
             call.plan.cuts[self.index :],
             arrays,
-            D=self._dim,
-            Z=self._block,
-            BLOCKS=self._blocks,
-            SIGNED=self._signed,
-            STEPS=arrays.bit_length(),
-            ELEMENT=ELEMENTS[self.dtype],
-            BR=own,
-            BD=block,
-            num_warps=4,
+            **constants,
         )
         return rows
 
@@ -176,8 +151,8 @@ class BlockFamily(Family[RobeShape]):
         most, width = min(count, self._rows), 2 * self._block
         pieces = min(count, most + cdiv(count, PIECE))
         parts = torch.empty(pieces, width, dtype=torch.float32, device=self.device)
-        own, block = tile_of(width, *SUM_TILE)
-        sum_blocks[(cdiv(pieces, own), cdiv(width, block))](
+        constants = sum_constants(self.shapes[0])
+        sum_blocks[(cdiv(pieces, constants["BP"]), cdiv(width, constants["BD"]))](
             parts,
             grad_rows,
             start,
@@ -186,13 +161,7 @@ class BlockFamily(Family[RobeShape]):
             runs.piece_first,
             runs.run_piece,
             runs.cuts,
-            D=self._dim,
-            Z=self._block,
-            BLOCKS=self._blocks,
-            SIGNED=self._signed,
-            BP=own,
-            BD=block,
-            num_warps=4,
+            **constants,
         )
         sums = torch.empty(most, width, dtype=torch.float32, device=self.device)
         sum_segments(sums, parts, runs.run_piece, runs.cuts, None, most)
@@ -211,7 +180,8 @@ class BlockFamily(Family[RobeShape]):
         spilled = torch.cat((self._zero, torch.cumsum(reaches, 0)))
         table, row, own, before = torch.empty(4, 2 * most, dtype=torch.int64, device=self.device)
         touched = torch.empty(2 * most, dtype=torch.int32, device=self.device)
-        match_rows[(cdiv(most, 128),)](
+        constants = match_constants(arrays, most)
+        match_rows[(cdiv(most, constants["BR"]),)](
             table,
             row,
             touched,
@@ -224,24 +194,19 @@ class BlockFamily(Family[RobeShape]):
             self._array_rows,
             arrays,
             most,
-            ARRAY_STEPS=arrays.bit_length(),
-            STEPS=most.bit_length(),
-            BR=128,
-            num_warps=4,
+            **constants,
         )
         entries = Entries(table, row, touched, 2 * runs.cuts, 2 * most)
         grad = torch.empty(2 * most, self._block, dtype=torch.float32, device=self.device)
-        block = tile(self._block, 1024)
-        join_halves[(2 * most, cdiv(self._block, block))](
+        constants = join_constants(self._block)
+        join_halves[(2 * most, cdiv(self._block, constants["BZ"]))](
             grad,
             sums,
             touched,
             own,
             before,
             entries.cuts,
-            Z=self._block,
-            BZ=block,
-            num_warps=1 if block <= 128 else 4,
+            **constants,
         )
         return entries, grad
 

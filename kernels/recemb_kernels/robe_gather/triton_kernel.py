@@ -9,29 +9,13 @@ weights of all arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.elements import Variant, cdiv, tile, tile_of, variant
 from recemb_kernels.triton_frame.kernels import upper_bound
 
-# Elements of a program's tile of pooled bags: twice as many take 160 registers a thread.
-POOL_AREA = 512
-# Most columns (of blocks for PLACE_TILE), and elements, of a program's tile.
-PLACE_TILE = (64, 256)
-READ_TILE = (128, 1024)
-SUM_TILE = (128, 512)
 HEAD = tl.constexpr(9)
 MERSENNE = tl.constexpr(2**61 - 1)
-
-
-def pool_tile(dim: int, block_size: int) -> tuple[int, int, int]:
-    """Bags, blocks and columns of a block that one program of :func:`pool_blocks` takes."""
-    columns = tile(min(dim, block_size), 128)
-    blocks = tile(cdiv(dim, block_size), 128 // columns)
-    return max(1, POOL_AREA // (columns * blocks)), blocks, columns
 
 
 @triton.jit
@@ -353,44 +337,3 @@ def join_halves(out, sums, touched, own, before, cuts, Z: tl.constexpr, BZ: tl.c
     total = tl.load(sums + first * (2 * Z) + z, mask=(z < Z) & (first >= 0), other=0.0)
     total += tl.load(sums + second * (2 * Z) + Z + z, mask=(z < Z) & (second >= 0), other=0.0)
     tl.store(out + e * Z + z, total, mask=z < Z)
-
-
-def variants(
-    sizes: Sequence[tuple[int, int]] = ((16, 16), (64, 16), (64, 64), (128, 32), (128, 5)),
-) -> list[Variant]:
-    """What is compiled ahead of time, for dims and block sizes."""
-    found = []
-    for dim, size in sizes:
-        for signed in (False, True):
-            block = {"Z": size, "BLOCKS": cdiv(dim, size), "SIGNED": signed}
-            label = f"{dim}/{size}/{'signed' if signed else 'plain'}"
-            bags, blocks, columns = pool_tile(dim, size)
-            rows, width = tile_of(dim, *READ_TILE)
-            for element, kind in ((tl.float32, "fp32"), (tl.bfloat16, "bf16")):
-                own = {**block, "D": dim, "ELEMENT": element}
-                for weighted in (False, True):
-                    tiles = {"BB": bags, "BK": blocks, "BZ": columns, "CHUNKS": cdiv(min(dim, size), columns)}
-                    constants = {**own, **tiles, "WEIGHTED": weighted}
-                    name = f"pool_blocks/{label}/{kind}/{weighted}"
-                    found.append(variant(name, pool_blocks, constants, _TYPES))
-                constants = {**own, "STEPS": 3, "BR": rows, "BD": width}
-                found.append(variant(f"read_rows/{label}/{kind}", read_rows, constants, _TYPES))
-            rows, columns = tile_of(block["BLOCKS"], *PLACE_TILE)
-            constants = {"BLOCKS": block["BLOCKS"], "SIGNED": signed, "STEPS": 5, "BR": rows, "BK": columns}
-            found.append(variant(f"place_blocks/{label}", place_blocks, constants, _TYPES))
-            rows, columns = tile_of(2 * size, *SUM_TILE)
-            constants = {**block, "D": dim, "BP": rows, "BD": columns}
-            found.append(variant(f"sum_blocks/{label}", sum_blocks, constants, _TYPES))
-        constants = {"Z": size, "BZ": tile(size, 1024)}
-        found.append(variant(f"join_halves/{size}", join_halves, constants, _TYPES, 1))
-    constants = {"ARRAY_STEPS": 3, "STEPS": 22, "BR": 128}
-    return [*found, variant("match_rows", match_rows, constants, _TYPES)]
-
-
-_TYPES = {
-    **dict.fromkeys(("out", "weights", "grad_rows", "sums"), "*fp32"),
-    **dict.fromkeys(("start", "touched"), "*i32"),
-    **dict.fromkeys(("batch_size", "columns", "num_tables", "num_arrays", "count", "most"), "i32"),
-    "negative": "*i8",
-    "weights_of_all": "i32",
-}

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-# Name, kernel, types of the arguments, constants and warps of what is compiled ahead of time.
-Variant = tuple[str, Any, dict[str, str], dict[str, Any], int]
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# What Triton takes when a launch does not say how many stages its pipelines have.
+_STAGES = 3
 # Names in reports, and pointer types in Triton's signatures.
 NAMES = {
     torch.float32: ("float32", "*fp32"),
@@ -46,7 +46,7 @@ def _time(call: Any, quantiles: Any) -> Any:
 
 def tile(width: int, most: int, least: int = 1) -> int:
     """The power of two that holds ``width``, between ``least`` and ``most``."""
-    return max(least, min(most, triton.next_power_of_2(width)))
+    return max(least, min(most, int(triton.next_power_of_2(width))))
 
 
 def tile_of(width: int, most: int, area: int) -> tuple[int, int]:
@@ -79,9 +79,20 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def variant(
-    name: str, kernel: Any, constants: dict[str, Any], types: Mapping[str, str], num_warps: int = 4
-) -> Variant:
-    """A kernel to compile; arguments without a type of their own are int64 arrays."""
+def as_compiled(kernel: Any, launch: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    """What a :class:`~recemb_kernels.aot.configuration.Configuration` has to say about a launch.
+
+    Args:
+        kernel: a Triton kernel.
+        launch: the constants that it is launched with, and ``num_warps``.
+        types: of the arguments; those without one of their own are int64 arrays.
+    """
+    constants = {name: value for name, value in launch.items() if name != "num_warps"}
     signature = {arg: types.get(arg, "*i64") for arg in kernel.arg_names if arg not in constants}
-    return name, kernel, signature, constants, num_warps
+    return {
+        "function": kernel,
+        "signature": signature,
+        "constants": constants,
+        "num_warps": launch["num_warps"],
+        "num_stages": _STAGES,
+    }

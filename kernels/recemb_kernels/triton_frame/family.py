@@ -163,11 +163,6 @@ class Family(ABC, Generic[_S]):
     def num_parameters(shape: Any) -> int:
         """Parameters of one table."""
 
-    @staticmethod
-    @abstractmethod
-    def dim(shape: Any) -> int:
-        """Columns of one of its rows."""
-
     def prepare(self, call: Call) -> None:
         """Work out what the ids alone decide, into ``call``."""
         _ = call.plan

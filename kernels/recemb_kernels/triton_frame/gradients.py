@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recemb_kernels.triton_frame.elements import cdiv, tile
+from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Call, Family
 from recemb_kernels.triton_frame.kernels import segment_sum, sum_pieces
+from recemb_kernels.triton_frame.launches import piece_constants, segment_constants
 
 
 def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -> Tensor:
@@ -23,10 +24,9 @@ def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -
     cuts = plan.cuts[family.index :]
     pieces = torch.empty(count, dim, dtype=torch.float32, device=family.device)
     rows = torch.empty_like(pieces)
-    width = tile(dim, 128)
-    own = max(1, 512 // width)
-    grid = (cdiv(count, own), cdiv(dim, width))
     weights = batch.weights
+    constants = piece_constants(dim, weights is not None)
+    grid = (cdiv(count, constants["BP"]), cdiv(dim, constants["BD"]))
     sum_pieces[grid](
         pieces,
         grad_out,
@@ -40,11 +40,7 @@ def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -
         cuts,
         batch.size,
         grad_out.shape[1],
-        D=dim,
-        WEIGHTED=weights is not None,
-        BP=own,
-        BD=width,
-        num_warps=4,
+        **constants,
     )
     sum_segments(rows, pieces, plan.row_piece, cuts, None, count)
     return rows
@@ -59,16 +55,12 @@ def sum_segments(
     ``source`` at row ``source_base[0]``.
     """
     width = out.shape[1]
-    block = tile(width, 256)
-    segment_sum[(most, cdiv(width, block))](
+    constants = segment_constants(width, source_base is not None)
+    segment_sum[(most, cdiv(width, constants["BW"]))](
         out,
         source,
         first,
         cuts,
         cuts if source_base is None else source_base,
-        RELATIVE=source_base is not None,
-        W=width,
-        BC=max(1, 1024 // block),
-        BW=block,
-        num_warps=1 if block < 64 else 2,
+        **constants,
     )

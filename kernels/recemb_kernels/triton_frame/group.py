@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,8 +68,7 @@ class TritonGroup:
             raise OverflowError(f"{bounds[-1]} rows in one group of tables are more than 2**62")
         columns = [0]
         for feature in features:
-            kind, shape = tables[feature.table]
-            columns.append(columns[-1] + kind.dim(shape))
+            columns.append(columns[-1] + tables[feature.table][1].dim)
         self.columns = columns[-1]
         rows = [tables[f.table][0].num_ids(tables[f.table][1], f.key_base) for f in features]
         self._keys = Keys(
@@ -103,13 +102,13 @@ class TritonGroup:
         self._beside.wait_stream(current)  # the ids may still be on their way
         with torch.cuda.stream(self._beside):
             self._plan(call)
-            call.ready = torch.cuda.Event()
+            call.ready = cast(Any, torch.cuda).Event()  # untyped
             call.ready.record(self._beside)
         return call
 
     @cached_property
     def _beside(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.device)
+        return cast(torch.cuda.Stream, cast(Any, torch.cuda).Stream(self.device))
 
     def _plan(self, call: Call) -> None:
         for family, _ in self._families:

@@ -8,7 +8,6 @@ step never waits for the device, and can be captured in a CUDA graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -135,4 +134,4 @@ def starts(numbers: Tensor, size: int) -> Tensor:
 
 def _end(numbers: Tensor) -> Tensor:
     """Append one more than the last."""
-    return cast(Tensor, torch.cat((numbers, numbers[-1:] + 1)))
+    return torch.cat((numbers, numbers[-1:] + 1))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton.language as tl
 from torch import Tensor
 
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile
+from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.kernels import pool_rows, weight_gradients
+from recemb_kernels.triton_frame.launches import pool_constants, weigh_constants
 
 
 def pool(
@@ -31,10 +31,10 @@ def pool(
         width: columns of a row.
     """
     batch, features = call.batch, family.own_features
-    block = tile(width, 128)
-    bags = max(1, 1024 // block)
-    indirect = not source.is_floating_point()
-    pool_rows[(cdiv(batch.size, bags), len(features), cdiv(width, block))](
+    dtype = None if source.is_floating_point() else family.dtype
+    constants = pool_constants(width, batch.weights is not None, dtype)
+    grid = (cdiv(batch.size, constants["BB"]), len(features), cdiv(width, constants["BD"]))
+    pool_rows[grid](
         out,
         source,
         index,
@@ -45,14 +45,7 @@ def pool(
         batch.size,
         out.shape[1],
         batch.ids.numel(),
-        LIMITS=2 if indirect else 0,
-        INDIRECT=indirect,
-        D=width,
-        WEIGHTED=batch.weights is not None,
-        ELEMENT=ELEMENTS[family.dtype] if indirect else tl.float32,
-        BB=bags,
-        BD=block,
-        num_warps=4,
+        **constants,
     )
 
 
@@ -67,10 +60,8 @@ def weigh(
 ) -> None:
     """Fill the gradients of the weights of the family's positions; arguments as of :func:`pool`."""
     batch, count = call.batch, call.batch.ids.numel()
-    block = tile(width, 64)
-    positions = max(1, 1024 // block)
-    indirect = not source.is_floating_point()
-    weight_gradients[(cdiv(count, positions),)](
+    constants = weigh_constants(width, None if source.is_floating_point() else family.dtype)
+    weight_gradients[(cdiv(count, constants["BL"]),)](
         asked.grad_weights,
         source,
         index,
@@ -82,11 +73,5 @@ def weigh(
         batch.size,
         asked.grad_out.shape[1],
         count,
-        LIMITS=2 if indirect else 0,
-        INDIRECT=indirect,
-        D=width,
-        ELEMENT=ELEMENTS[family.dtype] if indirect else tl.float32,
-        BL=positions,
-        BD=block,
-        num_warps=4,
+        **constants,
     )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv, tile
+from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Family
 from recemb_kernels.triton_frame.kernels import locate, scatter_rows, update_rows
+from recemb_kernels.triton_frame.launches import locate_constants, scatter_constants, update_constants
 from recemb_kernels.update import Kind, Update
 
 
@@ -66,7 +67,8 @@ def located(
     table, row = torch.empty_like(key), torch.empty_like(key)
     touched = torch.empty(len(key), dtype=torch.int32, device=key.device)
     num_tables = len(family.shapes)
-    locate[(cdiv(len(key), 256),)](
+    constants = locate_constants(num_tables)
+    locate[(cdiv(len(key), constants["BR"]),)](
         table,
         row,
         touched,
@@ -76,9 +78,7 @@ def located(
         keys.first,
         num_tables,
         len(key),
-        STEPS=num_tables.bit_length(),
-        BR=256,
-        num_warps=4,
+        **constants,
     )
     return Entries(table, row, touched, cuts, min(len(key), keys.total))
 
@@ -131,7 +131,6 @@ def step(
         )
         own = family.addresses([parameters[owner] for owner in owners])
         first = family.addresses([s[which] for s in states]) if rates.state else own
-        width = parameters[0].shape[1]
         update_rows[(entries.most,)](
             grad,
             entries.table,
@@ -149,12 +148,7 @@ def step(
             rates.beta2,
             1 - rates.beta2,
             rates.root,
-            KIND=int(rates.kind),
-            W=width,
-            ELEMENT=ELEMENTS[family.dtype],
-            STATE=ELEMENTS[rates.state or torch.float32],
-            BW=tile(width, 1024),
-            num_warps=1 if width <= 128 else 4,
+            **update_constants(rates.kind, parameters[0].shape[1], family.dtype, rates.state),
         )
 
 
@@ -186,8 +180,8 @@ def finish(
     first = [0, *accumulate(rows)]
     width = grad.shape[1]
     dense = torch.zeros(first[-1], width, dtype=family.dtype, device=family.device)
-    block = tile(width, 1024)
-    scatter_rows[(entries.most, cdiv(width, block))](
+    constants = scatter_constants(width)
+    scatter_rows[(entries.most, cdiv(width, constants["BW"]))](
         dense,
         grad,
         entries.table,
@@ -195,9 +189,7 @@ def finish(
         entries.touched,
         entries.cuts,
         family.remembered(tuple(at if want else -1 for at, want in zip(first, wanted, strict=False))),
-        W=width,
-        BW=block,
-        num_warps=1 if block <= 128 else 4,
+        **constants,
     )
     return [
         dense[at : at + size] if want else None for at, size, want in zip(first, rows, wanted, strict=False)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-_Pending = tuple[torch.cuda.Event, Tensor, Callable[[], Exception]]
+_Pending = tuple[Any, Tensor, Callable[[], Exception]]
 _pending: deque[_Pending] = deque()
 
 
@@ -31,7 +32,7 @@ def note(mark: Tensor, error: Callable[[], Exception]) -> None:
         return  # A graph is replayed without the host: its marks can only forbid.
     host = torch.empty(mark.shape, dtype=mark.dtype, pin_memory=True)
     host.copy_(mark, non_blocking=True)
-    arrived = torch.cuda.Event()
+    arrived = cast(Any, torch.cuda).Event()  # untyped
     arrived.record()
     _pending.append((arrived, host, error))
 

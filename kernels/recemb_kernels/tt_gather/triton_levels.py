@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -72,7 +73,7 @@ class TrainTables:
     prefix_columns: Sequence[int]
 
 
-def make_levels(family: Family[object], call: Call, tables: TrainTables) -> list[Level]:
+def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Level]:
     """Levels 1 .. d of a batch with ids."""
     plan, count = call.plan, call.batch.ids.numel()
     order, micro = tables.radices.shape[1], family.micro_batch_rows

@@ -52,10 +52,6 @@ class TrainFamily(Family[TrainShape]):
     def num_parameters(shape: TrainShape) -> int:
         return len(shape.row_shape)
 
-    @staticmethod
-    def dim(shape: TrainShape) -> int:
-        return math.prod(shape.dim_shape)
-
     def prepare(self, call: Call) -> None:
         call.kept[self.index] = _Kept(make_levels(self, call, self._tables))
 
@@ -270,7 +266,7 @@ class TrainFamily(Family[TrainShape]):
 
     @property
     def _dim(self) -> int:
-        return math.prod(self._dims)
+        return self.shapes[0].dim
 
     @property
     def _widths(self) -> list[int]:

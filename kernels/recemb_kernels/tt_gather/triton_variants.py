@@ -155,7 +155,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     num_stages=stages,
                     flops_per_lookup=2.0 * q * inner * outer,
                     bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
-                    min_occupancy=0.12,
+                    min_occupancy=0.37,
                     note=f"{note}, core {k + 1}{way}",
                     small=_DESCRIPTORS,
                 )
@@ -179,7 +179,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                 num_stages=stages,
                 flops_per_lookup=2.0 * q * inner * outer,
                 bytes_per_lookup=q * (inner * size + outer * 4.0) + 16,
-                min_occupancy=0.12,
+                min_occupancy=0.5,
                 note=f"{note}, core {k + 1}",
                 small=("source_base", "grad_base"),
             )
@@ -191,7 +191,7 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
     width = shape.dim_shape[0] * shape.ranks[1]
     name, element = NAMES[dtype]
     block = slice_block(width)
-    common = {"num_warps": block["num_warps"], "num_stages": 3, "dtype": name, "note": note}
+    common: dict[str, Any] = {"num_warps": block["num_warps"], "num_stages": 3, "dtype": name, "note": note}
     yield Configuration(
         kernel="tt_gather.copy_slices",
         function=copy_slices,

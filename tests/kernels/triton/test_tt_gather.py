@@ -1,9 +1,9 @@
-"""Tensor-train tables on the device, against float64, plain torch and the CPU kernels."""
+"""Tensor-train tables by Triton kernels, against float64, plain torch and the CPU's kernels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,21 +14,20 @@ from torch import Tensor
 
 from recemb.id_maps.radix import mixed_radix
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
-from recemb_kernels.triton_frame.verdict import poll
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from recemb_kernels.update import Kind
 from tests.kernels.triton.harness import (
-    DEVICE,
     DTYPES,
-    Case,
-    NoHostSync,
-    assert_error_law,
-    by_torch,
-    on_device,
-    poisoned,
+    KINDS,
+    Tables,
+    assert_bits_without_waiting,
+    assert_near,
+    assert_nothing_steps,
+    assert_same_steps,
+    make_batch,
+    make_updates,
     run,
-    run_on_cpu,
-    triton_group,
+    upstream,
 )
 
 # Two families: two tables of one (q, R) with different p, and a third of another order.
@@ -39,69 +38,41 @@ SHAPES = (
 )
 
 
-def make_case(
-    shapes: Sequence[TrainShape] = SHAPES,
-    features: Sequence[FeatureCode] | None = None,
-    batch: int = 12,
-    longest: int = 3,
-    weighted: bool = False,
-    seed: int = 0,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
+def _rows(shape: TrainShape, cores: Sequence[Tensor], keys: Tensor) -> Tensor:
+    slots = mixed_radix(keys, shape.row_shape)
+    product = cores[0][slots[:, 0]].view(len(keys), shape.dim_shape[0], shape.ranks[1])
+    for k in range(1, len(cores)):
+        core = cores[k][slots[:, k]].view(len(keys), shape.ranks[k], shape.dim_shape[k] * shape.ranks[k + 1])
+        product = (product @ core).view(len(keys), math.prod(shape.dim_shape[: k + 1]), shape.ranks[k + 1])
+    return product.squeeze(2)
+
+
+def _sizes(shape: TrainShape) -> list[tuple[int, int]]:
+    bonds = zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:], strict=False)
+    return [(p, r * q * s) for p, q, r, s in bonds]
+
+
+def _tables(shapes: Sequence[TrainShape], features: Sequence[FeatureCode] | None = None) -> Tables:
     codes = [FeatureCode(t, t == 1) for t in range(len(shapes))] if features is None else features
-    parameters = []
-    for shape in shapes:
-        bonds = zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:], strict=False)
-        # Rows of deviation 1, whatever the ranks.
-        std = math.prod(shape.ranks) ** (-0.5 / len(shape.row_shape))
-        parameters += [torch.randn(p, r * q * s, generator=generator) * std for p, q, r, s in bonds]
-    lengths = torch.randint(0, longest + 1, (len(codes) * batch,), generator=generator)
-    ids = []
-    for code, own in zip(codes, lengths.split(batch) if batch else [lengths] * len(codes), strict=True):
-        rows = math.prod(shapes[code.table].row_shape)
-        # Squared, so that some rows come often.
-        ids.append((torch.rand(int(own.sum()), generator=generator) ** 2 * rows).long())
-    joined = torch.cat(ids)
-    weights = torch.rand(joined.numel(), generator=generator) if weighted else None
-    columns = sum(shapes[code.table].dim for code in codes)
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    grad_out = torch.randn(batch, columns, generator=generator)
-    return Case(tt_gather, shapes, codes, parameters, Batch(joined, offsets, weights, batch), grad_out)
+    return Tables(
+        tt_gather,
+        _rows,
+        _sizes,
+        shapes,
+        codes,
+        std=lambda shape: math.prod(shape.ranks) ** (-0.5 / len(shape.row_shape)),
+    )
 
 
-def rows_of(case: Case) -> Callable[[int, list[Tensor], Tensor], Tensor]:
-    def rows(table: int, cores: list[Tensor], keys: Tensor) -> Tensor:
-        shape = case.shapes[table]
-        slots = mixed_radix(keys, shape.row_shape)
-        product = cores[0][slots[:, 0]].view(len(keys), shape.dim_shape[0], shape.ranks[1])
-        for k in range(1, len(cores)):
-            core = cores[k][slots[:, k]].view(
-                len(keys), shape.ranks[k], shape.dim_shape[k] * shape.ranks[k + 1]
-            )
-            product = (product @ core).view(
-                len(keys), math.prod(shape.dim_shape[: k + 1]), shape.ranks[k + 1]
-            )
-        return product.squeeze(2)
-
-    return rows
-
-
-def check(case: Case, dtype: torch.dtype, micro_batch_rows: int = 2**15) -> None:
-    case = case.rounded(dtype)
-    exact = by_torch(case, rows_of(case), torch.float64)
-    with poisoned():
-        found, parameters = run(case, dtype, micro_batch_rows)
-    assert_error_law(found, by_torch(case, rows_of(case), dtype), exact)
-    assert all(torch.equal(p, q.to(dtype)) for p, q in zip(parameters, case.parameters, strict=True))
+ALL = _tables(SHAPES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_error_law(dtype: torch.dtype, weighted: bool) -> None:
-    check(make_case(weighted=weighted), dtype)
+def test_outputs_and_gradients_are_those_of_plain_torch(dtype: torch.dtype, weighted: bool) -> None:
+    assert_near(ALL, make_batch(ALL, 5, 3, weighted=weighted), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -113,11 +84,14 @@ def test_error_law(dtype: torch.dtype, weighted: bool) -> None:
     ],
     ids=lambda s: "x".join(map(str, s.ranks)),
 )
-def test_ranks_orders_and_odd_sizes(shape: TrainShape, dtype: torch.dtype) -> None:
-    check(make_case([shape], batch=8, longest=2, seed=1), dtype)
+def test_ranks_orders_and_odd_sizes(shape: TrainShape) -> None:
+    tables = _tables([shape])
+    batch = make_batch(tables, 6, 2, seed=1)
+    for dtype in DTYPES:
+        assert_near(tables, batch, dtype)
 
 
-@settings(derandomize=True, deadline=None, max_examples=12, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     order = data.draw(st.integers(2, 4))
@@ -126,152 +100,96 @@ def test_any_shape(data: st.DataObject) -> None:
     if math.prod(draw[1]) > 64:
         draw[1] = (2,) * order
     shape = TrainShape(draw[0], draw[1], (1, *draw[2], 1))
-    case = make_case(
+    tables = _tables(
         [shape, SHAPES[0]],
         [FeatureCode(0, data.draw(st.booleans())), FeatureCode(1, False), FeatureCode(0, False)],
-        batch=data.draw(st.integers(1, 9)),
-        longest=data.draw(st.integers(0, 4)),
+    )
+    batch = make_batch(
+        tables,
+        data.draw(st.integers(1, 5)),
+        data.draw(st.integers(0, 3)),
         weighted=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 2**20)),
     )
-    check(case, torch.float32, data.draw(st.sampled_from([1, 5, 2**15])))
+    assert_near(tables, batch, torch.float32, data.draw(st.sampled_from([2, 5, 2**15])))
 
 
-@pytest.mark.parametrize("kind", [Kind.SGD, Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD, Kind.ADAM])
-def test_steps_are_those_of_the_cpu(kind: Kind) -> None:
-    case = make_case()
-    ours, theirs = case.updates(kind, DEVICE), case.updates(kind, torch.device("cpu"))
-    (out, *_), parameters = run(case, updates=ours)
-    (expected, *_), stepped = run_on_cpu(case, theirs)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert any(not torch.equal(p, q) for p, q in zip(parameters, case.parameters, strict=True))
-    for mine, cpu in zip(parameters, stepped, strict=True):
-        torch.testing.assert_close(mine, cpu, rtol=1e-4, atol=1e-5)
-    for mine, cpu in zip(ours, theirs, strict=True):
-        assert mine is not None
-        assert cpu is not None
-        for name in ("state", "state2", "steps"):
-            for a, b in zip(getattr(mine, name), getattr(cpu, name), strict=True):
-                torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_table_steps_as_on_cpu(kind: Kind) -> None:
+    assert_same_steps(ALL, make_batch(ALL, 6, 3), [kind] * 3)
 
 
-def test_tables_with_their_own_rates_and_without() -> None:
+def test_tables_with_their_own_rules_and_without() -> None:
     """Different rules in one family: each table takes its own, and the last gives gradients."""
-    case = make_case()
-    ours, theirs = ([*case.updates(Kind.ADAGRAD, d)[:2], None] for d in (DEVICE, torch.device("cpu")))
-    for updates in (ours, theirs):
-        assert updates[0] is not None
-        updates[0].lr = 0.3
-    found, parameters = run(case, updates=ours)
-    expected, stepped = run_on_cpu(case, theirs)
-    assert len(found) == len(expected) == 1 + 3
-    for a, b in zip([*found, *parameters], [*expected, *stepped], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    assert_same_steps(ALL, make_batch(ALL, 6, 3), [Kind.ADAGRAD, Kind.ADAM, None])
+    assert_same_steps(ALL, make_batch(ALL, 4, 3), [Kind.ADAGRAD, None, Kind.SGD])
 
 
 def test_half_precision_steps_in_float32() -> None:
-    case = make_case().rounded(torch.bfloat16)
-    _, parameters = run(case, torch.bfloat16, updates=case.updates(Kind.ADAGRAD, DEVICE))
-    _, exact = run_on_cpu(case, case.updates(Kind.ADAGRAD, torch.device("cpu")))
-    for mine, cpu in zip(parameters, exact, strict=True):
+    batch, grad = make_batch(ALL, 6, 3), upstream(ALL, make_batch(ALL, 6, 3))
+    ours = ALL.parameters(torch.bfloat16)
+    theirs = [p.float() for p in ours]
+    run(ALL.triton(torch.bfloat16), ours, batch, grad, make_updates(ALL, ours, [Kind.ADAGRAD] * 3))
+    run(ALL.cpu(), theirs, batch, grad, make_updates(ALL, theirs, [Kind.ADAGRAD] * 3))
+    for mine, cpu in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.float(), cpu, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 17])
-def test_micro_batches_give_the_bits_of_the_whole(rows: int) -> None:
-    case = make_case(batch=20, weighted=True)
-    whole, _ = run(case)
-    sliced, _ = run(case, micro_batch_rows=rows)
-    assert torch.equal(whole[0], sliced[0])
-    assert torch.equal(whole[-1], sliced[-1]), "gradients of the weights"
-    # A core slice sums over the same nodes in another order.
-    for first, second in zip(whole[1:-1], sliced[1:-1], strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
+def test_micro_batches_give_the_bits_of_the_whole() -> None:
+    batch = make_batch(ALL, 6, 3, weighted=True)
+    parameters, grad = ALL.parameters(), upstream(ALL, batch)
+    whole = run(ALL.triton(), parameters, batch, grad)
+    for rows in (1, 7):
+        sliced = run(ALL.triton(micro_batch_rows=rows), parameters, batch, grad)
+        assert torch.equal(whole[0], sliced[0])
+        assert torch.equal(whole[-1], sliced[-1]), "gradients of the weights"
+        # A core slice sums over the same nodes in another order.
+        for first, second in zip(whole[1:-1], sliced[1:-1], strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
 
 
-def test_two_runs_give_the_same_bits() -> None:
-    case = make_case(batch=30, weighted=True)
-    first, second = run(case)[0], run(case)[0]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_one_row_beyond_a_piece() -> None:
+    """In two features."""
+    tables = _tables(SHAPES[:1], [FeatureCode(0, False), FeatureCode(0, True)])
+    batch = make_batch(tables, 100, 1)
+    batch.ids.fill_(5)
+    assert_near(tables, batch)
 
 
-def test_long_runs_of_one_row() -> None:
-    """One row more often than a piece holds, in two features."""
-    case = make_case(SHAPES[:1], [FeatureCode(0, False), FeatureCode(0, True)], batch=150, longest=1)
-    case.batch.ids.fill_(5)
-    check(case, torch.float32)
+@pytest.mark.parametrize("size", [0, 4])
+def test_batches_without_ids(size: int) -> None:
+    offsets = torch.zeros(3 * size + 1, dtype=torch.int64)
+    batch = Batch(torch.empty(0, dtype=torch.int64), offsets, None, size)
+    out, *grads = run(ALL.triton(), ALL.parameters(), batch, upstream(ALL, batch))
+    assert torch.equal(out, torch.zeros(size, sum(s.dim for s in SHAPES)))
+    assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(grads, ALL.parameters(), strict=True))
+    assert_same_steps(ALL, batch, [Kind.ADAM] * 3)
 
 
-@pytest.mark.parametrize(("batch", "longest"), [(0, 1), (4, 0)])
-def test_no_ids(batch: int, longest: int) -> None:
-    case = make_case(batch=batch, longest=longest)
-    (out, *grads), _ = run(case)
-    assert torch.equal(out, torch.zeros(batch, sum(s.dim for s in SHAPES)))
-    assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(grads, case.parameters, strict=True))
-
-
-def test_ids_without_a_row_are_skipped() -> None:
+def test_ids_outside_a_table_count_for_nothing() -> None:
     """Negative ones mean that; others are refused by the check, and must not be read before that."""
-    case = make_case(batch=16, longest=2, weighted=True)
-    bad = torch.arange(case.batch.ids.numel()) % 3 == 0
-    assert case.batch.weights is not None
-    weights = case.batch.weights.masked_fill(bad, 0)
-    silent = replace(case, batch=replace(case.batch, ids=case.batch.ids.clone(), weights=weights))
-    case.batch.ids[bad] = torch.where(torch.arange(int(bad.sum())) % 2 == 0, -1, 2**40)
-    found, expected = run(case)[0], run(silent)[0]
-    for a, b in zip(found[:-1], expected[:-1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert not found[-1][bad].any()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
-    case = make_case()
-    case.grad_out[3, 5] = value
-    updates = case.updates(Kind.ADAGRAD, DEVICE)
-    group, batch = triton_group(case), on_device(case.batch)
-    parameters = [p.to(DEVICE, copy=True) for p in case.parameters]
-    _, state = group.forward(parameters, batch, keep=True)
-    asked = {"updates": updates, "wanted": [True] * len(parameters), "want_weights": False}
-
-    def step() -> None:
-        group.backward(case.grad_out.to(DEVICE), parameters, batch, state, **asked)
-        poll(wait=True)
-
-    with pytest.raises(FloatingPointError, match="no weight was changed"):
-        step()
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(parameters, case.parameters, strict=True))
-
-
-def test_a_refused_batch_changes_nothing() -> None:
-    case = make_case()
-    group, parameters = triton_group(case), [p.to(DEVICE, copy=True) for p in case.parameters]
-    batch = replace(on_device(case.batch), refused=torch.ones(1, dtype=torch.int32, device=DEVICE))
-    _, state = group.forward(parameters, batch, keep=True)
-    asked = {"updates": case.updates(Kind.SGD, DEVICE), "wanted": [True] * len(parameters)}
-    group.backward(case.grad_out.to(DEVICE), parameters, batch, state, want_weights=False, **asked)
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(parameters, case.parameters, strict=True))
-
-
-def test_a_step_never_waits_for_the_device() -> None:
-    case = make_case(weighted=True)
-    group, parameters = triton_group(case, micro_batch_rows=7), [p.to(DEVICE) for p in case.parameters]
-    batch, grad_out = on_device(case.batch), case.grad_out.to(DEVICE)
-    asked = {"updates": [None] * 3, "wanted": [True] * len(parameters), "want_weights": True}
-
-    def step() -> None:
-        _, state = group.forward(parameters, batch, keep=True)
-        group.backward(grad_out, parameters, batch, state, **asked)
-
-    step()  # descriptors are copied there once
-    with NoHostSync():
-        step()
-    with pytest.raises(AssertionError, match="waits"), NoHostSync():
-        batch.ids.unique()
+    batch = make_batch(ALL, 6, 2, weighted=True)
+    bad = torch.arange(batch.ids.numel()) % 3 == 0
+    batch.ids[bad] = torch.where(torch.arange(int(bad.sum())) % 2 == 0, -1, 2**40)
+    assert not assert_near(ALL, batch)[-1][bad].any()
 
 
 def test_more_rows_than_an_int32_counts() -> None:
-    shape = TrainShape((2**14, 2**10, 2**10), (2, 1, 2), (1, 2, 2, 1))
-    case = make_case([shape], batch=6, longest=2)
-    case.batch.ids[:3] = torch.tensor([2**34 - 1, 2**31, 2**33 + 5])
-    check(case, torch.float32)
+    tables = _tables([TrainShape((2**14, 2**10, 2**10), (2, 1, 2), (1, 2, 2, 1))])
+    batch = make_batch(tables, 6, 2)
+    batch.ids[:3] = torch.tensor([2**34 - 1, 2**31, 2**33 + 5])
+    assert_near(tables, batch)
+
+
+def test_the_bits_of_two_runs_and_no_waiting_for_the_device() -> None:
+    assert_bits_without_waiting(ALL, make_batch(ALL, 4, 3, weighted=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    assert_nothing_steps(ALL, make_batch(ALL, 3, 3), math.inf)
+
+
+def test_a_refused_batch_changes_nothing() -> None:
+    refused = torch.ones(1, dtype=torch.int32)
+    assert_nothing_steps(ALL, replace(make_batch(ALL, 3, 3), refused=refused), 1.0)

@@ -1,0 +1,75 @@
+"""Compile-time constants, tiles and warps of the frame's kernels.
+
+Launches and the list of what is compiled ahead of time take them from here, so that what CI compiles is what
+runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from recemb_kernels.triton_frame.elements import ELEMENTS, tile, tile_of
+from recemb_kernels.update import Kind
+
+# Most columns, and elements, of a program's tile; twice as many spill registers.
+POOL_TILE = (128, 512)
+WEIGH_TILE = (64, 512)
+PIECE_TILE = (128, 512)
+
+
+def pool_constants(width: int, weighted: bool, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Of ``pool_rows``; ``dtype`` is that of sources given by address."""
+    bags, block = tile_of(width, *POOL_TILE)
+    source = _source(dtype)
+    return {**source, "D": width, "WEIGHTED": weighted, "BB": bags, "BD": block, "num_warps": 4}
+
+
+def weigh_constants(width: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Of ``weight_gradients``."""
+    positions, block = tile_of(width, *WEIGH_TILE)
+    return {**_source(dtype), "D": width, "BL": positions, "BD": block, "num_warps": 4}
+
+
+def _source(dtype: torch.dtype | None) -> dict[str, Any]:
+    indirect = dtype is not None
+    element = tl.float32 if dtype is None else ELEMENTS[dtype]
+    return {"LIMITS": 2 if indirect else 0, "INDIRECT": indirect, "ELEMENT": element}
+
+
+def piece_constants(dim: int, weighted: bool) -> dict[str, Any]:
+    """Of ``sum_pieces``."""
+    pieces, block = tile_of(dim, *PIECE_TILE)
+    return {"D": dim, "WEIGHTED": weighted, "BP": pieces, "BD": block, "num_warps": 4}
+
+
+def segment_constants(width: int, relative: bool) -> dict[str, Any]:
+    """Of ``segment_sum``."""
+    segments, block = tile_of(width, 256, 1024)
+    warps = 1 if block < 64 else 2
+    return {"RELATIVE": relative, "W": width, "BC": segments, "BW": block, "num_warps": warps}
+
+
+def update_constants(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | None) -> dict[str, Any]:
+    """Of ``update_rows``."""
+    return {
+        "KIND": int(kind),
+        "W": width,
+        "ELEMENT": ELEMENTS[dtype],
+        "STATE": ELEMENTS[state or torch.float32],
+        "BW": tile(width, 1024),
+        "num_warps": 1 if width <= 128 else 4,
+    }
+
+
+def scatter_constants(width: int) -> dict[str, Any]:
+    """Of ``scatter_rows``."""
+    block = tile(width, 1024)
+    return {"W": width, "BW": block, "num_warps": 1 if block <= 128 else 4}
+
+
+def locate_constants(num_tables: int) -> dict[str, Any]:
+    """Of ``locate``."""
+    return {"STEPS": num_tables.bit_length(), "BR": 256, "num_warps": 4}

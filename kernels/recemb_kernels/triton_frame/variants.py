@@ -1,0 +1,162 @@
+"""The variants of the frame's kernels that are compiled ahead of time.
+
+Figures a look-up are those of a bag of one id, whose row no other bag has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from recemb_kernels.aot.configuration import Configuration
+from recemb_kernels.triton_frame.elements import NAMES, as_compiled
+from recemb_kernels.triton_frame.kernels import (
+    locate,
+    pool_rows,
+    scatter_rows,
+    segment_sum,
+    sum_pieces,
+    update_rows,
+    weight_gradients,
+)
+from recemb_kernels.triton_frame.launches import (
+    locate_constants,
+    piece_constants,
+    pool_constants,
+    scatter_constants,
+    segment_constants,
+    update_constants,
+    weigh_constants,
+)
+from recemb_kernels.update import Kind
+
+_TYPES = {
+    **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad"), "*fp32"),
+    **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
+    **dict.fromkeys(("lr", "eps", "beta1", "rest1", "beta2", "rest2", "root"), "fp32"),
+    **dict.fromkeys(("touched", "refused"), "*i32"),
+}
+_ADDRESSES = {**_TYPES, "sources": "*i64"}
+_WIDTHS = (16, 64, 128)
+_FLOAT, _HALF = torch.float32, torch.bfloat16
+# Floating-point operations an element of one step, and its states.
+_STEPS = {Kind.SGD: (2, 0), Kind.ADAGRAD: (7, 1), Kind.ROWWISE_ADAGRAD: (4, 0), Kind.ADAM: (13, 2)}
+
+
+def shipped() -> list[Configuration]:
+    """What is compiled ahead of time in CI."""
+    found = []
+    for width in _WIDTHS:
+        found += [_pool(width, None, weighted) for weighted in (False, True)]
+        found += [_pool(width, dtype, False) for dtype in (_FLOAT, _HALF)]
+        found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
+        found += [_pieces(width, weighted) for weighted in (False, True)]
+        found += [_segments(width, relative=False)]
+    found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
+    # The workspaces of a train's nodes: R = 16 and 64.
+    found += [_segments(width, relative=True) for width in (32, 256)]
+    for kind in _STEPS:
+        # A row of a table, and a slice of a core at R = 64.
+        found += [_update(kind, width, _FLOAT, None) for width in (64, 8192)]
+        found.append(_update(kind, 64, _HALF, None if kind == Kind.SGD else _HALF))
+    return [*found, *_entries()]
+
+
+def _pool(width: int, dtype: torch.dtype | None, weighted: bool) -> Configuration:
+    size = 4 if dtype is None else dtype.itemsize
+    return Configuration(
+        kernel="frame.pool_rows",
+        dtype=NAMES[dtype or _FLOAT][0],
+        **as_compiled(pool_rows, pool_constants(width, weighted, dtype), _ADDRESSES if dtype else _TYPES),
+        flops_per_lookup=(1.0 + weighted) * width,
+        bytes_per_lookup=width * (size + 4.0) + 16 + 4 * weighted,
+        min_occupancy=0.5,
+        note=_note(width, dtype) + (", weighted" if weighted else ""),
+        small=("features", "limits", *(() if dtype is None else ("sources",))),
+    )
+
+
+def _weigh(width: int, dtype: torch.dtype | None) -> Configuration:
+    size = 4 if dtype is None else dtype.itemsize
+    return Configuration(
+        kernel="frame.weight_gradients",
+        dtype=NAMES[dtype or _FLOAT][0],
+        **as_compiled(weight_gradients, weigh_constants(width, dtype), _ADDRESSES if dtype else _TYPES),
+        flops_per_lookup=2.0 * width,
+        bytes_per_lookup=width * (size + 4.0) + 28,
+        min_occupancy=0.25,
+        note=_note(width, dtype),
+        small=("features", "limits", *(() if dtype is None else ("sources",))),
+    )
+
+
+def _pieces(width: int, weighted: bool) -> Configuration:
+    return Configuration(
+        kernel="frame.sum_pieces",
+        dtype="float32",
+        **as_compiled(sum_pieces, piece_constants(width, weighted), _TYPES),
+        flops_per_lookup=2.0 * width + weighted,
+        bytes_per_lookup=8.0 * width + 32 + 4 * weighted,
+        min_occupancy=0.5,
+        note=f"D={width}" + (", weighted" if weighted else ""),
+        small=("features", "cuts"),
+    )
+
+
+def _segments(width: int, relative: bool) -> Configuration:
+    return Configuration(
+        kernel="frame.segment_sum",
+        dtype="float32",
+        **as_compiled(segment_sum, segment_constants(width, relative), _TYPES),
+        flops_per_lookup=float(width),
+        bytes_per_lookup=8.0 * width + 8,
+        min_occupancy=0.5,
+        note=f"W={width}" + (", micro-batch" if relative else ""),
+        small=("cuts", "source_base"),
+    )
+
+
+def _update(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | None) -> Configuration:
+    flops, states = _STEPS[kind]
+    state_bytes = 2.0 * states * width * (4 if state is None else state.itemsize)
+    return Configuration(
+        kernel="frame.update_rows",
+        dtype=NAMES[dtype][0],
+        **as_compiled(update_rows, update_constants(kind, width, dtype, state), _TYPES),
+        flops_per_lookup=float(flops * width),
+        bytes_per_lookup=width * (4.0 + 2 * dtype.itemsize) + state_bytes + 20,
+        min_occupancy=0.5,
+        note=f"{kind.name.lower().replace('_', ' ')}, W={width}",
+        small=("refused", "parameters", "states", "states2", "cuts"),
+    )
+
+
+def _entries() -> Iterator[Configuration]:
+    """Where gradients go."""
+    yield Configuration(
+        kernel="frame.locate",
+        dtype="float32",
+        **as_compiled(locate, locate_constants(26), _TYPES),
+        flops_per_lookup=0.0,
+        bytes_per_lookup=8.0 + 20,
+        min_occupancy=0.5,
+        note="26 tables",
+        small=("cuts", "first_key", "table_keys"),
+    )
+    for dtype in (_FLOAT, _HALF):
+        types = {**_TYPES, "out": NAMES[dtype][1]}
+        yield Configuration(
+            kernel="frame.scatter_rows",
+            dtype=NAMES[dtype][0],
+            **as_compiled(scatter_rows, scatter_constants(64), types),
+            flops_per_lookup=0.0,
+            bytes_per_lookup=64 * (4.0 + dtype.itemsize) + 20,
+            min_occupancy=0.5,
+            note="W=64",
+            small=("first", "cuts"),
+        )
+
+
+def _note(width: int, dtype: torch.dtype | None) -> str:
+    return f"D={width}, {'computed rows' if dtype is None else 'stored rows'}"
