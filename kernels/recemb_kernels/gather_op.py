@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.build import KernelUnavailableError
-from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, TableKernel
+from recemb_kernels.digit_tree.group import MICRO_BATCH_ROWS, Batch, FeatureCode, Group, TableKernel
 from recemb_kernels.update import Update
 
 if TYPE_CHECKING:
@@ -256,11 +256,17 @@ def make_group(
         KernelUnavailableError: a kernel cannot be had here.
     """
     codes = [FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)]
-    sized = {} if micro_batch_rows is None else {"micro_batch_rows": micro_batch_rows}
     if device.type == "cpu":
-        return Group([op.kernel(shape) for op, shape in tables], codes, **sized)
+        kernels = [op.kernel(shape) for op, shape in tables]
+        return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
     families = [(op.family(), shape) for op, shape in tables]
-    from recemb_kernels.triton_frame.group import TritonGroup  # after the families: says what is missing
+    from recemb_kernels.triton_frame import group  # after the families: says what is missing
 
-    raised = {} if refusal is None else {"refusal": refusal}
-    return TritonGroup(families, codes, device, dtypes, **raised, **sized)
+    return group.TritonGroup(
+        families,
+        codes,
+        device,
+        dtypes,
+        refusal or group.not_finite,
+        micro_batch_rows or group.MICRO_BATCH_ROWS,
+    )

@@ -22,7 +22,8 @@ from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
 
 
-def _not_finite() -> Exception:
+def not_finite() -> Exception:
+    """The error of a backward with steps to take whose gradient is not finite."""
     return FloatingPointError("the gradient of the pooled rows is NaN or infinite; no weight was changed")
 
 
@@ -47,7 +48,7 @@ class TritonGroup:
         features: Sequence[FeatureCode],
         device: torch.device,
         dtypes: Sequence[torch.dtype],
-        refusal: Callable[[], Exception] = _not_finite,
+        refusal: Callable[[], Exception] = not_finite,
         micro_batch_rows: int = MICRO_BATCH_ROWS,
     ) -> None:
         self.device, self._refusal = device, refusal
