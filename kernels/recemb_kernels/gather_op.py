@@ -260,7 +260,8 @@ def make_group(
         kernels = [op.kernel(shape) for op, shape in tables]
         return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
     families = [(op.family(), shape) for op, shape in tables]
-    from recemb_kernels.triton_frame import group  # after the families: says what is missing
+    # After the families, which say what is missing.
+    from recemb_kernels.triton_frame import family, group
 
     return group.TritonGroup(
         families,
@@ -268,5 +269,5 @@ def make_group(
         device,
         dtypes,
         refusal or group.not_finite,
-        micro_batch_rows or group.MICRO_BATCH_ROWS,
+        micro_batch_rows or family.MICRO_BATCH_ROWS,
     )
