@@ -101,6 +101,9 @@ class Merge(torch.autograd.Function):
         ctx.step = step
         step.exchanges = [cache.exchanges for cache in step.caches]
         streams = step.streams
+        merged = None if streams.merger is None else streams.merger.merge(pooled)
+        if merged is not None:
+            return merged
         if len(streams.pieces) == 1 and (piece := streams.pieces[0]).cold and piece.mean is None:
             return pooled[:, piece.own] + pooled[:, piece.cold]
         out = pooled.new_empty(pooled.shape[0], streams.width)
@@ -129,7 +132,9 @@ class Merge(torch.autograd.Function):
         step.token = None
         for cache, table in zip(step.caches, step.tables, strict=True):
             cache.before_step.note([cache.weight, *table.own_parameters().values()] if cache.due else [])
-        both = torch.cat(Merge._parts(streams, step, grad), dim=1)
+        both = None if streams.merger is None else streams.merger.spread(grad)
+        if both is None:
+            both = torch.cat(Merge._parts(streams, step, grad), dim=1)
         for k, watched in enumerate(step.watching):
             if watched:
                 streams.measure(k, streams.columns[k], step, both)

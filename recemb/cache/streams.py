@@ -26,7 +26,7 @@ from recemb.cache.hot_rows import HotRowCache, version_of
 from recemb.cache.merge import Merge, Piece, Step, Token
 from recemb.cache.refresh import cache_of, refresh
 from recemb.spec import Dense, TableSpec
-from recemb_kernels.cache_split import Splitter
+from recemb_kernels.cache_split import Merger, Splitter
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
@@ -79,7 +79,8 @@ class Streams:
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be worked out again stays out of copies, and a graph is not copied.
-        return self.__dict__ | {"_keys": None, "_splitter": None, "_open": []}
+        kept = {name: value for name, value in self.__dict__.items() if name != "merger"}
+        return kept | {"_keys": None, "_splitter": None, "_open": []}
 
     @property
     def expanded(self) -> list[TableSpec]:
@@ -309,6 +310,22 @@ class Streams:
             else:
                 joined.append(piece)
         return joined
+
+    @cached_property
+    def merger(self) -> Merger | None:
+        """Adds up streams on the CPU; ``None`` where that is not all there is to it."""
+        if not self.compact or any(piece.mean is not None for piece in self.pieces):
+            return None
+        return Merger(
+            [
+                (
+                    piece.own.start,
+                    piece.own.stop - piece.own.start,
+                    -1 if piece.cold is None else piece.cold.start,
+                )
+                for piece in self.pieces
+            ]
+        )
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -16,7 +16,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.streams import Split, Streams
-from recemb.spec import Dense, HotRows, QuotientRemainder, TableSpec
+from recemb.spec import Dense, HotRows, Pooling, QuotientRemainder, TableSpec
 from recemb_kernels import native
 from recemb_kernels.build import compiler
 from recemb_kernels.cache_split import Splitter
@@ -175,3 +175,60 @@ def test_counts_are_those_of_torch(rows: int, batches: list[tuple[list[int], lis
         in_torch(lambda hit=hit, missed=missed, weights=weights: caches[1].observe(hit, missed, weights))
         for name in ("scores", "owners", "votes"):
             assert torch.equal(getattr(caches[0], name), getattr(caches[1], name)), name
+
+
+@pytest.mark.parametrize("cached", [[[1], [2]], [[1], None, [2]], [None, [1], [2], None]])
+def test_streams_are_added_up_as_in_torch(cached: list[list[int] | None]) -> None:
+    made = collection([[f"f{t}"] for t in range(len(cached))], cached)
+    streams = streams_of(made)
+    assert streams.merger is not None
+    pooled, grad = torch.randn(5, streams.pooled_width), torch.randn(5, streams.width)
+    out, both = streams.merger.merge(pooled), streams.merger.spread(grad)
+    assert in_torch(lambda: streams.merger and streams.merger.merge(pooled)) is None
+    expected, cold = pooled[:, : streams.width].clone(), [grad]
+    for _, own, columns in streams.columns:
+        expected[:, own] += pooled[:, columns]
+        cold.append(grad[:, own])
+    assert out is not None
+    assert both is not None
+    assert torch.equal(out, expected)
+    assert torch.equal(both, torch.cat(cold, dim=1))
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_a_step_is_the_same_as_in_torch(pooling: Pooling) -> None:
+    outcomes = []
+    for native_ in (True, False):
+        torch.manual_seed(0)
+        cache = HotRows(rows=6, warmup=2, refresh_every=2, track_every=1, policy="importance")
+        names = [("a", "b"), ("c",), ("d",)]
+        methods = [
+            QuotientRemainder(collisions=6, cache=cache),
+            Dense(),
+            QuotientRemainder(collisions=6, cache=cache),
+        ]
+        made = Collection(
+            [
+                spec(method, ROWS, 4, name=f"t{t}", features=own, pooling=pooling)
+                for t, (method, own) in enumerate(zip(methods, names, strict=True))
+            ]
+        )
+        optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+
+        def steps(made: Collection = made, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            for _ in range(6):
+                lengths = torch.randint(0, 3, (4 * 7,))
+                offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+                ids = torch.randint(0, ROWS, (int(offsets[-1]),)) ** 2 // ROWS
+                optimizer.zero_grad()
+                made(Bags(ids, offsets, 4)).square().sum().backward()
+                optimizer.step()
+
+        if native_:
+            steps()
+        else:
+            in_torch(steps)
+        assert made.cache("t0").exchanges
+        outcomes.append(made.state_dict())
+    for name, ours in outcomes[0].items():
+        assert torch.equal(ours, outcomes[1][name]), name

@@ -42,6 +42,13 @@ class _Count(ctypes.Structure):
     )
 
 
+class _Merge(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "width", "pooled_width", "num_pieces", "threads")),
+        ("pieces", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """A batch split in two.
@@ -180,6 +187,49 @@ def count(
     return True
 
 
+class Merger:
+    """Adds up the two streams of a batch, and hands both their gradient.
+
+    Args:
+        pieces: per run of neighbouring columns of the output its first column, how many there are, and the
+            first one of the cold stream, or -1 without a cache; from left to right. Those of the cold stream
+            follow the output's, without a gap.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        flat = [number for piece in pieces for number in piece]
+        self._pieces = (ctypes.c_int64 * len(flat))(*flat)
+        self.width = sum(columns for _, columns, _ in pieces)
+        self.pooled_width = self.width + sum(columns for _, columns, cold in pieces if cold >= 0)
+
+    def merge(self, pooled: Tensor) -> Tensor | None:
+        """[B, W + W_cold] -> [B, W]; ``None`` where this cannot be had: as in :func:`count`."""
+        return self._run("recemb_split_merge", pooled, self.width)
+
+    def spread(self, grad: Tensor) -> Tensor | None:
+        """[B, W] -> [B, W + W_cold]; likewise."""
+        return self._run("recemb_split_spread", grad, self.pooled_width)
+
+    def _run(self, function: str, given: Tensor, columns: int) -> Tensor | None:
+        if torch.compiler.is_compiling() or not given.is_cpu or given.dtype is not torch.float32:
+            return None
+        compiled = attempt("cache_split", library)
+        if compiled is None:
+            return None
+        given = given.contiguous()
+        out = given.new_empty(given.shape[0], columns)
+        call = _Merge(
+            given.shape[0],
+            self.width,
+            self.pooled_width,
+            len(self._pieces) // 3,
+            torch.get_num_threads(),
+            ctypes.addressof(self._pieces),
+        )
+        getattr(compiled, function)(ctypes.addressof(call), given.data_ptr(), out.data_ptr())
+        return out
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library.
@@ -187,9 +237,11 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    compiled = load("cache_split", [Path(__file__).parent / name for name in ("cpu.cpp", "count.cpp")], {})
+    compiled = load(
+        "cache_split", [Path(__file__).parent / name for name in ("cpu.cpp", "count.cpp", "merge.cpp")], {}
+    )
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for name, structure in (("call", _Call), ("count", _Count)):
+    for name, structure in (("call", _Call), ("count", _Count), ("merge", _Merge)):
         size = getattr(compiled, f"recemb_split_{name}_size")
         size.argtypes, size.restype = (), integer
         if size() != ctypes.sizeof(structure):
@@ -198,4 +250,6 @@ def library() -> ctypes.CDLL:
     compiled.recemb_split_index.restype = None
     compiled.recemb_split.argtypes, compiled.recemb_split.restype = (pointer,), None
     compiled.recemb_split_count.argtypes, compiled.recemb_split_count.restype = (pointer,), None
+    for function in (compiled.recemb_split_merge, compiled.recemb_split_spread):
+        function.argtypes, function.restype = (pointer,) * 3, None
     return compiled
