@@ -9,7 +9,7 @@ from typing import TypeVar
 from recemb_kernels.build import KernelUnavailableError, cache_dir, compiler
 
 _T = TypeVar("_T")
-OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags")
+OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split")
 _unavailable: dict[str, str] = {}
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.merge import Step
 from recemb.cache.refresh import cache_of
-from recemb.cache.streams import NO_KEY, Split, Step, Streams, replace_by_rows
+from recemb.cache.streams import NO_KEY, Split, Streams, replace_by_rows
 from recemb.spec import TableSpec
 from recemb_kernels.triton_frame.plan import bags_of
 

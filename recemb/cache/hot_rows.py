@@ -14,6 +14,7 @@ from recemb.cache.layout import num_candidates
 from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import buckets_of, see, vote
 from recemb.spec import Dense, HotRows, TableSpec
+from recemb_kernels.cache_split import Counters, count
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,10 @@ class HotRowCache(DenseBackend):
             misses: [M] int64 ids that were not cached; likewise.
             weights: what each counts for, [H] and [M] float32, 0 for none; or ``None`` for 1.
         """
+        if self.settings.policy != "lru":
+            counters = Counters(self.scores, self.owners, self.votes, self.num_embeddings)
+            if count(counters, slots, misses, weights):
+                return
         buckets = buckets_of(misses, self.owners.numel() - 1, self.num_embeddings)
         if self.settings.policy == "lru":
             now = self.host_value("steps")

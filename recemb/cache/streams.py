@@ -20,13 +20,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache, version_of
+from recemb.cache.merge import Merge, Piece, Step, Token
 from recemb.cache.refresh import cache_of, refresh
-from recemb.errors import RecembError
 from recemb.spec import Dense, TableSpec
+from recemb_kernels.cache_split import Merger, Splitter
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
@@ -73,12 +73,14 @@ class Streams:
         # An id plus its table's base is distinct over all cached tables.
         self.bases = tuple(bases[lookups[f].name] for f in self.cached)
         self._keys: tuple[list[tuple[Tensor, int | None]], Tensor, Tensor] | None = None
+        self._splitter: tuple[Tensor, Splitter | None] | None = None
         # Graphs whose backward is still to come; they hold slots that must keep their rows until then.
-        self._open: list[ref[_Token]] = []
+        self._open: list[ref[Token]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be worked out again stays out of copies, and a graph is not copied.
-        return self.__dict__ | {"_keys": None, "_open": []}
+        kept = {name: value for name, value in self.__dict__.items() if name != "merger"}
+        return kept | {"_keys": None, "_splitter": None, "_open": []}
 
     @property
     def expanded(self) -> list[TableSpec]:
@@ -120,6 +122,35 @@ class Streams:
         keys, slots = self._index([cache_of(tables[name]) for name in self.names])
         if isinstance(bags.split, Split) and bags.split.index is self._keys:
             return bags.split
+        splitter = self._splitter_of(keys, slots) if bags.ids.is_cpu else None
+        both = self._split_in_torch(bags) if splitter is None else self._split_natively(splitter, bags)
+        edges = both.feature_bounds
+        return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :], self._keys)
+
+    def _splitter_of(self, keys: Tensor, slots: Tensor) -> Splitter | None:
+        if self._splitter is None or self._splitter[0] is not keys:
+            bases = [-1] * len(self.lookups)
+            for f, base in zip(self.cached, self.bases, strict=True):
+                bases[f] = base
+            # Without the last key, which no id has.
+            self._splitter = keys, Splitter.of(keys[:-1], slots[:-1], bases)
+        return self._splitter[1]
+
+    def _split_natively(self, splitter: Splitter, bags: Bags) -> Bags:
+        weights = bags.weights
+        parts = splitter(bags.ids, bags.offsets, bags.batch_size, weights is not None)
+        both = Bags(
+            ids=parts.ids,
+            offsets=parts.offsets,
+            num_features=bags.num_features + len(self.cached),
+            weights=None if weights is None or parts.order is None else weights[parts.order],
+        )
+        both.feature_bounds = parts.bounds
+        return both
+
+    def _split_in_torch(self, bags: Bags) -> Bags:
+        assert self._keys is not None
+        _, keys, slots = self._keys
         bounds, mask, ids = bags.feature_bounds, None, bags.ids
         segments = self._segments
         parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]
@@ -148,14 +179,12 @@ class Streams:
         # Uncached features have nothing in the cold stream, so its offsets run on over them.
         offsets = torch.cat([hot_offsets[:-1], *(part + hot.numel() for part in chosen), bags.offsets[-1:]])
         weights = bags.weights
-        both = Bags(
+        return Bags(
             ids=torch.cat([hot, cold]),
             offsets=offsets,
             num_features=bags.num_features + len(self.cached),
             weights=None if weights is None else torch.cat([weights[mask], weights[miss]]),
         )
-        edges = both.feature_bounds
-        return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :], self._keys)
 
     @cached_property
     def _segments(self) -> list[tuple[int, int]]:
@@ -199,10 +228,10 @@ class Streams:
                 now and cache.settings.policy == "importance"
                 for now, cache in zip(tracked, caches, strict=True)
             ]
-        step = Step(self, backends, caches, split, watching, _Token() if training else None)
+        step = Step(self, backends, caches, split, watching, Token() if training else None)
         if training:
-            self._open.append(ref(cast(_Token, step.token)))
-        out = cast(Tensor, cast(Any, _Merge).apply(pooled, step))
+            self._open.append(ref(cast(Token, step.token)))
+        out = cast(Tensor, cast(Any, Merge).apply(pooled, step))
         if training:
             own = list({id(cache): cache for cache in caches}.values())
             known = [cache.host_value("steps") for cache in own]
@@ -231,7 +260,7 @@ class Streams:
         hits, misses = self.positions(k, f, step.split)
         parts = []
         for feature, part, where in ((f, own, hits), (len(self.lookups) + k, cold, misses)):
-            lengths = step.lengths(feature)
+            lengths = step.lengths(feature)[0]
             norms = grad[:, part].float().norm(dim=1).nan_to_num(0, 0, 0)
             if self.lookups[f].pooling == "mean":
                 norms = norms / lengths.clamp(min=1)
@@ -265,16 +294,38 @@ class Streams:
         return self.width + sum(self.lookups[f].embedding_dim for f in self.cached)
 
     @cached_property
-    def blocks(self) -> list[tuple[slice, slice]]:
-        """``columns`` of the features whose streams are added up as they are, with neighbours made one."""
-        joined: list[tuple[slice, slice]] = []
-        for f, out, cold in self.columns:
-            if self.compact and self.lookups[f].pooling == "mean":
-                continue
-            if joined and joined[-1][0].stop == out.start and joined[-1][1].stop == cold.start:
-                out, cold = slice(joined[-1][0].start, out.stop), slice(joined.pop()[1].start, cold.stop)
-            joined.append((out, cold))
+    def pieces(self) -> list[Piece]:
+        """The columns of the output in order, with neighbours that are added up alike made one."""
+        cached = {f: (k, cold) for k, (f, _, cold) in enumerate(self.columns)}
+        joined: list[Piece] = []
+        begin = 0
+        for f, table in enumerate(self.lookups):
+            k, cold = cached.get(f, (-1, None))
+            own = slice(begin, begin := begin + table.embedding_dim)
+            mean = cold is not None and self.compact and table.pooling == "mean"
+            piece = Piece(own, cold, (f, k) if mean else None)
+            last = joined[-1] if joined else None
+            if last is not None and last.precedes(piece):
+                joined[-1] = last.joined(piece)
+            else:
+                joined.append(piece)
         return joined
+
+    @cached_property
+    def merger(self) -> Merger | None:
+        """Adds up streams on the CPU; ``None`` where that is not all there is to it."""
+        if not self.compact or any(piece.mean is not None for piece in self.pieces):
+            return None
+        return Merger(
+            [
+                (
+                    piece.own.start,
+                    piece.own.stop - piece.own.start,
+                    -1 if piece.cold is None else piece.cold.start,
+                )
+                for piece in self.pieces
+            ]
+        )
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:
@@ -289,79 +340,3 @@ def replace_by_rows(table: TableSpec) -> TableSpec:
         compression=Dense(),
         dtype=table.dtype,
     )
-
-
-class _Token:
-    """Lives while a graph may still go backward."""
-
-
-@dataclass(eq=False)
-class Step:
-    """One forward: what its backward needs."""
-
-    streams: Streams
-    tables: Sequence[Backend]
-    caches: Sequence[HotRowCache]
-    split: Split
-    watching: list[bool]
-    token: _Token | None
-    exchanges: list[int] | None = None
-
-    def shares(self, k: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """[B, 1] each: which part of each bag of a mean feature is hot, and cold; ``None`` under sum."""
-        if self.streams.lookups[f].pooling != "mean" or not self.streams.compact:
-            return None
-        hot, cold = self.lengths(f), self.lengths(len(self.streams.lookups) + k)
-        whole = (hot + cold).clamp(min=1).to(dtype)
-        return (hot / whole)[:, None], (cold / whole)[:, None]
-
-    def lengths(self, feature: int) -> Tensor:
-        """[B] ids in each bag of one of the F + k features."""
-        size = self.split.bags.batch_size
-        return self.split.bags.offsets[feature * size : (feature + 1) * size + 1].diff()
-
-
-class _Merge(torch.autograd.Function):
-    """hot + cold per cached feature; the backward hands both the same gradient and measures it."""
-
-    @staticmethod
-    def forward(ctx: Any, pooled: Tensor, step: Step) -> Tensor:
-        ctx.step = step
-        step.exchanges = [cache.exchanges for cache in step.caches]
-        streams = step.streams
-        out = pooled[:, : streams.width].clone()
-        for own, cold in streams.blocks:
-            out[:, own] += pooled[:, cold]
-        for k, (f, own, cold) in enumerate(streams.columns):
-            shares = step.shares(k, f, out.dtype)
-            if shares is not None:
-                out[:, own] = pooled[:, own] * shares[0] + pooled[:, cold] * shares[1]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        step: Step = ctx.step
-        streams = step.streams
-        if step.exchanges != [cache.exchanges for cache in step.caches]:
-            raise RecembError(
-                "the cached rows have been exchanged since the forward of this graph, which has gone "
-                "backward once already (retain_graph=True); run the forward again"
-            )
-        # From here to the optimizer's step, accumulated gradients are of the rows as they are.
-        step.token = None
-        for cache, table in zip(step.caches, step.tables, strict=True):
-            cache.before_step.note([cache.weight, *table.own_parameters().values()] if cache.due else [])
-        both = grad.new_zeros(grad.shape[0], streams.pooled_width)
-        both[:, : streams.width] = grad
-        for own, cold in streams.blocks:
-            both[:, cold] = grad[:, own]
-        for k, (f, own, cold) in enumerate(streams.columns):
-            shares = step.shares(k, f, grad.dtype)
-            if shares is not None:
-                both[:, own], both[:, cold] = grad[:, own] * shares[0], grad[:, own] * shares[1]
-        for k, watched in enumerate(step.watching):
-            if watched:
-                streams.measure(k, streams.columns[k], step, both)
-        step.watching = []
-        return both, None

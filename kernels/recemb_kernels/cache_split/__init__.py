@@ -1,0 +1,255 @@
+"""Splits a batch on the CPU into ids that are cached and ids that are not, in one pass, and counts both.
+
+Cached ids are found in a hash table that is made when the cached rows change: 8 to 16 bytes a row beside the
+sorted keys. With Zipf ids most searches end among the few hot rows, which the processor's caches hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.build import load
+from recemb_kernels.native import attempt
+
+_MOST = 2**31 - 1
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_features", "batch", "num_ids", "threads")),
+        *((name, ctypes.c_void_p) for name in ("ids", "offsets", "base", "table")),
+        ("shift", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("keys", "slots")),
+        *((name, ctypes.c_void_p) for name in ("out_ids", "out_offsets", "order", "bounds")),
+    )
+
+
+class _Count(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scores", "slots", "slot_weights")),
+        ("num_slots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("owners", "votes")),
+        *((name, ctypes.c_int64) for name in ("num_buckets", "num_embeddings")),
+        *((name, ctypes.c_void_p) for name in ("ids", "id_weights")),
+        ("num_ids", ctypes.c_int64),
+    )
+
+
+class _Merge(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "width", "pooled_width", "num_pieces", "threads")),
+        ("pieces", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A batch split in two.
+
+    Attributes:
+        ids: [L] int64, slots and ids of the F features, then ids of the k cached ones.
+        offsets: [(F + k) * B + 1] int64.
+        bounds: F + k + 1 positions of the features' ids in ``ids``.
+        order: [L] int64, where each of ``ids`` was in the batch; ``None`` unless asked for.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    bounds: list[int]
+    order: Tensor | None
+
+
+class Splitter:
+    """Cached rows of some features, to split batches by.
+
+    Args:
+        library: :func:`library`.
+        keys: [C] int64, distinct.
+        slots: [C] int64.
+        bases: per feature what is added to its ids to make keys, -1 for a feature without a cache.
+    """
+
+    def __init__(self, library: ctypes.CDLL, keys: Tensor, slots: Tensor, bases: Sequence[int]) -> None:
+        self._library = library
+        self._bases = (ctypes.c_int64 * len(bases))(*bases)
+        self._num_cached = sum(base >= 0 for base in bases)
+        # At most half full, and never full.
+        bits = max(1, (2 * keys.numel() - 1).bit_length())
+        table = torch.empty(2**bits, dtype=torch.int32, device="cpu")
+        library.recemb_split_index(keys.data_ptr(), keys.numel(), table.data_ptr(), 64 - bits)
+        self._held = keys, slots, table
+        self._template = _Call(
+            num_features=len(bases),
+            base=ctypes.addressof(self._bases),
+            table=table.data_ptr(),
+            shift=64 - bits,
+            keys=keys.data_ptr(),
+            slots=slots.data_ptr(),
+        )
+
+    @staticmethod
+    def of(keys: Tensor, slots: Tensor, bases: Sequence[int]) -> Splitter | None:
+        """A splitter, or ``None`` where there can be none: other devices, no compiler, torch.compile."""
+        if torch.compiler.is_compiling() or not keys.is_cpu or keys.numel() > _MOST:
+            return None
+        return attempt("cache_split", lambda: Splitter(library(), keys, slots, bases))
+
+    def __call__(self, ids: Tensor, offsets: Tensor, batch_size: int, want_order: bool) -> Parts:
+        """Split a batch that has been checked.
+
+        Args:
+            ids: [L] int64.
+            offsets: [F * B + 1] int64.
+            batch_size: B.
+            want_order: whether to make ``Parts.order``, to bring other numbers of the batch into its order.
+        """
+        ids, offsets = ids.contiguous(), offsets.contiguous()
+        features = self._template.num_features + self._num_cached
+        bounds = (ctypes.c_int64 * (features + 1))()
+        out_ids = torch.empty_like(ids)
+        out_offsets = offsets.new_empty(features * batch_size + 1)
+        order = torch.empty_like(ids) if want_order else None
+        call = _Call.from_buffer_copy(self._template)
+        call.batch, call.num_ids, call.threads = batch_size, ids.numel(), torch.get_num_threads()
+        call.ids, call.offsets = ids.data_ptr(), offsets.data_ptr()
+        call.out_ids, call.out_offsets = out_ids.data_ptr(), out_offsets.data_ptr()
+        call.order = None if order is None else order.data_ptr()
+        call.bounds = ctypes.addressof(bounds)
+        self._library.recemb_split(ctypes.addressof(call))
+        return Parts(out_ids, out_offsets, list(bounds), order)
+
+
+@dataclass(frozen=True, eq=False)
+class Counters:
+    """What is counted of one table.
+
+    Attributes:
+        scores: [C] float32, how hot each slot is.
+        owners: [K + 1] int64, the id that holds each bucket.
+        votes: [K + 1] float32.
+        num_embeddings: N.
+    """
+
+    scores: Tensor
+    owners: Tensor
+    votes: Tensor
+    num_embeddings: int
+
+
+def count(
+    counters: Counters, slots: Tensor, misses: Tensor, weights: tuple[Tensor, Tensor] | None = None
+) -> bool:
+    """Add slots that were hit to ``scores``, and let ids that missed vote, in place.
+
+    The same as torch's operations in ``HotRowCache.observe``, sums in the same order.
+
+    Args:
+        counters: of the table.
+        slots: [H] int64; a negative one stands for none.
+        misses: [M] int64 ids; likewise.
+        weights: what each counts for, [H] and [M]; or ``None`` for 1.
+
+    Returns:
+        ``False`` where nothing has been done: other devices and dtypes, no compiler, torch.compile.
+    """
+    held = (counters.scores, counters.owners, counters.votes)
+    floats = (counters.scores, counters.votes)
+    if torch.compiler.is_compiling() or not all(t.is_cpu and t.is_contiguous() for t in held):
+        return False
+    if not (slots.is_cpu and misses.is_cpu) or any(t.dtype is not torch.float32 for t in floats):
+        return False
+    compiled = attempt("cache_split", library)
+    if compiled is None:
+        return False
+    slots, misses = slots.contiguous(), misses.contiguous()
+    each = [None, None] if weights is None else [w.float().contiguous() for w in weights]
+    call = _Count(
+        scores=counters.scores.data_ptr(),
+        slots=slots.data_ptr(),
+        slot_weights=None if each[0] is None else each[0].data_ptr(),
+        num_slots=slots.numel(),
+        owners=counters.owners.data_ptr(),
+        votes=counters.votes.data_ptr(),
+        num_buckets=counters.owners.numel() - 1,
+        num_embeddings=counters.num_embeddings,
+        ids=misses.data_ptr(),
+        id_weights=None if each[1] is None else each[1].data_ptr(),
+        num_ids=misses.numel(),
+    )
+    compiled.recemb_split_count(ctypes.addressof(call))
+    return True
+
+
+class Merger:
+    """Adds up the two streams of a batch, and hands both their gradient.
+
+    Args:
+        pieces: per run of neighbouring columns of the output its first column, how many there are, and the
+            first one of the cold stream, or -1 without a cache; from left to right. Those of the cold stream
+            follow the output's, without a gap.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        flat = [number for piece in pieces for number in piece]
+        self._pieces = (ctypes.c_int64 * len(flat))(*flat)
+        self.width = sum(columns for _, columns, _ in pieces)
+        self.pooled_width = self.width + sum(columns for _, columns, cold in pieces if cold >= 0)
+
+    def merge(self, pooled: Tensor) -> Tensor | None:
+        """[B, W + W_cold] -> [B, W]; ``None`` where this cannot be had: as in :func:`count`."""
+        return self._run("recemb_split_merge", pooled, self.width)
+
+    def spread(self, grad: Tensor) -> Tensor | None:
+        """[B, W] -> [B, W + W_cold]; likewise."""
+        return self._run("recemb_split_spread", grad, self.pooled_width)
+
+    def _run(self, function: str, given: Tensor, columns: int) -> Tensor | None:
+        if torch.compiler.is_compiling() or not given.is_cpu or given.dtype is not torch.float32:
+            return None
+        compiled = attempt("cache_split", library)
+        if compiled is None:
+            return None
+        given = given.contiguous()
+        out = given.new_empty(given.shape[0], columns)
+        call = _Merge(
+            given.shape[0],
+            self.width,
+            self.pooled_width,
+            len(self._pieces) // 3,
+            torch.get_num_threads(),
+            ctypes.addressof(self._pieces),
+        )
+        getattr(compiled, function)(ctypes.addressof(call), given.data_ptr(), out.data_ptr())
+        return out
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        KernelUnavailableError: it cannot be compiled here.
+    """
+    compiled = load(
+        "cache_split", [Path(__file__).parent / name for name in ("cpu.cpp", "count.cpp", "merge.cpp")], {}
+    )
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for name, structure in (("call", _Call), ("count", _Count), ("merge", _Merge)):
+        size = getattr(compiled, f"recemb_split_{name}_size")
+        size.argtypes, size.restype = (), integer
+        if size() != ctypes.sizeof(structure):
+            raise RuntimeError(f"the {name} structures of the C++ files and of cache_split differ")
+    compiled.recemb_split_index.argtypes = (pointer, integer, pointer, integer)
+    compiled.recemb_split_index.restype = None
+    compiled.recemb_split.argtypes, compiled.recemb_split.restype = (pointer,), None
+    compiled.recemb_split_count.argtypes, compiled.recemb_split_count.restype = (pointer,), None
+    for function in (compiled.recemb_split_merge, compiled.recemb_split_spread):
+        function.argtypes, function.restype = (pointer,) * 3, None
+    return compiled

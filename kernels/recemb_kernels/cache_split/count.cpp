@@ -1,0 +1,68 @@
+// Counts the ids of a training step: scores of cached rows, and a majority vote in each bucket of the others.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+
+namespace {
+
+// `_Count` of __init__.py.
+struct Count {
+  float* scores;
+  const int64_t* slots;
+  const float* slot_weights;  // null: 1, and 0 for a negative slot
+  int64_t num_slots;
+  int64_t* owners;
+  float* votes;
+  int64_t num_buckets, num_embeddings;
+  const int64_t* ids;
+  const float* id_weights;
+  int64_t num_ids;
+};
+
+constexpr int64_t NOBODY = INT64_MAX;
+
+// As recemb.cache.tracker.buckets_of.
+inline int64_t bucket_of(int64_t id, int64_t buckets, bool hashed) {
+  if (id < 0) return buckets;
+  if (!hashed) return id;
+  const int64_t product = static_cast<int64_t>(static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u);
+  const int64_t rest = ((product >> 20) ^ product) % buckets;
+  return rest < 0 ? rest + buckets : rest;
+}
+
+inline float weight_of(const float* weights, int64_t i, int64_t id) { return weights ? weights[i] : id >= 0 ? 1.f : 0.f; }
+
+struct Vote {
+  int64_t bucket, held;
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t recemb_split_count_size() { return sizeof(Count); }
+
+// By one thread: sums are taken in the order of the ids, as torch takes them.
+void recemb_split_count(const Count* count) {
+  const Count& c = *count;
+  for (int64_t i = 0; i < c.num_slots; i++)
+    c.scores[std::max<int64_t>(c.slots[i], 0)] += weight_of(c.slot_weights, i, c.slots[i]);
+  const std::unique_ptr<Vote[]> votes(new Vote[c.num_ids]);
+  const bool hashed = c.num_buckets < c.num_embeddings;
+  for (int64_t i = 0; i < c.num_ids; i++) {
+    const int64_t id = c.ids[i], bucket = bucket_of(id, c.num_buckets, hashed), held = c.owners[bucket];
+    const float weight = weight_of(c.id_weights, i, id);
+    votes[i] = {bucket, held};
+    c.votes[bucket] += held == id ? weight : -weight;
+  }
+  // Of the ids that an owner has lost its bucket to, the smallest owns it next.
+  for (int64_t i = 0; i < c.num_ids; i++)
+    if (c.votes[votes[i].bucket] < 0) c.owners[votes[i].bucket] = NOBODY;
+  for (int64_t i = 0; i < c.num_ids; i++) {
+    const int64_t bucket = votes[i].bucket, id = c.ids[i];
+    if (c.votes[bucket] < 0 && votes[i].held != id) c.owners[bucket] = std::min(c.owners[bucket], id);
+  }
+  for (int64_t i = 0; i < c.num_ids; i++) c.votes[votes[i].bucket] = std::fabs(c.votes[votes[i].bucket]);
+}
+}

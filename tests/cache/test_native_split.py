@@ -1,0 +1,234 @@
+"""The native split of a batch, and the counting of its ids, against the torch code that runs without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recemb.backends.base import Backend
+from recemb.bags import Bags
+from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.streams import Split, Streams
+from recemb.spec import Dense, HotRows, Pooling, QuotientRemainder, TableSpec
+from recemb_kernels import native
+from recemb_kernels.build import compiler
+from recemb_kernels.cache_split import Splitter
+from tests.cache.cases import Collection, spec
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+ROWS = 30
+
+
+def in_torch(call: Callable[[], Any]) -> Any:
+    """The result where no compiler is."""
+    with patch.object(native, "_unavailable", {"cache_split": "no compiler in this test"}):
+        return call()
+
+
+def collection(features: list[list[str]], cached: list[list[int] | None]) -> Collection:
+    """Tables with these features each and these cached ids, ``None`` without a cache."""
+    tables: list[TableSpec] = []
+    for t, (names, ids) in enumerate(zip(features, cached, strict=True)):
+        cache = HotRows(rows=ROWS // 2, warmup=10**9)
+        method = Dense() if ids is None else QuotientRemainder(collisions=6, cache=cache)
+        tables.append(spec(method, ROWS, 4, name=f"t{t}", features=names))
+    made = Collection(tables)
+    for t, ids in enumerate(cached):
+        if ids:
+            # Not in the order of the ids, with free slots between them.
+            made.cache(f"t{t}").ids[torch.arange(len(ids)).flip(0)] = torch.tensor(ids)
+    return made
+
+
+def backends(made: Collection) -> dict[str, Backend]:
+    return {name: made.backend(name) for name in made.tables}
+
+
+def streams_of(made: Collection) -> Streams:
+    return Streams([made.backend(target.table).table for target in made.engine.targets])
+
+
+def assert_same(ours: Split, theirs: Split) -> None:
+    assert torch.equal(ours.bags.ids, theirs.bags.ids)
+    assert torch.equal(ours.bags.offsets, theirs.bags.offsets)
+    assert (ours.bags.weights is None) == (theirs.bags.weights is None)
+    if ours.bags.weights is not None and theirs.bags.weights is not None:
+        assert ours.bags.weights.dtype == theirs.bags.weights.dtype
+        assert torch.equal(ours.bags.weights, theirs.bags.weights)
+    assert (ours.hot_bounds, ours.cold_bounds) == (theirs.hot_bounds, theirs.cold_bounds)
+    assert ours.bags.num_features == theirs.bags.num_features
+    assert ours.bags.feature_bounds == Bags.feature_bounds.func(ours.bags)  # type: ignore[attr-defined]
+
+
+def both(made: Collection, bags: Bags) -> tuple[Split, Split]:
+    ours, theirs = streams_of(made), streams_of(made)
+    found = ours.split(backends(made), bags)
+    assert isinstance(ours._splitter and ours._splitter[1], Splitter)
+    return found, in_torch(lambda: theirs.split(backends(made), bags))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Collection, Bags]:
+    held = st.lists(st.integers(0, ROWS - 1), unique=True, max_size=ROWS // 2)
+    cached = draw(
+        st.lists(st.none() | held, min_size=1, max_size=4).filter(lambda c: any(x is not None for x in c))
+    )
+    features = [[f"f{t}_{k}" for k in range(draw(st.integers(1, 3)))] for t in range(len(cached))]
+    size = draw(st.integers(0, 4))
+    lengths = draw(
+        st.lists(
+            st.integers(0, 3),
+            min_size=size * sum(map(len, features)),
+            max_size=size * sum(map(len, features)),
+        )
+    )
+    total = sum(lengths)
+    ids = draw(st.lists(st.integers(0, ROWS - 1), min_size=total, max_size=total))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    weights = draw(st.sampled_from([None, torch.float32, torch.float64]))
+    return collection(features, cached), Bags(
+        torch.tensor(ids, dtype=torch.int64),
+        offsets,
+        sum(map(len, features)),
+        None if weights is None else torch.arange(1, total + 1).to(weights),
+    )
+
+
+@given(case=cases())
+def test_the_same_as_in_torch(case: tuple[Collection, Bags]) -> None:
+    assert_same(*both(*case))
+
+
+@pytest.mark.parametrize("size", [16_384, 20_001])
+@pytest.mark.parametrize("kind", ["mixed", "all hits", "no hits", "one bag holds all"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_by_several_threads(size: int, kind: str, weighted: bool) -> None:
+    torch.manual_seed(0)
+    made = collection([["a"], ["b", "c"], ["d"]], [list(range(15)), None, list(range(5, 20))])
+    low, high = {"all hits": (5, 15), "no hits": (20, ROWS)}.get(kind, (0, ROWS))
+    lengths = torch.randint(0, 4, (4 * size // 6,))
+    if kind == "one bag holds all":
+        lengths = torch.zeros(4 * size // 6, dtype=torch.int64)
+        lengths[7] = size
+    lengths = lengths[: lengths.numel() // 4 * 4]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(offsets[-1])
+    ids = torch.randint(low, high, (total,))
+    bags = Bags(ids, offsets, 4, torch.rand(total) if weighted else None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert_same(*both(made, bags))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradients_of_weights_go_back_to_their_places() -> None:
+    made = collection([["a"], ["b"]], [[3, 1], None])
+    bags = Bags(
+        torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 2, 3, 4, 5]), 2, torch.ones(5).requires_grad_()
+    )
+    split, _ = both(made, bags)
+    assert split.bags.weights is not None
+    (grad,) = torch.autograd.grad((split.bags.weights * torch.arange(5.0)).sum(), [bags.weights])
+    assert grad.tolist() == [0, 4, 1, 2, 3]
+
+
+def test_other_rows_take_another_table() -> None:
+    made = collection([["a"]], [[3]])
+    streams, bags = streams_of(made), Bags(torch.tensor([3, 4]), torch.arange(3), 1)
+    assert streams.split(backends(made), bags).bags.ids.tolist() == [0, 4]
+    made.cache("t0").ids[1] = 4
+    assert streams.split(backends(made), bags).bags.ids.tolist() == [0, 1]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[tuple[list[int], list[int], int | None]]:
+    slots, ids = st.lists(st.integers(-1, 9), max_size=12), st.lists(st.integers(-1, 99), max_size=12)
+    return draw(st.lists(st.tuples(slots, ids, st.none() | st.integers(0, 2**31)), max_size=5))
+
+
+@pytest.mark.parametrize("rows", [20, 300], ids=["few buckets", "more"])
+@given(batches=batches())
+def test_counts_are_those_of_torch(rows: int, batches: list[tuple[list[int], list[int], int | None]]) -> None:
+    cache = HotRows(rows=10, policy="importance")
+    caches = [
+        HotRowCache(spec(QuotientRemainder(collisions=6, cache=cache), max(100, rows)), torch.device("cpu"))
+        for _ in range(2)
+    ]
+    for slots, ids, seed in batches:
+        weights: tuple[Tensor, Tensor] | None = None
+        if seed is not None:
+            make = torch.Generator().manual_seed(seed)
+            weights = torch.rand(len(slots), generator=make), torch.rand(len(ids), generator=make)
+            weights[1][torch.tensor(ids, dtype=torch.int64) < 0] = 0
+        hit, missed = torch.tensor(slots, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64)
+        caches[0].observe(hit, missed, weights)
+        in_torch(lambda hit=hit, missed=missed, weights=weights: caches[1].observe(hit, missed, weights))
+        for name in ("scores", "owners", "votes"):
+            assert torch.equal(getattr(caches[0], name), getattr(caches[1], name)), name
+
+
+@pytest.mark.parametrize("cached", [[[1], [2]], [[1], None, [2]], [None, [1], [2], None]])
+def test_streams_are_added_up_as_in_torch(cached: list[list[int] | None]) -> None:
+    made = collection([[f"f{t}"] for t in range(len(cached))], cached)
+    streams = streams_of(made)
+    assert streams.merger is not None
+    pooled, grad = torch.randn(5, streams.pooled_width), torch.randn(5, streams.width)
+    out, both = streams.merger.merge(pooled), streams.merger.spread(grad)
+    assert in_torch(lambda: streams.merger and streams.merger.merge(pooled)) is None
+    expected, cold = pooled[:, : streams.width].clone(), [grad]
+    for _, own, columns in streams.columns:
+        expected[:, own] += pooled[:, columns]
+        cold.append(grad[:, own])
+    assert out is not None
+    assert both is not None
+    assert torch.equal(out, expected)
+    assert torch.equal(both, torch.cat(cold, dim=1))
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_a_step_is_the_same_as_in_torch(pooling: Pooling) -> None:
+    outcomes = []
+    for native_ in (True, False):
+        torch.manual_seed(0)
+        cache = HotRows(rows=6, warmup=2, refresh_every=2, track_every=1, policy="importance")
+        names = [("a", "b"), ("c",), ("d",)]
+        methods = [
+            QuotientRemainder(collisions=6, cache=cache),
+            Dense(),
+            QuotientRemainder(collisions=6, cache=cache),
+        ]
+        made = Collection(
+            [
+                spec(method, ROWS, 4, name=f"t{t}", features=own, pooling=pooling)
+                for t, (method, own) in enumerate(zip(methods, names, strict=True))
+            ]
+        )
+        optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+
+        def steps(made: Collection = made, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            for _ in range(6):
+                lengths = torch.randint(0, 3, (4 * 7,))
+                offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+                ids = torch.randint(0, ROWS, (int(offsets[-1]),)) ** 2 // ROWS
+                optimizer.zero_grad()
+                made(Bags(ids, offsets, 4)).square().sum().backward()
+                optimizer.step()
+
+        if native_:
+            steps()
+        else:
+            in_torch(steps)
+        assert made.cache("t0").exchanges
+        outcomes.append(made.state_dict())
+    for name, ours in outcomes[0].items():
+        assert torch.equal(ours, outcomes[1][name]), name
