@@ -27,8 +27,16 @@ def _recemb(*words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(_recemb("--format", "json"))
+def renewed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """What one run of the command prints, and the README as it would write it."""
+    copy = tmp_path_factory.mktemp("readme") / "README.md"
+    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    return _recemb("--format", "json", "--write", str(copy)), copy.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def rows(renewed: tuple[str, str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(renewed[0])
     assert found, "the registry ships no kernel, so no law was tested"
     return found
 
@@ -65,9 +73,6 @@ def test_no_tensor_core_touches_float32(rows: list[dict[str, Any]]) -> None:
     assert any(row["instructions"]["tensor_core"] for row in rows if row["dtype"] == "bfloat16")
 
 
-def test_the_readme_shows_these_kernels(tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
-    _recemb("--write", str(copy))
+def test_the_readme_shows_these_kernels(renewed: tuple[str, str]) -> None:
     renew = "recemb kernels --write kernels/README.md renews it"
-    assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), renew
+    assert renewed[1] == README.read_text(encoding="utf-8"), renew
