@@ -1,4 +1,4 @@
-"""The laws of every shipped GPU kernel: no spills, occupancy, 64-bit addresses, float32 kept, a true README."""
+"""The laws of every shipped GPU kernel: no spills, occupancy, 64-bit addresses, float32 kept, the README."""
 
 from __future__ import annotations
 
