@@ -54,8 +54,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit code 1 if a kernel spills, falls below its stated occupancy, has a 32-bit address or "
-        "rounds float32",
+        help="exit code 1 if a kernel spills, falls below its stated occupancy, has a 32-bit address, "
+        "or rounds float32",
     )
     parser.add_argument(
         "--write",

@@ -312,6 +312,31 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def by_triton() -> Iterator[list[TritonGroup]]:
+    """Groups of tables that are looked up for the first time within are Triton's; gives all of them."""
+    made: list[TritonGroup] = []
+
+    def make(
+        tables: Sequence[tuple[GatherOp[Any], Any]],
+        features: Sequence[int],
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
+        refusal: Callable[[], Exception],
+        _: int | None,
+    ) -> TritonGroup:
+        codes = [
+            FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)
+        ]
+        families = [(op.family(), shape) for op, shape in tables]
+        made.append(TritonGroup(families, codes, device, dtypes, refusal))
+        return made[-1]
+
+    with patch("recemb_kernels.lookup.make_group", make):
+        yield made
+    assert made, "the engine has taken another way"
+
+
 class NoHostSync(TorchDispatchMode):
     """Raises where an operation would wait for the device to learn a value or a size.
 

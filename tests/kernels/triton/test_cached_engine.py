@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,26 +13,9 @@ from recemb.bags import Bags
 from recemb.cache.refresh import cache_of
 from recemb.engine import Engine
 from recemb.spec import Dense, HotRows, MixedDimension, TableSpec, TensorTrain
-from recemb_kernels.digit_tree.group import FeatureCode
-from recemb_kernels.triton_frame.group import TritonGroup
+from tests.kernels.triton.harness import by_triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
-
-
-@pytest.fixture
-def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look-ups on CPU tensors by the interpreted kernels, split as on a GPU."""
-
-    def make_group(
-        tables: Sequence[tuple[Any, Any]], features: Sequence[int], device: Any, dtypes: Any, *rest: Any
-    ) -> TritonGroup:
-        codes = [
-            FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)
-        ]
-        return TritonGroup([(op.family(), shape) for op, shape in tables], codes, device, dtypes)
-
-    monkeypatch.setattr("recemb_kernels.lookup.make_group", make_group)
-    monkeypatch.setattr(Engine, "_choose", staticmethod(lambda both, tables, bags: both[1]))
 
 
 def make(policy: str) -> tuple[Engine, dict[str, Backend]]:
@@ -81,10 +61,11 @@ def train(policy: str, weighted: bool) -> tuple[list[Tensor], dict[str, Tensor]]
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
-def test_the_same_as_compacted_streams(policy: str, weighted: bool, request: pytest.FixtureRequest) -> None:
+def test_the_same_as_compacted_streams(policy: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, state = train(policy, weighted)
-    request.getfixturevalue("through_triton")
-    outputs, reached = train(policy, weighted)
+    monkeypatch.setattr(Engine, "_choose", staticmethod(lambda both, tables, bags: both[1]))
+    with by_triton():
+        outputs, reached = train(policy, weighted)
     for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert state.keys() == reached.keys()

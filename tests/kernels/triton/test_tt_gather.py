@@ -136,10 +136,10 @@ def test_half_precision_steps_in_float32() -> None:
 
 
 def test_micro_batches_give_the_bits_of_the_whole() -> None:
-    batch = make_batch(ALL, 6, 3, weighted=True)
+    batch = make_batch(ALL, 4, 3, weighted=True)
     parameters, grad = ALL.parameters(), upstream(ALL, batch)
     whole = run(ALL.triton(), parameters, batch, grad)
-    for rows in (1, 7):
+    for rows in (2, 7):
         sliced = run(ALL.triton(micro_batch_rows=rows), parameters, batch, grad)
         assert torch.equal(whole[0], sliced[0])
         assert torch.equal(whole[-1], sliced[-1]), "gradients of the weights"
