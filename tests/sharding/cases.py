@@ -20,6 +20,7 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
+from torchrec.modules.embedding_configs import DataType
 
 from recemb import (
     ROBE,
@@ -104,7 +105,7 @@ class Model(nn.Module):
         return self.lin(columns).square().mean(), columns
 
 
-def collection(case: Case, device: str = "cpu") -> EmbeddingBagCollection:
+def collection(case: Case, device: str = "cpu", half: str | None = None) -> EmbeddingBagCollection:
     means = {"mean": set(TABLES), "mixed_pooling": {"d_rw", "tt", "robe_a", "d_dp"}}.get(case.pooling, set())
     torch.manual_seed(3)
     return EmbeddingBagCollection(
@@ -116,6 +117,7 @@ def collection(case: Case, device: str = "cpu") -> EmbeddingBagCollection:
                 feature_names=list(features),
                 pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
                 compression=compression,
+                data_type=DataType.BF16 if name == half else DataType.FP32,
                 weight_init_min=-0.5,
                 weight_init_max=0.5,
             )

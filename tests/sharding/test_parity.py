@@ -116,10 +116,14 @@ def test_a_batch_size_per_feature(found: list[dict[str, dict[str, Any]]]) -> Non
 def test_a_learning_rate_schedule_reaches_the_backward(found: list[dict[str, dict[str, Any]]]) -> None:
     both = _of(found, "schedule")
     for one in both:
+        assert not one["stepped"], (
+            "the kernels step; a hook's step would need a gradient of each table's size"
+        )
         assert one["still"] == 0
         assert one["moves"] > 0.01
-    assert "ebc.embedding_bags.tt.core_0" in both[0]["state"]
-    assert "ebc.embedding_bags.qr.q" in both[1]["state"]
+    for one, key in zip(both, ("tt.core_0", "qr.q"), strict=True):
+        assert f"ebc.embedding_bags.{key}" in one["state"]
+        assert f"ebc.embedding_bags.{key}" in one["watched"]
 
 
 def test_the_sparse_pipeline_equals_the_plain_loop(found: list[dict[str, dict[str, Any]]]) -> None:
@@ -135,3 +139,20 @@ def test_a_bad_id_is_named_where_it_is_and_hangs_nobody(found: list[dict[str, di
         assert part in bad["message"]
     assert waiting["kind"] == "RuntimeError"
     assert waiting["seconds"] < 25
+
+
+def test_frozen_tables_and_half_precision(found: list[dict[str, dict[str, Any]]]) -> None:
+    for rank, one in enumerate(_of(found, "frozen")):
+        assert one["outputs"] <= OUTPUTS
+        assert one["dtype"] == "torch.bfloat16"
+        moved = {key.removeprefix("ebc.embedding_bags."): by for key, by in one["moved"].items()}
+        assert moved["qr.q"] == moved["qr.r"] == moved["robe_a.array"] == 0
+        assert moved["tt.core_0"] > 0
+        assert moved["md.p"] > 0 or rank == 1
+        assert not any("qr.q" in key or "robe_a" in key for key in one["asks"])
+
+
+def test_a_state_of_another_table_is_refused_on_every_rank(found: list[dict[str, dict[str, Any]]]) -> None:
+    for one in _of(found, "another_table"):
+        assert "tt.core_1: the state to load has shape (3, 3)" in one["message"]
+        assert max(by for key, by in one["moved"].items() if "embedding_bags" in key) == 0

@@ -22,7 +22,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from recemb.errors import BatchError
+from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import get_sharders
 from tests.sharding.cases import (
     BAD_ID,
@@ -50,6 +50,10 @@ def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:
     """The model on all ranks, with the weights of an unsharded one."""
     model = Model(collection(case, "meta"))
     attach(case, list(model.ebc.parameters()))
+    return distributed(case, model, state)
+
+
+def distributed(case: Case, model: Model, state: dict[str, Tensor]) -> DistributedModelParallel:
     made = DistributedModelParallel(
         model,
         device=torch.device("cpu"),
@@ -187,10 +191,62 @@ def variable(rank: int) -> Found:
     return {"outputs": difference, "weights": differences(model.state_dict(), reference.state_dict())}
 
 
+def frozen(rank: int) -> Found:
+    """Frozen tables stay as they are, wherever they lie, beside one that trains in half precision."""
+    case = Case("mixed", "sum", None)
+
+    def small(device: str) -> Model:
+        model = Model(collection(case, device, half="md"))
+        for name in ("qr", "robe_a"):
+            for parameter in model.ebc.embedding_bags[name].parameters():
+                parameter.requires_grad_(False)
+        attach(Case("mixed", "sum", "sgd"), list(model.ebc.embedding_bags["md"].parameters()))
+        return model
+
+    reference = small("cpu")
+    start = {key: value.clone() for key, value in reference.state_dict().items()}
+    model = distributed(case, small("meta"), start)
+    dense = dense_optimizer(model)
+    loss, columns = model(batch(rank, case))
+    loss.backward()
+    dense.step()
+    rows = slice(rank * BATCH, (rank + 1) * BATCH)
+    expected = reference(joined([batch(at, case) for at in range(WORLD)]))[1][rows]
+    state = model.state_dict()
+    return {
+        "outputs": float((columns - expected).detach().abs().max()),
+        "moved": differences(state, start),
+        "dtype": str(state["ebc.embedding_bags.md.e"].dtype),
+        "asks": sorted(key for key, value in model.named_parameters() if value.requires_grad),
+    }
+
+
+def another_table(rank: int) -> Found:
+    """A state of another shape is refused on every rank before anything of the collection is loaded."""
+    case = Case("table_wise", "sum", None)
+    state = Model(collection(case)).state_dict()
+    model = sharded(case, state)
+    other = {key: value + 1 for key, value in state.items()}
+    other["ebc.embedding_bags.tt.core_1"] = torch.zeros(3, 3)
+    message = ""
+    try:
+        model.load_state_dict(other)
+    except ConfigError as error:
+        message = str(error)
+    return {"message": message, "moved": differences(model.state_dict(), state)}
+
+
 def schedule(rank: int) -> Found:
     """A learning rate set on ``DMP.fused_optimizer`` acts on the next backward."""
     case = Case("table_wise", "sum", "rowwise_adagrad")
     model = sharded(case, Model(collection(case)).state_dict())
+    stepped: list[str] = []
+    watched = []
+    for key, parameter in model.named_parameters():
+        for own in getattr(parameter, "_in_backward_optimizers", ()):
+            if parameter.numel() and isinstance(own, torch.optim.Optimizer):
+                watched.append(key)
+                own.register_step_post_hook(lambda *_, key=key: stepped.append(key))
     optimizer = CombinedOptimizer([("", model.fused_optimizer), ("", dense_optimizer(model))])
 
     def step(lr: float) -> float:
@@ -208,7 +264,13 @@ def schedule(rank: int) -> Found:
         )
 
     state = optimizer.state_dict()["state"]
-    return {"still": step(0.0), "moves": step(0.5), "state": sorted(state)}
+    return {
+        "still": step(0.0),
+        "moves": step(0.5),
+        "state": sorted(state),
+        "stepped": stepped,
+        "watched": watched,
+    }
 
 
 def pipeline(rank: int) -> Found:
@@ -266,7 +328,7 @@ def main(rank: int, folder: Path) -> None:
     runs: dict[str, Callable[[], Found]] = {
         str(case): (lambda case=case: parity(rank, case)) for case in CASES
     }
-    for run in (round_trip, variable, schedule, pipeline, bad_id):
+    for run in (round_trip, variable, frozen, another_table, schedule, pipeline, bad_id):
         runs[run.__name__] = lambda run=run: run(rank)
     found: dict[str, Found] = {}
     for name, run in runs.items():
