@@ -1,7 +1,33 @@
-"""The torchrec face: the only package, with ``models``, that imports torchrec."""
+"""The torchrec face: the only package, with ``models``, that imports torchrec.
+
+The names below load on first use.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from recemb.stack import check_stack
 
+if TYPE_CHECKING:
+    from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
+    from recemb.torchrec_io.sharding.sharder import EmbeddingBagCollectionSharder, get_sharders
+
 check_stack()
+
+_HOME = {
+    "EmbeddingBagCollectionSharder": "recemb.torchrec_io.sharding.sharder",
+    "ShardedEmbeddingBagCollection": "recemb.torchrec_io.sharding.module",
+    "get_sharders": "recemb.torchrec_io.sharding.sharder",
+}
+
+__all__ = ["EmbeddingBagCollectionSharder", "ShardedEmbeddingBagCollection", "get_sharders"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -138,6 +138,11 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         kjt = maybe_td_to_kjt(features, None)
         return bags_from_kjt(kjt, self._engine.targets, self._is_weighted)
 
+    @property
+    def micro_batch_rows(self) -> int | None:
+        """Distinct rows of a table that are computed at once; ``None`` for the device's default."""
+        return self._engine.micro_batch_rows
+
     def memory(self) -> MemoryReport:
         """Per table: rows, dim, method, bytes, uncompressed bytes and their ratio; prints as a table."""
         return memory_report(self._specs)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recemb.bags import Bags, LookupTarget, LookupTargets, check_structure
+from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags, check_structure
 from recemb.errors import BatchError
 
 _INTEGERS = (torch.int32, torch.int64)
+_ANY_ID = torch.iinfo(torch.int64).max
 
 
 def bags_from_kjt(
@@ -30,7 +31,52 @@ def bags_from_kjt(
     """
     keys = features.keys()
     in_order = keys == targets.features
-    if not in_order or len(set(keys)) < len(keys):
+    bags = _bags_of_keys(features, keys, targets, is_weighted)
+    if in_order:  # the engine checks
+        return bags, _inverse_indices(features, keys, targets)
+    owner = {target.feature: target for target in targets}
+    check_structure(bags, [owner.get(key, LookupTarget(key, "none", 0)) for key in keys])
+    position = {key: k for k, key in enumerate(keys)}
+    selected = bags.select([position[target.feature] for target in targets])
+    return selected, _inverse_indices(features, keys, targets)
+
+
+def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: bool) -> None:
+    """Raise :class:`BatchError` unless a batch can be looked up, ids included.
+
+    Args:
+        features: the batch; keys may come in any order, and the ids of keys without a target are not checked.
+        targets: one per feature, each feature once.
+        is_weighted: whether weights are needed.
+
+    Raises:
+        BatchError: as :func:`bags_from_kjt` and :func:`recemb.bags.check_bags`; nothing is copied before.
+    """
+    keys = features.keys()
+    bags = _bags_of_keys(features, keys, targets, is_weighted)
+    _inverse_indices(features, keys, targets)
+    if keys == targets.features:
+        check_bags(bags, targets)
+        return
+    owner = {target.feature: target for target in targets}
+    check_bags(bags, LookupTargets(owner.get(key, LookupTarget(key, "none", _ANY_ID)) for key in keys))
+
+
+def padded_offsets(features: KeyedJaggedTensor) -> Tensor:
+    """[F * B + 1] offsets with every feature padded by empty bags to the longest batch."""
+    strides = features.stride_per_key()
+    lengths = features.lengths().long()
+    padded = lengths.new_zeros(len(strides), max(strides, default=0))
+    for row, part in zip(padded, lengths.split(strides), strict=True):
+        row[: part.numel()] = part
+    return torch.cat([lengths.new_zeros(1), padded.flatten().cumsum(0)])
+
+
+def _bags_of_keys(
+    features: KeyedJaggedTensor, keys: Sequence[str], targets: LookupTargets, is_weighted: bool
+) -> Bags:
+    """All of a batch, in the order of its keys."""
+    if keys != targets.features or len(set(keys)) < len(keys):
         _check_keys(keys, targets)
     values = features.values()
     if values.dtype not in _INTEGERS:
@@ -54,14 +100,7 @@ def bags_from_kjt(
                 f"the KeyedJaggedTensor has {offsets.numel()} offsets; {len(keys)} keys x batch size "
                 f"{features.stride()} + 1 = {expected} are needed"
             )
-    bags = Bags(values.long(), offsets.long(), len(keys), weights)
-    if in_order:  # the engine checks
-        return bags, _inverse_indices(features, keys, targets)
-    owner = {target.feature: target for target in targets}
-    check_structure(bags, [owner.get(key, LookupTarget(key, "none", 0)) for key in keys])
-    position = {key: k for k, key in enumerate(keys)}
-    selected = bags.select([position[target.feature] for target in targets])
-    return selected, _inverse_indices(features, keys, targets)
+    return Bags(values.long(), offsets.long(), len(keys), weights)
 
 
 def _check_keys(keys: Sequence[str], targets: Sequence[LookupTarget]) -> None:
@@ -91,10 +130,7 @@ def _pad_variable_batch(features: KeyedJaggedTensor, keys: Sequence[str]) -> Ten
             f"the batch sizes per key differ ({dict(zip(keys, strides, strict=True))}) and the "
             "KeyedJaggedTensor has no inverse_indices to expand them to one batch"
         )
-    padded = lengths.new_zeros(len(keys), max(strides, default=0))
-    for row, part in zip(padded, lengths.split(strides), strict=True):
-        row[: part.numel()] = part
-    return torch.cat([lengths.new_zeros(1), padded.flatten().cumsum(0)])
+    return padded_offsets(features)
 
 
 def _inverse_indices(

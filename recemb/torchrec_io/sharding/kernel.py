@@ -1,0 +1,153 @@
+"""A rank's compressed tables as one of torchrec's grouped kernels, looked up by the house's engine."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embedding_kernel import BaseEmbedding
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.backends import build
+from recemb.backends.base import Backend
+from recemb.bags import Bags
+from recemb.engine import Engine
+from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
+from recemb.torchrec_io.kjt import padded_offsets
+from recemb.torchrec_io.sharding.tables import CompressedTables
+
+
+class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc] # torchrec ships no types
+    """All compressed tables of one rank and one sharding type: one call of the engine a batch.
+
+    Args:
+        config: torchrec's group; its tables' names and features are used.
+        tables: the collection's compressed tables.
+        device: where the parameters live.
+        fused: whether the optimizers attached to the collection step in the backward here. Not where tables
+            are replicated: their gradients are averaged over the ranks first.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        tables: CompressedTables,
+        device: torch.device | None,
+        fused: bool,
+    ) -> None:
+        super().__init__()
+        self._config = config
+        specs = [tables.specs[table.name] for table in config.embedding_tables]
+        self.tables = nn.ModuleDict(build(specs, device or torch.device("cpu")))
+        self._engine = Engine(specs, tables.micro_batch_rows)
+        parameters = dict(self.tables.named_parameters())
+        for key, parameter in parameters.items():
+            parameter.requires_grad_(key not in tables.frozen)
+            if fused and key in tables.attached:
+                tables.attached[key].attach(parameter)
+        attached = fused and any(key in tables.attached for key in parameters)
+        self._optimizer = CollectionOptimizer(parameters) if attached else EmptyFusedOptimizer()
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Look up and pool the bags of all ranks that reach this one.
+
+        Args:
+            features: one key per feature and table, in the order of the group's tables.
+
+        Returns:
+            [B, sum of D] float32 with B the samples of all ranks; under a variable batch size per feature a
+            flat tensor, rank by rank and feature by feature in it, as torchrec's kernels give it.
+
+        Raises:
+            BatchError: names feature, table and value; the sample is counted over the ranks. No weight has
+                changed.
+        """
+        variable = features.variable_stride_per_key()
+        offsets = padded_offsets(features) if variable else features.offsets()
+        weights = features.weights_or_none() if self._config.is_weighted else None
+        bags = Bags(features.values().long(), offsets.long(), len(features.keys()), weights)
+        pooled = self._engine(self.backends, bags).float()
+        return _by_rank(pooled, self._engine.dims, features) if variable else pooled
+
+    @property
+    def backends(self) -> dict[str, Backend]:
+        """The local tables, by name."""
+        return dict(self.tables.items())  # type: ignore[arg-type] # ModuleDict knows modules only
+
+    @property
+    def config(self) -> GroupedEmbeddingConfig:
+        return self._config
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        return self._optimizer
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Nothing: the sharded collection registers the parameters under torchrec's keys."""
+        return OrderedDict() if destination is None else destination
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Nothing: torchrec would take each for the one ``weight`` of a table."""
+        yield from ()
+
+    def flush(self) -> None:
+        """Nothing is cached outside the parameters."""
+
+    def purge(self) -> None:
+        """Nothing is cached outside the parameters."""
+
+
+class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # torchrec ships no types
+    """torchrec's lookup, with :class:`CompressedKernel` for the compressed tables.
+
+    Args:
+        tables: the collection's compressed tables.
+        fused: as of the kernel.
+        arguments: torchrec's.
+    """
+
+    def __init__(self, tables: CompressedTables, fused: bool, **arguments: Any) -> None:
+        # Before torchrec's own, which creates the kernels.
+        self._tables, self._fused = tables, fused
+        super().__init__(**arguments)
+
+    def _create_embedding_kernel(
+        self, config: GroupedEmbeddingConfig, device: torch.device | None, *rest: Any, **named: Any
+    ) -> BaseEmbedding:
+        if config.compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
+            return CompressedKernel(config, self._tables, device, self._fused)
+        return super()._create_embedding_kernel(config, device, *rest, **named)
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Pool the bags of every group: [B, sum of D], flat under a variable batch size per feature."""
+        if not sparse_features.variable_stride_per_key() or len(self._emb_modules) < 2:
+            pooled: Tensor = super().forward(sparse_features)
+            return pooled
+        # torchrec's way of merging groups hands kernels a buffer that only fbgemm's can write to.
+        groups = sparse_features.split(self._feature_splits)
+        pieces, ranks = [], 0
+        for config, group, flat in zip(self.grouped_configs, groups, self._forward(groups), strict=True):
+            by_rank = list(zip(*group.stride_per_key_per_rank(), strict=True))
+            sizes = [
+                sum(stride * dim for stride, dim in zip(strides, config.embedding_dims(), strict=True))
+                for strides in by_rank
+            ]
+            ranks = len(by_rank)
+            pieces.append(flat.reshape(-1).split(sizes))
+        return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
+
+
+def _by_rank(pooled: Tensor, dims: Sequence[int], features: KeyedJaggedTensor) -> Tensor:
+    """[B, sum of D] with padded features -> flat: rank by rank, feature by feature, sample by sample."""
+    strides = features.stride_per_key_per_rank()
+    pieces = [
+        torch.split(column[: sum(sizes)], list(sizes))
+        for column, sizes in zip(torch.split(pooled, list(dims), dim=1), strides, strict=True)
+    ]
+    return torch.cat([piece[rank].reshape(-1) for rank in range(len(strides[0])) for piece in pieces])

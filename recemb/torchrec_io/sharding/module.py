@@ -1,0 +1,283 @@
+"""``ShardedEmbeddingBagCollection``: torchrec's sharded module, with compressed tables among its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
+from torchrec.distributed.embeddingbag import (
+    ShardedEmbeddingBagCollection as TorchrecShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.embeddingbag import _apply_mean_pooling, replace_placement_with_meta_device
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_configs import EmbeddingBagConfig as TorchrecEmbeddingBagConfig
+from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from recemb.backends.base import Backend
+from recemb.bags import LookupTarget, LookupTargets
+from recemb.errors import ConfigError
+from recemb.torchrec_io.configs import table_spec
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.kjt import check_kjt
+from recemb.torchrec_io.sharding.kernel import CompressedKernel
+from recemb.torchrec_io.sharding.mean import SplitMeans
+from recemb.torchrec_io.sharding.placement import (
+    DATA_PARALLEL,
+    TABLE_WISE,
+    CompressedDpSharding,
+    CompressedShardingInfo,
+    CompressedTwSharding,
+    check_environment,
+    check_plan,
+    customized,
+)
+from recemb.torchrec_io.sharding.state import load_shards, one_shard, save_shards
+from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
+
+
+class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # type: ignore[misc] # no types
+    """What ``DistributedModelParallel`` makes of a :class:`recemb.EmbeddingBagCollection`.
+
+    With B samples on a rank and table dimensions D_f, it maps each rank's ``KeyedJaggedTensor`` to that
+    rank's ``KeyedTensor`` of values [B, sum of D_f]. Keys are the unsharded collection's, their order is
+    torchrec's (by sharding type, then by rank): select columns by name.
+
+    Every rank checks its own batch before it sends anything: keys, lengths, weights and, of every table, ids.
+    torchrec alone looks a bad id up in row 0 and trains it. On a GPU the host learns of a bad batch later;
+    compressed tables are kept as they are until then, uncompressed ones follow torchrec. The other ranks,
+    which wait for the batch that was refused, fail when the process group notices or times out.
+
+    Parameters start fresh, as torchrec's do: a module on the CPU or on ``meta`` gives its tables, not its
+    weights; load its ``state_dict()`` for those. Weights on a GPU are taken over.
+
+    Args:
+        module: the collection.
+        table_name_to_parameter_sharding: the plan, by table name.
+        env: the ranks.
+        fused_params: torchrec's, for the uncompressed tables.
+        device: where parameters live.
+        options: further arguments of torchrec's.
+
+    Raises:
+        ConfigError: a plan that compressed tables cannot follow, before anything is allocated.
+    """
+
+    _embedding_bag_configs: list[TorchrecEmbeddingBagConfig]
+
+    def __init__(
+        self,
+        module: EmbeddingBagCollection,
+        table_name_to_parameter_sharding: Mapping[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        **options: Any,
+    ) -> None:
+        tables = CompressedTables.of(module)
+        configs = module.embedding_bag_configs()
+        names = [config.name for config in configs]
+        check_environment(env)
+        check_plan(tables, names, table_name_to_parameter_sharding)
+        _check_optimizers(tables, fused_params)
+        plan = {
+            name: customized(sharding) if name in tables.specs else sharding
+            for name, sharding in table_name_to_parameter_sharding.items()
+        }
+        # Before torchrec's own, which asks for them.
+        self._compressed = tables
+        self._shards: dict[str, ShardedTensor] = {}
+        super().__init__(LogicalTables(module, tables), plan, env, fused_params, device, **options)
+        self._targets = _targets(module)
+        self._means = SplitMeans(configs, plan)
+        self._has_mean_pooling_callback = False
+        if module.device.type not in ("meta", "cpu"):
+            self.load_state_dict(module.state_dict(), strict=False)
+            self._broadcast()
+
+    @classmethod
+    def create_grouped_sharding_infos(
+        cls, module: LogicalTables, *rest: Any, **named: Any
+    ) -> dict[str, list[EmbeddingShardingInfo]]:
+        by_type: dict[str, list[EmbeddingShardingInfo]] = super().create_grouped_sharding_infos(
+            module, *rest, **named
+        )
+        tables = module.tables
+        return {
+            kind: [
+                CompressedShardingInfo.of(info, tables)
+                if info.embedding_config.name in tables.specs
+                else info
+                for info in infos
+            ]
+            for kind, infos in by_type.items()
+        }
+
+    @classmethod
+    def create_embedding_bag_sharding(
+        cls,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        permute_embeddings: bool = False,
+        qcomm_codecs_registry: Any = None,
+    ) -> Any:
+        if not any(isinstance(info, CompressedShardingInfo) for info in sharding_infos):
+            return super().create_embedding_bag_sharding(
+                sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
+            )
+        if device is not None and device.type == "meta":
+            replace_placement_with_meta_device(sharding_infos)
+        if sharding_infos[0].param_sharding.sharding_type == DATA_PARALLEL:
+            return CompressedDpSharding(sharding_infos, env, device)
+        return CompressedTwSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        """Check this rank's batch, then send its ids to the ranks that look them up.
+
+        Raises:
+            BatchError: names feature, table, sample and value. Nothing has been sent.
+        """
+        batch = maybe_td_to_kjt(features, None)
+        check_kjt(batch, self._targets, self._is_weighted)
+        if self._means:
+            ctx.divisor = self._means.divisor(batch, self._embedding_names, self._embedding_dims)
+        return super().input_dist(ctx, features)
+
+    def output_dist(self, ctx: Any, output: list[torch.Tensor]) -> Any:
+        return self._mean(ctx, super().output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:
+        return self._mean(ctx, super().compute_and_output_dist(ctx, input))
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters for every table; replicated ones are rank 0's."""
+        every = self._embedding_bag_configs
+        # torchrec's own looks for the one ``weight`` of each table.
+        self._embedding_bag_configs = [
+            config for config in every if config.name not in self._compressed.specs
+        ]
+        try:
+            super().reset_parameters()
+        finally:
+            self._embedding_bag_configs = every
+        if self._device is not None and self._device.type == "meta":
+            return
+        for backend in self._backends().values():
+            backend.reset_parameters()
+        self._broadcast()
+
+    def update_shards(self, *args: Any, **named: Any) -> None:
+        """Refused: compressed tables do not move while training.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a collection with compressed tables cannot be resharded in place; save a checkpoint and load it "
+            "under the new plan"
+        )
+
+    @property
+    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
+        return EmbeddingBagCollection
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        super()._initialize_torch_state(skip_registering)
+        self._register_compressed()
+        if not skip_registering:
+            self._register_state_dict_hook(_after_state_dict)
+            self._register_load_state_dict_pre_hook(_before_load, with_module=True)
+
+    def _register_compressed(self) -> None:
+        """Show the local parameters under torchrec's keys, and empty ones where another rank has them."""
+        local = self._backends()
+        for backend, peers in self._compressed.storages:
+            name = peers[0].name
+            sharding = self.module_sharding_plan[name]
+            own = local[name].own_parameters() if name in local else {}
+            for param, shape in backend.param_shapes(peers).items():
+                key, parameter = f"{name}.{param}", own.get(param)
+                holder = self.embedding_bags[name]
+                holder.register_parameter(param, self._placeholder(key) if parameter is None else parameter)
+                if sharding.sharding_type == TABLE_WISE:
+                    self._shards[key] = one_shard(
+                        None if parameter is None else parameter.data,
+                        shape,
+                        getattr(torch, peers[0].dtype),
+                        sharding.sharding_spec.shards[0].placement,
+                        self._env.process_group,
+                    )
+
+    def _placeholder(self, key: str) -> nn.Parameter:
+        empty = nn.Parameter(torch.empty(0), requires_grad=key not in self._compressed.frozen)
+        if key in self._compressed.attached:
+            # Keeps it out of the optimizer of the dense parameters on this rank, too.
+            empty._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
+        return empty
+
+    def _kernels(self) -> Iterator[CompressedKernel]:
+        for lookup in self._lookups:
+            inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+            yield from (kernel for kernel in inner._emb_modules if isinstance(kernel, CompressedKernel))
+
+    def _backends(self) -> dict[str, Backend]:
+        """This rank's compressed tables."""
+        return {name: backend for kernel in self._kernels() for name, backend in kernel.backends.items()}
+
+    def _broadcast(self) -> None:
+        """Replicated compressed tables take rank 0's weights."""
+        for name, backend in self._backends().items():
+            if self.module_sharding_plan[name].sharding_type == DATA_PARALLEL:
+                for parameter in backend.parameters(recurse=False):
+                    dist.broadcast(parameter.data, src=0, group=self._env.process_group)
+
+    def _mean(self, ctx: Any, awaitable: Any) -> Any:
+        if self._means:
+            awaitable.callbacks.append(partial(_apply_mean_pooling, divisor=ctx.divisor))
+        return awaitable
+
+
+def _targets(module: EmbeddingBagCollection) -> LookupTargets:
+    """Each feature with the smallest table it is looked up in."""
+    found: dict[str, LookupTarget] = {}
+    for config in module.embedding_bag_configs():
+        for feature in table_spec(config).feature_names:
+            known = found.get(feature)
+            if known is None or config.num_embeddings < known.num_embeddings:
+                found[feature] = LookupTarget(feature, config.name, config.num_embeddings)
+    return LookupTargets(found.values())
+
+
+def _check_optimizers(tables: CompressedTables, fused_params: Mapping[str, Any] | None) -> None:
+    asked = sorted({"optimizer", "learning_rate"} & set(fused_params or ()))
+    if not asked or not tables.specs:
+        return
+    owners = {peers[0].name for _, peers in tables.storages}
+    bare = sorted(owners - {key.rpartition(".")[0] for key in tables.attached})
+    if bare:
+        raise ConfigError(
+            f"fused_params of the sharder give {' and '.join(asked)}, which the tables {bare} would "
+            "not follow; call apply_optimizer_in_backward(OptimizerClass, collection.parameters(), {...}) "
+            "before DistributedModelParallel instead"
+        )
+
+
+def _after_state_dict(
+    module: ShardedEmbeddingBagCollection, destination: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    save_shards(destination, prefix, module._shards)
+
+
+def _before_load(
+    module: ShardedEmbeddingBagCollection, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    load_shards(state_dict, prefix, module._shards)

@@ -1,0 +1,100 @@
+"""The sharder of :class:`recemb.EmbeddingBagCollection` for ``DistributedModelParallel``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionSharder as TorchrecEmbeddingBagCollectionSharder,
+)
+from torchrec.distributed.sharding_plan import get_default_sharders
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv
+
+from recemb.errors import ConfigError
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
+from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
+
+
+class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # type: ignore[misc] # no types
+    """Shards :class:`recemb.EmbeddingBagCollection`, as torchrec's class of this name shards torchrec's.
+
+    A compressed table is planned table-wise (whole, on one rank) or data-parallel (on every rank, gradients
+    averaged); uncompressed tables take every plan and kernel of torchrec's. Tables that share a ROBE array
+    lie on one rank or are all data-parallel.
+
+    An optimizer that ``apply_optimizer_in_backward`` attached before is fused into the backward of table-wise
+    tables. As for torchrec's own tables, it does not act on data-parallel ones: their parameters are for the
+    optimizer of the dense layers.
+
+    Args:
+        fused_params, qcomm_codecs_registry, sharded_module_order_overwrite: torchrec's; ``fused_params`` are
+            of the uncompressed tables.
+
+    Example::
+
+        apply_optimizer_in_backward(torch.optim.Adagrad, model.ebc.parameters(), {"lr": 0.01})
+        model = DistributedModelParallel(model, plan=plan, sharders=get_sharders())
+        dense = KeyedOptimizerWrapper(
+            dict(in_backward_optimizer_filter(model.named_parameters())), lambda ps: torch.optim.Adam(ps)
+        )
+        optimizer = CombinedOptimizer([model.fused_optimizer, dense])
+    """
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: Mapping[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        """The sharded module, on each rank.
+
+        Raises:
+            ConfigError: a plan that compressed tables cannot follow, before anything is allocated.
+        """
+        return ShardedEmbeddingBagCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+            sharded_module_order_overwrite=self._sharded_module_order_overwrite,
+        )
+
+    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        """Table name -> a 2-D weight; for a compressed table a stand-in of its bytes and its D columns."""
+        return LogicalTables(module, CompressedTables.of(module)).for_planner()
+
+    def reshard(self, *args: object, **named: object) -> ShardedEmbeddingBagCollection:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a collection with compressed tables cannot be resharded in place; save a checkpoint and load it "
+            "under the new plan"
+        )
+
+    @property
+    def module_type(self) -> type[EmbeddingBagCollection]:
+        return EmbeddingBagCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedEmbeddingBagCollection]:
+        return ShardedEmbeddingBagCollection
+
+
+def get_sharders() -> list[ModuleSharder[nn.Module]]:
+    """torchrec's default sharders and recemb's: ``DistributedModelParallel(model, sharders=get_sharders())``.
+
+    torchrec looks sharders up by a module's exact type: with its defaults alone, a
+    :class:`recemb.EmbeddingBagCollection` is replicated on every rank without a word.
+    """
+    return [*get_default_sharders(), EmbeddingBagCollectionSharder()]

@@ -1,0 +1,149 @@
+"""Plans that compressed tables cannot follow are refused before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection as TorchrecEmbeddingBagCollection
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionSharder as TorchrecEmbeddingBagCollectionSharder,
+)
+from torchrec.distributed.sharding_plan import (
+    column_wise,
+    construct_module_sharding_plan,
+    data_parallel,
+    row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import ShardingEnv
+
+from recemb import (
+    ROBE,
+    Compression,
+    Dense,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    HotRows,
+    QuotientRemainder,
+    TensorTrain,
+)
+from recemb.errors import ConfigError
+from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
+from recemb.torchrec_io.sharding.tables import Attachment
+from tests.sharding.cases import apply_optimizer_in_backward
+
+ROBE_SETTING = ROBE(compress_rate=10, block_size=8)
+
+
+def _collection(compressions: Sequence[Compression]) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=f"t{k}",
+                num_embeddings=1000,
+                embedding_dim=16,
+                feature_names=[f"f{k}"],
+                compression=compression,
+            )
+            for k, compression in enumerate(compressions)
+        ]
+    )
+
+
+def _shard(ebc: EmbeddingBagCollection, *ways: object, sharder: object = None) -> None:
+    sharder = sharder or EmbeddingBagCollectionSharder()
+    plan = construct_module_sharding_plan(
+        ebc,
+        {f"t{k}": way for k, way in enumerate(ways)},
+        sharder=sharder,
+        local_size=2,
+        world_size=2,
+        device_type="cpu",
+    )
+    sharder.shard(ebc, plan, ShardingEnv.from_local(2, 0), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("way", [row_wise(), column_wise([0, 1])])
+def test_a_split_compressed_table(way: object) -> None:
+    with pytest.raises(ConfigError, match=r"'t1' .*TensorTrain.*table_wise\(rank=...\) or data_parallel\(\)"):
+        _shard(_collection([Dense(), TensorTrain(rank=4)]), row_wise(), way)
+
+
+@pytest.mark.parametrize(
+    "ways", [(table_wise(0), table_wise(1)), (table_wise(0), data_parallel())], ids=["ranks", "kinds"]
+)
+def test_a_robe_array_planned_apart(ways: tuple[object, object]) -> None:
+    with pytest.raises(ConfigError, match=r"\['t0', 't1'\] share one array.*on rank 0.*groups of their own"):
+        _shard(_collection([ROBE_SETTING, ROBE_SETTING]), *ways)
+
+
+def test_cached_rows() -> None:
+    cached = QuotientRemainder(collisions=10, cache=HotRows(fraction=0.1))
+    with pytest.raises(ConfigError, match="'t0': cache="):
+        _shard(_collection([cached]), table_wise(0))
+
+
+def test_a_table_without_a_plan() -> None:
+    ebc = _collection([TensorTrain(rank=4), Dense()])
+    with pytest.raises(ConfigError, match=r"nothing for the tables \['t0', 't1'\]"):
+        EmbeddingBagCollectionSharder().shard(ebc, {}, ShardingEnv.from_local(2, 0))
+
+
+def test_an_optimizer_that_only_the_sharder_knows() -> None:
+    sharder = EmbeddingBagCollectionSharder(fused_params={"learning_rate": 0.1})
+    with pytest.raises(ConfigError, match=r"learning_rate.*\['t0'\].*apply_optimizer_in_backward"):
+        _shard(_collection([TensorTrain(rank=4)]), table_wise(0), sharder=sharder)
+
+
+def test_dtensors() -> None:
+    env = ShardingEnv.from_local(2, 0)
+    env.output_dtensor = True
+    with pytest.raises(ConfigError, match="output_dtensor=False"):
+        EmbeddingBagCollectionSharder().shard(_collection([TensorTrain(rank=4)]), {}, env)
+
+
+def test_two_optimizers_on_one_parameter() -> None:
+    ebc = _collection([TensorTrain(rank=4)])
+    for _ in range(2):
+        apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": 0.1})
+    with pytest.raises(ConfigError, match=r"t0\.core_0 has 2 optimizers"):
+        EmbeddingBagCollectionSharder().shardable_parameters(ebc)
+
+
+def test_planners_see_the_bytes_of_a_compressed_table_and_its_columns() -> None:
+    ebc = _collection([TensorTrain(rank=4), Dense(), ROBE_SETTING, ROBE_SETTING])
+    apply_optimizer_in_backward(torch.optim.Adagrad, ebc.parameters(), {"lr": 0.1})
+    seen = EmbeddingBagCollectionSharder().shardable_parameters(ebc)
+    stored = sum(parameter.numel() for parameter in ebc.embedding_bags["t0"].parameters())
+    assert list(seen) == ["t0", "t1", "t2", "t3"]
+    assert stored <= seen["t0"].numel() < stored + 16
+    assert seen["t0"].is_meta
+    assert seen["t0"].shape[1] == 16
+    assert seen["t0"]._optimizer_classes == [torch.optim.Adagrad]
+    assert seen["t1"] is ebc.embedding_bags["t1"].weight
+    assert seen["t2"].numel() == ebc.embedding_bags["t2"].array.numel()
+    assert seen["t3"].shape == (1, 16)
+
+
+def test_an_attachment_survives_what_torchrec_does_to_its_arguments() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, 2))
+    arguments = {"lr": 0.1, "eps": 1e-3}
+    apply_optimizer_in_backward(torch.optim.Adagrad, [parameter], arguments)
+    arguments.update({"learning_rate": arguments.pop("lr"), "optimizer": "exact_adagrad"})
+    parameter._in_backward_optimizers[0].param_groups[0]["lr"] = 0.3
+    attachment = Attachment.of("t.p", parameter)
+    assert attachment is not None
+    other = torch.nn.Parameter(torch.zeros(3, 2))
+    attachment.attach(other)
+    (group,) = other._in_backward_optimizers[0].param_groups
+    assert (group["lr"], group["eps"]) == (0.3, 1e-3)
+    assert len(group["params"]) == 1
+    assert group["params"][0] is other
+
+
+def test_get_sharders_adds_to_torchrecs() -> None:
+    kinds = {sharder.module_type: type(sharder) for sharder in get_sharders()}
+    assert kinds[EmbeddingBagCollection] is EmbeddingBagCollectionSharder
+    assert kinds[TorchrecEmbeddingBagCollection] is TorchrecEmbeddingBagCollectionSharder

@@ -1,0 +1,343 @@
+"""One rank: runs every case, and leaves what each found in a file of JSON for the tests to read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from recemb.errors import BatchError, ConfigError
+from recemb.torchrec_io import get_sharders
+from tests.sharding.cases import (
+    BAD_ID,
+    BATCH,
+    CASES,
+    DENSE_LR,
+    STEPS,
+    WORLD,
+    Case,
+    Model,
+    attach,
+    batch,
+    collection,
+    is_fused,
+    joined,
+    plan,
+    variable_batch,
+)
+
+TIMEOUT = timedelta(seconds=20)
+Found = dict[str, Any]
+
+
+def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:
+    """The model on all ranks, with the weights of an unsharded one."""
+    model = Model(collection(case, "meta"))
+    attach(case, list(model.ebc.parameters()))
+    return distributed(case, model, state)
+
+
+def distributed(case: Case, model: Model, state: dict[str, Tensor]) -> DistributedModelParallel:
+    made = DistributedModelParallel(
+        model,
+        device=torch.device("cpu"),
+        plan=ShardingPlan({"ebc": plan(case, model.ebc)}),
+        sharders=get_sharders(),
+    )
+    made.load_state_dict({key: value.clone() for key, value in state.items()})
+    return made
+
+
+def dense_optimizer(model: DistributedModelParallel) -> KeyedOptimizerWrapper:
+    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    return KeyedOptimizerWrapper(parameters, lambda own: torch.optim.SGD(own, lr=DENSE_LR))
+
+
+def differences(state: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of what this rank holds of each tensor."""
+    found = {}
+    for key, value in state.items():
+        parts = [(slice(None), value)]
+        if isinstance(value, ShardedTensor):
+            parts = [
+                (
+                    tuple(
+                        slice(start, start + size)
+                        for start, size in zip(
+                            shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True
+                        )
+                    ),
+                    shard.tensor,
+                )
+                for shard in value.local_shards()
+            ]
+        found[key] = max((float((part - expected[key][at]).abs().max()) for at, part in parts), default=0.0)
+    return found
+
+
+def parity(rank: int, case: Case) -> Found:
+    """Three steps beside the unsharded model on the ranks' batches together."""
+    reference = Model(collection(case))
+    start = {key: value.clone() for key, value in reference.state_dict().items()}
+    model = sharded(case, start)
+    named = dict(reference.named_parameters())
+    attach(case, [parameter for key, parameter in named.items() if is_fused(case, key)])
+    others = [parameter for key, parameter in named.items() if not is_fused(case, key)]
+    plain, dense = torch.optim.SGD(others, lr=DENSE_LR), dense_optimizer(model)
+    outputs = gradients = 0.0
+    compared = set()
+    for step in range(STEPS):
+        # Feature f3 has no ids on rank 0, and f5 none anywhere in the second step.
+        empty = ["f3" if step != 1 else "f5", None if step != 1 else "f5"]
+        local = [batch(10 * step + at, case, empty[at]) for at in range(WORLD)]
+        plain.zero_grad()
+        loss, expected = reference(joined(local))
+        loss.backward()
+        dense.zero_grad()
+        own_loss, columns = model(local[rank])
+        own_loss.backward()
+        rows = slice(rank * BATCH, (rank + 1) * BATCH)
+        outputs = max(outputs, float((columns - expected[rows]).detach().abs().max()))
+        for key, parameter in model.named_parameters():
+            wanted = named[key].grad
+            # torchrec's own row- and column-wise tables hold a part; their weights are compared below.
+            if parameter.grad is not None and wanted is not None and parameter.grad.shape == wanted.shape:
+                compared.add(key)
+                gradients = max(gradients, float((parameter.grad - wanted).abs().max()))
+        plain.step()
+        dense.step()
+    state, after = model.state_dict(), reference.state_dict()
+    moved = {key: float((value - start[key]).abs().max()) for key, value in after.items()}
+    return {
+        "outputs": outputs,
+        "gradients": gradients,
+        "compared": sorted(compared),
+        "kernels": len(list(model.module.ebc._kernels())),
+        "weights": differences(state, after),
+        "moved": moved,
+        "keys": sorted(state) == sorted(after),
+        "fused": sorted(model.fused_optimizer.params),
+        "dense": sorted(dense.params),
+    }
+
+
+def round_trip(rank: int) -> Found:
+    """Sharded weights gathered and loaded into a fresh unsharded module, and replicas that start equal."""
+    case = Case("table_wise", "sum", "sgd")
+    model = sharded(case, Model(collection(case)).state_dict())
+    fresh = Model(collection(case))
+    gathered = {}
+    for key, value in model.state_dict().items():
+        if isinstance(value, ShardedTensor):
+            whole = torch.zeros(value.size())
+            value.gather(0, whole if rank == 0 else None)
+            dist.broadcast(whole, 0)
+            gathered[key] = whole
+        else:
+            gathered[key] = value
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()
+    fresh.load_state_dict(gathered)
+    replicated = Case("data_parallel", "sum", None)
+    unsharded = Model(collection(replicated, "meta"))
+    torch.manual_seed(rank)
+    replicas = DistributedModelParallel(
+        unsharded,
+        device=torch.device("cpu"),
+        plan=ShardingPlan({"ebc": plan(replicated, unsharded.ebc)}),
+        sharders=get_sharders(),
+    )
+    mine = replicas.state_dict()["ebc.embedding_bags.tt.core_1"].clone()
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    return {
+        "weights": differences(model.state_dict(), fresh.state_dict()),
+        "replicas": float((mine - first).abs().max()),
+        "spread": float(mine.std()),
+    }
+
+
+def variable(rank: int) -> Found:
+    """A batch size per feature: outputs, and weights after a fused step."""
+    case = Case("mixed_variable", "sum", "sgd")
+    reference = Model(collection(case))
+    model = sharded(case, reference.state_dict())
+    dense = dense_optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=DENSE_LR)
+    results = [reference(variable_batch(at)) for at in range(WORLD)]
+    loss, columns = model(variable_batch(rank))
+    difference = float((columns - results[rank][1]).detach().abs().max())
+    (sum(result[0] for result in results) / WORLD).backward()
+    loss.backward()
+    plain.step()
+    dense.step()
+    return {"outputs": difference, "weights": differences(model.state_dict(), reference.state_dict())}
+
+
+def frozen(rank: int) -> Found:
+    """Frozen tables stay as they are, wherever they lie, beside one that trains in half precision."""
+    case = Case("mixed", "sum", None)
+
+    def small(device: str) -> Model:
+        model = Model(collection(case, device, half="md"))
+        for name in ("qr", "robe_a"):
+            for parameter in model.ebc.embedding_bags[name].parameters():
+                parameter.requires_grad_(False)
+        attach(Case("mixed", "sum", "sgd"), list(model.ebc.embedding_bags["md"].parameters()))
+        return model
+
+    reference = small("cpu")
+    start = {key: value.clone() for key, value in reference.state_dict().items()}
+    model = distributed(case, small("meta"), start)
+    dense = dense_optimizer(model)
+    loss, columns = model(batch(rank, case))
+    loss.backward()
+    dense.step()
+    rows = slice(rank * BATCH, (rank + 1) * BATCH)
+    expected = reference(joined([batch(at, case) for at in range(WORLD)]))[1][rows]
+    state = model.state_dict()
+    return {
+        "outputs": float((columns - expected).detach().abs().max()),
+        "moved": differences(state, start),
+        "dtype": str(state["ebc.embedding_bags.md.e"].dtype),
+        "asks": sorted(key for key, value in model.named_parameters() if value.requires_grad),
+    }
+
+
+def another_table(rank: int) -> Found:
+    """A state of another shape is refused on every rank before anything of the collection is loaded."""
+    case = Case("table_wise", "sum", None)
+    state = Model(collection(case)).state_dict()
+    model = sharded(case, state)
+    other = {key: value + 1 for key, value in state.items()}
+    other["ebc.embedding_bags.tt.core_1"] = torch.zeros(3, 3)
+    message = ""
+    try:
+        model.load_state_dict(other)
+    except ConfigError as error:
+        message = str(error)
+    return {"message": message, "moved": differences(model.state_dict(), state)}
+
+
+def schedule(rank: int) -> Found:
+    """A learning rate set on ``DMP.fused_optimizer`` acts on the next backward."""
+    case = Case("table_wise", "sum", "rowwise_adagrad")
+    model = sharded(case, Model(collection(case)).state_dict())
+    stepped: list[str] = []
+    watched = []
+    for key, parameter in model.named_parameters():
+        for own in getattr(parameter, "_in_backward_optimizers", ()):
+            if parameter.numel() and isinstance(own, torch.optim.Optimizer):
+                watched.append(key)
+                own.register_step_post_hook(lambda *_, key=key: stepped.append(key))
+    optimizer = CombinedOptimizer([("", model.fused_optimizer), ("", dense_optimizer(model))])
+
+    def step(lr: float) -> float:
+        before = {key: value.detach().clone() for key, value in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        model(batch(rank, case))[0].backward()
+        optimizer.step()
+        return max(
+            float((value.detach() - before[key]).abs().max())
+            for key, value in model.named_parameters()
+            if "tt" in key or "qr." in key
+            if value.numel()
+        )
+
+    state = optimizer.state_dict()["state"]
+    return {
+        "still": step(0.0),
+        "moves": step(0.5),
+        "state": sorted(state),
+        "stepped": stepped,
+        "watched": watched,
+    }
+
+
+def pipeline(rank: int) -> Found:
+    """TrainPipelineSparseDist against the plain loop, bit for bit."""
+    case = Case("mixed", "sum", "sgd")
+    state = Model(collection(case)).state_dict()
+    batches = [batch(10 * step + rank, case) for step in range(5)]
+    plain = sharded(case, state)
+    dense = dense_optimizer(plain)
+    for features in batches:
+        dense.zero_grad()
+        loss, _ = plain(features)
+        loss.backward()
+        dense.step()
+    piped = sharded(case, state)
+    runner = TrainPipelineSparseDist(piped, dense_optimizer(piped), torch.device("cpu"))
+    iterator = iter(batches)
+    shapes = [list(runner.progress(iterator).shape) for _ in batches]
+    own, other = local_state(plain), local_state(piped)
+    return {"equal": {key: torch.equal(own[key], other[key]) for key in own}, "shapes": shapes}
+
+
+def local_state(model: DistributedModelParallel) -> dict[str, Tensor]:
+    """What this rank holds, the first shard of each tensor."""
+    return {
+        key: value.local_shards()[0].tensor if isinstance(value, ShardedTensor) else value
+        for key, value in model.state_dict().items()
+        if not isinstance(value, ShardedTensor) or value.local_shards()
+    }
+
+
+def bad_id(rank: int) -> Found:
+    """An id without a row on rank 0, of a table that lies on rank 1. Run last: it breaks the group."""
+    case = Case("table_wise", "sum", "sgd")
+    model = sharded(case, Model(collection(case)).state_dict())
+    features = batch(rank, case)
+    if rank == 0:
+        features.values()[int(features.offsets()[3 * BATCH])] = BAD_ID
+    before = time.monotonic()
+    message, kind = "", ""
+    try:
+        model(features)[0].backward()
+    except BatchError as error:
+        message, kind = str(error), "BatchError"
+    except RuntimeError as error:
+        message, kind = str(error), "RuntimeError"
+    return {"message": message, "kind": kind, "seconds": time.monotonic() - before}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    runs: dict[str, Callable[[], Found]] = {
+        str(case): (lambda case=case: parity(rank, case)) for case in CASES
+    }
+    for run in (round_trip, variable, frozen, another_table, schedule, pipeline, bad_id):
+        runs[run.__name__] = lambda run=run: run(rank)
+    found: dict[str, Found] = {}
+    for name, run in runs.items():
+        try:
+            found[name] = run()
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+        (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
