@@ -18,19 +18,21 @@ README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 MOST_COMPILATIONS = 450
 
 
-def _recemb(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "recemb", "kernels", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(_recemb("--format", "json"))
-    assert found, "the registry ships no kernel, so no law was tested"
-    return found
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """Every row, and the README that shows them; from one run, since it compiles everything."""
+    copy = tmp_path_factory.mktemp("shipped") / "README.md"
+    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    words = [sys.executable, "-m", "recemb", "kernels", "--format", "json", "--write", str(copy)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), copy.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def rows(written: tuple[list[dict[str, Any]], str]) -> list[dict[str, Any]]:
+    assert written[0], "the registry ships no kernel, so no law was tested"
+    return written[0]
 
 
 def _named(rows: list[dict[str, Any]], *keys: str) -> list[str]:
@@ -65,9 +67,6 @@ def test_no_tensor_core_touches_float32(rows: list[dict[str, Any]]) -> None:
     assert any(row["instructions"]["tensor_core"] for row in rows if row["dtype"] == "bfloat16")
 
 
-def test_the_readme_shows_these_kernels(tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
-    _recemb("--write", str(copy))
+def test_the_readme_shows_these_kernels(written: tuple[list[dict[str, Any]], str]) -> None:
     renew = "recemb kernels --write kernels/README.md renews it"
-    assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), renew
+    assert written[1] == README.read_text(encoding="utf-8"), renew
