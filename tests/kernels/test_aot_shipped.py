@@ -18,6 +18,14 @@ README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 MOST_COMPILATIONS = 450
 
 
+def _recemb(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "recemb", "kernels", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def renewed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """What one run of the command prints, and the README as it would write it."""
