@@ -57,6 +57,7 @@ def pool_pairs(
     pairs,
     batch_size,
     columns,
+    num_ids,
     OPERATION: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -85,8 +86,10 @@ def pool_pairs(
     left = tl.multiple_of(tl.load(lefts + f).to(tl.pointer_type(ELEMENT)), 16)
     right = tl.multiple_of(tl.load(rights + f).to(tl.pointer_type(ELEMENT)), 16)
     here = bags < batch_size
-    first = tl.load(offsets + feature * batch_size + bags, mask=here, other=0)
-    length = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0) - first
+    # Offsets that are refused must not lead out of bounds before the host knows.
+    first = tl.maximum(tl.load(offsets + feature * batch_size + bags, mask=here, other=0), 0)
+    last = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0)
+    length = tl.minimum(last, num_ids) - first
     total = tl.zeros((BB, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i

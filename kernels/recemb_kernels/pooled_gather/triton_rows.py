@@ -206,6 +206,7 @@ class RowFamily(Family[RowShape]):
             self._pairs,
             batch.size,
             out.shape[1],
+            batch.ids.numel(),
             **constants,
         )
 

@@ -59,7 +59,7 @@ def split_constants(shape: RowShape, dtype: torch.dtype, num_tables: int) -> dic
 
 _TYPES = {
     **dict.fromkeys(("out", "weights", "grad_rows"), "*fp32"),
-    **dict.fromkeys(("batch_size", "columns", "num_tables", "count"), "i32"),
+    **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
 }
 _FLOAT, _HALF = torch.float32, torch.bfloat16
 # Operation, D and type; the first of them with weights too.

@@ -83,6 +83,7 @@ class BlockFamily(Family[RobeShape]):
             self._lookups,
             batch.size,
             out.shape[1],
+            batch.ids.numel(),
             **constants,
         )
 

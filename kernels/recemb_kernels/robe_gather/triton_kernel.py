@@ -60,6 +60,7 @@ def pool_blocks(
     lookups,
     batch_size,
     columns,
+    num_ids,
     D: tl.constexpr,
     Z: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -96,8 +97,10 @@ def pool_blocks(
     column_of = k[:, None] * Z + j[None, :]
     within = (k < BLOCKS)[:, None] & (j < Z)[None, :] & (column_of < D)
     here = bags < batch_size
-    first = tl.load(offsets + feature * batch_size + bags, mask=here, other=0)
-    length = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0) - first
+    # Offsets that are refused must not lead out of bounds before the host knows.
+    first = tl.maximum(tl.load(offsets + feature * batch_size + bags, mask=here, other=0), 0)
+    last = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0)
+    length = tl.minimum(last, num_ids) - first
     total = tl.zeros((BB, BK, BZ), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i

@@ -82,7 +82,7 @@ def join_constants(block_size: int) -> dict[str, Any]:
 _TYPES = {
     **dict.fromkeys(("out", "weights", "grad_rows", "sums"), "*fp32"),
     **dict.fromkeys(("start", "touched"), "*i32"),
-    **dict.fromkeys(("batch_size", "columns", "num_tables", "num_arrays", "count", "most"), "i32"),
+    **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "num_arrays", "count", "most"), "i32"),
     "negative": "*i8",
     "weights_of_all": "i32",
 }

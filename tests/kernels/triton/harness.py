@@ -295,6 +295,27 @@ def assert_nothing_steps(tables: Tables, batch: Batch, value: float) -> None:
             assert all(map(torch.equal, getattr(own, name), getattr(other, name)))
 
 
+def assert_offsets_stay_in_bounds(tables: Tables) -> None:
+    """Offsets that are refused, when the host learns of it, read as if they ran from 0 to the last id."""
+    batch, group, parameters = make_batch(tables, 3, 3, weighted=True), tables.triton(), tables.parameters()
+    assert batch.weights is not None
+    beyond = 7
+    # What lies around the batch has rows too.
+    ids = torch.cat((torch.zeros(beyond).long(), batch.ids, torch.zeros(beyond).long()))[beyond:-beyond]
+    weights = torch.cat((torch.ones(beyond), batch.weights, torch.ones(beyond)))[beyond:-beyond]
+    offsets = batch.offsets.clone()
+    # Of each feature, a bag that begins too early, one that ends too late, and one that falls.
+    offsets[0::3] = -beyond
+    offsets[2::3] = len(ids) + beyond
+    clamped = offsets.clamp(0, len(ids))
+    there = [p.to(DEVICE) for p in parameters]
+    found = [
+        group.forward(there, batch_on(Batch(ids, each, weights, 3)), keep=False)[0]
+        for each in (offsets, clamped)
+    ]
+    assert torch.equal(*found)
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """torch.empty gives NaN and impossible indices."""

@@ -28,6 +28,7 @@ from tests.kernels.triton.harness import (
     assert_bits_without_waiting,
     assert_near,
     assert_nothing_steps,
+    assert_offsets_stay_in_bounds,
     assert_same_steps,
     make_batch,
     plain_all,
@@ -252,3 +253,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 def test_a_refused_batch_changes_nothing() -> None:
     refused = torch.ones(1, dtype=torch.int32)
     assert_nothing_steps(ALL, replace(make_batch(ALL, 2, 2, most=50), refused=refused), 1.0)
+
+
+def test_offsets_that_are_refused_read_nothing_else() -> None:
+    assert_offsets_stay_in_bounds(ALL)
