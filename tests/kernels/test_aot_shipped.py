@@ -14,6 +14,9 @@ from recemb_kernels.aot.registry import MODULES
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
+# All kernels are compiled in the first test's set-up, in one to two minutes on two cores.
+pytestmark = pytest.mark.timeout(900)
+
 # A compilation takes a fifth of a second, and CI does all of them.
 MOST_COMPILATIONS = 450
 
