@@ -141,21 +141,21 @@ class LookupTargets(tuple[LookupTarget, ...]):
         return {}
 
 
-def check_bags(bags: Bags, targets: Sequence[LookupTarget]) -> None:
+def check_bags(bags: Bags, targets: Sequence[LookupTarget], *, later: bool = False) -> None:
     """Raise :class:`BatchError` unless every bag is well formed and every id has a row.
 
     Args:
         bags: the batch.
         targets: one per feature of ``bags``.
+        later: do not wait for a GPU: the error of a batch that is there is raised at a later look-up. Kernels
+            for GPU skip bad ids and let ``bags.refused`` keep them from stepping; nothing else does.
 
     Raises:
-        BatchError: names feature, table, sample, position and value. Nothing has been computed by then. Of a
-            batch on a GPU it is raised at a later look-up, when the host has learnt of it without waiting;
-            ``bags.refused`` keeps every weight as it is until then.
+        BatchError: names feature, table, sample, position and value. Nothing has been computed by then.
     """
     known = targets if isinstance(targets, LookupTargets) else LookupTargets(targets)
     _check_shapes(bags, known)
-    if bags.ids.is_cuda and known:
+    if later and bags.ids.is_cuda and known:
         check_on_device(bags, known)
         return
     # One native pass says that all is well; only a bad batch, or another device, takes the long way.
@@ -191,7 +191,7 @@ def _found(bags: Bags, targets: LookupTargets) -> BatchError:
         _check_weights(bags, targets)
         _check_ids(bags, targets)
     except BatchError as error:
-        return BatchError(f"{error} (an earlier batch; no weight was changed for it)")
+        return BatchError(f"{error} (an earlier batch; no kernel has stepped on it)")
     return BatchError("an earlier batch was malformed; it has been changed since, so how is not known")
 
 
@@ -256,14 +256,14 @@ def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
         raise BatchError(
             f"weights have shape {tuple(weights.shape)}, one per id ({bags.ids.numel()}) is needed"
         )
+    if weights is not None and not weights.is_floating_point():
+        raise BatchError(f"weights have dtype {weights.dtype}; per-sample weights must be floating point")
 
 
 def _check_weights(bags: Bags, targets: Sequence[LookupTarget]) -> None:
     weights = bags.weights
     if weights is None:
         return
-    if not weights.is_floating_point():
-        raise BatchError(f"weights have dtype {weights.dtype}; per-sample weights must be floating point")
     finite = torch.isfinite(weights.detach())
     if not bool(finite.all()):
         position = int((~finite).nonzero()[0])

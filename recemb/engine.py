@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native, prepare_native, served_natively
+from recemb.backends.native import owner_of, pooled_native, prepare_native, served_natively
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.cache.device_streams import DeviceStreams
 from recemb.cache.streams import Streams
+from recemb.errors import BatchError
 from recemb.spec import TableSpec
 from recemb_kernels.gather_op import opaque
 
@@ -57,7 +58,7 @@ class Engine:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
         if not bags.checked:
-            check_bags(bags, self.targets)
+            self._check(tables, bags)
         if self._streams is None:
             return self._pool([tables[target.table] for target in self.targets], bags)
         streams = self._choose(self._streams, tables, bags)
@@ -79,7 +80,7 @@ class Engine:
         Raises:
             BatchError: as in the look-up.
         """
-        check_bags(bags, self.targets)
+        self._check(tables, bags)
         bags.checked = True
         if self._streams is None:
             served = [tables[target.table] for target in self.targets]
@@ -88,6 +89,18 @@ class Engine:
             streams = self._choose(self._streams, tables, bags)
             bags.split = streams.split(tables, bags)
             prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
+
+    def _check(self, tables: Mapping[str, Backend], bags: Bags) -> None:
+        """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""
+        served = [tables[target.table] for target in self.targets]
+        if served:
+            device = next(owner_of(served[0]).parameters(recurse=False)).device
+            if device != bags.ids.device and "meta" not in (device.type, bags.ids.device.type):
+                raise BatchError(
+                    f"the batch is on {bags.ids.device} and table {self.targets[0].table!r} on {device}; "
+                    f"move the batch there, e.g. features.to({str(device)!r})"
+                )
+        check_bags(bags, self.targets, later=bags.ids.is_cuda and all(served_natively(served)))
 
     @staticmethod
     def _choose(both: tuple[Streams, Streams], tables: Mapping[str, Backend], bags: Bags) -> Streams:

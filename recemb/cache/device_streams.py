@@ -67,15 +67,16 @@ class DeviceStreams(Streams):
             return bags.split
         ids, count = bags.ids, bags.ids.numel()
         bag = bags_of(bags.offsets, count)
-        base = self._base_on(ids.device)[bag // max(1, bags.batch_size)]
-        cached = base >= 0
+        base, rows = self._constants_on(ids.device)[:, bag // max(1, bags.batch_size)]
+        # A bad id, which the host learns of later, is in neither stream: it must not be counted.
+        cached = (base >= 0) & (ids >= 0) & (ids < rows)
         wanted = torch.where(cached, ids + base, NO_KEY)
         at = torch.searchsorted(keys, wanted)
         hit = cached & (keys[at] == wanted)
         both = Bags(
             ids=torch.cat(
                 [
-                    torch.where(cached, torch.where(hit, slots[at], -1), ids),
+                    torch.where(base >= 0, torch.where(hit, slots[at], -1), ids),
                     torch.where(cached & ~hit, ids, -1),
                 ]
             ),
@@ -132,12 +133,13 @@ class DeviceStreams(Streams):
         both = split.bags.ids
         return torch.where(mine, both[:count], -1), torch.where(mine, both[count:], -1)
 
-    def _base_on(self, device: torch.device) -> Tensor:
-        """[F] what each feature adds to its ids, -1 without a cache; copied to the device once."""
+    def _constants_on(self, device: torch.device) -> Tensor:
+        """[2, F] what each feature adds to its ids, -1 without a cache, and its rows; copied there once."""
         known = self._base_of.get(device)
         if known is None:
             bases = [-1] * len(self.lookups)
             for f, base in zip(self.cached, self.bases, strict=True):
                 bases[f] = base
-            known = self._base_of[device] = torch.tensor(bases, device=device)
+            rows = [table.num_embeddings for table in self.lookups]
+            known = self._base_of[device] = torch.tensor([bases, rows], device=device)
         return known

@@ -24,6 +24,7 @@ from recemb.spec import TableSpec
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt
+from recemb_kernels.triton_frame.verdict import poll
 
 
 class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[misc] # torchrec ships no types
@@ -87,6 +88,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         self._device = target
         self._engine = Engine(specs, micro_batch_rows)
         self._ahead = Memo()
+        # What the GPU has found wrong by then must not end up in a checkpoint unsaid.
+        self.register_state_dict_pre_hook(_raise_what_is_pending)
         self._specs = tuple(specs)
         self.reset_parameters()
 
@@ -206,6 +209,10 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         backend = self.embedding_bags[table]
         assert isinstance(backend, Backend)
         return backend
+
+
+def _raise_what_is_pending(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    poll(wait=True)
 
 
 def _check_weighted_mean(specs: Sequence[TableSpec], is_weighted: bool) -> None:

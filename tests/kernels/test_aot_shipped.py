@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,12 @@ def test_no_tensor_core_touches_float32(rows: list[dict[str, Any]]) -> None:
 def test_the_readme_shows_these_kernels(renewed: tuple[str, str]) -> None:
     renew = "recemb kernels --write kernels/README.md renews it"
     assert renewed[1] == README.read_text(encoding="utf-8"), renew
+
+
+def test_integers_of_one_compile(rows: list[dict[str, Any]]) -> None:
+    """Triton makes them Python numbers, without the methods of a tensor; the interpreter does not."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("aot_ones.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == len({row["kernel"] for row in rows})

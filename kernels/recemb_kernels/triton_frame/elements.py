@@ -75,8 +75,16 @@ def precision(dtype: torch.dtype) -> str:
     Exactly for float32 tables, unless the user has allowed torch's own products to round to TF32. The others
     are stored with no more than TF32's 10 bits of mantissa.
     """
-    exact = dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact else "tf32"
+    return "ieee" if dtype is torch.float32 and not _rounds() else "tf32"
+
+
+def _rounds() -> bool:
+    """Whether torch multiplies float32 in TF32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # set through the newer name, beside which the older one refuses to be read
+        return bool(matmul.fp32_precision == "tf32")
 
 
 def as_compiled(kernel: Any, launch: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -111,6 +112,10 @@ class TritonGroup:
     def _beside(self) -> torch.cuda.Stream:
         return cast(torch.cuda.Stream, cast(Any, torch.cuda).Stream(self.device))
 
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, which may be another GPU."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _plan(self, call: Call) -> None:
         for family, _ in self._families:
             family.prepare(call)
@@ -130,8 +135,9 @@ class TritonGroup:
         if not batch.ids.numel():
             return out.zero_(), call
         if batch.size:
-            for family, own in self._families:
-                family.forward(call, self._parameters(parameters, own), out, keep)
+            with self._on_device():
+                for family, own in self._families:
+                    family.forward(call, self._parameters(parameters, own), out, keep)
         return out, call
 
     def backward(
@@ -159,23 +165,27 @@ class TritonGroup:
         count = batch.ids.numel()
         grad_weights = grad_out.new_zeros(count, dtype=torch.float32) if want_weights else None
         grad_out = grad_out.float().contiguous()
+        if batch.refused is not None:
+            # Gradients that no kernel steps on must not carry a bad batch to an optimizer outside.
+            grad_out = grad_out.masked_fill(batch.refused != 0, 0)
         stepping = any(update is not None for update in updates)
         infinite = torch.zeros(1, dtype=torch.int32, device=self.device)
         if stepping:
             infinite = (~torch.isfinite(grad_out)).any().to(torch.int32).view(1)
         refused = infinite if batch.refused is None else infinite | batch.refused
-        for family, own in self._families:
-            stored = self._parameters(parameters, own)
-            places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
-            asked = Backward(
-                grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
-            )
-            if count:
-                found = family.backward(state, stored, asked)
-            else:
-                found = family.backward_without_ids(stored, asked)
-            for k, grad in zip(places, found, strict=True):
-                grads[k] = grad
+        with self._on_device():
+            for family, own in self._families:
+                stored = self._parameters(parameters, own)
+                places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
+                asked = Backward(
+                    grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
+                )
+                if count:
+                    found = family.backward(state, stored, asked)
+                else:
+                    found = family.backward_without_ids(stored, asked)
+                for k, grad in zip(places, found, strict=True):
+                    grads[k] = grad
         if stepping:
             note(infinite, self._refusal)
         return grads, grad_weights

@@ -2,7 +2,7 @@
 
 Every size below is a bound that the host knows: with L ids there are at most L distinct rows. Kernels are
 launched for the bound, and those beyond the real number, which they read on the device, return at once. So a
-step never waits for the device, and can be captured in a CUDA graph.
+step never waits for the device.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def note(mark: Tensor, error: Callable[[], Exception]) -> None:
     host = torch.empty(mark.shape, dtype=mark.dtype, pin_memory=True)
     host.copy_(mark, non_blocking=True)
     arrived = cast(Any, torch.cuda).Event()  # untyped
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(mark.device))
     _pending.append((arrived, host, error))
 
 
@@ -41,8 +41,10 @@ def poll(wait: bool = False) -> None:
     """Raise the first error whose mark has arrived.
 
     Args:
-        wait: for those under way too, as before a checkpoint is written.
+        wait: for those under way too, as a collection's ``state_dict`` does.
     """
+    if _pending and torch.cuda.is_current_stream_capturing():
+        return  # Asking an event would end the capture.
     while _pending:
         arrived, host, error = _pending[0]
         if wait:

@@ -140,7 +140,8 @@ def multiply(
     Otherwise the way back, out[node] [Q, N] = source[node] [Q, K] times the transpose of its slice [N, K].
     ``source`` and ``out`` start at rows ``source_base[0]`` and ``out_base[0]``. Grid (tiles, N / BN).
     """
-    first_group = micro_batch.to(tl.int64) * num_entries
+    # An argument of 1 is a Python number here.
+    first_group = (tl.zeros((), tl.int64) + micro_batch) * num_entries
     tile = tl.load(tile_first + first_group) + tl.program_id(0)
     if tile >= tl.load(tile_first + (first_group + num_entries)):
         return
@@ -198,7 +199,7 @@ def slice_gradient(
     One program owns each tile of a slice, so the sum's order is fixed. Grid (slices, K / BK, N / BN).
     """
     entry = tl.program_id(0).to(tl.int64)
-    group = micro_batch.to(tl.int64) * num_entries + entry
+    group = (tl.zeros((), tl.int64) + micro_batch) * num_entries + entry
     begin = tl.load(group_first + group)
     size = (tl.load(group_first + group + 1) - begin) * Q
     if size == 0:
