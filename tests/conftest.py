@@ -1,12 +1,19 @@
-"""Settings for every test: the same hypothesis examples on every run, and the way to the shared data."""
+"""Settings for every test: equal hypothesis examples on every run, the shared data, Triton's interpreter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Where there is no GPU, kernels run in the interpreter of Triton. That is chosen as they are defined, and for
+# its own functions as it is imported: before any test.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Derandomised: a red run is red again on the next machine. No database, so a checkout stays clean.
 settings.register_profile(
