@@ -145,7 +145,9 @@ class CachedTable(RuleBasedStateMachine):
     def backward(self) -> None:
         loss, gradient = self.open.pop(0)
         loss.backward()
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        total = gradient if self.gradient is None else self.gradient + gradient
+        # Nothing has been accumulated where all bags were empty: an exchange of rows need not wait for that.
+        self.gradient = total if bool(total.any()) else None
 
     @precondition(lambda self: self.open)
     @rule()
