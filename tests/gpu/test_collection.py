@@ -104,6 +104,28 @@ def test_fused_steps(name: str) -> None:
         torch.testing.assert_close(mine.cpu(), other, rtol=loose, atol=loose * 1e-1)
 
 
+def test_several_micro_batches() -> None:
+    """A second one is another number to the compiler than the first."""
+    torch.manual_seed(0)
+    config = EmbeddingBagConfig(
+        name="t_tt",
+        num_embeddings=5000,
+        embedding_dim=32,
+        feature_names=list(METHODS),
+        compression=TensorTrain(rank=16),
+    )
+    whole = EmbeddingBagCollection(tables=[config], device="cuda")
+    sliced = EmbeddingBagCollection(tables=[config], device="cuda", micro_batch_rows=100)
+    sliced.load_state_dict(whole.state_dict())
+    kjt = features(1).to("cuda")
+    outputs = [ebc(kjt).values() for ebc in (whole, sliced)]
+    assert torch.equal(*outputs)
+    for pooled in outputs:
+        loss_of(pooled).backward()
+    for first, second in zip(whole.parameters(), sliced.parameters(), strict=True):
+        torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
 def test_cached_rows(policy: str) -> None:
     torch.manual_seed(0)
