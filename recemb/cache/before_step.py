@@ -13,7 +13,8 @@ class BeforeStep:
 
     A gradient that is still there says nothing: many loops clear it after the forward. Neither does a
     tensor's version: torch's fused optimizers do not raise it. So the values are kept, of parameters without
-    an optimizer in their backward, from the one backward before an exchange of rows.
+    an optimizer in their backward, from every backward: between one and an exchange of rows there may be
+    nothing but graphs that are dropped.
     """
 
     def __init__(self) -> None:

@@ -131,7 +131,7 @@ class Merge(torch.autograd.Function):
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         step.token = None
         for cache, table in zip(step.caches, step.tables, strict=True):
-            cache.before_step.note([cache.weight, *table.own_parameters().values()] if cache.due else [])
+            cache.before_step.note([cache.weight, *table.own_parameters().values()])
         both = None if streams.merger is None else streams.merger.spread(grad)
         if both is None:
             both = torch.cat(Merge._parts(streams, step, grad), dim=1)
