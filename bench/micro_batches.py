@@ -7,8 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recemb.errors import RecembError
+
+if TYPE_CHECKING:
+    from bench.ids import Batch
 
 _DESCRIPTION = """\
 Time a training step (forward, backward, fused row-wise Adagrad) of the 26 Criteo Kaggle tables, those of 200
@@ -152,13 +156,13 @@ class Steps:
         apply_optimizer_in_backward(kind, self.collection.parameters(), {"lr": 0.01})
         self._features: dict[int, object] = {}
 
-    def step(self, batches: Sequence[object], batch: object) -> None:
+    def step(self, batches: Sequence[Batch], batch: Batch) -> None:
         """Forward, the next batch's preparation when asked for, backward."""
         pooled = self.collection(self._kjt(batch)).values()
         if self.ahead:
             following = batches[(batches.index(batch) + 1) % len(batches)]
             self.collection.prefetch(self._kjt(following))
-        pooled.backward(batch.grad)  # type: ignore[attr-defined]
+        pooled.backward(batch.grad)
 
     def workspace_bytes(self) -> int:
         """Of all groups of the collection's native kernels."""
@@ -169,14 +173,14 @@ class Steps:
                     total += sum(group.workspace_bytes for group in prepared.lookup._groups.values())
         return total
 
-    def _kjt(self, batch: object) -> object:
+    def _kjt(self, batch: Batch) -> object:
         from torchrec import KeyedJaggedTensor
 
         if id(batch) not in self._features:
             self._features[id(batch)] = KeyedJaggedTensor(
                 keys=self.names,
-                values=batch.ids,  # type: ignore[attr-defined]
-                lengths=batch.lengths,  # type: ignore[attr-defined]
+                values=batch.ids,
+                lengths=batch.lengths,
             )
         return self._features[id(batch)]
 

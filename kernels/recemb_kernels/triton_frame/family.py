@@ -93,7 +93,7 @@ class Call:
         ids, feature = self.batch.ids, self.bag // self.batch.size
         stored = (ids >= 0) & (ids < self.keys.rows[feature])
         keys = torch.where(stored, ids + self.keys.base[feature], self.keys.bounds[-1])
-        return plan_batch(keys, self.bag, self.keys.bounds)
+        return plan_batch(keys, self.keys.bounds)
 
 
 @dataclass(frozen=True, eq=False)

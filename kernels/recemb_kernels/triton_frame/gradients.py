@@ -31,7 +31,7 @@ def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -
         pieces,
         grad_out,
         plan.order,
-        plan.bag,
+        call.bag,
         batch.offsets if weights is None else weights,
         batch.offsets,
         family.batch_features,

@@ -23,21 +23,17 @@ class BatchPlan:
     L ids give U <= L rows. What belongs to no row is padding: keys ``total``, starts L.
 
     Attributes:
-        bag: [L] bag of each position of the batch.
         order: [L] positions, sorted by key.
         inverse: [L] row of each position.
         row_key: [L] key of each row.
-        row_first: [L + 1] where each row's run in ``order`` starts.
         piece_first: [L + 1] where each piece of a run starts.
         row_piece: [L + 1] first piece of each row.
         cuts: rows at which the key reaches each of the bounds asked for.
     """
 
-    bag: Tensor
     order: Tensor
     inverse: Tensor
     row_key: Tensor
-    row_first: Tensor
     piece_first: Tensor
     row_piece: Tensor
     cuts: Tensor
@@ -73,22 +69,19 @@ def bags_of(offsets: Tensor, num_ids: int) -> Tensor:
     return bag.clamp(0, max(0, offsets.numel() - 2))
 
 
-def plan_batch(keys: Tensor, bag: Tensor, bounds: Tensor) -> BatchPlan:
+def plan_batch(keys: Tensor, bounds: Tensor) -> BatchPlan:
     """Sort a batch that is not empty.
 
     Args:
         keys: [L] int64; the last of ``bounds`` for a position that is skipped.
-        bag: [L] as of :func:`bags_of`.
         bounds: [K] int64, rising; keys below the last are rows.
     """
     sorted_keys, order = torch.sort(keys, stable=True)
     runs = runs_of(sorted_keys, bounds)
     return BatchPlan(
-        bag=bag,
         order=order,
         inverse=torch.empty_like(order).scatter_(0, order, runs.number),
         row_key=runs.key,
-        row_first=runs.first,
         piece_first=runs.piece_first,
         row_piece=runs.run_piece,
         cuts=runs.cuts,
