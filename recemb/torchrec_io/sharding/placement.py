@@ -100,6 +100,11 @@ def customized(sharding: ParameterSharding) -> ParameterSharding:
     return own
 
 
+def sharding_types(table: TableSpec) -> tuple[str, ...]:
+    """The values of torchrec's ``ShardingType`` a compressed table can be planned with."""
+    return (TABLE_WISE, DATA_PARALLEL)
+
+
 def check_environment(env: ShardingEnv) -> None:
     """Raise :class:`ConfigError` for a kind of parallelism that would leave compressed tables out of step."""
     if isinstance(env, ShardingEnv2D):
@@ -131,11 +136,11 @@ def check_plan(tables: CompressedTables, names: Sequence[str], plan: Mapping[str
                 f"table {name!r}: cache={table.compression.cache} is not supported in a sharded collection; "
                 "remove it, or train this model on one device"
             )
-        if kind not in (TABLE_WISE, DATA_PARALLEL):
+        if kind not in sharding_types(table):
             raise ConfigError(
                 f"table {name!r} ({table.compression}) is planned {kind}; a compressed table is not split: "
                 f"{_FIX}. For torchrec's planner: constraints={{{name!r}: "
-                f"ParameterConstraints(sharding_types=[{TABLE_WISE!r}, {DATA_PARALLEL!r}])}}"
+                f"ParameterConstraints(sharding_types={list(sharding_types(table))})}}"
             )
     for _, peers in tables.storages:
         _check_together(peers, plan)
