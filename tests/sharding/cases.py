@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.05, "eps": 1e-6}),
 }
 DENSE_LR = 0.5
-ROWS = 400
+N = 400
 BAD_ID = 12345
 # Feature f0 is looked up in two tables, table qr serves two features, and two tables share a ROBE array.
 TABLES: dict[str, tuple[int, list[str], Compression]] = {
@@ -53,18 +53,21 @@ TABLES: dict[str, tuple[int, list[str], Compression]] = {
     "md": (16, ["f0"], MixedDimension(dim=4)),
     "robe_b": (16, ["f7"], ROBE(compress_rate=10, block_size=8)),
     "d_cw": (16, ["f2"], Dense()),
-    "qr_cat": (8, ["f6"], QuotientRemainder(collisions=20, operation="concat")),
+    # More remainders than quotients: those are what is cut row-wise.
+    "qr_cat": (8, ["f6"], QuotientRemainder(collisions=50, operation="concat")),
 }
 COMPRESSED = [name for name, (_, _, compression) in TABLES.items() if not isinstance(compression, Dense)]
 KEYS = [f"f{k}" for k in range(8)]
-# The rank of each compressed table, or None where it is replicated.
-PLACES: dict[str, dict[str, int | None]] = {
+ROWS = "rows"
+# The rank of each compressed table, None where it is replicated, ROWS where it is cut row-wise.
+PLACES: dict[str, dict[str, int | str | None]] = {
     "table_wise": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "qr_cat": 1},
     "data_parallel": dict.fromkeys(COMPRESSED),
     "empty_rank": dict.fromkeys(COMPRESSED, 1),
     # torchrec's row-wise tables cannot go backward under a variable batch size on gloo.
     "mixed_variable": {"tt": 0, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None},
-    "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None},
+    "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": None},
+    "row_wise": {"tt": 0, "qr": ROWS, "robe_a": 1, "robe_b": 1, "md": ROWS, "qr_cat": ROWS},
 }
 
 
@@ -83,7 +86,9 @@ class Case:
 CASES = [
     Case(*case)
     for case in (
-        *product(("table_wise", "data_parallel"), ("sum", "mean", "weighted"), (None, *OPTIMIZERS)),
+        *product(
+            ("table_wise", "data_parallel", "row_wise"), ("sum", "mean", "weighted"), (None, *OPTIMIZERS)
+        ),
         *product(("empty_rank", "mixed"), ("mixed_pooling",), ("rowwise_adagrad",)),
     )
 ]
@@ -112,7 +117,7 @@ def collection(case: Case, device: str = "cpu", half: str | None = None) -> Embe
         tables=[
             EmbeddingBagConfig(
                 name=name,
-                num_embeddings=ROWS,
+                num_embeddings=N,
                 embedding_dim=dim,
                 feature_names=list(features),
                 pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
@@ -140,7 +145,7 @@ def plan(case: Case, ebc: EmbeddingBagCollection) -> EmbeddingModuleShardingPlan
         "d_cw": column_wise([0, 1], compute_kernel=kernel) if split else table_wise(0, compute_kernel=kernel),
     }
     for name, rank in PLACES[case.place].items():
-        ways[name] = data_parallel() if rank is None else table_wise(rank)
+        ways[name] = place(rank)
     return construct_module_sharding_plan(
         ebc,
         {name: ways[name] for name in TABLES},
@@ -151,12 +156,20 @@ def plan(case: Case, ebc: EmbeddingBagCollection) -> EmbeddingModuleShardingPlan
     )
 
 
+def place(at: int | str | None) -> Any:
+    """torchrec's way to plan a table there."""
+    if at is None:
+        return data_parallel()
+    return row_wise() if isinstance(at, str) else table_wise(at)
+
+
 def is_fused(case: Case, key: str) -> bool:
-    """Whether the optimizer steps on this parameter in the backward once sharded."""
+    """Whether the optimizer steps on this parameter in the backward once sharded.
+
+    torchrec leaves replicated uncompressed tables to the optimizer of the dense layers.
+    """
     _, _, table = key.partition("embedding_bags.")
-    name = table.partition(".")[0]
-    replicated = name == "d_dp" or PLACES[case.place].get(name, 0) is None
-    return bool(table) and case.optimizer is not None and not replicated
+    return bool(table) and case.optimizer is not None and table.partition(".")[0] != "d_dp"
 
 
 def attach(case: Case, parameters: Sequence[nn.Parameter]) -> None:
@@ -173,7 +186,7 @@ def batch(seed: int, case: Case, empty: str | None = None) -> KeyedJaggedTensor:
         lengths[KEYS.index(empty)] = 0
     count = int(lengths.sum())
     weights = torch.rand(count, generator=generator) if case.pooling == "weighted" else None
-    ids = torch.randint(0, ROWS // 8, (count,), generator=generator) * 7 % ROWS
+    ids = torch.randint(0, N // 8, (count,), generator=generator) * 7 % N
     return KeyedJaggedTensor(KEYS, ids, lengths=lengths.flatten(), weights=weights)
 
 
@@ -197,7 +210,7 @@ def variable_batch(rank: int) -> KeyedJaggedTensor:
     inverse = torch.stack([torch.randint(0, size, (BATCH,), generator=generator) for size in strides])
     return KeyedJaggedTensor(
         KEYS,
-        torch.randint(0, ROWS, (int(lengths.sum()),), generator=generator),
+        torch.randint(0, N, (int(lengths.sum()),), generator=generator),
         lengths=lengths,
         stride_per_key_per_rank=[[size] for size in strides],
         inverse_indices=(KEYS, inverse),

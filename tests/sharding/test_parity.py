@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.cases import BAD_ID, BATCH, CASES, COMPRESSED, PLACES, WORLD, Case, is_fused
+from tests.sharding.cases import BAD_ID, BATCH, CASES, COMPRESSED, PLACES, ROWS, WORLD, Case, is_fused
 
 # Sums over a batch are taken in another order: a few units in the last place of numbers around 1, after
 # three steps whose smallest effect on a tensor is a thousand times that.
@@ -92,7 +92,7 @@ def test_one_kernel_serves_all_compressed_tables_of_a_rank(
 ) -> None:
     places = PLACES[case.place].values()
     for rank, one in enumerate(_of(found, str(case))):
-        assert one["kernels"] == (rank in places) + (None in places)
+        assert one["kernels"] == (rank in places) + (None in places) + (ROWS in places)
 
 
 def test_weights_come_back_into_the_unsharded_module(found: list[dict[str, dict[str, Any]]]) -> None:
@@ -147,7 +147,7 @@ def test_frozen_tables_and_half_precision(found: list[dict[str, dict[str, Any]]]
         assert one["dtype"] == "torch.bfloat16"
         moved = {key.removeprefix("ebc.embedding_bags."): by for key, by in one["moved"].items()}
         assert moved["qr.q"] == moved["qr.r"] == moved["robe_a.array"] == 0
-        assert moved["tt.core_0"] > 0
+        assert moved["tt.core_0"] > 0 or rank == 1
         assert moved["md.p"] > 0 or rank == 1
         assert not any("qr.q" in key or "robe_a" in key for key in one["asks"])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
@@ -20,39 +21,35 @@ from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import padded_offsets
-from recemb.torchrec_io.sharding.tables import CompressedTables
+from recemb.torchrec_io.sharding.held import Held
 
 
 class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc] # torchrec ships no types
     """All compressed tables of one rank and one sharding type: one call of the engine a batch.
 
+    The optimizers attached to the collection step in the backward here; those of replicated parameters once
+    their gradients have been exchanged.
+
     Args:
         config: torchrec's group; its tables' names and features are used.
-        tables: the collection's compressed tables.
+        held: the compressed tables of this sharding type.
         device: where the parameters live.
-        fused: whether the optimizers attached to the collection step in the backward here. Not where tables
-            are replicated: their gradients are averaged over the ranks first.
     """
 
-    def __init__(
-        self,
-        config: GroupedEmbeddingConfig,
-        tables: CompressedTables,
-        device: torch.device | None,
-        fused: bool,
-    ) -> None:
+    def __init__(self, config: GroupedEmbeddingConfig, held: Held, device: torch.device | None) -> None:
         super().__init__()
         self._config = config
-        specs = [tables.specs[table.name] for table in config.embedding_tables]
+        specs, tables = held.specs([table.name for table in config.embedding_tables]), held.tables
         self.tables = nn.ModuleDict(build(specs, device or torch.device("cpu")))
         self._engine = Engine(specs, tables.micro_batch_rows)
+        self.replicas = held.replicas(self.backends)
         parameters = dict(self.tables.named_parameters())
         for key, parameter in parameters.items():
             parameter.requires_grad_(key not in tables.frozen)
-            if fused and key in tables.attached:
+            if key in tables.attached:
                 tables.attached[key].attach(parameter)
-        attached = fused and any(key in tables.attached for key in parameters)
-        self._optimizer = CollectionOptimizer(parameters) if attached else EmptyFusedOptimizer()
+        attached = any(key in tables.attached for key in parameters)
+        self._optimizer = CollectionOptimizer(parameters, held.shown) if attached else EmptyFusedOptimizer()
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up and pool the bags of all ranks that reach this one.
@@ -72,7 +69,8 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         offsets = padded_offsets(features) if variable else features.offsets()
         weights = features.weights_or_none() if self._config.is_weighted else None
         bags = Bags(features.values().long(), offsets.long(), len(features.keys()), weights)
-        pooled = self._engine(self.backends, bags).float()
+        with self.replicas.exchanged():
+            pooled = self._engine(self.backends, bags).float()
         return _by_rank(pooled, self._engine.dims, features) if variable else pooled
 
     @property
@@ -107,21 +105,20 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
     """torchrec's lookup, with :class:`CompressedKernel` for the compressed tables.
 
     Args:
-        tables: the collection's compressed tables.
-        fused: as of the kernel.
+        held: the compressed tables of its sharding type.
         arguments: torchrec's.
     """
 
-    def __init__(self, tables: CompressedTables, fused: bool, **arguments: Any) -> None:
+    def __init__(self, held: Held, **arguments: Any) -> None:
         # Before torchrec's own, which creates the kernels.
-        self._tables, self._fused = tables, fused
+        self._held = held
         super().__init__(**arguments)
 
     def _create_embedding_kernel(
         self, config: GroupedEmbeddingConfig, device: torch.device | None, *rest: Any, **named: Any
     ) -> BaseEmbedding:
         if config.compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
-            return CompressedKernel(config, self._tables, device, self._fused)
+            return CompressedKernel(config, self._held, device)
         return super()._create_embedding_kernel(config, device, *rest, **named)
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
@@ -141,6 +138,12 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
             ranks = len(by_rank)
             pieces.append(flat.reshape(-1).split(sizes))
         return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
+
+
+def kernels_of(lookup: nn.Module) -> Iterator[CompressedKernel]:
+    """The compressed tables' kernels of one of torchrec's look-ups, which may be wrapped in DDP."""
+    inner: Any = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+    yield from (kernel for kernel in inner._emb_modules if isinstance(kernel, CompressedKernel))
 
 
 def _by_rank(pooled: Tensor, dims: Sequence[int], features: KeyedJaggedTensor) -> Tensor:
