@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -12,13 +10,7 @@ import torchrec
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import KeyedJaggedTensor, PoolingType
-from torchrec.distributed.sharding_plan import (
-    column_wise,
-    construct_module_sharding_plan,
-    data_parallel,
-    row_wise,
-    table_wise,
-)
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 from torchrec.modules.embedding_configs import DataType
 
@@ -33,8 +25,9 @@ from recemb import (
     TensorTrain,
 )
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
+from tests.sharding.places import COMPRESSED, Case
 
-WORLD, BATCH, STEPS = 2, 6, 3
+BATCH, STEPS = 6, 3
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.5}),
     "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.05, "eps": 1e-6}),
@@ -56,42 +49,7 @@ TABLES: dict[str, tuple[int, list[str], Compression]] = {
     # More remainders than quotients: those are what is cut row-wise.
     "qr_cat": (8, ["f6"], QuotientRemainder(collisions=50, operation="concat")),
 }
-COMPRESSED = [name for name, (_, _, compression) in TABLES.items() if not isinstance(compression, Dense)]
 KEYS = [f"f{k}" for k in range(8)]
-ROWS = "rows"
-# The rank of each compressed table, None where it is replicated, ROWS where it is cut row-wise.
-PLACES: dict[str, dict[str, int | str | None]] = {
-    "table_wise": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "qr_cat": 1},
-    "data_parallel": dict.fromkeys(COMPRESSED),
-    "empty_rank": dict.fromkeys(COMPRESSED, 1),
-    # torchrec's row-wise tables cannot go backward under a variable batch size on gloo.
-    "mixed_variable": {"tt": 0, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None},
-    "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": None},
-    "row_wise": {"tt": 0, "qr": ROWS, "robe_a": 1, "robe_b": 1, "md": ROWS, "qr_cat": ROWS},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One sharded model: where its tables lie, how they pool, and the optimizer fused into their backward."""
-
-    place: str
-    pooling: str
-    optimizer: str | None
-
-    def __str__(self) -> str:
-        return f"{self.place}-{self.pooling}-{self.optimizer or 'dense'}"
-
-
-CASES = [
-    Case(*case)
-    for case in (
-        *product(
-            ("table_wise", "data_parallel", "row_wise"), ("sum", "mean", "weighted"), (None, *OPTIMIZERS)
-        ),
-        *product(("empty_rank", "mixed"), ("mixed_pooling",), ("rowwise_adagrad",)),
-    )
-]
 
 
 class Model(nn.Module):
@@ -134,33 +92,15 @@ def collection(case: Case, device: str = "cpu", half: str | None = None) -> Embe
 
 
 def plan(case: Case, ebc: EmbeddingBagCollection) -> EmbeddingModuleShardingPlan:
-    kernel = "dense" if case.optimizer is None else "fused"
-    # torchrec keeps one sum per row and column shard: not the unsharded row-wise Adagrad.
-    split = case.optimizer != "rowwise_adagrad"
-    variable = case.place == "mixed_variable"
-    ways = {
-        "d_rw": (table_wise(0, compute_kernel=kernel) if variable else row_wise(compute_kernel=kernel)),
-        "d_tw": table_wise(1, compute_kernel=kernel),
-        "d_dp": data_parallel(),
-        "d_cw": column_wise([0, 1], compute_kernel=kernel) if split else table_wise(0, compute_kernel=kernel),
-    }
-    for name, rank in PLACES[case.place].items():
-        ways[name] = place(rank)
+    ways = case.ways()
     return construct_module_sharding_plan(
         ebc,
         {name: ways[name] for name in TABLES},
         sharder=EmbeddingBagCollectionSharder(),
-        local_size=WORLD,
-        world_size=WORLD,
+        local_size=2,
+        world_size=case.world,
         device_type="cpu",
     )
-
-
-def place(at: int | str | None) -> Any:
-    """torchrec's way to plan a table there."""
-    if at is None:
-        return data_parallel()
-    return row_wise() if isinstance(at, str) else table_wise(at)
 
 
 def is_fused(case: Case, key: str) -> bool:
@@ -169,7 +109,9 @@ def is_fused(case: Case, key: str) -> bool:
     torchrec leaves replicated uncompressed tables to the optimizer of the dense layers.
     """
     _, _, table = key.partition("embedding_bags.")
-    return bool(table) and case.optimizer is not None and table.partition(".")[0] != "d_dp"
+    name = table.partition(".")[0]
+    replicated = bool(table) and name not in COMPRESSED and case.places[name] is None
+    return bool(table) and case.optimizer is not None and not replicated
 
 
 def attach(case: Case, parameters: Sequence[nn.Parameter]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -27,11 +28,8 @@ from recemb.torchrec_io import get_sharders
 from tests.sharding.cases import (
     BAD_ID,
     BATCH,
-    CASES,
     DENSE_LR,
     STEPS,
-    WORLD,
-    Case,
     Model,
     attach,
     batch,
@@ -41,13 +39,14 @@ from tests.sharding.cases import (
     plan,
     variable_batch,
 )
+from tests.sharding.places import CASES, COMPRESSED, Case
 
 TIMEOUT = timedelta(seconds=20)
 Found = dict[str, Any]
 
 
 def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:
-    """The model on all ranks, with the weights of an unsharded one."""
+    """The model on all ranks, with the weights of an unsharded one, or fresh ones."""
     model = Model(collection(case, "meta"))
     attach(case, list(model.ebc.parameters()))
     return distributed(case, model, state)
@@ -60,7 +59,8 @@ def distributed(case: Case, model: Model, state: dict[str, Tensor]) -> Distribut
         plan=ShardingPlan({"ebc": plan(case, model.ebc)}),
         sharders=get_sharders(),
     )
-    made.load_state_dict({key: value.clone() for key, value in state.items()})
+    if state:
+        made.load_state_dict({key: value.clone() for key, value in state.items()})
     return made
 
 
@@ -69,10 +69,10 @@ def dense_optimizer(model: DistributedModelParallel) -> KeyedOptimizerWrapper:
     return KeyedOptimizerWrapper(parameters, lambda own: torch.optim.SGD(own, lr=DENSE_LR))
 
 
-def held(value: Any) -> list[tuple[tuple[slice, ...], Tensor]]:
+def held(value: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
     """What this rank holds of a tensor of a state dict, and where in the whole it lies."""
     if not isinstance(value, ShardedTensor):
-        return [((slice(None),), value)]
+        return [((...,), value)]
     return [
         (
             tuple(
@@ -106,8 +106,8 @@ def parity(rank: int, case: Case) -> Found:
     compared = set()
     for step in range(STEPS):
         # Feature f3 has no ids on rank 0, and f5 none anywhere in the second step.
-        empty = ["f3" if step != 1 else "f5", None if step != 1 else "f5"]
-        local = [batch(10 * step + at, case, empty[at]) for at in range(WORLD)]
+        empty = ["f5" if step == 1 else "f3" if at == 0 else None for at in range(case.world)]
+        local = [batch(10 * step + at, case, empty[at]) for at in range(case.world)]
         plain.zero_grad()
         loss, expected = reference(joined(local))
         loss.backward()
@@ -182,15 +182,15 @@ def round_trip(rank: int) -> Found:
 
 def variable(rank: int) -> Found:
     """A batch size per feature: outputs, and weights after a fused step."""
-    case = Case("mixed_variable", "sum", "sgd")
+    case = Case("variable", "sum", "sgd")
     reference = Model(collection(case))
     model = sharded(case, reference.state_dict())
     dense = dense_optimizer(model)
     plain = torch.optim.SGD(reference.parameters(), lr=DENSE_LR)
-    results = [reference(variable_batch(at)) for at in range(WORLD)]
+    results = [reference(variable_batch(at)) for at in range(case.world)]
     loss, columns = model(variable_batch(rank))
     difference = float((columns - results[rank][1]).detach().abs().max())
-    (sum(result[0] for result in results) / WORLD).backward()
+    (sum(result[0] for result in results) / case.world).backward()
     loss.backward()
     plain.step()
     dense.step()
@@ -199,14 +199,14 @@ def variable(rank: int) -> Found:
 
 def frozen(rank: int) -> Found:
     """Frozen tables stay as they are, wherever they lie, beside one that trains in half precision."""
-    case = Case("mixed_variable", "sum", None)
+    case = Case("variable", "sum", None)
 
     def small(device: str) -> Model:
         model = Model(collection(case, device, half="md"))
         for name in ("qr", "robe_a"):
             for parameter in model.ebc.embedding_bags[name].parameters():
                 parameter.requires_grad_(False)
-        attach(Case("mixed_variable", "sum", "sgd"), list(model.ebc.embedding_bags["md"].parameters()))
+        attach(Case("variable", "sum", "sgd"), list(model.ebc.embedding_bags["md"].parameters()))
         return model
 
     reference = small("cpu")
@@ -217,7 +217,7 @@ def frozen(rank: int) -> Found:
     loss.backward()
     dense.step()
     rows = slice(rank * BATCH, (rank + 1) * BATCH)
-    expected = reference(joined([batch(at, case) for at in range(WORLD)]))[1][rows]
+    expected = reference(joined([batch(at, case) for at in range(case.world)]))[1][rows]
     state = model.state_dict()
     return {
         "outputs": float((columns - expected).detach().abs().max()),
@@ -299,6 +299,37 @@ def pipeline(rank: int) -> Found:
     return {"equal": {key: torch.equal(own[key], other[key]) for key in own}, "shapes": shapes}
 
 
+def checkpoints(rank: int, world: int, folder: Path) -> Found:
+    """What half as many ranks saved, loaded under another plan, and saved for twice as many."""
+    case = Case("row_wise" if world == 2 else "four", "sum", "rowwise_adagrad", world)
+    model = sharded(case, {})
+    optimizer = model.fused_optimizer
+    # fbgemm names the state of uncompressed tables in its own way, which an unsharded module does not know.
+    known = of_compressed if world == 2 else dict
+    state = {"model": model.state_dict(), "optimizer": known(optimizer.state_dict()["state"])}
+    expected = torch.load(folder.parent / "reference.pt", weights_only=True)
+    fresh = differences(state["model"], expected["model"])
+    dcp.load(state, checkpoint_id=folder.parent / f"dcp{world // 2}")
+    model.load_state_dict(dict(state["model"]))
+    optimizer.load_state_dict({"state": optimizer.state_dict()["state"] | state["optimizer"]})
+    found = optimizer.state_dict()["state"]
+    dcp.save({"model": model.state_dict(), "optimizer": found}, checkpoint_id=folder.parent / f"dcp{world}")
+    return {
+        "weights": differences(model.state_dict(), expected["model"]),
+        "fresh": {key: by for key, by in fresh.items() if "embedding_bags" in key},
+        "state": {
+            f"{key}.{name}": difference
+            for key, own in of_compressed(found).items()
+            for name, difference in differences(own, expected["optimizer"][key]).items()
+        },
+    }
+
+
+def of_compressed(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer state of compressed tables."""
+    return {key: value for key, value in state.items() if key.split(".")[2] in COMPRESSED}
+
+
 def local_state(model: DistributedModelParallel) -> dict[str, Tensor]:
     """What this rank holds, the first shard of each tensor."""
     return {
@@ -326,16 +357,20 @@ def bad_id(rank: int) -> Found:
     return {"message": message, "kind": kind, "seconds": time.monotonic() - before}
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     runs: dict[str, Callable[[], Found]] = {
-        str(case): (lambda case=case: parity(rank, case)) for case in CASES
+        str(case): (lambda case=case: parity(rank, case)) for case in CASES if case.world == world
     }
-    for run in (round_trip, variable, frozen, another_table, schedule, pipeline, bad_id):
-        runs[run.__name__] = lambda run=run: run(rank)
+    if world == 2:
+        for run in (round_trip, variable, frozen, another_table, schedule, pipeline):
+            runs[run.__name__] = lambda run=run: run(rank)
+    runs["checkpoint"] = lambda: checkpoints(rank, world, folder)
+    if world == 2:
+        runs["bad_id"] = lambda: bad_id(rank)
     found: dict[str, Found] = {}
     for name, run in runs.items():
         try:
@@ -346,4 +381,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
