@@ -179,10 +179,14 @@ def test_a_learning_rate_schedule_reaches_the_backward(found: dict[int, list[Fou
         assert f"ebc.embedding_bags.{key}" in one["watched"]
 
 
-def test_the_sparse_pipeline_equals_the_plain_loop(found: dict[int, list[Found]]) -> None:
+@pytest.mark.parametrize("name", ["TrainPipelineSparseDist", "PrefetchTrainPipelineSparseDist"])
+def test_a_pipeline_equals_the_plain_loop(found: dict[int, list[Found]], name: str) -> None:
     for one in _of(found, "pipeline"):
-        assert all(one["equal"].values()), one["equal"]
-        assert all(shape[0] == BATCH for shape in one["shapes"])
+        piped = one[name]
+        assert all(piped["equal"].values()), piped["equal"]
+        assert all(shape[0] == BATCH for shape in piped["shapes"])
+        # Five batches, in each of the kernels: replicated tables, row-wise ones, and rank 1's own.
+        assert piped["prepared"] >= (10 if name.startswith("Prefetch") else 0)
 
 
 def test_a_bad_id_is_named_where_it_is_and_hangs_nobody(found: dict[int, list[Found]]) -> None:

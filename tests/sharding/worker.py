@@ -9,8 +9,10 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,11 +20,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.bags import Bags
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import get_sharders
 from tests.sharding.cases import (
@@ -280,7 +284,7 @@ def schedule(rank: int) -> Found:
 
 
 def pipeline(rank: int) -> Found:
-    """TrainPipelineSparseDist against the plain loop, bit for bit."""
+    """torchrec's pipelines against the plain loop, bit for bit."""
     case = Case("mixed", "sum", "sgd")
     state = Model(collection(case)).state_dict()
     batches = [batch(10 * step + rank, case) for step in range(5)]
@@ -291,12 +295,43 @@ def pipeline(rank: int) -> Found:
         loss, _ = plain(features)
         loss.backward()
         dense.step()
-    piped = sharded(case, state)
-    runner = TrainPipelineSparseDist(piped, dense_optimizer(piped), torch.device("cpu"))
-    iterator = iter(batches)
-    shapes = [list(runner.progress(iterator).shape) for _ in batches]
-    own, other = local_state(plain), local_state(piped)
-    return {"equal": {key: torch.equal(own[key], other[key]) for key in own}, "shapes": shapes}
+    own, found = local_state(plain), {}
+    for kind in (TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist):
+        piped = sharded(case, state)
+        prepared: list[str] = []
+        for kernel in piped.module.ebc._kernels():
+            kernel._taken = partial(noted, kernel._taken, prepared)
+        runner = kind(piped, dense_optimizer(piped), torch.device("cpu"))
+        iterator = iter(batches)
+        with patch(
+            "torchrec.distributed.train_pipeline.train_pipelines.prefetch_embeddings",
+            prefetch_without_streams,
+        ):
+            shapes = [list(runner.progress(iterator).shape) for _ in batches]
+        other = local_state(piped)
+        found[kind.__name__] = {
+            "equal": {key: torch.equal(own[key], other[key]) for key in own},
+            "shapes": shapes,
+            "prepared": len(prepared),
+        }
+    return found
+
+
+def prefetch_without_streams(context: Any, modules: list[Any], *_: Any) -> None:
+    """torchrec's own, which does nothing without a GPU's streams, and its pipeline then fails."""
+    for module in modules:
+        name = module.forward._name
+        ids = context.input_dist_tensors_requests.pop(name).wait()
+        module.prefetch(ctx=context.module_contexts[name], dist_input=ids, forward_stream=None)
+        context.module_input_post_prefetch[name] = ids
+        context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
+
+
+def noted(taken: Callable[..., Bags | None], prepared: list[str], features: KeyedJaggedTensor) -> Bags | None:
+    bags = taken(features)
+    if bags is not None and bags.ahead is not None:
+        prepared.append("")
+    return bags
 
 
 def checkpoints(rank: int, world: int, folder: Path) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,6 +48,8 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
             parameter.requires_grad_(key not in tables.frozen)
             if key in tables.attached:
                 tables.attached[key].attach(parameter)
+        # A pipeline prepares the next batch before this one's backward; one more would never be looked up.
+        self._ahead: deque[tuple[Tensor, Bags]] = deque(maxlen=2)
         attached = any(key in tables.attached for key in parameters)
         self._optimizer = CollectionOptimizer(parameters, held.shown) if attached else EmptyFusedOptimizer()
 
@@ -66,12 +68,37 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
                 changed.
         """
         variable = features.variable_stride_per_key()
-        offsets = padded_offsets(features) if variable else features.offsets()
-        weights = features.weights_or_none() if self._config.is_weighted else None
-        bags = Bags(features.values().long(), offsets.long(), len(features.keys()), weights)
+        bags = self._taken(features)
+        if bags is None:
+            bags = self._bags(features)
         with self.replicas.exchanged():
             pooled = self._engine(self.backends, bags).float()
         return _by_rank(pooled, self._engine.dims, features) if variable else pooled
+
+    def prefetch(self, features: KeyedJaggedTensor) -> None:
+        """Prepare a batch for a :meth:`forward` to come, beside what runs now: check it, sort its ids.
+
+        Raises:
+            BatchError: as in the look-up.
+        """
+        bags = self._bags(features)
+        self._engine.prefetch(self.backends, bags)
+        self._ahead.append((features.values(), bags))
+
+    def _bags(self, features: KeyedJaggedTensor) -> Bags:
+        offsets = padded_offsets(features) if features.variable_stride_per_key() else features.offsets()
+        weights = features.weights_or_none() if self._config.is_weighted else None
+        return Bags(features.values().long(), offsets.long(), len(features.keys()), weights)
+
+    def _taken(self, features: KeyedJaggedTensor) -> Bags | None:
+        """The bags that have been prepared of this very batch; torchrec cuts a new object out each time."""
+        values = features.values()
+        for at, (known, bags) in enumerate(self._ahead):
+            # ``known`` holds the memory, so that the same address is the same ids.
+            if known.data_ptr() == values.data_ptr() and known.shape == values.shape and values.numel():
+                del self._ahead[at]
+                return bags
+        return None
 
     @property
     def backends(self) -> dict[str, Backend]:
@@ -120,6 +147,14 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
         if config.compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
             return CompressedKernel(config, self._held, device)
         return super()._create_embedding_kernel(config, device, *rest, **named)
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """What ``PrefetchTrainPipelineSparseDist`` calls with the next batch."""
+        super().prefetch(sparse_features, forward_stream)
+        groups = sparse_features.split(self._feature_splits)
+        for kernel, features in zip(self._emb_modules, groups, strict=True):
+            if isinstance(kernel, CompressedKernel):
+                kernel.prefetch(features)
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Pool the bags of every group: [B, sum of D], flat under a variable batch size per feature."""
