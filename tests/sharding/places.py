@@ -33,7 +33,8 @@ PLACES: dict[str, dict[str, Place]] = {
     "empty_rank": dict.fromkeys(COMPRESSED, 1),
     # torchrec's row-wise tables cannot go backward under a variable batch size on gloo.
     "variable": {"tt": 0, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None, "d_rw": 0},
-    "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": None},
+    # No uncompressed table is replicated: there is nothing to wrap in DDP.
+    "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": None, "d_dp": 0},
     "row_wise": {"tt": 0, "qr": ROWS, "robe_a": 1, "robe_b": 1, "md": ROWS, "qr_cat": ROWS},
     "four": {"tt": 3, "qr": ROWS, "robe_a": 2, "robe_b": 2, "md": ROWS, "qr_cat": None, "d_tw": 3},
     "hosts": {"tt": 1, "qr": ROWS, "robe_a": None, "robe_b": None, "md": 3, "d_rw": HOST_ROWS, "d_cw": GRID},

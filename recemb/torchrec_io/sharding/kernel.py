@@ -141,6 +141,11 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
         self._held = held
         super().__init__(**arguments)
 
+    @property
+    def module(self) -> CompressedLookup:
+        """Itself: torchrec takes it that replicated tables are wrapped in DDP, and unwraps them."""
+        return self
+
     def _create_embedding_kernel(
         self, config: GroupedEmbeddingConfig, device: torch.device | None, *rest: Any, **named: Any
     ) -> BaseEmbedding:
