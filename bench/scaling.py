@@ -15,7 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from recemb.errors import ConfigError, RecembError
+from bench.program import RESULTS, add_output, make_parser, run_program
+from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
 Time a DLRM training step on the 26 tables of Criteo Kaggle under torchrec's DistributedModelParallel (gloo,
@@ -23,7 +24,6 @@ one process a rank, one thread each by default): uncompressed tables table-wise;
 trains of rank 32, on every rank or table-wise. The global batch stays. The models take turns; ratios are
 medians of the round-by-round ratios to the uncompressed model. What the tables send is counted in one step.
 """
-_RESULTS = Path(__file__).resolve().parent / "results"
 _ROOT = Path(__file__).resolve().parents[1]
 _TIMEOUT = 900
 
@@ -56,12 +56,7 @@ class Row:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(
-        prog="recemb bench scaling",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("scaling", _DESCRIPTION)
     parser.add_argument(
         "--processes",
         type=int,
@@ -74,18 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="of each process (1)")
     parser.add_argument("--scale", type=Fraction, default=Fraction(1), metavar="S", help="of the rows (1)")
     parser.add_argument("--rounds", type=int, default=15, metavar="K", help="default %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="CSV (default bench/results, if writable)")
+    add_output(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except RecembError as error:
-        print(f"recemb bench scaling: error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run the program; its exit code."""
+    return run_program(build_parser(), argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -97,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     from bench.scaling_rank import MODELS
 
     machine = this_machine(require_green(TESTS))
-    folder = results_folder(args.output, _RESULTS)
+    folder = results_folder(args.output, RESULTS)
     print(machine.heading())
     found = {
         processes: run_ranks(processes, list(MODELS), args.batch, args.threads, args.scale, args.rounds)
