@@ -63,7 +63,7 @@ class Manifest(_Part):
         step: of training.
         world_size: ranks that saved.
         versions: of recemb and the packages below it.
-        files: name -> bytes.
+        files: their names.
         tensors: by path in the state.
         values: the state's other leaves, by path.
         extra: the caller's.
@@ -74,7 +74,7 @@ class Manifest(_Part):
     step: _Count
     world_size: Annotated[int, Field(ge=1, le=10**9)]
     versions: dict[str, str]
-    files: dict[_FileName, _Count]
+    files: list[_FileName]
     tensors: dict[str, StoredTensor]
     values: dict[str, Any]
     extra: dict[str, Any]
@@ -124,21 +124,13 @@ class Manifest(_Part):
         Raises:
             CheckpointError: names the file.
         """
-        path = folder / name
-        try:
-            size = os.lstat(path).st_size
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise CheckpointError(f"{path}: {'is missing' if missing else error.strerror}") from None
-        if size != self.files[name]:
-            raise CheckpointError(f"{path}: has {size:,} bytes of {self.files[name]:,}; truncated or damaged")
         tensors = {
             shard.name: (tensor.dtype, shard.sizes, shard.crc32)
             for tensor in self.tensors.values()
             for shard in tensor.shards
             if shard.file == name
         }
-        return ShardFile(path, tensors, {"save_id": self.save_id, "file": name})
+        return ShardFile(folder / name, tensors, {"save_id": self.save_id, "file": name})
 
     def _check(self, path: Path) -> None:
         stored: dict[tuple[str, str], tuple[str, StoredShard]] = {}
