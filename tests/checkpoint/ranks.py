@@ -62,7 +62,7 @@ def on_ranks(world: int, work: Callable[[int], _Result]) -> list[_Result]:
     return [results[rank] for rank in range(world)]
 
 
-def sharded(full: Tensor, layout: Layout, rank: int) -> ShardedTensor:
+def sharded(full: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None = None) -> ShardedTensor:
     """``full``, of which this rank holds its own copies of its parts."""
     parts = [
         ShardMetadata(list(offsets), list(sizes), placement=f"rank:{owner}/cpu")
@@ -74,7 +74,7 @@ def sharded(full: Tensor, layout: Layout, rank: int) -> ShardedTensor:
         if owner == rank:
             box = zip(part.shard_offsets, part.shard_sizes, strict=True)
             shards.append(Shard(full[tuple(slice(at, at + size) for at, size in box)].clone(), part))
-    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
 
 
 def local(tensor: ShardedTensor) -> list[tuple[tuple[slice, ...], Tensor]]:

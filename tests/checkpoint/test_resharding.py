@@ -50,7 +50,8 @@ def grid(world: int) -> Layout:
 LAYOUTS = {"one-shard": one_shard, "row-wise": row_wise, "column-wise": column_wise, "grid": grid}
 
 
-def _table(dtype: torch.dtype = torch.float32) -> Tensor:
+def table(dtype: torch.dtype = torch.float32) -> Tensor:
+    """[10, 8]: more rows than four ranks share evenly."""
     generator = torch.Generator().manual_seed(ROWS)
     return torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
 
@@ -85,7 +86,7 @@ def _load(root: Path, world: int, full: Tensor, layout: Layout | None) -> None:
 @pytest.mark.parametrize("saved_by", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_f32_every_layout_and_world_loads_every_other(layout: str, saved_by: int, tmp_path: Path) -> None:
-    full = _table()
+    full = table()
     _save(tmp_path, saved_by, full, LAYOUTS[layout](saved_by))
     for world in (1, 2, 4):
         _load(tmp_path, world, full, None)
@@ -95,7 +96,7 @@ def test_f32_every_layout_and_world_loads_every_other(layout: str, saved_by: int
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_f32_unsharded_to_sharded(world: int, tmp_path: Path) -> None:
-    full = _table(torch.bfloat16)
+    full = table(torch.bfloat16)
     _save(tmp_path, 1, full, None)
     for wanted in LAYOUTS.values():
         _load(tmp_path, world, full, wanted(world))
@@ -160,7 +161,7 @@ def test_replicated_tensors_are_written_once_and_spread_over_the_ranks(tmp_path:
 
 
 def test_every_rank_writes_its_own_shards(tmp_path: Path) -> None:
-    full = _table()
+    full = table()
     _save(tmp_path, 2, full, row_wise(2))
     for rank, rows in enumerate([(0, 5), (5, 10)]):
         file = load_file(tmp_path / "step-3" / f"rank-0000{rank}.safetensors")
@@ -170,7 +171,7 @@ def test_every_rank_writes_its_own_shards(tmp_path: Path) -> None:
 
 def test_a_rank_reads_only_the_blocks_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_file, "BLOCK_BYTES", 4 * COLUMNS)
-    full = _table()
+    full = table()
     _save(tmp_path, 1, full, None)
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -245,7 +246,7 @@ def test_a_failure_on_one_rank_is_an_error_on_all_that_names_it(
 
     def save(rank: int) -> None:
         with pytest.raises(CheckpointError) as caught:
-            save_checkpoint(tmp_path, 3, _state(_table(), row_wise(2), rank), {})
+            save_checkpoint(tmp_path, 3, _state(table(), row_wise(2), rank), {})
         messages[rank] = str(caught.value)
 
     on_ranks(2, save)
