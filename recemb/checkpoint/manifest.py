@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recemb.checkpoint.boxes import Box, untiled
-from recemb.checkpoint.shard_file import ShardFile, blocks, open_regular
+from recemb.checkpoint.shard_file import ShardFile, num_blocks, open_regular
 from recemb.checkpoint.tree import DTYPES
 from recemb.errors import CheckpointError
 
@@ -143,7 +143,7 @@ class Manifest(_Part):
             for shard in tensor.shards:
                 if shard.file not in self.files:
                     raise CheckpointError(f"{path}: {key}: lies in {shard.file}, which is none of its files")
-                if sum(1 for _ in blocks(tensor.dtype, shard.sizes)) != len(shard.crc32):
+                if num_blocks(tensor.dtype, shard.sizes) != len(shard.crc32):
                     raise CheckpointError(f"{path}: {key}: has {len(shard.crc32)} checksums for {shard.box}")
                 dtype, known = stored.setdefault((shard.file, shard.name), (tensor.dtype, shard))
                 if (dtype, known.sizes, known.crc32) != (tensor.dtype, shard.sizes, shard.crc32):

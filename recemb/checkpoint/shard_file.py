@@ -35,10 +35,15 @@ def num_bytes(dtype: str, sizes: Sequence[int]) -> int:
 
 def blocks(dtype: str, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The rows [start, stop) of each block of a tensor; a scalar is one row."""
-    rows = sizes[0] if sizes else 1
-    step = max(1, BLOCK_BYTES // max(1, num_bytes(dtype, sizes[1:])))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    starts = _starts(dtype, sizes)
+    for start in starts:
+        yield start, min(start + starts.step, starts.stop)
+
+
+def num_blocks(dtype: str, sizes: Sequence[int]) -> int:
+    """How many :func:`blocks` there are, without counting them: ``sizes`` may be anything."""
+    rows = _starts(dtype, sizes)
+    return -(-rows.stop // rows.step)
 
 
 def layout(
@@ -215,6 +220,10 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{path}: is no regular file")
     return descriptor
+
+
+def _starts(dtype: str, sizes: Sequence[int]) -> range:
+    return range(0, sizes[0] if sizes else 1, max(1, BLOCK_BYTES // max(1, num_bytes(dtype, sizes[1:]))))
 
 
 @contextmanager
