@@ -165,7 +165,9 @@ def test_f29_damage_after_the_check_is_still_found(root: Path) -> None:
     assert found is not None
     path = root / "step-2" / FILES[0]
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: model/t.weight\[0:5,0:4\]"):
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000.safetensors: model/t.weight\[0:5,0:4\].*loaded in part"
+    ):
         found.load({"model": {"t.weight": torch.zeros(10, 4)}})
 
 

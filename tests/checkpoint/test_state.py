@@ -262,6 +262,8 @@ def test_what_a_checkpoint_cannot_hold_is_named(tmp_path: Path, leaf: Any, messa
 def test_two_keys_of_one_path_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="state/0: two keys of the state have this path"):
         save_checkpoint(tmp_path, 1, {"state": {0: 1, "0": 2}}, {})
+    with pytest.raises(CheckpointError, match=r"ud800': a key is no valid Unicode"):
+        save_checkpoint(tmp_path, 1, {"w\ud800": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match="must be a mapping"):
         save_checkpoint(tmp_path, 1, [torch.zeros(1)], {})  # type: ignore[arg-type]
 
