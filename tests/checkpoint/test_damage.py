@@ -202,13 +202,14 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "outside": _set(*SHARD, "offsets", value=[2**40, 0]),
     "negative": _set(*SHARD, "offsets", value=[-1, 0]),
     "huge": _set("tensors", "model/t.weight", "shape", value=[2**61, 2**61]),
-    "endless": lambda body: (
-        _set("tensors", "model/t.weight", "shape", value=[2**61, 1])(body),
-        _set("tensors", "model/t.weight", "shards", value=[body["tensors"]["model/t.weight"]["shards"][0]])(
-            body
-        ),
-        _set(*SHARD, "offsets", value=[0, 0])(body),
-        _set(*SHARD, "sizes", value=[2**61, 1])(body),
+    "endless": _set(
+        "tensors",
+        "model/t.weight",
+        value={
+            "dtype": "F32",
+            "shape": [2**61, 1],
+            "shards": [{"file": FILES[0], "name": "x", "offsets": [0, 0], "sizes": [2**61, 1], "crc32": [1]}],
+        },
     ),
     "beyond int64": _set("tensors", "model/t.weight", "shape", value=[2**70, 4]),
     "float": _set("tensors", "model/t.weight", "shape", value=[10.0, 4]),
