@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, shard_file
 from recemb.checkpoint.boxes import Box, untiled
@@ -257,6 +259,16 @@ def test_what_a_checkpoint_cannot_hold_is_named(tmp_path: Path, leaf: Any, messa
     with pytest.raises(CheckpointError, match=f"model/w.*{message}|model/{message}"):
         save_checkpoint(tmp_path, 1, {"model": {"w": leaf}}, {})
     assert not tmp_path.joinpath("LATEST").exists()
+
+
+def test_dtensors_are_refused(tmp_path: Path) -> None:
+    def save(rank: int) -> None:
+        mesh = DeviceMesh("cpu", torch.arange(2))
+        tensor = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False)
+        with pytest.raises(CheckpointError, match=r"w: a DTensor on cpu .* ShardedTensors"):
+            save_checkpoint(tmp_path, 1, {"w": tensor}, {})
+
+    on_ranks(2, save)
 
 
 def test_two_keys_of_one_path_are_refused(tmp_path: Path) -> None:
