@@ -12,19 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torchrec.optim.keyed import CombinedOptimizer
 
 from tests.sharding.cases import BAD_ID, BATCH, Model, attach, batch, collection, is_fused
 from tests.sharding.places import CASES, COMPRESSED, ROWS, Case
-from tests.sharding.worker import differences, of_compressed
+from tests.sharding.saved import FORMATS, load, of_compressed, save
+from tests.sharding.shared import Found, differences
 
 # Sums over a batch are taken in another order: a few units in the last place of numbers around 1, after
 # three steps whose smallest effect on a tensor is hundreds of times that.
 OUTPUTS, GRADIENTS, WEIGHTS, MOVED = 5e-7, 1e-7, 5e-7, 2e-4
 SECONDS = 150
 ROOT = Path(__file__).resolve().parents[2]
-Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,8 @@ def found(folder: Path) -> dict[int, list[Found]]:
         model(batch(step, Case("row_wise", "sum", "rowwise_adagrad")))[0].backward()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
     torch.save(state, folder / "reference.pt")
-    dcp.save(state, checkpoint_id=folder / "dcp1", no_dist=True)
+    for kind in FORMATS:
+        save(kind, folder / f"{kind}1", state)
     return {world: _run(world, folder / f"ranks{world}") for world in (2, 4)}
 
 
@@ -124,8 +124,9 @@ def test_one_kernel_serves_all_compressed_tables_of_a_rank(found: dict[int, list
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_dcp_loads_what_half_as_many_ranks_saved(found: dict[int, list[Found]], world: int) -> None:
-    each = _of(found, "checkpoint", world)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_f32_ranks_load_what_half_as_many_saved(found: dict[int, list[Found]], kind: str, world: int) -> None:
+    each = _of(found, kind, world)
     for one in each:
         assert max(one["weights"].values()) == 0
         assert max(one["state"].values()) == 0
@@ -137,11 +138,14 @@ def test_dcp_loads_what_half_as_many_ranks_saved(found: dict[int, list[Found]], 
     assert {"ebc.embedding_bags.tt.core_1.sum", "ebc.embedding_bags.qr.q.sum"} <= seen
 
 
-def test_dcp_brings_sharded_weights_back_to_one_process(found: dict[int, list[Found]], folder: Path) -> None:
-    _of(found, "checkpoint", 4)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_f32_sharded_weights_come_back_to_one_process(
+    found: dict[int, list[Found]], kind: str, folder: Path
+) -> None:
+    _of(found, kind, 4)
     model, optimizer = unsharded()
     state = {"model": model.state_dict(), "optimizer": of_compressed(optimizer.state_dict()["state"])}
-    dcp.load(state, checkpoint_id=folder / "dcp4", no_dist=True)
+    load(kind, folder / f"{kind}4", state)
     expected = torch.load(folder / "reference.pt", weights_only=True)
     assert max(differences(state["model"], expected["model"]).values()) == 0
     for key, own in state["optimizer"].items():
@@ -213,3 +217,17 @@ def test_a_state_of_another_table_is_refused_on_every_rank(found: dict[int, list
     for one in _of(found, "another_table"):
         assert "tt.core_1: the state to load has shape (3, 3)" in one["message"]
         assert max(by for key, by in one["moved"].items() if "embedding_bags" in key) == 0
+
+
+def test_f32_a_checkpoint_of_another_plan_goes_on_as_if_it_had_not_been_interrupted(
+    found: list[dict[str, dict[str, Any]]],
+) -> None:
+    both = _of(found, "other_plan")
+    for one in both:
+        assert max(one["saved"].values()) == 0, "the unsharded module has loaded other weights"
+        assert max(one["loaded"].values()) == 0
+        assert max(one["trained"].values()) <= WEIGHTS, one["trained"]
+        assert max(one["forgetful"].values()) > MOVED, "the optimizer's state made no difference"
+    # The state of a compressed table's optimizer is on its rank alone.
+    assert not {"ebc.embedding_bags.tt.core_0"} & set(both[1]["optimizer"])
+    assert not {"ebc.embedding_bags.qr.q"} & set(both[0]["optimizer"])

@@ -16,19 +16,17 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.bags import Bags
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import get_sharders
+from tests.sharding import saved
 from tests.sharding.cases import (
     BAD_ID,
     BATCH,
@@ -43,58 +41,10 @@ from tests.sharding.cases import (
     plan,
     variable_batch,
 )
-from tests.sharding.places import CASES, COMPRESSED, Case
+from tests.sharding.places import CASES, Case
+from tests.sharding.shared import Found, dense_optimizer, differences, distributed, held, local_state, sharded
 
 TIMEOUT = timedelta(seconds=20)
-Found = dict[str, Any]
-
-
-def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:
-    """The model on all ranks, with the weights of an unsharded one, or fresh ones."""
-    model = Model(collection(case, "meta"))
-    attach(case, list(model.ebc.parameters()))
-    return distributed(case, model, state)
-
-
-def distributed(case: Case, model: Model, state: dict[str, Tensor]) -> DistributedModelParallel:
-    made = DistributedModelParallel(
-        model,
-        device=torch.device("cpu"),
-        plan=ShardingPlan({"ebc": plan(case, model.ebc)}),
-        sharders=get_sharders(),
-    )
-    if state:
-        made.load_state_dict({key: value.clone() for key, value in state.items()})
-    return made
-
-
-def dense_optimizer(model: DistributedModelParallel) -> KeyedOptimizerWrapper:
-    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-    return KeyedOptimizerWrapper(parameters, lambda own: torch.optim.SGD(own, lr=DENSE_LR))
-
-
-def held(value: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
-    """What this rank holds of a tensor of a state dict, and where in the whole it lies."""
-    if not isinstance(value, ShardedTensor):
-        return [((...,), value)]
-    return [
-        (
-            tuple(
-                slice(start, start + size)
-                for start, size in zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-            ),
-            shard.tensor,
-        )
-        for shard in value.local_shards()
-    ]
-
-
-def differences(state: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of what this rank holds of each tensor."""
-    return {
-        key: max((float((part - expected[key][at]).abs().max()) for at, part in held(value)), default=0.0)
-        for key, value in state.items()
-    }
 
 
 def parity(rank: int, case: Case) -> Found:
@@ -334,46 +284,6 @@ def noted(taken: Callable[..., Bags | None], prepared: list[str], features: Keye
     return bags
 
 
-def checkpoints(rank: int, world: int, folder: Path) -> Found:
-    """What half as many ranks saved, loaded under another plan, and saved for twice as many."""
-    case = Case("row_wise" if world == 2 else "four", "sum", "rowwise_adagrad", world)
-    model = sharded(case, {})
-    optimizer = model.fused_optimizer
-    # fbgemm names the state of uncompressed tables in its own way, which an unsharded module does not know.
-    known = of_compressed if world == 2 else dict
-    state = {"model": model.state_dict(), "optimizer": known(optimizer.state_dict()["state"])}
-    expected = torch.load(folder.parent / "reference.pt", weights_only=True)
-    fresh = differences(state["model"], expected["model"])
-    dcp.load(state, checkpoint_id=folder.parent / f"dcp{world // 2}")
-    model.load_state_dict(dict(state["model"]))
-    optimizer.load_state_dict({"state": optimizer.state_dict()["state"] | state["optimizer"]})
-    found = optimizer.state_dict()["state"]
-    dcp.save({"model": model.state_dict(), "optimizer": found}, checkpoint_id=folder.parent / f"dcp{world}")
-    return {
-        "weights": differences(model.state_dict(), expected["model"]),
-        "fresh": {key: by for key, by in fresh.items() if "embedding_bags" in key},
-        "state": {
-            f"{key}.{name}": difference
-            for key, own in of_compressed(found).items()
-            for name, difference in differences(own, expected["optimizer"][key]).items()
-        },
-    }
-
-
-def of_compressed(state: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer state of compressed tables."""
-    return {key: value for key, value in state.items() if key.split(".")[2] in COMPRESSED}
-
-
-def local_state(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """What this rank holds, the first shard of each tensor."""
-    return {
-        key: value.local_shards()[0].tensor if isinstance(value, ShardedTensor) else value
-        for key, value in model.state_dict().items()
-        if not isinstance(value, ShardedTensor) or value.local_shards()
-    }
-
-
 def bad_id(rank: int) -> Found:
     """An id without a row on rank 0, of a table that lies on rank 1. Run last: it breaks the group."""
     case = Case("table_wise", "sum", "sgd")
@@ -403,7 +313,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     if world == 2:
         for run in (round_trip, variable, frozen, another_table, schedule, pipeline):
             runs[run.__name__] = lambda run=run: run(rank)
-    runs["checkpoint"] = lambda: checkpoints(rank, world, folder)
+        runs["other_plan"] = lambda: saved.other_plan(rank, folder)
+    for kind in saved.FORMATS:
+        runs[kind] = lambda kind=kind: saved.resharded(kind, world, folder)
     if world == 2:
         runs["bad_id"] = lambda: bad_id(rank)
     found: dict[str, Found] = {}
