@@ -38,7 +38,7 @@ from recemb.inference.table import build_quantized
 # torch.library is untyped.
 _LIBRARY = cast(Any, torch.library).Library("recemb", "FRAGMENT")
 _BATCH = "Tensor ids, Tensor offsets, Tensor? weights, str tables"
-_SELECT = "(Tensor ids, Tensor offsets, Tensor? weights, int num_features, int[] features) -> (Tensor, Tensor, Tensor)"
+_SELECT = f"({_BATCH[:-10]}int num_features, int[] features) -> (Tensor, Tensor, Tensor)"
 # Programs whose tables are kept ready; each holds on to its weights.
 _READY = 16
 

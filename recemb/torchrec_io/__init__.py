@@ -13,6 +13,7 @@ from recemb.stack import check_stack
 if TYPE_CHECKING:
     from recemb.torchrec_io.inference.collection import QuantEmbeddingBagCollection
     from recemb.torchrec_io.inference.quantize import quantize_embeddings
+    from recemb.torchrec_io.inference.shard import shard_quant_model
     from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
     from recemb.torchrec_io.sharding.sharder import EmbeddingBagCollectionSharder, get_sharders
 
@@ -24,6 +25,7 @@ _HOME = {
     "ShardedEmbeddingBagCollection": "recemb.torchrec_io.sharding.module",
     "get_sharders": "recemb.torchrec_io.sharding.sharder",
     "quantize_embeddings": "recemb.torchrec_io.inference.quantize",
+    "shard_quant_model": "recemb.torchrec_io.inference.shard",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "ShardedEmbeddingBagCollection",
     "get_sharders",
     "quantize_embeddings",
+    "shard_quant_model",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -45,7 +46,7 @@ class Traced:
                 "export with one batch size"
             )
         keys = tuple(features.keys())
-        bags = bags_of_keys(features, list(keys), targets, is_weighted)
+        bags = bags_of_keys(_with_offsets(features), list(keys), targets, is_weighted)
         weights = None if bags.weights is None else bags.weights.float()
         traced = Traced(Bags(bags.ids, bags.offsets, bags.num_features, weights), keys, targets)
         bags = traced.bags
@@ -78,3 +79,17 @@ class Traced:
         """The text that says what is looked up."""
         checked = tuple((t.feature, t.table, t.num_embeddings) for t in self.targets)
         return Description(tuple(specs), dict(kinds), self.keys, checked).to_text()
+
+
+def _with_offsets(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The batch with offsets that torch has summed up: a program can then be loaded without fbgemm."""
+    if features.offsets_or_none() is not None:
+        return features
+    lengths = features.lengths().long()
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=lengths,
+        offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+    )
