@@ -4,15 +4,12 @@
 
     recemb::check_bags(Tensor ids, Tensor offsets, Tensor? weights, str tables) -> Tensor
     recemb::embedding_bags(Tensor[] stored, Tensor ids, Tensor offsets, Tensor? weights, str tables) -> Tensor
-    recemb::select_bags(Tensor ids, Tensor offsets, Tensor? weights, int num_features, int[] features)
-        -> (Tensor, Tensor, Tensor)
 
 ``tables`` is :class:`recemb.inference.description.Description` as text. The first gives a copy of the ids, of
 which all later look-ups are made: no pass over the graph can drop the check or move a look-up before it. The
-second gives [B, sum of D], the third the bags of some features, for look-ups of others' tables. Exported
-programs are for inference: the ops have no gradients.
+second gives [B, sum of D]. Exported programs are for inference: the ops have no gradients.
 
-Importing this module registers them. A process that loads an exported program needs nothing else of recemb,
+Importing this module registers both. A process that loads an exported program needs nothing else of recemb,
 and nothing of torchrec.
 """
 
@@ -38,7 +35,6 @@ from recemb.inference.table import build_quantized
 # torch.library is untyped.
 _LIBRARY = cast(Any, torch.library).Library("recemb", "FRAGMENT")
 _BATCH = "Tensor ids, Tensor offsets, Tensor? weights, str tables"
-_SELECT = f"({_BATCH[:-10]}int num_features, int[] features) -> (Tensor, Tensor, Tensor)"
 # Programs whose tables are kept ready; each holds on to its weights.
 _READY = 16
 
@@ -154,30 +150,9 @@ def _fake_check(ids: Tensor, offsets: Tensor, weights: Tensor | None, tables: st
     return torch.empty_like(ids)
 
 
-def _select(
-    ids: Tensor, offsets: Tensor, weights: Tensor | None, num_features: int, features: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    part = Bags(ids, offsets, num_features, weights).select(features)
-    whole = [part.ids, part.offsets, ids.new_empty(0, dtype=torch.float32)]
-    if part.weights is not None:
-        whole[2] = part.weights
-    # An op may not give its own inputs back.
-    return whole[0].clone(), whole[1].clone(), whole[2].clone()
-
-
-def _fake_select(
-    ids: Tensor, offsets: Tensor, weights: Tensor | None, num_features: int, features: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = cast(Any, torch.library).get_ctx().new_dynamic_size()
-    bags = (offsets.shape[0] - 1) // num_features * len(features)
-    kept = ids.new_empty(0, dtype=torch.float32) if weights is None else weights.new_empty(count)
-    return ids.new_empty(count), offsets.new_empty(bags + 1), kept
-
-
 for _name, _schema, _run, _fake in (
     ("check_bags", f"({_BATCH}) -> Tensor", _check, _fake_check),
     ("embedding_bags", f"(Tensor[] stored, {_BATCH}) -> Tensor", _look_up, _fake_look_up),
-    ("select_bags", _SELECT, _select, _fake_select),
 ):
     _LIBRARY.define(_name + _schema)
     for _device in ("CPU", "CUDA"):
@@ -186,4 +161,3 @@ for _name, _schema, _run, _fake in (
 
 checked_ids = torch.ops.recemb.check_bags
 look_up = torch.ops.recemb.embedding_bags
-selected = torch.ops.recemb.select_bags

@@ -1,7 +1,7 @@
 """Rows of parameters in half precision or in bytes, and back.
 
 A row of an INT8 parameter is W bytes u and a scale and a bias in half precision, and reads scale * u + bias:
-torchrec's layout of ``DataType.INT8``. Both are rounded outwards, the bias down and the scale up, so that
+what fbgemm and torchrec make of one too. Both are rounded outwards, the bias down and the scale up, so that
 every weight lies within reach and
 
     |weight - read| <= scale / 2,    scale <= (1 + 2**-10) * (max - bias) / 255 + 2**-24
@@ -86,17 +86,19 @@ def store_rows(weight: Tensor, kind: StoredAs, name: str) -> Tensor:
     return stored
 
 
-def read_rows(stored: Tensor, kind: StoredAs) -> Tensor:
+def read_rows(stored: Tensor, kind: StoredAs, width: int) -> Tensor:
     """The [rows, W] float32 that a look-up reads."""
-    if kind is not StoredAs.INT8:
+    if DTYPES[kind] is not torch.uint8:
         return stored.float()
-    scale, bias = scales_and_biases(stored)
-    return stored[:, :-INT8_EXTRA].float() * scale + bias
+    scale, bias = scales_and_biases(stored, kind)
+    first = INT8_EXTRA if kind is StoredAs.TBE_INT8 else 0
+    return stored[:, first : first + width].float() * scale + bias
 
 
-def scales_and_biases(stored: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, 1] float32 each, of an INT8 parameter."""
-    both = stored[:, -INT8_EXTRA:].contiguous().view(torch.float16).float()
+def scales_and_biases(stored: Tensor, kind: StoredAs = StoredAs.INT8) -> tuple[Tensor, Tensor]:
+    """[rows, 1] float32 each, of a parameter in bytes."""
+    where = slice(INT8_EXTRA) if kind is StoredAs.TBE_INT8 else slice(-INT8_EXTRA, None)
+    both = stored[:, where].contiguous().view(torch.float16).float()
     return both[:, :1], both[:, 1:]
 
 

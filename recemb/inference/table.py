@@ -55,6 +55,8 @@ class QuantizedBackend(Backend):
         # Knows the method's mathematics; holds no memory, and is no part of the module.
         self._method = (self._on_meta(),)
         shapes = self.param_shapes(self.peers)
+        self._widths = {name: width for name, (_, width) in shapes.items()}
+        self.asked = kind
         self.kinds = {name: smallest(kind, width) for name, (_, width) in shapes.items()}
         if owner is not None:
             return
@@ -86,7 +88,7 @@ class QuantizedBackend(Backend):
             if method.slots_are_rows and k < len(columns):
                 rows, columns[k] = torch.unique(columns[k], return_inverse=True)
                 touched = stored[rows]
-            wide = nn.Parameter(read_rows(touched, self.kinds[name]), requires_grad=False)
+            wide = nn.Parameter(read_rows(touched, self.kinds[name], self._widths[name]), requires_grad=False)
             method.register_parameter(name, wide)
         return method.rows(torch.stack(columns, dim=1))
 

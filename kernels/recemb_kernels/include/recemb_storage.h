@@ -2,7 +2,8 @@
 // all are float32, and train. Rows of the other kinds are widened when they are read:
 //
 //   FLOAT16   [W] halves
-//   INT8      [W] bytes u, then scale and bias as halves: the row is scale * u + bias, torchrec's INT8
+//   INT8      [W] bytes u, then scale and bias as halves: the row is scale * u + bias
+//   TBE_INT8  scale and bias, then [W] bytes, padded to 16: the same in fbgemm's order, for its own tables
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +14,7 @@
 
 namespace recemb {
 
-enum Stored { FLOAT32 = 0, FLOAT16 = 1, INT8 = 2 };
+enum Stored { FLOAT32 = 0, FLOAT16 = 1, INT8 = 2, TBE_INT8 = 3 };
 
 // Of this library alone: every table's library has storages of its own under the same names.
 namespace {
@@ -28,7 +29,12 @@ constexpr bool TRAINS = true;
 #endif
 
 constexpr int64_t row_bytes(int k, int64_t width) {
-  return stored_as(k) == FLOAT32 ? 4 * width : stored_as(k) == FLOAT16 ? 2 * width : width + 4;
+  switch (stored_as(k)) {
+    case FLOAT32: return 4 * width;
+    case FLOAT16: return 2 * width;
+    case INT8: return width + 4;
+    default: return (width + 4 + 15) / 16 * 16;
+  }
 }
 
 const uint8_t* stored_row(const float* base, int k, int64_t width, int64_t row) {
@@ -70,9 +76,9 @@ void widen_halves(const uint8_t* from, float* to) {
 }
 
 template <int W>
-void widen_bytes(const uint8_t* from, float* to) {
+void widen_bytes(const uint8_t* from, const uint8_t* parameters, float* to) {
   uint16_t scale_bias[2];
-  std::memcpy(scale_bias, from + W, 4);
+  std::memcpy(scale_bias, parameters, 4);
   const float scale = widen(scale_bias[0]), bias = widen(scale_bias[1]);
 #pragma omp simd
   for (int j = 0; j < W; j++) to[j] = scale * static_cast<float>(from[j]) + bias;
@@ -83,7 +89,9 @@ template <int k, int W>
 const float* read_row(const float* base, int64_t row, float* room) {
   if constexpr (stored_as(k) == FLOAT32) return base + row * W;
   if constexpr (stored_as(k) == FLOAT16) widen_halves<W>(stored_row(base, k, W, row), room);
-  if constexpr (stored_as(k) == INT8) widen_bytes<W>(stored_row(base, k, W, row), room);
+  const uint8_t* at = stored_row(base, k, W, row);
+  if constexpr (stored_as(k) == INT8) widen_bytes<W>(at, at + W, room);
+  if constexpr (stored_as(k) == TBE_INT8) widen_bytes<W>(at + 4, at, room);
   return room;
 }
 

@@ -19,9 +19,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from torchrec.types import ModuleNoCopyMixin
 
-from recemb.backends.base import Backend
+from recemb.backends.base import Backend, Memo
 from recemb.backends.memory import MemoryReport, TableMemory
-from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
+from recemb.bags import Bags, check_bags
 from recemb.engine import Engine
 from recemb.errors import BatchError, ConfigError
 from recemb.inference.rows import kind_of
@@ -29,7 +29,7 @@ from recemb.inference.table import QuantizedBackend, build_quantized, stored_byt
 from recemb.spec import DTYPE_BYTES, Dense, TableSpec
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
-from recemb.torchrec_io.inference.dense import dense_bytes, empty_dense, quantize_dense, trace_dense
+from recemb.torchrec_io.inference.dense import dense_bytes, empty_dense, in_place, quantize_dense
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
 
@@ -91,15 +91,10 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
             if not isinstance(spec.compression, Dense)
         }
         self.embedding_bags = nn.ModuleDict(build_quantized(compressed, kinds, device))
-        self._compressed, self._kinds = compressed, kinds
-        self._engine = Engine(compressed)
-        lookups = [(feature, spec) for spec in self._specs for feature in spec.feature_names]
-        self._targets = LookupTargets(
-            LookupTarget(feature, spec.name, spec.num_embeddings) for feature, spec in lookups
-        )
-        self._dims = [spec.embedding_dim for _, spec in lookups]
+        self._engine, self._own_engine, self._memo = Engine(self._specs), Engine(compressed), Memo()
+        self._targets, self._dims = self._engine.targets, list(self._engine.dims)
         self._own = [f for f, target in enumerate(self._targets) if target.table in self.embedding_bags]
-        self._others = [f for f in range(len(lookups)) if f not in self._own]
+        self._others = [f for f in range(len(self._dims)) if f not in self._own]
         self._embedding_names = [
             name for names in get_embedding_names_by_table(self._configs) for name in names
         ]
@@ -155,42 +150,57 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         if torch.compiler.is_exporting():
             return self._exported(features)
         bags, inverse = bags_from_kjt(features, self._targets, self._is_weighted)
+        tables = self._tables()
+        pooled = self._in_parts(bags) if tables is None else self._engine(tables, bags).to(self._output_dtype)
+        if inverse is not None:
+            pieces = torch.split(pooled, self._dims, dim=1)
+            pooled = torch.cat([piece[rows] for piece, rows in zip(pieces, inverse, strict=True)], dim=1)
+        return KeyedTensor(keys=self._embedding_names, values=pooled, length_per_key=self._dims)
+
+    def _tables(self) -> Mapping[str, Backend] | None:
+        """Every table as the engine looks it up; ``None`` when torchrec's module has to look its own up."""
+        own = cast("dict[str, Backend]", self.embedding_bags)
+        if self.dense is None:
+            return own
+        # torchrec's weights stay where they are, unless its module is sharded.
+        known: tuple[nn.Module, Mapping[str, Backend] | None] | None = self._memo.get("tables")
+        if known is None or known[0] is not self.dense or torch.compiler.is_exporting():
+            dense = in_place(self.dense, self._specs)
+            known = self.dense, None if dense is None else {**dict(own.items()), **dense}
+            if not torch.compiler.is_exporting():
+                self._memo["tables"] = known
+        return known[1]
+
+    def _exported(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """The look-up as torch.export records it."""
+        tables = self._tables()
+        if tables is None:
+            raise ConfigError(
+                "torch.export takes quantised collections on the CPU that are not sharded; export, then shard"
+            )
+        traced = Traced.of(features, self._targets, self._is_weighted)
+        kinds = {name: cast(QuantizedBackend, table).asked for name, table in tables.items()}
+        pooled = traced.look_up(self._specs, tables, kinds).to(self._output_dtype)
+        return KeyedTensor(keys=self._embedding_names, values=pooled, length_per_key=self._dims)
+
+    def _in_parts(self, bags: Bags) -> Tensor:
+        """[B, sum of D], uncompressed tables by torchrec's module."""
         if bags.ids.device != self.device:
             raise BatchError(
                 f"the batch is on {bags.ids.device} and the tables on {self.device}; move the batch there, "
                 f"e.g. features.to({str(self.device)!r})"
             )
         check_bags(bags, self._targets)
-        bags.checked = True
-        pooled = self._pooled(bags)
-        if inverse is not None:
-            pieces = torch.split(pooled, self._dims, dim=1)
-            pooled = torch.cat([piece[rows] for piece, rows in zip(pieces, inverse, strict=True)], dim=1)
-        return KeyedTensor(keys=self._embedding_names, values=pooled, length_per_key=self._dims)
-
-    def _pooled(self, bags: Bags) -> Tensor:
-        """[B, sum of D] of a batch that has been checked."""
-        own, dense = None, {}
+        columns: dict[int, Tensor] = {}
         if self._own:
             part = bags.select(self._own)
             part.checked = True
-            own = self._engine(cast(Mapping[str, Backend], self.embedding_bags), part)
-        if self._others:
-            dense = self._look_up_dense(bags.select(self._others))
-        return self._together(own, dense)
-
-    def _exported(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """The look-up as torch.export records it."""
-        traced = Traced.of(features, self._targets, self._is_weighted)
-        own, dense = None, {}
-        if self._own:
-            tables = cast(Mapping[str, QuantizedBackend], self.embedding_bags)
-            own = traced.look_up(self._compressed, tables, self._kinds)
-        if self._others:
-            dense = trace_dense(cast(nn.Module, self.dense), traced)
-        return KeyedTensor(
-            keys=self._embedding_names, values=self._together(own, dense), length_per_key=self._dims
-        )
+            own = self._own_engine(cast(Mapping[str, Backend], self.embedding_bags), part)
+            pieces = torch.split(own.to(self._output_dtype), [self._dims[f] for f in self._own], dim=1)
+            columns.update(zip(self._own, pieces, strict=True))
+        dense = self._look_up_dense(bags.select(self._others))
+        columns.update({f: dense[name] for f, name in self._dense_names.items()})
+        return torch.cat([columns[f] for f in range(len(self._dims))], dim=1)
 
     def _look_up_dense(self, bags: Bags) -> dict[str, Tensor]:
         given = KeyedJaggedTensor(
@@ -201,19 +211,6 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         )
         pooled: KeyedTensor = cast(nn.Module, self.dense)(given)
         return cast("dict[str, Tensor]", pooled.to_dict())
-
-    def _together(self, own: Tensor | None, dense: Mapping[str, Tensor]) -> Tensor:
-        """The columns of both kinds of tables, in the order of the float module."""
-        if own is not None:
-            own = own.to(self._output_dtype)
-            if not dense:
-                return own
-        columns: dict[int, Tensor] = {}
-        if own is not None:
-            pieces = torch.split(own, [self._dims[f] for f in self._own], dim=1)
-            columns.update(zip(self._own, pieces, strict=True))
-        columns.update({f: dense[name] for f, name in self._dense_names.items()})
-        return torch.cat([columns[f] for f in range(len(self._dims))], dim=1)
 
     @property
     def _dense_names(self) -> dict[int, str]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig as TorchrecEmbeddingBagConfig
 from torchrec.quant.embedding_modules import (
     MODULE_ATTR_CACHE_FEATURES_ORDER,
@@ -17,8 +18,15 @@ from torchrec.quant.embedding_modules import (
 )
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as TorchrecQuantEmbeddingBagCollection
 
-from recemb.torchrec_io.inference.export import Traced
+from recemb.inference.table import QuantizedBackend
+from recemb.spec import TableSpec
+from recemb_kernels.storage import DTYPES, StoredAs, stored_width
 
+_KINDS = {
+    DataType.INT8: StoredAs.TBE_INT8,
+    DataType.FP16: StoredAs.FLOAT16,
+    DataType.FP32: StoredAs.FLOAT32,
+}
 # What torchrec's quant_prep_* functions leave on a module for its from_float.
 _PREPARED = (
     MODULE_ATTR_CACHE_FEATURES_ORDER,
@@ -88,21 +96,35 @@ def empty_dense(
     )
 
 
-def trace_dense(module: nn.Module, traced: Traced) -> dict[str, Tensor]:
-    """The columns of a batch that torch.export is following, by name.
+def in_place(module: nn.Module, tables: Sequence[TableSpec]) -> dict[str, QuantizedBackend] | None:
+    """The module's own weights as tables of the engine's, by name: nothing is copied.
 
-    torchrec's own way there takes a batch in which no bag of these tables holds an id for impossible, and a
-    program so exported refuses it. This one selects the features of each of its TBEs by one op.
+    One look-up then serves compressed and uncompressed tables, where torchrec's module costs a call, and a
+    rearrangement of the batch, of its own.
+
+    Returns:
+        ``None`` when the module is sharded, on another device, or has rows that the engine does not read.
     """
-    dense, columns = cast(Any, module), {}
-    names, features = iter(dense._embedding_names), iter(dense._feature_names)
-    for tbe, tables in zip(dense._emb_modules, dense._key_to_tables.values(), strict=True):
-        own = [next(features) for table in tables for _ in table.feature_names]
-        bags = traced.select(own)
-        pooled = tbe.forward(indices=bags.ids, offsets=bags.offsets, per_sample_weights=bags.weights)
-        dims = [table.embedding_dim for table in tables for _ in table.feature_names]
-        columns.update({next(names): piece for piece in torch.split(pooled, dims, dim=1)})
-    return columns
+    if type(module) is not TorchrecQuantEmbeddingBagCollection:
+        return None
+    specs, found = {table.name: table for table in tables}, {}
+    known = cast(Any, module)
+    for tbe, configs in zip(known._emb_modules, known._key_to_tables.values(), strict=True):
+        whole = tbe.split_embedding_weights_with_scale_bias(0)
+        for config, (rows, *_) in zip(configs, whole, strict=True):
+            if torch.compiler.is_exporting():
+                # What torch.export follows are the module's buffers.
+                rows = known.embedding_bags[config.name].weight
+            kind, spec = _KINDS.get(config.data_type), specs[config.name]
+            if kind is None or not rows.is_cpu or not rows.is_contiguous():
+                return None
+            stored = rows.view(DTYPES[kind])
+            if tuple(stored.shape) != (spec.num_embeddings, stored_width(kind, spec.embedding_dim)):
+                return None
+            table = QuantizedBackend(spec, (spec,), None, kind, torch.device("meta"))
+            cast(Any, table)._parameters["weight"] = stored
+            found[spec.name] = table
+    return found
 
 
 def dense_bytes(module: nn.Module, table: str) -> int:

@@ -13,7 +13,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags, LookupTargets
 from recemb.errors import ConfigError
 from recemb.inference.description import Description
-from recemb.inference.op import checked_ids, look_up, selected, stored_tensors
+from recemb.inference.op import checked_ids, look_up, stored_tensors
 from recemb.spec import TableSpec
 from recemb.torchrec_io.kjt import bags_of_keys
 from recemb_kernels.storage import StoredAs
@@ -67,13 +67,6 @@ class Traced:
         text = self.describe(specs, kinds)
         pooled: Tensor = look_up(stored, self.bags.ids, self.bags.offsets, self.bags.weights, text)
         return pooled
-
-    def select(self, features: Sequence[str]) -> Bags:
-        """The bags of some features, in the order given."""
-        bags = self.bags
-        positions = [self.keys.index(feature) for feature in features]
-        ids, offsets, weights = selected(bags.ids, bags.offsets, bags.weights, len(self.keys), positions)
-        return Bags(ids, offsets, len(features), None if bags.weights is None else weights)
 
     def describe(self, specs: Sequence[TableSpec], kinds: Mapping[str, StoredAs]) -> str:
         """The text that says what is looked up."""

@@ -29,11 +29,11 @@ def shard_quant_model(
     """Shard a quantised model's uncompressed tables by torchrec's quant sharder; replicate the others.
 
     torchrec's function of that name, on models of :func:`recemb.torchrec_io.quantize_embeddings`. It differs
-    in three ways. With ``compute_device="cpu"`` it has torchrec place tables where it is told, which otherwise
-    has "cuda" written in. Unless ``sharding_device`` is "meta" the sharded tables hold the weights that the
-    model had; torchrec leaves them to be loaded. And half-precision tables, which torchrec's default sharders
-    fail on, get one that takes them. Compressed tables have no plan: they stay in their collection, on its
-    device.
+    in three ways. With ``compute_device="cpu"`` it has torchrec place tables where it is told, which
+    otherwise has "cuda" written in. Unless ``sharding_device`` is "meta" the sharded tables hold the weights
+    that the model had; torchrec leaves them to be loaded. And half-precision tables, which torchrec's default
+    sharders fail on, get one that takes them. Compressed tables have no plan: they stay in their collection,
+    on its device.
 
     Column-wise sharding of int8 tables needs their scales apart from their weights: call torchrec's
     ``quant_prep_enable_quant_state_dict_split_scale_bias_for_types(model, [EmbeddingBagCollection])`` before
