@@ -152,9 +152,7 @@ def build_models(tables: Sequence[int], methods: Sequence[str], rate: float) -> 
     plain = torchrec.EmbeddingBagCollection(tables=to_configs(specs))
     collections: dict[str, nn.Module] = {"uncompressed float32": plain}
     collections[_BASELINE] = torchrec_quantize(nn.ModuleList([plain]), torch.qint8, inplace=False)[0]
-    num_bytes = {
-        case: sum(map(_stored, module.state_dict().values())) for case, module in collections.items()
-    }
+    num_bytes = {case: _stored(module) for case, module in collections.items()}
     for method in methods:
         trained = EmbeddingBagCollection(to_configs(compress(specs, method, rate).tables))
         for kind in _TYPES:

@@ -98,7 +98,8 @@ def read_rows(stored: Tensor, kind: StoredAs, width: int) -> Tensor:
 def scales_and_biases(stored: Tensor, kind: StoredAs = StoredAs.INT8) -> tuple[Tensor, Tensor]:
     """[rows, 1] float32 each, of a parameter in bytes."""
     where = slice(INT8_EXTRA) if kind is StoredAs.TBE_INT8 else slice(-INT8_EXTRA, None)
-    both = stored[:, where].contiguous().view(torch.float16).float()
+    # A copy: halves begin at an even byte.
+    both = stored[:, where].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
     return both[:, :1], both[:, 1:]
 
 

@@ -2,6 +2,13 @@
 
 It is a backend like the one it comes from, so that the engine looks it up in the same calls: kernels on the
 CPU widen the rows they read. Where there are none, plain torch widens the rows that a batch touches.
+
+Every method's row f(p) is multilinear in its parameters, with coefficients 1 or -1. So where each weight p is
+read within d of it (:mod:`recemb.inference.rows`), a row is off by at most
+
+    | f(|p| + d) - f(|p|) |
+
+element by element, and a bag by the sum of that over its rows, times their weights.
 """
 
 from __future__ import annotations
