@@ -145,6 +145,14 @@ class GatherOp(Generic[_S]):
         """
         return cast(Tensor, self._op(list(parameters), ids, offsets, weights, batch_size, tables, features))
 
+    def stored_kernel(self, shape: _S, stored: Stored) -> TableKernel:
+        """The kernel of parameters that train, or are stored for inference.
+
+        Raises:
+            KernelUnavailableError: it cannot be compiled here.
+        """
+        return self.kernel(shape, stored) if stored else self.kernel(shape)
+
     def family(self) -> type[Family[Any]]:
         """The kernels for GPU.
 
@@ -259,7 +267,7 @@ def make_group(
     """
     codes = [FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)]
     if device.type == "cpu":
-        kernels = [op.kernel(shape, stored) for op, shape, stored in tables]
+        kernels = [op.stored_kernel(shape, stored) for op, shape, stored in tables]
         return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
     families = [(op.family(), shape) for op, shape, _ in tables]
     # After the families, which say what is missing.

@@ -45,7 +45,7 @@ def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
 
 
 def _compiled(shape: TableShape) -> bool:
-    kernel = partial(shape.op.kernel, shape.shape, shape.stored)
+    kernel = partial(shape.op.stored_kernel, shape.shape, shape.stored)
     return attempt(shape.op.name, kernel, (shape.shape, *shape.stored)) is not None
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.fused_params import FUSED_PARAM_QUANT_STATE_DICT_SPLIT_SCALE_BIAS
 from torchrec.distributed.global_settings import set_propogate_device
-from torchrec.distributed.types import ShardedTensor, ShardingPlan
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.types import ShardedTensor, ShardingPlan, ShardingType
 from torchrec.inference import modules as torchrec_inference
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from recemb.errors import ConfigError
 from recemb.torchrec_io.inference.collection import QuantEmbeddingBagCollection
 
 _Weights = dict[str, Tensor]
+_ROW_WISE = {
+    ShardingType.ROW_WISE.value,
+    ShardingType.TABLE_ROW_WISE.value,
+    ShardingType.GRID_SHARD.value,
+}
 
 
 def shard_quant_model(
@@ -37,17 +44,20 @@ def shard_quant_model(
 
     Column-wise sharding of int8 tables needs their scales apart from their weights: call torchrec's
     ``quant_prep_enable_quant_state_dict_split_scale_bias_for_types(model, [EmbeddingBagCollection])`` before
-    they are quantised. torchrec shards half-precision tables table-wise only.
+    they are quantised. torchrec shards half-precision tables table-wise only, and adds up the means of parts
+    where it splits the rows of a table with mean pooling, so that is refused.
 
     Args:
         model: the model, not a collection by itself; it is changed in place, as torchrec does.
         world_size: devices to shard over, in this process.
         compute_device: "cuda" or "cpu".
         sharding_device: where tables are made; "meta" for weights that are loaded later.
-        options: torchrec's other arguments: ``sharders``, ``constraints``, ``sharding_plan``, ...
+        options: torchrec's other arguments: ``sharders``, ``constraints`` (tables without one are placed
+            whole), ``sharding_plan``, ...
 
     Raises:
-        ConfigError: the model is a collection itself, or a constraint names a compressed table.
+        ConfigError: the model is a collection itself, a constraint names a compressed table, or a constraint
+            or a plan splits the rows of one with mean pooling. Nothing has changed by then.
     """
     found = {
         path: module
@@ -58,15 +68,12 @@ def shard_quant_model(
         raise ConfigError(
             "torchrec replaces tables within a model, and this is a collection; wrap it in a module"
         )
-    for path, module in found.items():
-        for table in sorted(set(options.get("constraints") or ()) & set(module.embedding_bags)):
-            raise ConfigError(
-                f"table {table!r} of {path!r} is compressed, and replicated: torchrec's quant sharder takes "
-                "uncompressed tables only; remove it from the constraints"
-            )
+    dense = {path: module.dense for path, module in found.items() if module.dense is not None}
+    if options.get("constraints"):
+        options["constraints"] = _checked(options["constraints"], found, world_size)
+    _check_plan(options.get("sharding_plan"), found)
     if compute_device == "cpu":
         set_propogate_device(True)
-    dense = {path: module.dense for path, module in found.items() if module.dense is not None}
     # Bytes come with scales and biases, which torchrec's default has apart from them; other types have none.
     apart = all(_all_bytes(tables) for tables in dense.values())
     if not options.get("sharders") and not apart:
@@ -79,6 +86,51 @@ def shard_quant_model(
         for path, held in weights.items():
             _fill(cast(nn.Module, sharded.get_submodule(path).dense), held)
     return sharded, plan
+
+
+def _checked(
+    constraints: Mapping[str, ParameterConstraints],
+    found: Mapping[str, QuantEmbeddingBagCollection],
+    world_size: int,
+) -> dict[str, ParameterConstraints]:
+    """The constraints, with one for every uncompressed table."""
+    whole = ParameterConstraints(
+        sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.QUANT.value]
+    )
+    complete = dict(constraints)
+    for path, module in found.items():
+        for config in module.embedding_bag_configs():
+            name = config.name
+            if name in constraints and name in module.embedding_bags:
+                raise ConfigError(
+                    f"table {name!r} of {path!r} is compressed, and replicated: torchrec's quant sharder "
+                    "takes uncompressed tables only; remove it from the constraints"
+                )
+            if name in module.embedding_bags:
+                continue
+            types = complete.setdefault(name, whole).sharding_types
+            splits = bool(_ROW_WISE & set(types or _ROW_WISE))
+            if world_size > 1 and splits and config.pooling == PoolingType.MEAN:
+                raise _splits_means(name)
+    return complete
+
+
+def _check_plan(plan: ShardingPlan | None, found: Mapping[str, QuantEmbeddingBagCollection]) -> None:
+    for path, module in found.items():
+        placed = {} if plan is None else plan.plan.get(f"{path}.dense", {})
+        for config in module.embedding_bag_configs():
+            where = placed.get(config.name)
+            if where is None or config.pooling != PoolingType.MEAN or len(where.ranks or ()) < 2:
+                continue
+            if where.sharding_type in _ROW_WISE:
+                raise _splits_means(config.name)
+
+
+def _splits_means(table: str) -> ConfigError:
+    return ConfigError(
+        f"table {table!r} has mean pooling and may be split by rows, where torchrec's quantised look-up adds "
+        "up the means of the parts; allow sharding_types=['table_wise'] or ['column_wise'] only"
+    )
 
 
 def _all_bytes(dense: nn.Module) -> bool:
