@@ -46,7 +46,8 @@ def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
 
 def _compiled(shape: TableShape) -> bool:
     kernel = partial(shape.op.stored_kernel, shape.shape, shape.stored)
-    return attempt(shape.op.name, kernel, (shape.shape, *shape.stored)) is not None
+    what = (shape.shape, *shape.stored) if shape.stored else shape.shape
+    return attempt(shape.op.name, kernel, what) is not None
 
 
 @dataclass(frozen=True, eq=False)

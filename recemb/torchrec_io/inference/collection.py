@@ -176,7 +176,8 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         tables = self._tables()
         if tables is None:
             raise ConfigError(
-                "torch.export takes quantised collections on the CPU that are not sharded; export, then shard"
+                "torch.export takes quantised collections that are on the CPU and not sharded; export one "
+                "that is"
             )
         traced = Traced.of(features, self._targets, self._is_weighted)
         kinds = {name: cast(QuantizedBackend, table).asked for name, table in tables.items()}

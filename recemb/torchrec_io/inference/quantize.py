@@ -30,7 +30,7 @@ def quantize_embeddings(
     by itself too.
 
     Args:
-        module: a model, or a collection.
+        module: a model, or a collection, on the device that it is to serve on: torchrec's tables do not move.
         dtype: ``torch.int8`` (or ``torch.qint8``), ``torch.float16``, or ``torch.float32``.
         inplace: change the model itself rather than a copy.
         additional_qconfig_spec_keys: further types of modules to quantise.
