@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recemb_kernels.build import KernelUnavailableError
 from recemb_kernels.digit_tree.group import MICRO_BATCH_ROWS, Batch, FeatureCode, Group, TableKernel
+from recemb_kernels.storage import Stored
 from recemb_kernels.update import Update
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class GatherOp(Generic[_S]):
         name: the op's name.
         encode: a table's shape as numbers.
         decode: turns the flat code of several tables back into their shapes.
-        kernel: compiles the kernel of one shape.
+        kernel: compiles the kernel of one shape, and of how its parameters are stored when that is given
+            (:mod:`recemb_kernels.storage`), which then looks up only.
         family: where the kernels for GPU are, ``module:class``; imported when first asked for.
     """
 
@@ -97,7 +99,7 @@ class GatherOp(Generic[_S]):
         name: str,
         encode: Callable[[Sequence[_S]], tuple[int, ...]],
         decode: Callable[[tuple[int, ...]], Sequence[_S]],
-        kernel: Callable[[_S], TableKernel],
+        kernel: Callable[..., TableKernel],
         family: str,
     ) -> None:
         self.name, self._family = name, family
@@ -143,6 +145,14 @@ class GatherOp(Generic[_S]):
         """
         return cast(Tensor, self._op(list(parameters), ids, offsets, weights, batch_size, tables, features))
 
+    def stored_kernel(self, shape: _S, stored: Stored) -> TableKernel:
+        """The kernel of parameters that train, or are stored for inference.
+
+        Raises:
+            KernelUnavailableError: it cannot be compiled here.
+        """
+        return self.kernel(shape, stored) if stored else self.kernel(shape)
+
     def family(self) -> type[Family[Any]]:
         """The kernels for GPU.
 
@@ -161,7 +171,7 @@ class GatherOp(Generic[_S]):
     def _make_group(
         self, tables: tuple[int, ...], features: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> PooledGroup:
-        shapes = [(self, shape) for shape in self._decode(tables)]
+        shapes = [(self, shape, ()) for shape in self._decode(tables)]
         return make_group(shapes, features, device, [dtype] * len(shapes))
 
     def _group_of(self, parameters: list[Tensor], tables: list[int], features: list[int]) -> PooledGroup:
@@ -236,14 +246,14 @@ def make_batch(
 
 
 def make_group(
-    tables: Sequence[tuple[GatherOp[Any], Any]],
+    tables: Sequence[tuple[GatherOp[Any], Any, Stored]],
     features: Sequence[int],
     device: torch.device,
     dtypes: Sequence[torch.dtype],
     refusal: Callable[[], Exception] | None = None,
     micro_batch_rows: int | None = None,
 ) -> PooledGroup:
-    """Group tables, given as (op, shape), by the kernels of one device.
+    """Group tables, given as (op, shape, how they are stored), by the kernels of one device.
 
     Args:
         features: (table, is mean, key base) per feature, flat.
@@ -257,9 +267,9 @@ def make_group(
     """
     codes = [FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)]
     if device.type == "cpu":
-        kernels = [op.kernel(shape) for op, shape in tables]
+        kernels = [op.stored_kernel(shape, stored) for op, shape, stored in tables]
         return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
-    families = [(op.family(), shape) for op, shape in tables]
+    families = [(op.family(), shape) for op, shape, _ in tables]
     # After the families, which say what is missing.
     from recemb_kernels.triton_frame import family, group
 

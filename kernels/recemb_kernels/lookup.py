@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -16,15 +16,20 @@ from torch.autograd.function import once_differentiable
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.gather_op import GatherOp, PooledGroup, make_group
 from recemb_kernels.native import attempt
+from recemb_kernels.storage import Stored
 from recemb_kernels.update import Step, is_stepped
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """One table: the op whose kernel serves it, and its shape in that op's terms."""
+    """One table: the op whose kernel serves it, and its shape in that op's terms.
+
+    ``stored`` says how its parameters are stored for inference, on the CPU; none when they are float32.
+    """
 
     op: GatherOp[Any]
     shape: Any
+    stored: Stored = ()
 
 
 def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
@@ -40,7 +45,9 @@ def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
 
 
 def _compiled(shape: TableShape) -> bool:
-    return attempt(shape.op.name, lambda: shape.op.kernel(shape.shape), shape.shape) is not None
+    kernel = partial(shape.op.stored_kernel, shape.shape, shape.stored)
+    what = (shape.shape, *shape.stored) if shape.stored else shape.shape
+    return attempt(shape.op.name, kernel, what) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +76,7 @@ class Lookup:
         device, dtypes = parameters[0][0].device, tuple(table[0].dtype for table in parameters)
         known = self._groups.get((device, dtypes))
         if known is None:
-            tables = [(table.op, table.shape) for table in self.tables]
+            tables = [(table.op, table.shape, table.stored) for table in self.tables]
             known = make_group(tables, self.features, device, dtypes, self.refusal, self.micro_batch_rows)
             self._groups[device, dtypes] = known
         return known
@@ -85,7 +92,8 @@ class Lookup:
         """Pool a batch of F features, [B, sum of D over the features].
 
         Args:
-            parameters: each table's, contiguous: float32 on CPU, float32, bfloat16 or float16 on GPU.
+            parameters: each table's, contiguous: float32 or as ``stored`` says on CPU, float32, bfloat16 or
+                float16 on GPU.
             batch: the bags, their ids already checked against the tables' rows.
             weights: the batch's weights as autograd knows them.
             steps: per table, the optimizer step to take in the backward in place of gradients.

@@ -71,6 +71,8 @@ class Backend(nn.Module, ABC):
     """
 
     compression_type: ClassVar[type[Compression]]
+    # Whether column k of ``map_ids`` is a row of parameter k: a look-up can then do with the rows it touches.
+    slots_are_rows: ClassVar[bool] = False
     # Whether training takes the native kernels only for a fused optimizer.
     native_when_fused: ClassVar[bool] = False
 
@@ -197,6 +199,11 @@ class Backend(nn.Module, ABC):
         own = (self._owner[0] if self._owner else self)._parameters
         return {name: parameter for name, parameter in own.items() if parameter is not None}
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of what :meth:`rows` gives."""
+        return next(iter(self.own_parameters().values())).dtype
+
     @torch.no_grad()
     def to_dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` .. ``stop`` - 1 as a dense [stop - start, D] tensor, rebuilt block by block.
@@ -216,14 +223,14 @@ class Backend(nn.Module, ABC):
                 "to_empty(device=...) and reset_parameters() or load a checkpoint first"
             )
         dense = torch.empty(
-            stop - start, self.table.embedding_dim, dtype=parameter.dtype, device=parameter.device
+            stop - start, self.table.embedding_dim, dtype=self.row_dtype, device=parameter.device
         )
         for first, last in self.row_blocks(start, stop):
             ids = torch.arange(first, last, device=parameter.device)
             dense[first - start : last - start] = self.rows(self.map_ids(ids))
         if self.cache is not None:
             slots = ((self.cache.ids >= start) & (self.cache.ids < stop)).nonzero().flatten()
-            dense[self.cache.ids[slots] - start] = self.cache.weight[slots].to(dense.dtype)
+            dense[self.cache.ids[slots] - start] = self.cache.rows(slots[:, None]).to(dense.dtype)
         return dense
 
     def from_dense(self, weight: Tensor) -> None:

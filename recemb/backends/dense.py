@@ -22,6 +22,7 @@ class DenseBackend(Backend):
     """weight [N, D]; slot = id."""
 
     compression_type = Dense
+    slots_are_rows = True
     # With a fused optimizer no gradient of N x D is made. Without one, plain torch: the same bits as
     # nn.EmbeddingBag, and a gradient for the user's own optimizer.
     native_when_fused = True

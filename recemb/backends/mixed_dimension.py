@@ -43,6 +43,7 @@ class MixedDimensionBackend(Backend):
     """e [N, d] and p [d, D]; slot = id."""
 
     compression_type = MixedDimension
+    slots_are_rows = True
     e: nn.Parameter
     p: nn.Parameter
 

@@ -16,6 +16,7 @@ from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
 from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Lookup, available
+from recemb_kernels.storage import DTYPES, Stored, StoredAs
 from recemb_kernels.update import Step
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class _Prepared:
         owners: position of the table that owns each storage, or of one of its peers.
         device: of the first table; the kernels serve those that lie there too.
         available: per storage, whether a kernel serves it.
+        stored: per storage, how its parameters are stored.
         fused: per storage, its optimizers' update.
         lookup: the call for all of them, or ``None`` when a kernel is missing.
     """
@@ -47,6 +49,7 @@ class _Prepared:
     owners: list[int]
     device: torch.device
     available: list[bool]
+    stored: list[Stored]
     fused: list[FusedUpdate]
     lookup: Lookup | None
 
@@ -85,7 +88,7 @@ def pooled_native(
     weights = None if bags.weights is None else bags.weights.float()
     parameters = [storage.parameters for storage in storages]
     if torch.compiler.is_compiling():
-        if len({table.op.name for table in lookup.tables}) > 1:
+        if len({table.op.name for table in lookup.tables}) > 1 or any(prepared.stored):
             return None
         return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
     steps = [storage.step for storage in storages]
@@ -121,14 +124,17 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     training = torch.is_grad_enabled()
     ask = training and not torch.compiler.is_compiling()
     found = []
-    for at, fits, fused in zip(prepared.owners, prepared.available, prepared.fused, strict=True):
+    for at, fits, stored, fused in zip(
+        prepared.owners, prepared.available, prepared.stored, prepared.fused, strict=True
+    ):
         owner = owner_of(tables[at])
         own = list(owner.own_parameters().values())
         native = fits
-        for parameter in own:
+        kinds = stored or (StoredAs.FLOAT32,) * len(own)
+        for parameter, kind in zip(own, kinds, strict=True):
             # A fused update writes to the parameters: contiguous copies would take it in their place.
-            if parameter.device != prepared.device or not (_fits(parameter) and parameter.is_contiguous()):
-                native = False
+            readable = _fits(parameter, kind) and parameter.is_contiguous()
+            native = native and readable and parameter.device == prepared.device
         step = fused.of(own) if ask and native else None
         if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
@@ -163,17 +169,18 @@ def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> 
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
     lookup = Lookup(whole, features, refusal, micro_batch_rows) if all(fits) else None
-    if compiling:
-        return _Prepared([], first, device, fits, [FusedUpdate() for _ in owners], lookup)
-    made = _Prepared([ref(t) for t in tables], first, device, fits, [FusedUpdate() for _ in owners], lookup)
-    memo[key] = made
+    stored = [() if shape is None else shape.stored for shape in shapes]
+    seen = [] if compiling else [ref(table) for table in tables]
+    made = _Prepared(seen, first, device, fits, stored, [FusedUpdate() for _ in owners], lookup)
+    if not compiling:
+        memo[key] = made
     return made
 
 
-def _fits(parameter: Tensor) -> bool:
+def _fits(parameter: Tensor, kind: StoredAs) -> bool:
     """Whether the kernels of its device read its type, and can read 16 bytes at once."""
     if parameter.is_cpu:
-        return parameter.dtype is torch.float32
+        return parameter.dtype is DTYPES[kind]
     return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % 16 == 0
 
 

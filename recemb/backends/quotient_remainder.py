@@ -35,6 +35,7 @@ class QuotientRemainderBackend(Backend):
     """q [ceil(N/c), D_q] and r [c, D_r]; D_q = D_r = D, or D_q + D_r = D under ``concat``."""
 
     compression_type = QuotientRemainder
+    slots_are_rows = True
     q: nn.Parameter
     r: nn.Parameter
 

@@ -30,6 +30,7 @@ class TensorTrainBackend(Backend):
     """core_0 .. core_{d-1} of shape [p_k, R_{k-1} * q_k * R_k]; slots are the digits of the id."""
 
     compression_type = TensorTrain
+    slots_are_rows = True
 
     @classmethod
     def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from recemb.stack import check_stack
 
 if TYPE_CHECKING:
+    from recemb.torchrec_io.inference.collection import QuantEmbeddingBagCollection
+    from recemb.torchrec_io.inference.quantize import quantize_embeddings
+    from recemb.torchrec_io.inference.shard import shard_quant_model
     from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
     from recemb.torchrec_io.sharding.sharder import EmbeddingBagCollectionSharder, get_sharders
 
@@ -18,11 +21,21 @@ check_stack()
 
 _HOME = {
     "EmbeddingBagCollectionSharder": "recemb.torchrec_io.sharding.sharder",
+    "QuantEmbeddingBagCollection": "recemb.torchrec_io.inference.collection",
     "ShardedEmbeddingBagCollection": "recemb.torchrec_io.sharding.module",
     "get_sharders": "recemb.torchrec_io.sharding.sharder",
+    "quantize_embeddings": "recemb.torchrec_io.inference.quantize",
+    "shard_quant_model": "recemb.torchrec_io.inference.shard",
 }
 
-__all__ = ["EmbeddingBagCollectionSharder", "ShardedEmbeddingBagCollection", "get_sharders"]
+__all__ = [
+    "EmbeddingBagCollectionSharder",
+    "QuantEmbeddingBagCollection",
+    "ShardedEmbeddingBagCollection",
+    "get_sharders",
+    "quantize_embeddings",
+    "shard_quant_model",
+]
 
 
 def __getattr__(name: str) -> Any:

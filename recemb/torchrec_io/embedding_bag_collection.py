@@ -105,6 +105,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         Raises:
             BatchError: names table, feature, sample and value; nothing has been computed by then.
         """
+        if torch.compiler.is_exporting():
+            return self._exported(features)
         ahead = self._ahead.pop(id(features), None) if self._ahead else None
         bags, inverse = ahead[1] if ahead and ahead[0] is features else self._bags(features)
         pooled = self._engine(self.embedding_bags, bags).float()
@@ -113,6 +115,19 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
             pooled = torch.cat([piece[rows] for piece, rows in zip(pieces, inverse, strict=True)], dim=1)
         return KeyedTensor(
             keys=self._embedding_names, values=pooled, length_per_key=self._lengths_per_embedding
+        )
+
+    def _exported(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """The look-up as torch.export records it: ids are checked in the program too."""
+        # Its ops are registered when a program is exported, or loaded.
+        from recemb.torchrec_io.inference.export import Traced
+
+        traced = Traced.of(maybe_td_to_kjt(features, None), self._engine.targets, self._is_weighted)
+        tables = {config.name: self._backend(config.name) for config in self._embedding_bag_configs}
+        return KeyedTensor(
+            keys=self._embedding_names,
+            values=traced.look_up(self._specs, tables, {}),
+            length_per_key=self._lengths_per_embedding,
         )
 
     def prefetch(self, features: KeyedJaggedTensor) -> None:

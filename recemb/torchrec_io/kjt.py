@@ -31,7 +31,7 @@ def bags_from_kjt(
     """
     keys = features.keys()
     in_order = keys == targets.features
-    bags = _bags_of_keys(features, keys, targets, is_weighted)
+    bags = bags_of_keys(features, keys, targets, is_weighted)
     if in_order:  # the engine checks
         return bags, _inverse_indices(features, keys, targets)
     owner = {target.feature: target for target in targets}
@@ -53,7 +53,7 @@ def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: 
         BatchError: as :func:`bags_from_kjt` and :func:`recemb.bags.check_bags`; nothing is copied before.
     """
     keys = features.keys()
-    bags = _bags_of_keys(features, keys, targets, is_weighted)
+    bags = bags_of_keys(features, keys, targets, is_weighted)
     _inverse_indices(features, keys, targets)
     if keys == targets.features:
         check_bags(bags, targets)
@@ -72,10 +72,14 @@ def padded_offsets(features: KeyedJaggedTensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), padded.flatten().cumsum(0)])
 
 
-def _bags_of_keys(
+def bags_of_keys(
     features: KeyedJaggedTensor, keys: Sequence[str], targets: LookupTargets, is_weighted: bool
 ) -> Bags:
-    """All of a batch, in the order of its keys."""
+    """All of a batch, in the order of its keys; its numbers are not looked at.
+
+    Raises:
+        BatchError: duplicate or missing keys, wrong dtypes or sizes, missing weights.
+    """
     if keys != targets.features or len(set(keys)) < len(keys):
         _check_keys(keys, targets)
     values = features.values()

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "recemb_bags.h"
+#include "recemb_storage.h"
 #include "recemb_tree.h"
 #include "recemb_vector.h"
 
@@ -41,7 +42,8 @@ struct Sizes {
   static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
   // A slice as multiplied: [K, q, padded R], the last one transposed, [q, padded K].
   static constexpr int PACKED(int l) { return l == LAST ? Q(l) * KP(l) : K(l) * N(l); }
-  static constexpr bool IN_PLACE(int l) { return !MIRRORED && l < LAST && R(l) % PAD == 0; }
+  static constexpr bool AS_STORED(int l) { return !MIRRORED && l < LAST && R(l) % PAD == 0; }
+  static constexpr bool IN_PLACE(int l) { return AS_STORED(l) && stored_as(core(l)) == FLOAT32; }
 };
 constexpr int D = Sizes<false>::M(ORDER);
 
@@ -156,8 +158,10 @@ struct Train : Sizes<MIRRORED> {
       const Level& level = table.level[l];
 #pragma omp for schedule(static) nowait
       for (int64_t g = 0; g < level.touched; g++) {
-        const float* slice = table.param[S::core(l)] + int64_t{level.digit[g]} * S::WIDTH(l);
         float* to = packed[l] + g * S::PACKED(l);
+        float* room = S::AS_STORED(l) ? to : scratch(0);
+        const float* slice = read_row<S::core(l), S::WIDTH(l)>(table.param[S::core(l)], level.digit[g], room);
+        if (S::AS_STORED(l)) continue;
         if (S::PACKED(l) > S::WIDTH(l)) std::fill(to, to + S::PACKED(l), 0.0f);
         each_element<l>([&](int p, int s) { to[p] = slice[s]; });
       }

@@ -20,6 +20,7 @@ from pathlib import Path
 from recemb_kernels.build import load
 from recemb_kernels.digit_tree.group import TableKernel
 from recemb_kernels.gather_op import GatherOp
+from recemb_kernels.storage import Stored, constants_of
 
 __all__ = ["MAX_RADIX", "Operation", "RowShape", "encode", "pooled_gather"]
 
@@ -67,10 +68,10 @@ def _decode(flat: tuple[int, ...]) -> list[RowShape]:
     return shapes
 
 
-def _kernel(shape: RowShape) -> TableKernel:
+def _kernel(shape: RowShape, stored: Stored = ()) -> TableKernel:
     left, right = (shape.widths * 2)[:2]
     return TableKernel(
-        library=_library(shape.operation, left, right),
+        library=_library(shape.operation, left, right, stored),
         dim=shape.dim,
         # The rows of a projection are its own, not digits of an id.
         radices=shape.rows[:1] if shape.operation == Operation.PROJECT else shape.rows,
@@ -79,8 +80,9 @@ def _kernel(shape: RowShape) -> TableKernel:
 
 
 @cache
-def _library(operation: Operation, left: int, right: int) -> ctypes.CDLL:
-    constants = {"OPERATION": int(operation), "LEFT": left, "RIGHT": right}
+def _library(operation: Operation, left: int, right: int, stored: Stored) -> ctypes.CDLL:
+    sizes = {"OPERATION": int(operation), "LEFT": left, "RIGHT": right}
+    constants: dict[str, int | str] = {**sizes, **constants_of(stored)}
     return load("pooled_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 

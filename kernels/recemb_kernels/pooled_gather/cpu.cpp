@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "recemb_bags.h"
+#include "recemb_storage.h"
 #include "recemb_tree.h"
 #include "recemb_vector.h"
 
@@ -18,6 +19,7 @@ namespace {
 enum { ROW = 0, MULTIPLY = 1, ADD = 2, CONCATENATE = 3, PROJECT = 4 };
 constexpr bool PAIR = OPERATION == MULTIPLY || OPERATION == ADD || OPERATION == CONCATENATE;
 constexpr int W = OPERATION == CONCATENATE ? LEFT + RIGHT : LEFT;  // a row before pooling
+constexpr int PROJECTION = OPERATION == PROJECT;  // its parameter; 0 where there is none
 constexpr int64_t CHUNK = 256;  // bags of one partial sum of the projection's gradient
 
 const float* row_of(const Table* table, int k, int64_t row) {
@@ -25,17 +27,20 @@ const float* row_of(const Table* table, int k, int64_t row) {
 }
 
 void ask(const Table* table, int64_t key) {
-  prefetch_row(row_of(table, 0, PAIR ? key / table->code->radix[1] : key), LEFT);
+  prefetch_stored(table->param[0], 0, LEFT, PAIR ? key / table->code->radix[1] : key);
 }
 
 // sum[W] += w * row
 void add_row(const Table* table, int64_t key, float w, float* sum) {
   if constexpr (!PAIR) {
-    const float* row = row_of(table, 0, key);
+    float room[LEFT];
+    const float* row = read_row<0, LEFT>(table->param[0], key, room);
     for (int j = 0; j < W; j++) sum[j] += w * row[j];
   } else {
     const int64_t c = table->code->radix[1];
-    const float *q = row_of(table, 0, key / c), *r = row_of(table, 1, key % c);
+    float rooms[LEFT + RIGHT];
+    const float* q = read_row<0, LEFT>(table->param[0], key / c, rooms);
+    const float* r = read_row<1, RIGHT>(table->param[1], key % c, rooms + LEFT);
     if constexpr (OPERATION == MULTIPLY)
       for (int j = 0; j < W; j++) sum[j] += w * (q[j] * r[j]);
     else if constexpr (OPERATION == ADD)
@@ -49,9 +54,11 @@ void add_row(const Table* table, int64_t key, float w, float* sum) {
 
 // out[RIGHT] = narrow[LEFT] P
 void project(const Table* table, const float* narrow, float* out) {
-  float sum[RIGHT] = {};
-  for (int k = 0; k < LEFT; k++)
-    for (int j = 0; j < RIGHT; j++) sum[j] += narrow[k] * table->param[1][k * RIGHT + j];
+  float sum[RIGHT] = {}, room[RIGHT];
+  for (int k = 0; k < LEFT; k++) {
+    const float* row = read_row<PROJECTION, RIGHT>(table->param[PROJECTION], k, room);
+    for (int j = 0; j < RIGHT; j++) sum[j] += narrow[k] * row[j];
+  }
   std::copy(sum, sum + RIGHT, out);
 }
 
@@ -205,4 +212,4 @@ void backward(const Table* table, const Call* call) {
 
 }  // namespace
 
-extern "C" Functions recemb_kernel = {kept, spare, forward, backward};
+extern "C" Functions recemb_kernel = {kept, spare, forward, TRAINS ? backward : nullptr};

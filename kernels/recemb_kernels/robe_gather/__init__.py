@@ -18,6 +18,7 @@ from pathlib import Path
 from recemb_kernels.build import load
 from recemb_kernels.digit_tree.group import Plan, TableKernel
 from recemb_kernels.gather_op import GatherOp
+from recemb_kernels.storage import Stored, constants_of
 
 __all__ = ["RobeShape", "encode", "robe_gather"]
 
@@ -83,9 +84,9 @@ def _decode(flat: tuple[int, ...]) -> list[RobeShape]:
     return shapes
 
 
-def _kernel(shape: RobeShape) -> TableKernel:
+def _kernel(shape: RobeShape, stored: Stored = ()) -> TableKernel:
     return TableKernel(
-        library=_library(shape.dim, shape.block_size, shape.signed),
+        library=_library(shape.dim, shape.block_size, shape.signed, stored),
         dim=shape.dim,
         # Keys are not digits: blocks are grouped by hashed place, in the kernel.
         radices=(0,),
@@ -101,8 +102,9 @@ def _kernel(shape: RobeShape) -> TableKernel:
 
 
 @cache
-def _library(dim: int, block_size: int, signed: bool) -> ctypes.CDLL:
-    constants = {"DIM": dim, "BLOCK": block_size, "SIGNED": int(signed)}
+def _library(dim: int, block_size: int, signed: bool, stored: Stored) -> ctypes.CDLL:
+    sizes = {"DIM": dim, "BLOCK": block_size, "SIGNED": int(signed)}
+    constants: dict[str, int | str] = {**sizes, **constants_of(stored)}
     return load("robe_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 

@@ -9,6 +9,7 @@
 
 #include "recemb_bags.h"
 #include "recemb_sort.h"
+#include "recemb_storage.h"
 #include "recemb_tree.h"
 
 using namespace recemb;
@@ -65,12 +66,28 @@ struct Hash {
 
 constexpr int length_of(int b) { return b + 1 < BLOCKS ? Z : D - b * Z; }
 
+// sum[length] += factor * the weights from `start` on: the end of one array row, as stored, and the begin of the next.
+void add_stored_block(const Table* table, int64_t start, int length, float factor, float* sum) {
+  float room[2 * Z];
+  const int64_t row = start / Z, count = table->code->constants[0];
+  const int first = static_cast<int>(start % Z), here = std::min(length, Z - first);
+  const float* from = read_row<0, Z>(table->param[0], row, room) + first;
+  for (int j = 0; j < here; j++) sum[j] += factor * from[j];
+  if (here == length) return;
+  from = read_row<0, Z>(table->param[0], row + 1 == count ? 0 : row + 1, room + Z);
+  for (int j = here; j < length; j++) sum[j] += factor * from[j - here];
+}
+
 // sum[D] += w * row
 void add_row(const Table* table, const Hash& hash, int64_t t, int64_t key, float w, float* sum) {
   int64_t start[BLOCKS];
   float sign[BLOCKS];
   hash.place(t, key, start, sign);
   for (int b = 0; b < BLOCKS; b++) {
+    if constexpr (!TRAINS) {
+      add_stored_block(table, start[b], length_of(b), w * sign[b], sum + b * Z);
+      continue;
+    }
     const int64_t here = std::min<int64_t>(length_of(b), static_cast<int64_t>(hash.size.m) - start[b]);
     const float* from = table->param[0] + start[b];
     const float factor = w * sign[b];
@@ -227,4 +244,4 @@ void backward(const Table* table, const Call* call) {
 
 }  // namespace
 
-extern "C" Functions recemb_kernel = {kept, spare, forward, backward};
+extern "C" Functions recemb_kernel = {kept, spare, forward, TRAINS ? backward : nullptr};

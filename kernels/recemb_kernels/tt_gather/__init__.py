@@ -18,6 +18,7 @@ from pathlib import Path
 from recemb_kernels.build import load
 from recemb_kernels.digit_tree.group import MAX_ORDER, Plan, TableKernel
 from recemb_kernels.gather_op import GatherOp
+from recemb_kernels.storage import Stored, constants_of
 
 __all__ = ["MAX_ORDER", "TrainShape", "encode", "tt_gather"]
 
@@ -54,10 +55,10 @@ def _decode(flat: tuple[int, ...]) -> list[TrainShape]:
     return shapes
 
 
-def _kernel(shape: TrainShape) -> TableKernel:
+def _kernel(shape: TrainShape, stored: Stored = ()) -> TableKernel:
     mirrored = TrainShape(shape.row_shape[::-1], shape.dim_shape[::-1], shape.ranks[::-1])
     return TableKernel(
-        library=_library(shape.dim_shape, shape.ranks),
+        library=_library(shape.dim_shape, shape.ranks, stored),
         dim=shape.dim,
         radices=shape.row_shape,
         parameters=len(shape.row_shape),
@@ -76,8 +77,12 @@ def _product_cost(shape: TrainShape) -> tuple[float, ...]:
 
 
 @cache
-def _library(dim_shape: tuple[int, ...], ranks: tuple[int, ...]) -> ctypes.CDLL:
-    constants = {"DIMS": ",".join(map(str, dim_shape)), "RANKS": ",".join(map(str, ranks))}
+def _library(dim_shape: tuple[int, ...], ranks: tuple[int, ...], stored: Stored) -> ctypes.CDLL:
+    constants = {
+        "DIMS": ",".join(map(str, dim_shape)),
+        "RANKS": ",".join(map(str, ranks)),
+        **constants_of(stored),
+    }
     return load("tt_table", [Path(__file__).parent / "cpu.cpp"], constants)
 
 

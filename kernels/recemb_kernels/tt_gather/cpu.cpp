@@ -255,5 +255,7 @@ void backward(const Table* table, const Call* call) {
 
 }  // namespace
 
-extern "C" Functions recemb_kernel = {kept<false>, spare<false>, forward<false>, backward<false>};
-extern "C" Functions recemb_kernel_mirrored = {kept<true>, spare<true>, forward<true>, backward<true>};
+extern "C" Functions recemb_kernel = {kept<false>, spare<false>, forward<false>,
+                                       TRAINS ? backward<false> : nullptr};
+extern "C" Functions recemb_kernel_mirrored = {kept<true>, spare<true>, forward<true>,
+                                                TRAINS ? backward<true> : nullptr};

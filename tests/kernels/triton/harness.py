@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
 from recemb_kernels.gather_op import GatherOp
+from recemb_kernels.storage import Stored
 from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
@@ -357,7 +358,7 @@ def by_triton() -> Iterator[list[TritonGroup]]:
     made: list[TritonGroup] = []
 
     def make(
-        tables: Sequence[tuple[GatherOp[Any], Any]],
+        tables: Sequence[tuple[GatherOp[Any], Any, Stored]],
         features: Sequence[int],
         device: torch.device,
         dtypes: Sequence[torch.dtype],
@@ -367,7 +368,7 @@ def by_triton() -> Iterator[list[TritonGroup]]:
         codes = [
             FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)
         ]
-        families = [(op.family(), shape) for op, shape in tables]
+        families = [(op.family(), shape) for op, shape, _ in tables]
         made.append(TritonGroup(families, codes, device, dtypes, refusal))
         return made[-1]
 

@@ -1,0 +1,1 @@
+"""Look-ups of trained tables: parameters stored in fewer bits, and whole collections as one torch op."""

@@ -1,0 +1,1 @@
+"""Trained collections for serving: quantised in torchrec's idiom, sharded by its quant sharder, exported."""

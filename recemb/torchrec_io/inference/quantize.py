@@ -1,0 +1,63 @@
+"""torchrec's ``quantize_embeddings``, which takes recemb's collections too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torchrec.inference import modules as torchrec_inference
+
+from recemb.inference.rows import kind_of
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.inference.collection import QuantEmbeddingBagCollection
+
+
+def quantize_embeddings(
+    module: nn.Module,
+    dtype: torch.dtype,
+    inplace: bool = False,
+    additional_qconfig_spec_keys: Sequence[type[nn.Module]] | None = None,
+    additional_mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    output_dtype: torch.dtype = torch.float,
+    per_table_weight_dtype: Mapping[str, torch.dtype] | None = None,
+) -> nn.Module:
+    """Replace the collections of a trained model, recemb's and torchrec's, by quantised ones.
+
+    torchrec's function of that name, and of those arguments, leaves recemb's collections as they are without
+    a word, because it looks modules up by their exact type. This one tells it of them, and takes a collection
+    by itself too.
+
+    Args:
+        module: a model, or a collection, on the device that it is to serve on: torchrec's tables do not move.
+        dtype: ``torch.int8`` (or ``torch.qint8``), ``torch.float16``, or ``torch.float32``.
+        inplace: change the model itself rather than a copy.
+        additional_qconfig_spec_keys: further types of modules to quantise.
+        additional_mapping: what becomes of them.
+        output_dtype: of pooled values.
+        per_table_weight_dtype: by table name, where it differs from ``dtype``.
+
+    Raises:
+        ConfigError: compressed parameters cannot be stored so; the model has not changed when it is a copy.
+
+    Example::
+
+        model = quantize_embeddings(model.eval(), dtype=torch.int8)
+        torch.save(model.state_dict(), "served.pt")
+    """
+    kind_of(dtype)
+    mapping: dict[type[nn.Module], type[nn.Module]] = {EmbeddingBagCollection: QuantEmbeddingBagCollection}
+    mapping.update(additional_mapping or {})
+    # Modules are replaced within their parents.
+    whole = nn.ModuleDict({"module": module})
+    done = torchrec_inference.quantize_embeddings(
+        whole,
+        dtype=dtype,
+        inplace=inplace,
+        additional_qconfig_spec_keys=[EmbeddingBagCollection, *(additional_qconfig_spec_keys or ())],
+        additional_mapping=mapping,
+        output_dtype=output_dtype,
+        per_table_weight_dtype=dict(per_table_weight_dtype) if per_table_weight_dtype else None,
+    )
+    return cast(nn.Module, cast(Any, done)["module"])
