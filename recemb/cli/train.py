@@ -44,8 +44,14 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         "dcn_low_rank_dim": ("N", "rank of the cross layers (default 512)"),
     },
     "training": {
-        "batch_size": ("B", "training batch (default 512)"),
-        "test_batch_size": ("B", "batch of evaluations (default 4096 or batch_size, the larger)"),
+        "batch_size": (
+            "B",
+            "training batch of each rank (default 512): under torchrun with W ranks a step takes W x B rows",
+        ),
+        "test_batch_size": (
+            "B",
+            "batch of evaluations, of each rank (default 4096 or batch_size, the larger)",
+        ),
         "epochs": ("N", "passes over the train split (default 1)"),
         "limit_train_batches": ("N", "stop each epoch after N batches"),
         "limit_val_batches": ("N", "evaluate on the first N validation batches"),
@@ -65,6 +71,16 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         "patience": ("N", "stop after N evaluations without a better one; the best weights are kept"),
         "device": ("DEVICE", "cpu or cuda (default cpu)"),
     },
+    "checkpoints and ranks": {
+        "checkpoint_freq": (
+            "STEPS",
+            "save a checkpoint to resume from every STEPS steps and at the end (default 0: only when a signal "
+            "stops the run)",
+        ),
+        "resume": (None, "go on from the newest checkpoint in --output, or start where there is none"),
+        "plan": ("FILE", "where each table goes, by recemb plan (default: whole tables, spread evenly)"),
+        "dist_timeout_seconds": ("S", "give up when the other ranks do not answer for S seconds (default 300)"),
+    },
 }
 
 _DESCRIPTION = """\
@@ -74,9 +90,13 @@ result.json, checkpoints/model.safetensors.
 Every flag is also a key of the YAML file that --config names; flags win.
 """
 _EPILOG = """\
-example:
+examples:
   recemb train --data_dir data/kaggle --method tt --compress_rate 100 --compare dense \\
       --validation_freq_within_epoch 50 --epochs 3 --patience 4 --output runs/tt100
+
+  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=2 --max-restarts=3 \\
+      -m recemb train --data_dir data/kaggle --method tt --compress_rate 100 --batch_size 256 \\
+      --checkpoint_freq 1000 --resume --output runs/tt100x2
 """
 
 
@@ -128,12 +148,15 @@ def run(args: argparse.Namespace) -> int:
     # torch takes seconds to load, so a wrong configuration is reported before it.
     import logging
 
+    from recemb.training.distributed import Launch
     from recemb.training.report import comparison_table, load_runs
     from recemb.training.run import train
 
     # torchrec 1.8 calls a name that torch 2.13 has deprecated, once per process.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     directories = train(config)
+    if Launch.of(os.environ).rank > 0:
+        return 0
     print(comparison_table(load_runs(directories)))
     print(f"results: {', '.join(map(str, directories))}", file=sys.stderr)
     return 0

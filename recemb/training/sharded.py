@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingPlan,
+)
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recemb.backends import storages
+from recemb.data.click_log import ClickLog
 from recemb.errors import ConfigError
 from recemb.planner.budget import BudgetedTables
 from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
-from recemb.training.table_step import find_collection
+from recemb.training.config import RunConfig
+from recemb.training.distributed import World
+from recemb.training.setup import build_model, optimizer_settings
+from recemb.training.table_step import find_collection, table_step
 
 
 def default_plan(
@@ -64,6 +75,39 @@ def default_plan(
     return plan
 
 
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model over the ranks, its optimizer, and where each table is."""
+
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    sharding: dict[str, str]
+
+
+def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, world: World) -> ShardedModel:
+    """The click model over all ranks; it starts from the weights that one process would start from.
+
+    Each rank makes the whole model first, for those weights, and keeps its part.
+
+    Raises:
+        ConfigError: a plan that does not fit the model or that ranks disagree on, before anything is sharded.
+    """
+    with world.agreeing():
+        model = build_model(config, log, tables)
+        path, collection = find_collection(model)
+        kind, _, settings = optimizer_settings(config)
+        _apply_optimizer_in_backward(kind, collection.parameters(), dict(settings))
+        if config.plan is not None:
+            plan = _given_plan(config.plan, path)
+        else:
+            plan = default_plan(tables, collection, world.size, world.local_size)
+    sharding = {name: _described(plan[name]) for name in plan}
+    world.check_equal("sharding plans", sharding)
+    with world.agreeing():
+        sharded = shard_model(model, plan, torch.device(config.device))
+    return ShardedModel(sharded, build_sharded_optimizer(config, sharded), sharding)
+
+
 def shard_model(
     model: nn.Module, plan: Mapping[str, ParameterSharding], device: torch.device
 ) -> DistributedModelParallel:
@@ -77,13 +121,70 @@ def shard_model(
     """
     path, _ = find_collection(model)
     state = model.state_dict()
+    own = EmbeddingModuleShardingPlan(plan)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
-        plan=ShardingPlan({path: dict(plan)}),
+        plan=ShardingPlan({path: own}),
         sharders=get_sharders(),
     )
     # torchrec draws the tables anew.
     sharded.load_state_dict(state)
     return sharded
+
+
+def build_sharded_optimizer(config: RunConfig, model: DistributedModelParallel) -> CombinedOptimizer:
+    """The optimizers in the tables' backward, that of replicated tables, and that of the dense layers.
+
+    A replicated table takes the tables' kind of optimizer, but its gradient is of the table's size: Adam then
+    moves every row, not those of the batch only.
+    """
+    tables, layers, settings = optimizer_settings(config)
+    path, _ = table_step(model)
+    others = dict(in_backward_optimizer_filter(model.named_parameters()))
+    replicated = {name: value for name, value in others.items() if name.startswith(f"{path}.")}
+    dense = {name: value for name, value in others.items() if name not in replicated}
+    fused = {"fused": config.device == "cpu" or layers is not torch.optim.Adagrad}
+    parts = [
+        ("", model.fused_optimizer),
+        ("", KeyedOptimizerWrapper(dense, lambda parameters: layers(parameters, **settings, **fused))),
+    ]
+    if replicated:
+        parts.append(("", KeyedOptimizerWrapper(replicated, lambda own: tables(own, **settings))))
+    return CombinedOptimizer(parts)
+
+
+def whole_weights(model: DistributedModelParallel, world: World) -> dict[str, Tensor]:
+    """The state dict of the unsharded model, in host memory on rank 0; empty on the others, which take part."""
+    whole: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, ShardedTensor):
+            if world.is_first:
+                whole[name] = value.detach().cpu().contiguous()
+            continue
+        properties = value.metadata().tensor_properties
+        device = value.local_shards()[0].tensor.device if value.local_shards() else torch.device("cpu")
+        target = None
+        if world.is_first:
+            target = torch.empty(value.size(), dtype=properties.dtype, device=device)
+        value.gather(dst=0, out=target)
+        if target is not None:
+            whole[name] = target.cpu()
+    return whole
+
+
+def _given_plan(path: str, module: str) -> Mapping[str, ParameterSharding]:
+    from recemb.torchrec_io import load_plan
+
+    found: dict[str, Mapping[str, ParameterSharding]] = load_plan(path).plan
+    if module not in found:
+        raise ConfigError(
+            f"--plan {path} has no plan for {module}, the tables of this model; it has {', '.join(found)}"
+        )
+    return found[module]
+
+
+def _described(sharding: ParameterSharding) -> str:
+    ranks = sharding.ranks or []
+    return f"{sharding.sharding_type} on {','.join(map(str, ranks))}" if ranks else sharding.sharding_type
