@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # torch takes seconds to load, so a wrong configuration is reported before it.
     import logging
+    import warnings
 
     from recemb.training.distributed import Launch
     from recemb.training.report import comparison_table, load_runs
@@ -154,6 +155,9 @@ def run(args: argparse.Namespace) -> int:
 
     # torchrec 1.8 calls a name that torch 2.13 has deprecated, once per process.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # torchrec 1.8 shards with what torch 2.13 has deprecated.
+    for start in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+        warnings.filterwarnings("ignore", start, FutureWarning)
     directories = train(config)
     if Launch.of(os.environ).rank > 0:
         return 0

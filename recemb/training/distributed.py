@@ -31,8 +31,9 @@ _Value = TypeVar("_Value")
 _NEEDED: Final = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _RESTARTS: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _COMMAND: Final = "torchrun --standalone --nproc_per_node=2 -m recemb train ..."
-# Status of a rank in an agreement: nothing, a failure, or a signal's number above these.
-_FINE, _FAILED, _SIGNAL = 0, 1, 2
+# Status of a rank in an agreement: nothing, a failure that may be another rank's, one of its own, or a
+# signal's number above these.
+_FINE, _AFFECTED, _FAILED, _SIGNAL = 0, 1, 2, 3
 _PLAIN_ERRORS: Final = ("ConfigError", "BatchError", "DataError", "NonFiniteError")
 
 
@@ -102,17 +103,20 @@ class World:
         """Whether this rank writes files and reports."""
         return self.rank == 0
 
-    def note(self, place: object) -> None:
-        """Where this rank is, for the message should it be the one that others wait for."""
+    def note(self, doing: object) -> None:
+        """What this rank does now, for the message should it be the one that others wait for."""
         if self._link is not None:
-            self._link.doing = place
+            self._link.doing = doing
 
-    def agree(self, error: RecembError | None = None, stop: str | None = None) -> str | None:
+    def agree(
+        self, error: RecembError | None = None, stop: str | None = None, *, own: bool = True
+    ) -> str | None:
         """Exchange what has happened on each rank since the last agreement.
 
         Args:
             error: why this rank cannot go on.
             stop: the signal that asked it to stop.
+            own: whether ``error`` arose on this rank; else another's that did is preferred.
 
         Returns:
             the signal that any rank got.
@@ -127,12 +131,15 @@ class World:
         status = torch.zeros(self.size, dtype=torch.int64)
         status[self.rank] = _FINE if stop is None else _SIGNAL + signal.Signals[stop].value
         if error is not None:
-            status[self.rank] = _FAILED
+            status[self.rank] = _FAILED if own else _AFFECTED
+        assert self._link is not None
+        self._link.waiting = True
         dist.all_reduce(status, dist.ReduceOp.MAX, group=self._group)
+        self._link.waiting = False
         found = status.tolist()
-        if _FAILED in found:
+        if _FAILED in found or _AFFECTED in found:
             self.together = True
-            rank = found.index(_FAILED)
+            rank = found.index(_FAILED if _FAILED in found else _AFFECTED)
             told = self.exchange(None if error is None else (type(error).__name__, str(error), error.exit_code))
             kind, message, exit_code = told[rank]
             raise _remade(kind, f"rank {rank}: {message}", exit_code) from error
@@ -203,8 +210,10 @@ class World:
             # Who is lost by now is told by the link.
             with suppress(RuntimeError):
                 dist.barrier(group=self._group)
-        code = 0 if error is None else error.exit_code if isinstance(error, RecembError) else 1
-        self._link.leave(code, "" if error is None else f"{error}" or type(error).__name__)
+        if isinstance(error, RecembError):
+            self._link.leave(error.exit_code, str(error))
+        else:
+            self._link.leave(0 if error is None else 1, f"{type(error).__name__}: {error}")
 
     def _lost(self, error: RuntimeError) -> Loss | None:
         """What a failed collective is due to; ``None`` when ``error`` is a defect of this program's."""
@@ -243,7 +252,7 @@ def joined(config: RunConfig) -> Iterator[World]:
         if loss is None:
             raise
         raise RankLost(
-            f"rank {world.rank}, {world._link.doing}: {message}. Give the same command with --resume to go on "
+            f"rank {world.rank}, {world._link.where}: {message}. Give the same command with --resume to go on "
             "from the last checkpoint",
             loss.exit_code,
         ) from error

@@ -203,7 +203,7 @@ class Trainer:
 
     def _next(self, batches: Iterator[Batch], place: Place) -> Batch:
         """This rank's part of a batch, once every rank has its own and none has been asked to stop."""
-        self._world.note(place)
+        self._world.note(f"reading {place}")
         error: RecembError | None = None
         try:
             batch = next(batches)
@@ -213,6 +213,7 @@ class Trainer:
         self.outcome.interrupted = self._world.agree(error, self._stop.requested)
         if self.outcome.interrupted is not None:
             raise _Stopped
+        self._world.note(f"computing {place}")
         return batch
 
     def _train_step(self, batch: Batch, place: Place) -> Tensor:
@@ -222,6 +223,7 @@ class Trainer:
             logits = self._logits(batch)
         loss = self._loss(logits, batch.labels.to(logits.device), place)
         error: NonFiniteError | None = None
+        own = True
         try:
             check_loss(loss.detach(), logits, learning_rate, place)
         except NonFiniteError as problem:
@@ -237,8 +239,8 @@ class Trainer:
                 gradients = dense + self._tables.gradients()
                 check_gradients(gradients, self._tables.pooled, learning_rate, place)
         except NonFiniteError as problem:
-            error = problem
-        self._world.agree(error)
+            error, own = problem, False
+        self._world.agree(error, own=own)
         self._tables.backward()
         self._optimizer.step()
         return logits.detach()

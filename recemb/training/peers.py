@@ -47,11 +47,16 @@ class PeerLink:
         store: where rank 0 leaves its port, and the others find it.
         host: an address of rank 0's machine.
         timeout_seconds: for everyone to connect.
+
+    Attributes:
+        doing: what the rank is doing, in words, for messages.
+        waiting: whether it has done that, and waits for the others.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store, host: str, timeout_seconds: float) -> None:
         self.rank, self.size = rank, size
-        self.doing: object = "start-up"
+        self.doing: object = "starting up"
+        self.waiting = False
         self._lines: dict[int, _Line] = {}
         self._left: set[int] = set()
         self._answers: dict[int, str] = {}
@@ -70,6 +75,11 @@ class PeerLink:
             line.send({"hello": rank, "token": known["token"]})
             self._lines[0] = line
         threading.Thread(target=self._serve, name="recemb-peers", daemon=True).start()
+
+    @property
+    def where(self) -> str:
+        """What this rank is doing, in words."""
+        return f"waiting for the others after {self.doing}" if self.waiting else f"{self.doing}"
 
     def loss(self, wait_seconds: float = 0.0) -> Loss | None:
         """The first rank that was lost, if one is known within ``wait_seconds``."""
@@ -149,7 +159,7 @@ class PeerLink:
         elif "lost" in message:
             self._lose(Loss(int(message["lost"]), int(message["code"]), str(message["message"])))
         elif "ping" in message:
-            self._lines[rank].send({"pong": str(self.doing)})
+            self._lines[rank].send({"pong": self.where})
         elif "ask" in message:
             # Not here: answers arrive through this thread.
             threading.Thread(
@@ -170,12 +180,12 @@ class PeerLink:
             self._lines[rank].send({"ping": True})
         with self._changed:
             self._changed.wait_for(lambda: asked <= self._answers.keys(), ANSWER_SECONDS)
-            answers = {0: str(self.doing), **self._answers}
+            answers = {0: self.where, **self._answers}
         silent = sorted(asked - answers.keys())
         if silent:
             who = f"rank {silent[0]} does" if len(silent) == 1 else f"ranks {_some(silent)} do"
             return f"{who} not answer: stopped, or the machine cannot be reached"
-        return "every rank answers; " + _some([f"rank {rank} is at {at}" for rank, at in answers.items()])
+        return "every rank answers; " + _some([f"rank {rank} is {at}" for rank, at in answers.items()])
 
     def _lose(self, loss: Loss) -> None:
         with self._changed:

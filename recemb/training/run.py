@@ -198,6 +198,12 @@ def _announce(run: _Run) -> None:
         f"{run.config.method}: {len(run.tables.tables)} tables, {total.num_embeddings:,} rows, "
         f"{total.num_bytes / 1e6:,.2f} MB instead of {total.dense_bytes / 1e6:,.2f} MB ({total.ratio:.1f}x)"
     ]
+    if run.world.size > 1:
+        batch, size = run.config.batch_size, run.world.size
+        lines.append(
+            f"{run.config.method}: {size} ranks on {run.config.device}, {size} x {batch:,} = "
+            f"{size * batch:,} rows a step"
+        )
     if run.tables.shortfall is not None:
         lines.append(f"{run.config.method}: note: {run.tables.shortfall}")
     print("\n".join(lines), file=sys.stderr)

@@ -69,6 +69,7 @@ class TrainerState:
             CheckpointError: it cannot be written; those before are intact.
         """
         trainer, outcome = self._trainer, self._trainer.outcome
+        self._world.note(f"saving a checkpoint of step {outcome.steps}")
         best, merged = trainer.best_weights, self._world.sum(trainer.train_metrics.counts())
         later = best is not None and outcome.best is not None and outcome.best.step < outcome.steps
         state = self._tensors(torch.from_numpy(merged), best if later else None)
