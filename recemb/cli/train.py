@@ -74,12 +74,15 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
     "checkpoints and ranks": {
         "checkpoint_freq": (
             "STEPS",
-            "save a checkpoint to resume from every STEPS steps and at the end (default 0: only when a signal "
-            "stops the run)",
+            "save a checkpoint to resume from every STEPS steps and at the end (default 0: only when a "
+            "signal stops the run)",
         ),
         "resume": (None, "go on from the newest checkpoint in --output, or start where there is none"),
         "plan": ("FILE", "where each table goes, by recemb plan (default: whole tables, spread evenly)"),
-        "dist_timeout_seconds": ("S", "give up when the other ranks do not answer for S seconds (default 300)"),
+        "dist_timeout_seconds": (
+            "S",
+            "give up when the other ranks do not answer for S seconds (default 300)",
+        ),
     },
 }
 

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from recemb import errors
 from recemb.errors import ConfigError, RankLost, RecembError
@@ -89,7 +91,7 @@ class World:
 
     def __init__(
         self,
-        launch: Launch = Launch(),  # noqa: B008 - frozen
+        launch: Launch = Launch(),
         group: dist.ProcessGroup | None = None,
         link: PeerLink | None = None,
     ) -> None:
@@ -140,7 +142,9 @@ class World:
         if _FAILED in found or _AFFECTED in found:
             self.together = True
             rank = found.index(_FAILED if _FAILED in found else _AFFECTED)
-            told = self.exchange(None if error is None else (type(error).__name__, str(error), error.exit_code))
+            told = self.exchange(
+                ("", "", 0) if error is None else (type(error).__name__, str(error), error.exit_code)
+            )
             kind, message, exit_code = told[rank]
             raise _remade(kind, f"rank {rank}: {message}", exit_code) from error
         signals = [each - _SIGNAL for each in found if each >= _SIGNAL]
@@ -252,8 +256,8 @@ def joined(config: RunConfig) -> Iterator[World]:
         if loss is None:
             raise
         raise RankLost(
-            f"rank {world.rank}, {world._link.where}: {message}. Give the same command with --resume to go on "
-            "from the last checkpoint",
+            f"rank {world.rank}, {world._link.where}: {message}. Give the same command with --resume to "
+            "go on from the last checkpoint",
             loss.exit_code,
         ) from error
     except BaseException as error:
@@ -273,12 +277,12 @@ def _join(launch: Launch, device: str, timeout_seconds: int) -> World:
         torch.cuda.set_device(launch.local_rank)
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=timeout))
         link = PeerLink(launch.rank, launch.size, store, host, timeout_seconds)
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("recemb/group", store),
+            store=PrefixStore("recemb/group", store),
             rank=launch.rank,
             world_size=launch.size,
             timeout=timeout,
@@ -286,8 +290,9 @@ def _join(launch: Launch, device: str, timeout_seconds: int) -> World:
         group = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else dist.group.WORLD
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"rank {launch.rank} cannot meet the other ranks at MASTER_ADDR={host} MASTER_PORT={port}: {error}; "
-            "give torchrun a free port (--standalone on one machine, --rdzv_endpoint=HOST:PORT on several)"
+            f"rank {launch.rank} cannot meet the other ranks at MASTER_ADDR={host} MASTER_PORT={port}: "
+            f"{error}; give torchrun a free port (--standalone on one machine, --rdzv_endpoint=HOST:PORT "
+            "on several)"
         ) from error
     return World(launch, group, link)
 

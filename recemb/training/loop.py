@@ -16,6 +16,7 @@ from torchrec.datasets.utils import Batch
 
 from recemb.cache.metrics import CacheMetrics
 from recemb.errors import NonFiniteError, RecembError
+from recemb.torchrec_io.batches import blank_row
 from recemb.training.config import RunConfig
 from recemb.training.distributed import World
 from recemb.training.guards import Place, check_gradients, check_inputs, check_loss
@@ -177,7 +178,9 @@ class Trainer:
                     logits = self._logits(batch)
                     with self._world.agreeing():
                         if not bool(torch.isfinite(logits).all()):
-                            raise NonFiniteError(f"{place}: the model's logits are not finite: training diverged")
+                            raise NonFiniteError(
+                                f"{place}: the model's logits are not finite: training diverged"
+                            )
                     metrics.update(logits.cpu().numpy(), batch.labels.numpy())
         finally:
             self._model.train()
@@ -253,6 +256,10 @@ class Trainer:
         return binary_cross_entropy_with_logits(logits, labels, reduction="sum") * scale
 
     def _logits(self, batch: Batch) -> Tensor:
+        if len(batch.labels) == 0:
+            # Not every model can reshape a batch of no rows; this row meets the other ranks', and is dropped.
+            log = self._batches.log
+            return self._logits(blank_row(log.feature_names, len(log.dense_names)))[:0]
         moved = batch if self._config.device == "cpu" else batch.to(torch.device(self._config.device))
         logits: Tensor = self._model(moved.dense_features, moved.sparse_features)
         return logits.squeeze(-1)

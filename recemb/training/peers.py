@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 # A rank that has learnt of a loss and is still stuck, as in an NCCL kernel, is ended after this.
 GRACE_SECONDS: Final = 2.5
@@ -53,7 +53,7 @@ class PeerLink:
         waiting: whether it has done that, and waits for the others.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store, host: str, timeout_seconds: float) -> None:
+    def __init__(self, rank: int, size: int, store: Store, host: str, timeout_seconds: float) -> None:
         self.rank, self.size = rank, size
         self.doing: object = "starting up"
         self.waiting = False
@@ -262,5 +262,3 @@ def _listen(host: str) -> socket.socket:
 def _some(items: list[Any], limit: int = 8) -> str:
     shown = ", ".join(map(str, items[:limit]))
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
-
-

@@ -109,8 +109,8 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
 def _check_world(config: RunConfig, world: World) -> None:
     if world.size > 1 and config.hot_rows is not None:
         raise ConfigError(
-            f"--cache_fraction {config.cache_fraction:g}: tables spread over {world.size} ranks have no cache; "
-            "remove it, or train in one process"
+            f"--cache_fraction {config.cache_fraction:g}: tables spread over {world.size} ranks have no "
+            "cache; remove it, or train in one process"
         )
     if world.size == 1 and config.plan is not None:
         raise ConfigError(
@@ -135,9 +135,7 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
             lambda: state.save(),
         )
         settings = settings_of(config, run.log, world)
-        state = TrainerState(
-            directory.checkpoints, trainer, built.model, built.optimizer, settings, world
-        )
+        state = TrainerState(directory.checkpoints, trainer, built.model, built.optimizer, settings, world)
         _open(run, state, trainer)
         try:
             outcome = trainer.train()

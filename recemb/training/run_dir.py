@@ -79,8 +79,8 @@ class RunDir:
             )
         if any(self.checkpoints.glob("step-*")):
             raise ConfigError(
-                f"--output {self.path} holds the checkpoints of a run that did not end; give --resume to go on "
-                "from the last one, or --overwrite to start anew"
+                f"--output {self.path} holds the checkpoints of a run that did not end; give --resume to go "
+                "on from the last one, or --overwrite to start anew"
             )
 
     def create(self, config_yaml: str) -> None:

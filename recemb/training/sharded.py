@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    construct_module_sharding_plan,
+    table_wise,
+)
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
     ParameterSharding,
@@ -58,7 +63,7 @@ def default_plan(
         stored = backend.num_params(peers) * 4
         groups.append((stored / total + len(peers) / len(every), [peer.name for peer in peers]))
     load = [0.0] * world_size
-    ways = {}
+    ways: dict[str, ParameterShardingGenerator] = {}
     # Python's sort is stable, so equal weights keep the order of the tables.
     for weight, names in sorted(groups, key=lambda group: -group[0]):
         rank = load.index(min(load))
@@ -145,7 +150,7 @@ def build_sharded_optimizer(config: RunConfig, model: DistributedModelParallel) 
     others = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {name: value for name, value in others.items() if name.startswith(f"{path}.")}
     dense = {name: value for name, value in others.items() if name not in replicated}
-    fused = {"fused": config.device == "cpu" or layers is not torch.optim.Adagrad}
+    fused: dict[str, Any] = {"fused": config.device == "cpu" or layers is not torch.optim.Adagrad}
     parts = [
         ("", model.fused_optimizer),
         ("", KeyedOptimizerWrapper(dense, lambda parameters: layers(parameters, **settings, **fused))),
@@ -156,7 +161,7 @@ def build_sharded_optimizer(config: RunConfig, model: DistributedModelParallel) 
 
 
 def whole_weights(model: DistributedModelParallel, world: World) -> dict[str, Tensor]:
-    """The state dict of the unsharded model, in host memory on rank 0; empty on the others, which take part."""
+    """The unsharded model's state dict, in host memory on rank 0; empty on the others, which take part."""
     whole: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, ShardedTensor):

@@ -235,7 +235,8 @@ def _evaluation(saved: Mapping[str, Any]) -> Evaluation:
 
 
 def _metric_values(saved: Mapping[str, Any]) -> MetricValues:
-    return MetricValues(**{name: math.nan if value is None else value for name, value in saved.items()})
+    values: dict[str, Any] = {key: math.nan if value is None else value for key, value in saved.items()}
+    return MetricValues(**values)
 
 
 def _without_nan(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from recemb.data.synthetic import write_synthetic
 
@@ -32,6 +36,10 @@ SMALL = {
     "validation_freq_within_epoch": "5",
     "dist_timeout_seconds": "30",
 }
+
+
+# Steps 0 to 15, the second epoch from step 8, with checkpoints after 3, 6, 9, 12, 15 and 16.
+RUN: dict[str, Any] = {"epochs": 2, "limit_train_batches": 8, "checkpoint_freq": 3}
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ class Launcher:
         hooks: dict[int, dict[str, Any]] | None = None,
         each: dict[int, dict[str, Any]] | None = None,
         after: Callable[[list[int]], None] | None = None,
+        port: int | None = None,
+        alone: bool = False,
         **flags: Any,
     ) -> Ended:
         """Run the command on ``size`` ranks until all of them have ended.
@@ -112,16 +122,19 @@ class Launcher:
             hooks: rank -> its fault, for :func:`tests.faults.hooks.install`.
             each: rank -> flags of this rank alone.
             after: called with the process ids once they have started.
+            port: where the ranks meet; a free one when left out.
+            alone: whether only rank 0 is started.
         """
         self._count += 1
-        log, port = self._scratch / f"log-{self._count}-", free_port()
+        log = self._scratch / f"log-{self._count}-"
+        port = free_port() if port is None else port
         ranks = [
             {
                 "argv": self.arguments(output, **flags | (each or {}).get(rank, {})),
                 "env": rank_environment(rank, size, port),
                 "hook": (hooks or {}).get(rank, {}),
             }
-            for rank in range(size)
+            for rank in range(1 if alone else size)
         ]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"log": str(log), "ranks": ranks}) + "\n")
@@ -130,21 +143,19 @@ class Launcher:
         if after is not None:
             after(pids)
         found = json.loads(self._read(pids))
-        logs = [Path(f"{log}{rank}").read_text() for rank in range(size)]
+        logs = [Path(f"{log}{rank}").read_text() for rank in range(len(pids))]
         return Ended(found["codes"], found["ended"], logs)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
+        self._process.kill()
+        self._process.communicate()
 
     def _read(self, pids: Sequence[int] = ()) -> str:
-        import select
-
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
         for pid in [] if ready else pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert ready, "the ranks hang"
         return self._process.stdout.readline().strip()
 
@@ -164,6 +175,15 @@ def launcher(log_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     made.close()
 
 
+@pytest.fixture(scope="session")
+def unbroken(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing has happened to."""
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    ended = launcher.train(output, **RUN)
+    assert ended.codes == [0, 0], ended.logs
+    return output
+
+
 def wait_for(path: Path) -> float:
     """The time in a mark that a rank leaves."""
     deadline = time.monotonic() + PATIENCE
@@ -171,3 +191,50 @@ def wait_for(path: Path) -> float:
         assert time.monotonic() < deadline, f"{path} was never written"
         time.sleep(0.02)
     return float(path.read_text())
+
+
+def wait_until_gone(pid: int) -> None:
+    """Until no process has this id."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """The best weights of a run."""
+    return load_file(output / "checkpoints" / "model.safetensors")
+
+
+def result(output: Path) -> dict[str, Any]:
+    found = json.loads((output / "result.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    """The lines of the metrics, without the clock."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "evaluation_seconds"} for line in lines]
+
+
+def assert_same_run(output: Path, other: Path) -> None:
+    """Weights, figures and evaluations, bit for bit."""
+    mine, theirs = weights(output), weights(other)
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    assert not different
+    assert evaluations(output) == evaluations(other)
+    figures = ("auc", "logloss", "ne", "calibration", "best_step", "steps", "epochs", "train_samples", "val")
+    one, two = result(output), result(other)
+    assert {name: one[name] for name in figures} == {name: two[name] for name in figures}
+
+
+def distance(output: Path, other: Path) -> float:
+    """The largest difference of a weight."""
+    mine, theirs = weights(output), weights(other)
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)

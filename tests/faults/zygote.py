@@ -15,7 +15,7 @@ import traceback
 from typing import Any
 
 import recemb.cli.main
-import recemb.training.run  # noqa: F401 - imported before the forks
+import recemb.training.run
 from tests.faults import hooks
 
 
