@@ -155,6 +155,8 @@ def clear_unfinished(root: Path) -> None:
     """Remove what crashes have left; only the holder of the lock may."""
     for name in unfinished(root):
         shutil.rmtree(root / name, ignore_errors=True)
+    for path in root.glob(f"{LATEST_FILE}.tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 def commit(root: Path, temporary: str, step: int) -> Path:

@@ -186,10 +186,11 @@ def _verified(path: Path, step: int, ranks: Ranks) -> Manifest:
 def _verify(path: Path, step: int, manifest: Manifest, ranks: Ranks) -> None:
     if manifest.step != step:
         raise CheckpointError(f"{path}: holds step {manifest.step}; directories have been renamed")
+    own = sorted(manifest.files)[ranks.rank :: ranks.size]
     # All headers before any contents: what is missing is found at once.
-    for name in manifest.files:
+    for name in own:
         manifest.open_file(path, name).close()
-    for name in sorted(manifest.files)[ranks.rank :: ranks.size]:
+    for name in own:
         with manifest.open_file(path, name) as file:
             file.verify()
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recemb.checkpoint.boxes import Box, untiled
-from recemb.checkpoint.shard_file import ShardFile, blocks, open_regular
+from recemb.checkpoint.shard_file import ShardFile, num_blocks, open_regular
 from recemb.checkpoint.tree import DTYPES
 from recemb.errors import CheckpointError
 
@@ -63,7 +63,7 @@ class Manifest(_Part):
         step: of training.
         world_size: ranks that saved.
         versions: of recemb and the packages below it.
-        files: name -> bytes.
+        files: their names.
         tensors: by path in the state.
         values: the state's other leaves, by path.
         extra: the caller's.
@@ -74,7 +74,7 @@ class Manifest(_Part):
     step: _Count
     world_size: Annotated[int, Field(ge=1, le=10**9)]
     versions: dict[str, str]
-    files: dict[_FileName, _Count]
+    files: list[_FileName]
     tensors: dict[str, StoredTensor]
     values: dict[str, Any]
     extra: dict[str, Any]
@@ -124,21 +124,13 @@ class Manifest(_Part):
         Raises:
             CheckpointError: names the file.
         """
-        path = folder / name
-        try:
-            size = os.lstat(path).st_size
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise CheckpointError(f"{path}: {'is missing' if missing else error.strerror}") from None
-        if size != self.files[name]:
-            raise CheckpointError(f"{path}: has {size:,} bytes of {self.files[name]:,}; truncated or damaged")
         tensors = {
             shard.name: (tensor.dtype, shard.sizes, shard.crc32)
             for tensor in self.tensors.values()
             for shard in tensor.shards
             if shard.file == name
         }
-        return ShardFile(path, tensors, {"save_id": self.save_id, "file": name})
+        return ShardFile(folder / name, tensors, {"save_id": self.save_id, "file": name})
 
     def _check(self, path: Path) -> None:
         stored: dict[tuple[str, str], tuple[str, StoredShard]] = {}
@@ -151,7 +143,7 @@ class Manifest(_Part):
             for shard in tensor.shards:
                 if shard.file not in self.files:
                     raise CheckpointError(f"{path}: {key}: lies in {shard.file}, which is none of its files")
-                if sum(1 for _ in blocks(tensor.dtype, shard.sizes)) != len(shard.crc32):
+                if num_blocks(tensor.dtype, shard.sizes) != len(shard.crc32):
                     raise CheckpointError(f"{path}: {key}: has {len(shard.crc32)} checksums for {shard.box}")
                 dtype, known = stored.setdefault((shard.file, shard.name), (tensor.dtype, shard))
                 if (dtype, known.sizes, known.crc32) != (tensor.dtype, shard.sizes, shard.crc32):

@@ -92,6 +92,7 @@ def _choose(
     num_ranks: int,
 ) -> dict[tuple[str, Box], tuple[int, str]]:
     load = [0] * num_ranks
+    names = {"__metadata__"}
     written: dict[tuple[int, int], str] = {}
     chosen: dict[tuple[str, Box], tuple[int, str]] = {}
     sized = [
@@ -105,7 +106,12 @@ def _choose(
         again = [holder for holder in held if holder in written]
         rank, memory = again[0] if again else min(held, key=lambda holder: (load[holder[0]], holder[0]))
         if not again:
-            written[rank, memory] = key if box == whole(kinds[key][1]) else f"{key}{box}"
+            name = key if box == whole(kinds[key][1]) else f"{key}{box}"
+            # A tensor may be called as another's shard would be, or as the file's own entry.
+            while name in names or (name != key and name in kinds):
+                name += "#"
+            names.add(name)
+            written[rank, memory] = name
             load[rank] += num_bytes
         chosen[key, box] = rank, written[rank, memory]
     return chosen

@@ -151,29 +151,25 @@ def _prepare(root: Path, step: int, needed: int) -> str:
 
 def _write_own(
     temporary: Path, placed: Mapping[str, PlacedTensor], flat: FlatState, rank: int, needed: int
-) -> dict[str, Any] | None:
-    """Write what this rank was chosen to write; ``None`` when that is nothing."""
+) -> dict[str, list[int]]:
+    """Write what this rank was chosen to write, in one file unless that is nothing; its checksums."""
     tensors: dict[str, Tensor] = {}
     for key, tensor in placed.items():
         for piece in tensor.pieces:
             if piece.rank == rank and piece.name not in tensors:
                 tensors[piece.name] = _held(flat, key, piece.box)
     if not tensors:
-        return None
+        return {}
     name = _file_name(rank)
     with folder.disk_errors(temporary.parent, needed):
         checksums = shard_file.write(temporary / name, tensors, _header(temporary, name))
         sync_directory(temporary)
-        return {"crc32": checksums, "bytes": os.stat(temporary / name).st_size}
+    return checksums
 
 
 def _held(flat: FlatState, key: str, box: Box) -> Tensor:
-    (held,) = {
-        (piece.offsets, piece.sizes): piece.tensor
-        for piece in flat.tensors[key].pieces
-        if (piece.offsets, piece.sizes) == (box.offsets, box.sizes)
-    }.values()
-    return held
+    held = flat.tensors[key].pieces
+    return next(piece.tensor for piece in held if Box(piece.offsets, piece.sizes) == box)
 
 
 def _file_name(rank: int) -> str:
@@ -188,7 +184,7 @@ def _manifest(
     step: int,
     temporary: Path,
     placed: Mapping[str, PlacedTensor],
-    written: Sequence[Mapping[str, Any] | None],
+    written: Sequence[Mapping[str, list[int]]],
     told: Sequence[Mapping[str, Any]],
 ) -> Manifest:
     values: dict[str, Any] = {}
@@ -208,38 +204,34 @@ def _manifest(
         step=step,
         world_size=len(told),
         versions=versions(),
-        files={_file_name(rank): each["bytes"] for rank, each in enumerate(written) if each is not None},
+        files=[_file_name(rank) for rank, each in enumerate(written) if each],
         tensors=tensors,
         values=values,
         extra=told[0]["extra"],
     )
 
 
-def _stored(piece: Placed, written: Mapping[str, Any] | None) -> StoredShard:
-    assert written is not None
+def _stored(piece: Placed, checksums: Mapping[str, list[int]]) -> StoredShard:
     return StoredShard(
         file=_file_name(piece.rank),
         name=piece.name,
         offsets=list(piece.box.offsets),
         sizes=list(piece.box.sizes),
-        crc32=written["crc32"][piece.name],
+        crc32=checksums[piece.name],
     )
 
 
 def _commit(temporary: Path, manifest: Manifest, keep: int, needed: int) -> None:
     root = temporary.parent
     with folder.disk_errors(root, needed):
-        _check_visible(temporary, manifest)
+        try:
+            for name in manifest.files:
+                manifest.open_file(temporary, name).close()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"rank 0 does not see what another rank wrote ({error}); on several machines checkpoints "
+                "need a directory that all of them share"
+            ) from error
         shard_file.write_synced(temporary / MANIFEST_FILE, manifest.to_bytes())
         folder.commit(root, temporary.name, manifest.step)
     folder.prune(root, keep, is_complete)
-
-
-def _check_visible(temporary: Path, manifest: Manifest) -> None:
-    for name, size in manifest.files.items():
-        path = temporary / name
-        if not path.exists() or path.stat().st_size != size:
-            raise CheckpointError(
-                f"{path}: rank 0 does not see what its rank wrote there; on several machines checkpoints "
-                "need a file system that all of them share"
-            )

@@ -1,8 +1,8 @@
 """A rank's ``rank-00000.safetensors``: written and read in blocks of rows, each with a checksum.
 
-The file is plain safetensors, which the library checks and anyone can open. It is written block by block
-rather than through the library, which wants the whole of every tensor in host memory; and read with
-``preadv`` rather than through the library's memory map, in which a bad disk sector kills the process.
+The file is plain safetensors, which anyone can open. It is written block by block rather than through the
+library, which wants the whole of every tensor in host memory; and read with ``preadv`` rather than through
+the library's memory map, in which a bad disk sector kills the process and all of the file counts as memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recemb.checkpoint.tree import DTYPES
@@ -36,22 +35,35 @@ def num_bytes(dtype: str, sizes: Sequence[int]) -> int:
 
 def blocks(dtype: str, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The rows [start, stop) of each block of a tensor; a scalar is one row."""
-    rows = sizes[0] if sizes else 1
-    step = max(1, BLOCK_BYTES // max(1, num_bytes(dtype, sizes[1:])))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    starts = _starts(dtype, sizes)
+    for start in starts:
+        yield start, min(start + starts.step, starts.stop)
 
 
-def header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file with these tensors (name -> type and shape), in this order."""
-    described: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, sizes) in tensors.items():
-        start, end = end, end + num_bytes(dtype, sizes)
-        described[name] = {"dtype": dtype, "shape": list(sizes), "data_offsets": [start, end]}
+def num_blocks(dtype: str, sizes: Sequence[int]) -> int:
+    """How many :func:`blocks` there are, without counting them: ``sizes`` may be anything."""
+    rows = _starts(dtype, sizes)
+    return -(-rows.stop // rows.step)
+
+
+def layout(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a file with these tensors (name -> type and shape), and where in it each of them starts.
+
+    Equal bytes for equal arguments: a file whose header is another one is refused without parsing it.
+    """
+    described: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    starts, end = {}, 0
+    # Wide types first, as the library does: every tensor is aligned to its elements.
+    ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1][0]].itemsize, item[0]))
+    for name, (dtype, sizes) in ordered:
+        starts[name], end = end, end + num_bytes(dtype, sizes)
+        described[name] = {"dtype": dtype, "shape": list(sizes), "data_offsets": [starts[name], end]}
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, list[int]]:
@@ -64,16 +76,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Returns:
         the CRC-32 of each block, by name.
     """
-    # Wide types first, as the library does: every tensor is aligned to its elements.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
-    described = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered.items()}
+    kinds = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, starts = layout(kinds, metadata)
     checksums: dict[str, list[int]] = {}
     with _new_file(path) as descriptor:
-        _write_all(descriptor, header(described, metadata))
-        for name, tensor in ordered.items():
-            rows = tensor if tensor.dim() else tensor.reshape(1)
+        _write_all(descriptor, header)
+        for name in starts:
+            rows = tensors[name] if tensors[name].dim() else tensors[name].reshape(1)
             checksums[name] = []
-            for start, stop in blocks(*described[name]):
+            for start, stop in blocks(*kinds[name]):
                 data = _bytes_of(rows[start:stop])
                 checksums[name].append(zlib.crc32(data))
                 _write_all(descriptor, data)
@@ -87,7 +98,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 class ShardFile:
-    """An open file whose header has been checked: names, types, shapes, no gaps, no overlaps, its size.
+    """An open file whose size and header are those that the manifest describes.
 
     Args:
         path: the file.
@@ -107,7 +118,7 @@ class ShardFile:
         self.path, self._tensors = path, tensors
         self._descriptor = open_regular(path)
         try:
-            self._offsets = self._check(metadata)
+            self._starts = self._check(metadata)
         except BaseException:
             self.close()
             raise
@@ -130,7 +141,7 @@ class ShardFile:
         dtype, sizes, _ = self._tensors[name]
         row = tuple(sizes[1:])
         data = torch.empty(num_bytes(dtype, (stop - start, *row)), dtype=torch.uint8)
-        at = self._offsets[name] + num_bytes(dtype, (start, *row))
+        at = self._starts[name] + num_bytes(dtype, (start, *row))
         view = data.numpy().data
         self._fill(view, at, name)
         self._compare(name, block, zlib.crc32(view))
@@ -146,7 +157,7 @@ class ShardFile:
         for name, (dtype, sizes, _) in self._tensors.items():
             for block, (start, stop) in enumerate(blocks(dtype, sizes)):
                 at, end = (
-                    self._offsets[name] + num_bytes(dtype, (rows, *sizes[1:])) for rows in (start, stop)
+                    self._starts[name] + num_bytes(dtype, (rows, *sizes[1:])) for rows in (start, stop)
                 )
                 crc = 0
                 while at < end:
@@ -157,37 +168,22 @@ class ShardFile:
                 self._compare(name, block, crc)
 
     def _check(self, metadata: Mapping[str, str]) -> dict[str, int]:
+        kinds = {name: (dtype, sizes) for name, (dtype, sizes, _) in self._tensors.items()}
+        header, starts = layout(kinds, metadata)
+        data = sum(num_bytes(*kind) for kind in kinds.values())
         size = os.fstat(self._descriptor).st_size
-        try:
-            with safe_open(self.path, framework="numpy") as opened:
-                found = dict(opened.metadata() or {})
-                names = opened.offset_keys()
-                slices = {name: opened.get_slice(name) for name in names}
-                described = {
-                    name: (str(each.get_dtype()), tuple(each.get_shape())) for name, each in slices.items()
-                }
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: truncated or damaged ({error})") from None
-        for key, value in metadata.items():
-            if found.get(key) != value:
-                raise CheckpointError(
-                    f"{self.path}: is another file than the manifest's: its {key} is {found.get(key)!r}, "
-                    f"not {value!r}; files have been swapped or mixed"
-                )
-        for name in [*self._tensors, *described]:
-            own = self._tensors.get(name)
-            if own is None or name not in described or described[name] != (own[0], tuple(own[1])):
-                raise CheckpointError(
-                    f"{self.path}: {name}: the file has {described.get(name)} and the manifest "
-                    f"{own if own is None else (own[0], tuple(own[1]))}"
-                )
-        data = sum(num_bytes(*kind) for kind in described.values())
-        offsets, at = {}, size - data
-        # The library has checked that the tensors lie one behind the other, up to the end of the file.
-        for name in names:
-            offsets[name] = at
-            at += num_bytes(*described[name])
-        return offsets
+        if size != len(header) + data:
+            raise CheckpointError(
+                f"{self.path}: has {size:,} bytes of {len(header) + data:,}; truncated or damaged"
+            )
+        found = memoryview(bytearray(len(header)))
+        self._fill(found, 0, "header")
+        if found != header:
+            raise CheckpointError(
+                f"{self.path}: its header is not the one that the manifest describes: the file is damaged, "
+                "or files of ranks or checkpoints have been swapped"
+            )
+        return starts
 
     def _fill(self, view: memoryview, at: int, name: str) -> None:
         done = 0
@@ -224,6 +220,10 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{path}: is no regular file")
     return descriptor
+
+
+def _starts(dtype: str, sizes: Sequence[int]) -> range:
+    return range(0, sizes[0] if sizes else 1, max(1, BLOCK_BYTES // max(1, num_bytes(dtype, sizes[1:]))))
 
 
 @contextmanager

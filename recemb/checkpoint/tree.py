@@ -171,7 +171,8 @@ def _sharded(name: str, tensor: ShardedTensor) -> TensorEntry:
                 f"{name}: a shard has shape {tuple(shard.tensor.shape)} and its metadata say {sizes}"
             )
         pieces.append(Piece(shard.tensor.detach(), tuple(shard.metadata.shard_offsets)))
-    return _entry(name, tensor.metadata().tensor_properties.dtype, tuple(tensor.size()), pieces)
+    metadata = tensor.metadata()
+    return _entry(name, metadata.tensor_properties.dtype, tuple(metadata.size), pieces)
 
 
 def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: list[Piece]) -> TensorEntry:

@@ -156,3 +156,17 @@ def test_a_state_of_another_table_is_refused_on_every_rank(found: list[dict[str,
     for one in _of(found, "another_table"):
         assert "tt.core_1: the state to load has shape (3, 3)" in one["message"]
         assert max(by for key, by in one["moved"].items() if "embedding_bags" in key) == 0
+
+
+def test_f32_a_checkpoint_of_another_plan_goes_on_as_if_it_had_not_been_interrupted(
+    found: list[dict[str, dict[str, Any]]],
+) -> None:
+    both = _of(found, "checkpoint")
+    for one in both:
+        assert max(one["saved"].values()) == 0, "the unsharded module has loaded other weights"
+        assert max(one["loaded"].values()) == 0
+        assert max(one["trained"].values()) <= WEIGHTS, one["trained"]
+        assert max(one["forgetful"].values()) > MOVED, "the optimizer's state made no difference"
+    # The state of a compressed table's optimizer is on its rank alone.
+    assert not {"ebc.embedding_bags.tt.core_0"} & set(both[1]["optimizer"])
+    assert not {"ebc.embedding_bags.qr.q"} & set(both[0]["optimizer"])

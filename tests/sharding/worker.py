@@ -22,6 +22,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from recemb.checkpoint import latest_checkpoint, save_checkpoint
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import get_sharders
 from tests.sharding.cases import (
@@ -302,6 +303,55 @@ def local_state(model: DistributedModelParallel) -> dict[str, Tensor]:
     }
 
 
+def checkpoint(rank: int, folder: Path) -> Found:
+    """Saved in recemb's own format under one plan; loaded under another, and without any."""
+    saved = Case("table_wise", "sum", "rowwise_adagrad")
+    other = Case("empty_rank", "sum", "rowwise_adagrad")
+
+    def built(case: Case) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+        model = sharded(case, start)
+        return model, CombinedOptimizer([("", model.fused_optimizer), ("", dense_optimizer(model))])
+
+    def train(model: DistributedModelParallel, optimizer: CombinedOptimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            model(batch(10 * step + rank, saved))[0].backward()
+            optimizer.step()
+
+    start = {key: value.clone() for key, value in Model(collection(saved)).state_dict().items()}
+    model, optimizer = built(saved)
+    train(model, optimizer, range(STEPS))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_checkpoint(folder / "checkpoints", STEPS, state, {})
+    found = latest_checkpoint(folder / "checkpoints")
+    assert found is not None
+    moved, resumed = built(other)
+    state = {"model": moved.state_dict(), "optimizer": resumed.state_dict()}
+    found.load(state)
+    moved.load_state_dict(state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    alone = Model(collection(saved))
+    whole = {"model": alone.state_dict()}
+    found.load(whole, ignore_unexpected=True)
+    loaded = differences(moved.state_dict(), whole["model"])
+    same = differences(model.state_dict(), whole["model"])
+    forgetful = built(other)
+    forgetful[0].load_state_dict(moved.state_dict())
+    for pair in ((model, optimizer), (moved, resumed), forgetful):
+        train(*pair, range(STEPS, 2 * STEPS))
+    save_checkpoint(folder / "checkpoints", 2 * STEPS, {"model": model.state_dict()}, {})
+    found = latest_checkpoint(folder / "checkpoints")
+    assert found is not None
+    found.load(whole)
+    return {
+        "saved": same,
+        "loaded": loaded,
+        "trained": differences(moved.state_dict(), whole["model"]),
+        "forgetful": differences(forgetful[0].state_dict(), whole["model"]),
+        "optimizer": sorted(optimizer.state_dict()["state"]),
+    }
+
+
 def bad_id(rank: int) -> Found:
     """An id without a row on rank 0, of a table that lies on rank 1. Run last: it breaks the group."""
     case = Case("table_wise", "sum", "sgd")
@@ -328,6 +378,7 @@ def main(rank: int, folder: Path) -> None:
     runs: dict[str, Callable[[], Found]] = {
         str(case): (lambda case=case: parity(rank, case)) for case in CASES
     }
+    runs["checkpoint"] = lambda: checkpoint(rank, folder)
     for run in (round_trip, variable, frozen, another_table, schedule, pipeline, bad_id):
         runs[run.__name__] = lambda run=run: run(rank)
     found: dict[str, Found] = {}
