@@ -16,7 +16,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingE
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from recemb.errors import ConfigError
-from recemb.spec import Dense, TableSpec
+from recemb.spec import TableSpec
 from recemb.torchrec_io.sharding.kernel import CompressedLookup
 from recemb.torchrec_io.sharding.tables import CompressedTables
 
@@ -137,13 +137,8 @@ def check_plan(tables: CompressedTables, names: Sequence[str], plan: Mapping[str
                 "remove it, or train this model on one device"
             )
         if kind not in sharding_types(table):
-            reason = (
-                "with Adam on the CPU, where fbgemm has none, no table is split"
-                if isinstance(table.compression, Dense)
-                else "a compressed table is not split"
-            )
             raise ConfigError(
-                f"table {name!r} ({table.compression}) is planned {kind}; {reason}: "
+                f"table {name!r} ({table.compression}) is planned {kind}; a compressed table is not split: "
                 f"{_FIX}. For torchrec's planner: constraints={{{name!r}: "
                 f"ParameterConstraints(sharding_types={list(sharding_types(table))})}}"
             )
