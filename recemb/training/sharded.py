@@ -103,7 +103,9 @@ def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, worl
         kind, _, settings = optimizer_settings(config)
         _apply_optimizer_in_backward(kind, collection.parameters(), dict(settings))
         if config.plan is not None:
-            plan = _given_plan(config.plan, path)
+            from recemb.torchrec_io import load_plan
+
+            plan = load_plan(config.plan, model).plan[path]
         else:
             plan = default_plan(tables, collection, world.size, world.local_size)
     sharding = {name: _described(plan[name]) for name in plan}
@@ -142,8 +144,8 @@ def shard_model(
 def build_sharded_optimizer(config: RunConfig, model: DistributedModelParallel) -> CombinedOptimizer:
     """The optimizers in the tables' backward, that of replicated tables, and that of the dense layers.
 
-    A replicated table takes the tables' kind of optimizer, but its gradient is of the table's size: Adam then
-    moves every row, not those of the batch only.
+    A replicated uncompressed table takes the tables' kind of optimizer, but its gradient is of the table's
+    size, as torchrec has it: Adam then moves every row, not those of the batch only.
     """
     tables, layers, settings = optimizer_settings(config)
     path, _ = table_step(model)
@@ -177,17 +179,6 @@ def whole_weights(model: DistributedModelParallel, world: World) -> dict[str, Te
         if target is not None:
             whole[name] = target.cpu()
     return whole
-
-
-def _given_plan(path: str, module: str) -> Mapping[str, ParameterSharding]:
-    from recemb.torchrec_io import load_plan
-
-    found: dict[str, Mapping[str, ParameterSharding]] = load_plan(path).plan
-    if module not in found:
-        raise ConfigError(
-            f"--plan {path} has no plan for {module}, the tables of this model; it has {', '.join(found)}"
-        )
-    return found[module]
 
 
 def _described(sharding: ParameterSharding) -> str:
