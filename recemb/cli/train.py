@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recemb.cli.ranks import launch, words_of
+from recemb.errors import ConfigError
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -97,9 +100,8 @@ examples:
   recemb train --data_dir data/kaggle --method tt --compress_rate 100 --compare dense \\
       --validation_freq_within_epoch 50 --epochs 3 --patience 4 --output runs/tt100
 
-  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=2 --max-restarts=3 \\
-      -m recemb train --data_dir data/kaggle --method tt --compress_rate 100 --batch_size 256 \\
-      --checkpoint_freq 1000 --resume --output runs/tt100x2
+  recemb train --nproc_per_node 2 --max_restarts 3 --checkpoint_freq 1000 --resume --batch_size 256 \\
+      --data_dir data/kaggle --method tt --compress_rate 100 --output runs/tt100x2
 """
 
 
@@ -116,6 +118,20 @@ def add_parser(subparsers: Subparsers) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", default=None, help="read settings from a YAML file")
+    parser.add_argument(
+        "--nproc_per_node",
+        metavar="N",
+        type=_count,
+        default=None,
+        help="train on N ranks of this machine, as torchrun starts them",
+    )
+    parser.add_argument(
+        "--max_restarts",
+        metavar="N",
+        type=_count,
+        default=None,
+        help="with --nproc_per_node: start all ranks again up to N times after one has failed",
+    )
     for title, flags in _FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (metavar, text) in flags.items():
@@ -138,12 +154,25 @@ def add_parser(subparsers: Subparsers) -> None:
             )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Train; exit code 0, or an error of :mod:`recemb.errors`."""
     from recemb.training.config import load_config
 
-    flags = {name: value for name, value in vars(args).items() if name not in ("verb", "config")}
+    own = ("verb", "config", "nproc_per_node", "max_restarts")
+    flags = {name: value for name, value in vars(args).items() if name not in own}
     config = load_config(flags, Path(args.config) if args.config is not None else None)
+    if args.nproc_per_node is not None:
+        return launch(
+            args.nproc_per_node, args.max_restarts or 0, words_of("train", {"config": args.config, **flags})
+        )
+    if args.max_restarts is not None:
+        raise ConfigError("--max_restarts needs --nproc_per_node; torchrun has --max-restarts of its own")
 
     # OpenMP's threads spin while they wait for each other. When something else wants a core, the one waited
     # for cannot run: a step took 389 ms on two busy cores, 78 ms with sleeping threads. Read as torch loads.

@@ -28,7 +28,6 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recemb.backends import storages
 from recemb.data.click_log import ClickLog
-from recemb.errors import ConfigError
 from recemb.planner.budget import BudgetedTables
 from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
