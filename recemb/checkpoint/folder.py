@@ -89,13 +89,15 @@ def disk_errors(root: Path, needed: int) -> Iterator[None]:
             raise disk_full(root, needed) from error
         where = error.filename or root
         raise CheckpointError(
-            f"{where}: a checkpoint cannot be written here: {error.strerror}; the ones before it are intact. "
-            "Choose a directory that every rank can write to"
+            f"{where}: a checkpoint cannot be written here: {error.strerror or error}; the ones before it "
+            "are intact. Choose a directory that every rank can write to"
         ) from error
 
 
 def free_bytes(root: Path) -> int:
     """Bytes that this user can still write."""
+    while not root.exists():
+        root = root.parent
     status = os.statvfs(root)
     return status.f_bavail * status.f_frsize
 
@@ -117,7 +119,7 @@ def lock(root: Path) -> None:
     Raises:
         CheckpointError: another process has saved there and still runs; names it.
     """
-    path = (root / LOCK_FILE).resolve()
+    path = root.resolve() / LOCK_FILE
     held = _locks.get(path)
     if held is not None and held[0] == os.getpid() and _is(path, held[1]):
         return
@@ -139,9 +141,9 @@ def lock(root: Path) -> None:
             f"{root}: another run saves its checkpoints here ({owner or 'its process is unknown'}); stop it, "
             "or give this one another directory"
         ) from error
+    _locks[path] = os.getpid(), descriptor
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-    _locks[path] = os.getpid(), descriptor
 
 
 def _is(path: Path, descriptor: int) -> bool:
@@ -163,15 +165,13 @@ def commit(root: Path, temporary: str, step: int) -> Path:
     """Give the complete directory ``temporary`` its name; a crash leaves it or what was there before."""
     final = root / name_of(step)
     sync_directory(root / temporary)
-    replaced = None
     for other, name in complete(root):
         if other > step:
             aside = f"{name_of(other)}.superseded-{uuid4().hex}"
             log.warning("%s: is newer than the step %d saved now; renamed to %s", root / name, step, aside)
             os.rename(root / name, root / aside)
         elif root / name == final:
-            replaced = root / f"{name_of(step)}.old-{uuid4().hex}"
-            os.rename(final, replaced)
+            os.rename(final, root / f"{name_of(step)}.old-{uuid4().hex}")
     os.rename(root / temporary, final)
     sync_directory(root)
     write_text(root / LATEST_FILE, f"{final.name}\n")
@@ -182,8 +182,8 @@ def prune(root: Path, keep: int, usable: Callable[[Path], bool]) -> None:
     """Remove all but the newest ``keep`` that are ``usable``; a failure is only logged."""
     kept: set[int] = set()
     for step, name in complete(root):
-        replaced = step in kept
-        if len(kept) == keep or replaced:
+        # One of a step that is kept is its predecessor.
+        if len(kept) == keep or step in kept:
             _remove(root, name, step)
         elif usable(root / name):
             kept.add(step)

@@ -72,7 +72,13 @@ class Checkpoint:
             )
         if wrong:
             raise CheckpointError(self._misfit(list(wrong)))
-        self._ranks.together(lambda: self._fill(flatten(state)))
+        try:
+            self._ranks.together(lambda: self._fill(flatten(state)))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. It has changed since it was verified, and the state is loaded in part: call "
+                "latest_checkpoint again and load what that finds"
+            ) from error
 
     def _compare(self, flat: FlatState) -> dict[str, list[str]]:
         wrong = []

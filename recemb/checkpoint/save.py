@@ -29,6 +29,8 @@ from recemb.errors import CheckpointError
 from recemb.files import sync_directory
 from recemb.stack import versions
 
+# `extra` is read whole by every rank, before anything else is known of a checkpoint.
+_MAX_EXTRA_BYTES = 2**24
 # For the manifest, of each tensor and of each block, when free space is estimated.
 _BYTES_PER_TENSOR, _BYTES_PER_BLOCK = 500, 12
 
@@ -57,8 +59,8 @@ def save_checkpoint(
         state: nested mappings of tensors, ``ShardedTensor``s and JSON values, e.g. ``{"model":
             model.state_dict(), "optimizer": optimizer.state_dict()}``. Of a value that differs between ranks
             the first rank's is kept.
-        extra: JSON: data position, RNG states, configuration. Rank 0's is kept; what each rank has of its own
-            goes in as a list.
+        extra: JSON of at most 16 MiB: data position, RNG states, configuration. Rank 0's is kept; what each
+            rank has of its own goes in as a list.
         keep: how many of the newest checkpoints stay.
         group: the ranks; ``None`` for the default group. Ranks wait for the slowest writer: its timeout must
             allow for that.
@@ -100,13 +102,18 @@ def _describe(step: int, keep: int, state: Mapping[str, Any], extra: Mapping[str
     for name, number, least in (("step", step, 0), ("keep", keep, 1)):
         if not isinstance(number, int) or isinstance(number, bool) or not least <= number < 10**18:
             raise CheckpointError(f"{name}={number!r} must be an int >= {least}")
-    flat = flatten(state)
+    flat, kept = flatten(state), plain(extra, "extra")
+    if len(json.dumps(kept)) > _MAX_EXTRA_BYTES:
+        raise CheckpointError(
+            f"extra takes {len(json.dumps(kept)):,} bytes, more than {_MAX_EXTRA_BYTES:,}; it is for "
+            "settings and counters: keep arrays as tensors of the state"
+        )
     return {
         "step": step,
         "keep": keep,
         "tensors": offer(flat),
         "values": {path: plain(value.value, path) for path, value in flat.values.items()},
-        "extra": plain(extra, "extra"),
+        "extra": kept,
     }
 
 

@@ -141,6 +141,8 @@ def _walk(node: Any, path: tuple[str, ...], flat: FlatState) -> None:
     for key, item in children:
         at = (*path, str(key).replace("~", "~0").replace("/", "~1"))
         name = "/".join(at)
+        if not name.isascii() and name != name.encode(errors="replace").decode():
+            raise CheckpointError(f"{name!a}: a key is no valid Unicode; rename it")
         if name in flat.tensors or name in flat.values:
             raise CheckpointError(f"{name}: two keys of the state have this path; rename one")
         if isinstance(item, ShardedTensor):

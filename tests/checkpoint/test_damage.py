@@ -165,7 +165,9 @@ def test_f29_damage_after_the_check_is_still_found(root: Path) -> None:
     assert found is not None
     path = root / "step-2" / FILES[0]
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: model/t.weight\[0:5,0:4\]"):
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000.safetensors: model/t.weight\[0:5,0:4\].*loaded in part"
+    ):
         found.load({"model": {"t.weight": torch.zeros(10, 4)}})
 
 
@@ -200,13 +202,14 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "outside": _set(*SHARD, "offsets", value=[2**40, 0]),
     "negative": _set(*SHARD, "offsets", value=[-1, 0]),
     "huge": _set("tensors", "model/t.weight", "shape", value=[2**61, 2**61]),
-    "endless": lambda body: (
-        _set("tensors", "model/t.weight", "shape", value=[2**61, 1])(body),
-        _set("tensors", "model/t.weight", "shards", value=[body["tensors"]["model/t.weight"]["shards"][0]])(
-            body
-        ),
-        _set(*SHARD, "offsets", value=[0, 0])(body),
-        _set(*SHARD, "sizes", value=[2**61, 1])(body),
+    "endless": _set(
+        "tensors",
+        "model/t.weight",
+        value={
+            "dtype": "F32",
+            "shape": [2**61, 1],
+            "shards": [{"file": FILES[0], "name": "x", "offsets": [0, 0], "sizes": [2**61, 1], "crc32": [1]}],
+        },
     ),
     "beyond int64": _set("tensors", "model/t.weight", "shape", value=[2**70, 4]),
     "float": _set("tensors", "model/t.weight", "shape", value=[10.0, 4]),

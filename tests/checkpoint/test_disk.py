@@ -75,6 +75,15 @@ def test_f28_a_disk_that_is_full_at_any_call(
         assert f"{error.needed:,} bytes and {error.free:,} are free" in str(error)
 
 
+def test_f28_no_room_for_the_directory_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Any, *rest: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(DiskFullError, match="are free"):
+        _save(tmp_path / "a" / "b", 1)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
@@ -211,6 +220,15 @@ def test_f33_a_directory_made_anew_is_locked_anew(tmp_path: Path) -> None:
     assert _status(_fork(child)) == 0
 
 
+def test_f30_a_linked_lock_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="cannot be written here"):
+        _save(tmp_path / "checkpoints", 1)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_f33_order_is_by_step_and_not_by_time(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         _save(tmp_path, step, keep=3)
@@ -268,7 +286,8 @@ def test_nothing_saved_is_none(tmp_path: Path) -> None:
         ({"keep": 0}, "keep=0 must be an int >= 1"),
         ({"extra": {"rng": object()}}, "extra/rng: a checkpoint holds tensors and JSON values, not object"),
         ({"extra": {1: 2}}, "extra: the key 1 is no str"),
-        ({"extra": {"big": "x" * 2**26}}, "the manifest would take"),
+        ({"extra": {"big": "x" * 2**24}}, "extra takes 16,777,227 bytes, more than 16,777,216"),
+        ({"state": {"big": "x" * 2**26}}, "the manifest would take"),
     ],
 )
 def test_wrong_arguments_leave_nothing(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, shard_file
 from recemb.checkpoint.boxes import Box, untiled
@@ -259,9 +261,21 @@ def test_what_a_checkpoint_cannot_hold_is_named(tmp_path: Path, leaf: Any, messa
     assert not tmp_path.joinpath("LATEST").exists()
 
 
+def test_dtensors_are_refused(tmp_path: Path) -> None:
+    def save(rank: int) -> None:
+        mesh = DeviceMesh("cpu", torch.arange(2))
+        tensor = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False)
+        with pytest.raises(CheckpointError, match=r"w: a DTensor on cpu .* ShardedTensors"):
+            save_checkpoint(tmp_path, 1, {"w": tensor}, {})
+
+    on_ranks(2, save)
+
+
 def test_two_keys_of_one_path_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="state/0: two keys of the state have this path"):
         save_checkpoint(tmp_path, 1, {"state": {0: 1, "0": 2}}, {})
+    with pytest.raises(CheckpointError, match=r"ud800': a key is no valid Unicode"):
+        save_checkpoint(tmp_path, 1, {"w\ud800": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match="must be a mapping"):
         save_checkpoint(tmp_path, 1, [torch.zeros(1)], {})  # type: ignore[arg-type]
 
