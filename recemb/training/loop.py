@@ -149,6 +149,10 @@ class Trainer:
             self.restore_best()
         return self.outcome
 
+    def note(self, text: str) -> None:
+        """Tell whoever watches, on rank 0."""
+        self._progress.note(text)
+
     def restore_best(self) -> None:
         """Put back the weights of the best evaluation, when later steps have moved on from it."""
         if self.best_weights is not None:

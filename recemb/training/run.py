@@ -86,7 +86,8 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
     else:
         single = config.model_copy(update={"compare": None})
         plans = [(single, RunDir(root / config.method)), (config.dense_twin(), RunDir(root / "dense"))]
-    world.check_equal("settings and versions", config.model_dump() | versions())
+    # Each machine may have the data in a place of its own; what is in it is compared below.
+    world.check_equal("settings and versions", config.model_dump(exclude={"data_dir"}) | versions())
     # Everything that can be refused is refused before the first run starts.
     with world.agreeing():
         for part, directory in plans:

@@ -23,7 +23,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from recemb.cache.metrics import CacheMetrics
 from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from recemb.data.click_log import ClickLog
-from recemb.errors import CheckpointError, ConfigError
+from recemb.errors import CheckpointError, ConfigError, DiskFullError
 from recemb.training.config import RunConfig
 from recemb.training.distributed import World
 from recemb.training.loop import Evaluation, Outcome, Trainer
@@ -63,10 +63,10 @@ class TrainerState:
         self.saved_step: int | None = None
 
     def save(self) -> None:
-        """Save a checkpoint of the step that has just ended.
+        """Save a checkpoint of the step that has just ended, unless the disk is full: training goes on then.
 
         Raises:
-            CheckpointError: it cannot be written; those before are intact.
+            CheckpointError: it cannot be written for another reason; those before are intact.
         """
         trainer, outcome = self._trainer, self._trainer.outcome
         self._world.note(f"saving a checkpoint of step {outcome.steps}")
@@ -83,6 +83,9 @@ class TrainerState:
         }
         try:
             save_checkpoint(self._root, outcome.steps, state, extra)
+        except DiskFullError as error:
+            trainer.note(f"warning: no checkpoint of step {outcome.steps}, training goes on: {error}")
+            return
         except CheckpointError:
             self._world.together = True
             raise

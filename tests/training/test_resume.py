@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from recemb.checkpoint import shard_file
 from recemb.errors import CheckpointError, ConfigError, Interrupted
 from recemb.training import loop as loop_module
 from recemb.training.config import RunConfig
@@ -96,6 +98,23 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(make_config: MakeCo
     names = sorted(entry.name for entry in (path / "checkpoints").iterdir() if entry.is_dir())
     assert names == ["step-15", "step-16"]
     assert (path / "checkpoints" / "LATEST").read_text().strip() == "step-16"
+
+
+def test_f28_a_full_disk_does_not_end_training(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original, full = shard_file.write, [True]
+
+    def write(path: Path, *rest: Any) -> Any:
+        if full.pop() if full else False:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, *rest)
+
+    monkeypatch.setattr(shard_file, "write", write)
+    [path] = train(make_config(checkpoint_freq=12, **RUN))
+    assert result(path)["status"] == "completed"
+    assert "warning: no checkpoint of step 12, training goes on" in capfd.readouterr().err
+    assert [entry.name for entry in (path / "checkpoints").glob("step-*")] == ["step-16"]
 
 
 def test_more_epochs_go_on_from_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
