@@ -222,9 +222,10 @@ class World:
     def _lost(self, error: RuntimeError) -> Loss | None:
         """What a failed collective is due to; ``None`` when ``error`` is a defect of this program's."""
         assert self._link is not None
-        loss = self._link.loss(wait_seconds=1.0 if _of_a_collective(error) else 0.0)
+        loss = self._link.loss(wait_seconds=1.0)
         if loss is None and _of_a_collective(error):
-            loss = Loss(self.rank, 1, f"a collective failed or timed out and {self._link.who_is_missing()}")
+            missing, reason = self._link.who_is_missing(), str(error).partition("\n")[0]
+            loss = Loss(self.rank, 1, f"a collective failed or timed out and {missing} ({_short(reason)})")
             self._link.end_process_within(2 * GRACE_SECONDS, loss.exit_code, loss.message)
         return loss
 
