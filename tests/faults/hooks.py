@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel
 
 from recemb.checkpoint import shard_file
 from recemb.errors import DataError
+from recemb.torchrec_io import EmbeddingBagCollectionSharder
 from recemb.training import loop, run, sharded, table_step
 
 
@@ -91,6 +93,20 @@ def _other_plan() -> None:
     sharded.default_plan = plan
 
 
+def _replicate() -> None:
+    def plan(tables: Any, collection: Any, world_size: int, local_size: int) -> Any:
+        return construct_module_sharding_plan(
+            collection,
+            {table.name: data_parallel() for table in tables.tables},
+            sharder=EmbeddingBagCollectionSharder(),
+            local_size=local_size,
+            world_size=world_size,
+            device_type="cpu",
+        )
+
+    sharded.default_plan = plan
+
+
 def _other_data() -> None:
     original = run.fingerprint
     run.fingerprint = lambda log: original(log)[::-1]
@@ -105,4 +121,8 @@ _ACTIONS: dict[str, Callable[[], None]] = {
     "defect": _defect,
     "overflow": _overflow,
 }
-_AT_START: dict[str, Callable[[], None]] = {"other_plan": _other_plan, "other_data": _other_data}
+_AT_START: dict[str, Callable[[], None]] = {
+    "other_plan": _other_plan,
+    "other_data": _other_data,
+    "replicate": _replicate,
+}

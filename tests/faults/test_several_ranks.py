@@ -56,6 +56,19 @@ def test_two_ranks_equal_one_process(
     assert "AUC" not in ended.logs[1]
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_replicated_tables(launcher: Launcher, tmp_path: Path, optimizer: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags: dict[str, Any] = {"limit_train_batches": 6, "optimizer": optimizer}
+    replicate = {"action": "replicate"}
+    ended = launcher.train(two, hooks={0: replicate, 1: replicate}, batch_size=100, **flags)
+    assert ended.codes == [0, 0], ended.logs
+    assert set(result(two)["sharding"].values()) == {"data_parallel on 0,1"}
+    assert launcher.train(one, 1, batch_size=200, **flags).codes == [0]
+    # A replica's Adam moves all rows: those without a gradient go on as they went.
+    assert distance(one, two) < (2e-6 if optimizer == "rowwise_adagrad" else 6 * 0.001)
+
+
 def test_compare_trains_both_on_all_ranks(launcher: Launcher, tmp_path: Path) -> None:
     ended = launcher.train(tmp_path / "run", compare="dense", limit_train_batches=3)
     assert ended.codes == [0, 0], ended.logs
