@@ -139,15 +139,21 @@ class Trainer:
         except _Stopped:
             if self.outcome.stopped is not None:
                 self._progress.note(self.outcome.stopped)
-            if self.outcome.interrupted is not None and self._on_checkpoint is not None:
-                self._on_checkpoint()
+            # Before the first step there is nothing that starting anew would not make again.
+            if self.outcome.interrupted is not None and self.outcome.steps > 0:
+                self._checkpoint()
         else:
-            if self._config.checkpoint_freq and self.outcome.steps > done and self._on_checkpoint is not None:
-                self._on_checkpoint()
+            frequency = self._config.checkpoint_freq
+            if frequency and self.outcome.steps > done and self.outcome.steps % frequency:
+                self._checkpoint()
         finally:
             self._progress.close()
             self.restore_best()
         return self.outcome
+
+    def _checkpoint(self) -> None:
+        if self._on_checkpoint is not None:
+            self._on_checkpoint()
 
     def note(self, text: str) -> None:
         """Tell whoever watches, on rank 0."""
@@ -205,8 +211,8 @@ class Trainer:
                 self.outcome.epochs = epoch + 1
             if self._evaluation_due():
                 self._validate()
-            if frequency and self.outcome.steps % frequency == 0 and self._on_checkpoint is not None:
-                self._on_checkpoint()
+            if frequency and self.outcome.steps % frequency == 0:
+                self._checkpoint()
 
     def _next(self, batches: Iterator[Batch], place: Place) -> Batch:
         """This rank's part of a batch, once every rank has its own and none has been asked to stop."""

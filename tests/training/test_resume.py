@@ -137,6 +137,17 @@ def test_a_signal_in_the_test_split_resumes_there(
     assert_same_run(path, unbroken)
 
 
+def test_a_signal_before_the_first_step(
+    make_config: MakeConfig, stop_in: Callable[[str, int], None], tmp_path: Path
+) -> None:
+    stop_in("_train_epoch", 0)
+    with pytest.raises(Interrupted, match=r"after step 0; .* Give the same command with --overwrite"):
+        train(make_config(checkpoint_freq=2, **RUN))
+    [path] = train(make_config(checkpoint_freq=2, resume=True, **RUN))
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **RUN))
+    assert_same_run(path, unbroken)
+
+
 def test_what_cannot_be_resumed(make_config: MakeConfig, stop_in: Callable[[str, int], None]) -> None:
     with pytest.raises(ConfigError, match="resume: overwrite is given too"):
         make_config(resume=True, overwrite=True)
