@@ -62,3 +62,11 @@ class Interrupted(RecembError):  # noqa: N818 - an interruption is not a mistake
     """The run was asked to stop and can be resumed (exit code 75)."""
 
     exit_code = 75
+
+
+class RankLost(RecembError):  # noqa: N818 - not this rank's own error
+    """Another rank of a distributed run is gone or failed (its exit code, or 1)."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc] # of the rank that failed

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recemb.cli.ranks import launch, words_of
+from recemb.errors import ConfigError
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -44,8 +47,14 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         "dcn_low_rank_dim": ("N", "rank of the cross layers (default 512)"),
     },
     "training": {
-        "batch_size": ("B", "training batch (default 512)"),
-        "test_batch_size": ("B", "batch of evaluations (default 4096 or batch_size, the larger)"),
+        "batch_size": (
+            "B",
+            "training batch of each rank (default 512): under torchrun with W ranks a step takes W x B rows",
+        ),
+        "test_batch_size": (
+            "B",
+            "batch of evaluations, of each rank (default 4096 or batch_size, the larger)",
+        ),
         "epochs": ("N", "passes over the train split (default 1)"),
         "limit_train_batches": ("N", "stop each epoch after N batches"),
         "limit_val_batches": ("N", "evaluate on the first N validation batches"),
@@ -65,6 +74,19 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         "patience": ("N", "stop after N evaluations without a better one; the best weights are kept"),
         "device": ("DEVICE", "cpu or cuda (default cpu)"),
     },
+    "checkpoints and ranks": {
+        "checkpoint_freq": (
+            "STEPS",
+            "save a checkpoint to resume from every STEPS steps and at the end (default 0: only when a "
+            "signal stops the run)",
+        ),
+        "resume": (None, "go on from the newest checkpoint in --output, or start where there is none"),
+        "plan": ("FILE", "where each table goes, by recemb plan (default: whole tables, spread evenly)"),
+        "dist_timeout_seconds": (
+            "S",
+            "give up when the other ranks do not answer for S seconds (default 300)",
+        ),
+    },
 }
 
 _DESCRIPTION = """\
@@ -74,9 +96,12 @@ result.json, checkpoints/model.safetensors.
 Every flag is also a key of the YAML file that --config names; flags win.
 """
 _EPILOG = """\
-example:
+examples:
   recemb train --data_dir data/kaggle --method tt --compress_rate 100 --compare dense \\
       --validation_freq_within_epoch 50 --epochs 3 --patience 4 --output runs/tt100
+
+  recemb train --nproc_per_node 2 --max_restarts 3 --checkpoint_freq 1000 --resume --batch_size 256 \\
+      --data_dir data/kaggle --method tt --compress_rate 100 --output runs/tt100x2
 """
 
 
@@ -93,6 +118,20 @@ def add_parser(subparsers: Subparsers) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", default=None, help="read settings from a YAML file")
+    parser.add_argument(
+        "--nproc_per_node",
+        metavar="N",
+        type=_count,
+        default=None,
+        help="train on N ranks of this machine, as torchrun starts them",
+    )
+    parser.add_argument(
+        "--max_restarts",
+        metavar="N",
+        type=_count,
+        default=None,
+        help="with --nproc_per_node: start all ranks again up to N times after one has failed",
+    )
     for title, flags in _FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (metavar, text) in flags.items():
@@ -115,25 +154,45 @@ def add_parser(subparsers: Subparsers) -> None:
             )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Train; exit code 0, or an error of :mod:`recemb.errors`."""
     from recemb.training.config import load_config
 
-    flags = {name: value for name, value in vars(args).items() if name not in ("verb", "config")}
+    own = ("verb", "config", "nproc_per_node", "max_restarts")
+    flags = {name: value for name, value in vars(args).items() if name not in own}
     config = load_config(flags, Path(args.config) if args.config is not None else None)
+    if args.nproc_per_node is not None:
+        return launch(
+            args.nproc_per_node, args.max_restarts or 0, words_of("train", {"config": args.config, **flags})
+        )
+    if args.max_restarts is not None:
+        raise ConfigError("--max_restarts needs --nproc_per_node; torchrun has --max-restarts of its own")
 
     # OpenMP's threads spin while they wait for each other. When something else wants a core, the one waited
     # for cannot run: a step took 389 ms on two busy cores, 78 ms with sleeping threads. Read as torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # torch takes seconds to load, so a wrong configuration is reported before it.
     import logging
+    import warnings
 
+    from recemb.training.distributed import Launch
     from recemb.training.report import comparison_table, load_runs
     from recemb.training.run import train
 
     # torchrec 1.8 calls a name that torch 2.13 has deprecated, once per process.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # torchrec 1.8 shards with what torch 2.13 has deprecated.
+    for start in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+        warnings.filterwarnings("ignore", start, FutureWarning)
     directories = train(config)
+    if Launch.of(os.environ).rank > 0:
+        return 0
     print(comparison_table(load_runs(directories)))
     print(f"results: {', '.join(map(str, directories))}", file=sys.stderr)
     return 0

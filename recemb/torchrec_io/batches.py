@@ -51,6 +51,16 @@ def to_batch(
     return Batch(dense_features=_share(clicks.dense), sparse_features=sparse, labels=_share(clicks.labels))
 
 
+def blank_row(feature_names: Sequence[str], num_dense: int) -> Batch:
+    """A batch of one row: dense features 0, label 0, and no id in any bag."""
+    sparse = KeyedJaggedTensor(
+        keys=list(feature_names),
+        values=torch.empty(0, dtype=torch.int64),
+        lengths=torch.zeros(len(feature_names), dtype=torch.int64),
+    )
+    return Batch(torch.zeros(1, num_dense), sparse, torch.zeros(1))
+
+
 def _share(array: npt.NDArray[np.generic]) -> Tensor:
     # torch has no read-only tensors: memory that numpy guards (a file mapping) is copied instead.
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -102,6 +102,11 @@ class RunConfig(BaseModel):
     seed: Seed = 0
     device: Literal["cpu", "cuda"] = "cpu"
 
+    checkpoint_freq: Annotated[int, Field(ge=0)] = 0
+    resume: bool = False
+    plan: str | None = None
+    dist_timeout_seconds: PositiveInt = 300
+
     @model_validator(mode="after")
     def _resolve(self) -> Self:
         problems = list(_cross_field_problems(self))
@@ -212,6 +217,8 @@ def _cross_field_problems(config: RunConfig) -> list[tuple[str, str]]:
     for name in ("cache_policy", "cache_refresh_every"):
         if getattr(config, name) is not None and config.cache_fraction is None:
             problems.append((name, "there is no cache; give --cache_fraction, e.g. 0.01, or remove it"))
+    if config.resume and config.overwrite:
+        problems.append(("resume", "overwrite is given too; keep the run (resume) or replace it (overwrite)"))
     if config.optimizer == "sgd" and config.eps is not None:
         problems.append(("eps", "sgd has no eps; remove it or choose another --optimizer, e.g. adagrad"))
     return problems

@@ -23,6 +23,8 @@ NUM_BINS = 1 << 18
 LOGIT_LIMIT = 16.0
 # Losses are summed as whole nats plus a fraction in units of 2^-40: exact integers, off by <= 2^-41 a sample.
 _FRACTION = 1 << 40
+# Of 32 bits: 2^96 holds the loss of 2^36 samples at LOSS_LIMIT each.
+_LIMBS = 3
 # A sample's loss is capped here (nats) so that its whole part cannot overflow the int64 sum of a batch.
 LOSS_LIMIT = float(1 << 20)
 
@@ -97,6 +99,31 @@ class ClickMetrics:
         for name in ("_loss", "_prediction", "_clicks", "num_samples"):
             setattr(merged, name, getattr(self, name) + getattr(other, name))
         return merged
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Everything accumulated, as int64 [2 * NUM_BINS + 12]; the sum of two such arrays is their merge.
+
+        Sums that may outgrow an int64 are in it as limbs of 32 bits, so that up to 2^31 arrays add up.
+        """
+        sums = (self._loss, self._prediction, self._clicks, self.num_samples)
+        limbs = [(value >> (32 * limb)) & 0xFFFFFFFF for value in sums for limb in range(_LIMBS)]
+        histograms = self._histograms
+        flat = np.zeros(2 * NUM_BINS, np.int64) if histograms is None else histograms.reshape(-1)
+        return np.concatenate([flat, np.array(limbs, dtype=np.int64)])
+
+    @classmethod
+    def from_counts(cls, counts: npt.NDArray[np.int64]) -> ClickMetrics:
+        """The accumulator whose :meth:`counts` are ``counts``, or a sum of such."""
+        made = cls()
+        limbs = [int(limb) for limb in counts[2 * NUM_BINS :]]
+        sums = [
+            sum(limb << (32 * place) for place, limb in enumerate(limbs[start : start + _LIMBS]))
+            for start in range(0, len(limbs), _LIMBS)
+        ]
+        made._loss, made._prediction, made._clicks, made.num_samples = sums
+        if made.num_samples:
+            made._histograms = counts[: 2 * NUM_BINS].reshape(2, NUM_BINS).copy()
+        return made
 
     def compute(self) -> MetricValues:
         """The metrics of all samples so far; every value is ``nan`` when there is none."""

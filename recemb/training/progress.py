@@ -18,9 +18,9 @@ _REFRESH_STEPS = 20
 
 
 class Progress:
-    """Writes to stderr; ``label`` names the run (its method) on every line."""
+    """Writes to stderr; ``label`` names the run (its method) on every line, on the rank where it is shown."""
 
-    def __init__(self, label: str, total_steps: int) -> None:
+    def __init__(self, label: str, total_steps: int, shown: bool = True) -> None:
         self._label = label
         self._total = total_steps
         self._bar = tqdm(
@@ -29,8 +29,13 @@ class Progress:
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )
+        self._shown = shown
+
+    def resume(self, step: int) -> None:
+        """Begin after ``step`` steps, which do not count in the bar's speed."""
+        self._bar.initial = self._bar.n = self._bar.last_print_n = step
 
     @property
     def wants_figures(self) -> bool:
@@ -49,16 +54,16 @@ class Progress:
     def evaluation(self, evaluation: Evaluation, samples_per_second: float) -> None:
         """One line for an evaluation, on a terminal and elsewhere."""
         values = evaluation.values
-        tqdm.write(
-            f"{self._label}: step {evaluation.step}/{self._total}  {evaluation.split} "
+        self.note(
+            f"step {evaluation.step}/{self._total}  {evaluation.split} "
             f"AUC {_auc(values.auc)}  logloss {values.logloss:.5f}  NE {values.ne:.5f}  "
-            f"{samples_per_second:,.0f} samples/s" + ("  best so far" if evaluation.best else ""),
-            file=sys.stderr,
+            f"{samples_per_second:,.0f} samples/s" + ("  best so far" if evaluation.best else "")
         )
 
     def note(self, text: str) -> None:
         """One line of text."""
-        tqdm.write(f"{self._label}: {text}", file=sys.stderr)
+        if self._shown:
+            tqdm.write(f"{self._label}: {text}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -1,4 +1,4 @@
-"""One training run from configuration to run directory: ``recemb train`` without its flags."""
+"""One training run, from configuration to run directory: ``recemb train`` without its flags."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import nn
 
 from recemb.cache.metrics import CacheMetrics, total
 from recemb.data.click_log import ClickLog
-from recemb.errors import Interrupted, NonFiniteError
+from recemb.errors import ConfigError, Interrupted, NonFiniteError
 from recemb.planner.budget import BudgetedTables
 from recemb.stack import versions
 from recemb.training.config import RunConfig
+from recemb.training.distributed import World, joined
 from recemb.training.environment import peak_rss_bytes, reset_peak_rss
 from recemb.training.interrupt import StopRequest
 from recemb.training.loop import Evaluation, Outcome, Trainer
@@ -31,7 +32,9 @@ from recemb.training.setup import (
     make_batches,
     open_log,
 )
-from recemb.training.table_step import find_collection
+from recemb.training.sharded import build_sharded, whole_weights
+from recemb.training.state import TrainerState, fingerprint, settings_of
+from recemb.training.table_step import table_step
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class _Run:
     directory: RunDir
     log: ClickLog
     tables: BudgetedTables
+    world: World
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model on this process or over all ranks, its optimizer, and where its tables are."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sharding: dict[str, str] | None
 
 
 def train(config: RunConfig) -> list[Path]:
@@ -50,6 +63,9 @@ def train(config: RunConfig) -> list[Path]:
     With ``compare: dense`` the compressed run goes to ``<output>/<method>`` and its uncompressed twin (same
     data, seed, batches and initial dense layers) to ``<output>/dense``.
 
+    Started by torchrun as one of several ranks, trains together with them; rank 0 writes the files, and every
+    rank its part of the checkpoints.
+
     Returns:
         the run directories, in the order in which they were trained.
 
@@ -57,55 +73,122 @@ def train(config: RunConfig) -> list[Path]:
         ConfigError, DataError: before anything is trained or written.
         NonFiniteError: training stopped before a batch that would have destroyed the weights.
         Interrupted: a signal came; what had been reached by then is in the run directory.
+        RankLost: another rank is gone.
     """
+    with joined(config) as world:
+        return _train_all(config, world)
+
+
+def _train_all(config: RunConfig, world: World) -> list[Path]:
     root = Path(config.output)
     if config.compare is None:
         plans = [(config, RunDir(root))]
     else:
         single = config.model_copy(update={"compare": None})
         plans = [(single, RunDir(root / config.method)), (config.dense_twin(), RunDir(root / "dense"))]
+    # Each machine may have the data in a place of its own; what is in it is compared below.
+    world.check_equal("settings and versions", config.model_dump(exclude={"data_dir"}) | versions())
     # Everything that can be refused is refused before the first run starts.
-    for part, directory in plans:
-        RunDir(root).check_free(config.overwrite)
-        directory.check_free(part.overwrite)
-    log = open_log(config)
-    runs = [_Run(part, directory, log, choose_tables(part, log)) for part, directory in plans]
+    with world.agreeing():
+        for part, directory in plans:
+            RunDir(root).check_free(config.overwrite, config.resume)
+            directory.check_free(part.overwrite, part.resume)
+        log = open_log(config)
+        runs = [_Run(part, directory, log, choose_tables(part, log), world) for part, directory in plans]
+        _check_world(config, world)
+    world.check_equal("data", {"features, rows and files": fingerprint(log)})
     with StopRequest() as stop:
         for run in runs:
-            _train_one(run, stop)
+            complete = world.exchange(config.resume and run.directory.is_complete)[0]
+            if not complete:
+                _train_one(run, stop)
+            elif world.is_first:
+                print(f"{run.directory.path} is complete; --resume leaves it as it is", file=sys.stderr)
     return [run.directory.path for run in runs]
 
 
+def _check_world(config: RunConfig, world: World) -> None:
+    if world.size > 1 and config.hot_rows is not None:
+        raise ConfigError(
+            f"--cache_fraction {config.cache_fraction:g}: tables spread over {world.size} ranks have no "
+            "cache; remove it, or train in one process"
+        )
+    if world.size == 1 and config.plan is not None:
+        raise ConfigError(
+            f"--plan {config.plan} spreads tables over ranks and this is one process; start several, e.g. "
+            "torchrun --standalone --nproc_per_node=2 -m recemb train ..., or remove it"
+        )
+
+
 def _train_one(run: _Run, stop: StopRequest) -> None:
-    config, directory = run.config, run.directory
+    config, directory, world = run.config, run.directory, run.world
     reset_peak_rss()
     with deterministic_algorithms(config.device):
-        model = build_model(config, run.log, run.tables)
-        # Whoever trains from this file again should not lose this run by it.
-        directory.create(config.model_copy(update={"overwrite": False}).to_yaml())
-        _announce(run)
+        built = _build(run)
         trainer = Trainer(
             config,
-            model,
-            build_optimizer(config, model),
-            make_batches(config, run.log),
+            built.model,
+            built.optimizer,
+            make_batches(config, run.log, world.rank, world.size),
             stop,
             lambda evaluation: directory.append_metrics(_metrics_record(evaluation)),
+            world,
+            lambda: state.save(),
         )
+        settings = settings_of(config, run.log, world)
+        state = TrainerState(directory.checkpoints, trainer, built.model, built.optimizer, settings, world)
+        _open(run, state, trainer)
         try:
             outcome = trainer.train()
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}\n{_keep_best(directory, model, trainer.outcome)}") from error
+            kept = _keep_best(run, built.model, trainer.outcome)
+            raise NonFiniteError(f"{error}\n{kept}") from error
         test = trainer.test() if outcome.interrupted is None else None
-        outcome = replace(outcome, interrupted=stop.requested)
-    directory.save_weights(model, _checkpoint_metadata(outcome))
-    caches = find_collection(model)[1].cache_metrics()
-    directory.write_result(_result(run, outcome, test, caches))
+        interrupted = world.agree(stop=stop.requested)
+        outcome = replace(outcome, interrupted=interrupted)
+    _save_weights(run, built.model, _checkpoint_metadata(outcome))
+    caches = table_step(built.model)[1].cache_metrics()
+    world.first(lambda: directory.write_result(_result(run, outcome, test, caches, built.sharding)))
     if outcome.interrupted is not None:
+        world.together = True
+        again = "--overwrite to train again"
+        if state.saved_step is not None:
+            again = f"--resume to go on from step {state.saved_step}, or {again}"
         raise Interrupted(
             f"{outcome.interrupted} came after step {outcome.steps}; weights and figures so far are in "
-            f"{directory.path}. Give the same command with --overwrite to train again"
+            f"{directory.path}. Give the same command with {again}"
         )
+
+
+def _build(run: _Run) -> _Built:
+    if run.world.size > 1:
+        sharded = build_sharded(run.config, run.log, run.tables, run.world)
+        return _Built(sharded.model, sharded.optimizer, sharded.sharding)
+    model = build_model(run.config, run.log, run.tables)
+    return _Built(model, build_optimizer(run.config, model), None)
+
+
+def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
+    """Prepare the run directory: to go on from its newest checkpoint if that is asked for, else anew."""
+    # Whoever trains from this file again should not lose this run by it.
+    yaml = run.config.model_copy(update={"overwrite": False, "resume": False}).to_yaml()
+    found = state.restore() if run.config.resume else None
+    if found is None:
+        run.world.first(lambda: run.directory.create(yaml))
+    else:
+        evaluations = len(trainer.outcome.evaluations)
+        run.world.first(lambda: run.directory.resume(yaml, evaluations))
+    if run.world.is_first:
+        _announce(run)
+        if run.config.resume:
+            where = f"going on from {found.path}" if found else "no checkpoint to resume from; starting anew"
+            print(f"{run.config.method}: {where}", file=sys.stderr)
+
+
+def _save_weights(run: _Run, model: nn.Module, metadata: dict[str, str]) -> None:
+    """Write the current weights, gathered from all ranks."""
+    weights = whole_weights(model, run.world) if run.world.size > 1 else model
+    run.world.first(lambda: run.directory.save_weights(weights, metadata))
 
 
 def _announce(run: _Run) -> None:
@@ -114,17 +197,23 @@ def _announce(run: _Run) -> None:
         f"{run.config.method}: {len(run.tables.tables)} tables, {total.num_embeddings:,} rows, "
         f"{total.num_bytes / 1e6:,.2f} MB instead of {total.dense_bytes / 1e6:,.2f} MB ({total.ratio:.1f}x)"
     ]
+    if run.world.size > 1:
+        batch, size = run.config.batch_size, run.world.size
+        lines.append(
+            f"{run.config.method}: {size} ranks on {run.config.device}, {size} x {batch:,} = "
+            f"{size * batch:,} rows a step"
+        )
     if run.tables.shortfall is not None:
         lines.append(f"{run.config.method}: note: {run.tables.shortfall}")
     print("\n".join(lines), file=sys.stderr)
 
 
-def _keep_best(directory: RunDir, model: nn.Module, outcome: Outcome) -> str:
+def _keep_best(run: _Run, model: nn.Module, outcome: Outcome) -> str:
     """Save the best weights of a run that cannot go on, and say where they are."""
     if outcome.best is None:
         return "No evaluation had been made by then, so there is no checkpoint."
-    directory.save_weights(model, _checkpoint_metadata(outcome))
-    return f"The best weights, of step {outcome.best.step}, are in {directory.checkpoint}."
+    _save_weights(run, model, _checkpoint_metadata(outcome))
+    return f"The best weights, of step {outcome.best.step}, are in {run.directory.checkpoint}."
 
 
 def _checkpoint_metadata(outcome: Outcome) -> dict[str, str]:
@@ -155,11 +244,16 @@ def _cache_figures(caches: Mapping[str, CacheMetrics]) -> dict[str, object]:
 
 
 def _result(
-    run: _Run, outcome: Outcome, test: MetricValues | None, caches: Mapping[str, CacheMetrics]
+    run: _Run,
+    outcome: Outcome,
+    test: MetricValues | None,
+    caches: Mapping[str, CacheMetrics],
+    sharding: dict[str, str] | None,
 ) -> dict[str, Any]:
     """``result.json``: the figures of the best weights, on the test split if there is one, else on val.
 
-    ``step_ms_p50`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation.
+    ``step_ms_p50`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation;
+    samples are those of all ranks, and step times and ``peak_rss_bytes`` are rank 0's.
     """
     best = outcome.best
     values = test if test is not None else best.values if best is not None else None
@@ -195,6 +289,8 @@ def _result(
         "train_seconds": outcome.train_seconds,
         "step_ms_p80": float(np.percentile(step_ms, 80)) if step_ms.size else None,
         "num_threads": torch.get_num_threads(),
+        "world_size": run.world.size,
+        "sharding": sharding,
         "dataset_name": stats.get("dataset_name"),
         "best_auc": stats.get("best_auc"),
         "best_logloss": stats.get("best_logloss"),

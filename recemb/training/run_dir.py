@@ -6,6 +6,7 @@
     metrics.jsonl                   one line per evaluation, flushed as it happens
     result.json                     written last; its presence says that the run is over
     checkpoints/model.safetensors   the best weights
+    checkpoints/step-<n>/           what --resume goes on from (recemb.checkpoint)
     report/
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +27,13 @@ from recemb.errors import ConfigError
 from recemb.files import write_aside, write_text
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "resolved_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FILE = "checkpoints/model.safetensors"
+LATEST_FILE = "checkpoints/LATEST"
 REPORT_DIR = "report"
 
 
@@ -45,18 +48,39 @@ class RunDir:
         """Where the best weights are."""
         return self.path / CHECKPOINT_FILE
 
-    def check_free(self, overwrite: bool) -> None:
-        """Refuse a directory that holds the result of another run, unless it may be overwritten.
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints to resume from are, ``step-<n>`` each."""
+        return self.path / CHECKPOINT_FILE.partition("/")[0]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run here came to its end."""
+        try:
+            status = json.loads((self.path / RESULT_FILE).read_text(encoding="utf-8")).get("status")
+        except (OSError, ValueError, AttributeError):
+            return False
+        return bool(status == "completed")
+
+    def check_free(self, overwrite: bool, resume: bool = False) -> None:
+        """Refuse a directory that holds another run, unless it may be overwritten or is to be resumed.
 
         Raises:
             ConfigError: naming the ways out. Nothing has been changed.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output {self.path} is a file; give a directory")
-        if (self.path / RESULT_FILE).exists() and not overwrite:
+        if overwrite or resume:
+            return
+        if (self.path / RESULT_FILE).exists():
             raise ConfigError(
                 f"--output {self.path} already holds the result of a run ({RESULT_FILE}); "
                 "give another --output, or --overwrite to replace it"
+            )
+        if any(self.checkpoints.glob("step-*")):
+            raise ConfigError(
+                f"--output {self.path} holds the checkpoints of a run that did not end; give --resume to go "
+                "on from the last one, or --overwrite to start anew"
             )
 
     def create(self, config_yaml: str) -> None:
@@ -71,6 +95,22 @@ class RunDir:
             # The result goes first: without it the directory counts as unfinished.
             for name in (RESULT_FILE, METRICS_FILE, CHECKPOINT_FILE, CONFIG_FILE):
                 (self.path / name).unlink(missing_ok=True)
+            for folder in self.checkpoints.glob("step-*"):
+                shutil.rmtree(folder)
+            (self.path / LATEST_FILE).unlink(missing_ok=True)
+            write_text(self.path / CONFIG_FILE, config_yaml)
+
+    def resume(self, config_yaml: str, evaluations: int) -> None:
+        """Go on with what is here: drop the result, and the metrics after the first ``evaluations`` lines.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        with _writing(self.path):
+            (self.path / RESULT_FILE).unlink(missing_ok=True)
+            metrics = self.path / METRICS_FILE
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+            write_text(metrics, "".join(f"{line}\n" for line in lines[:evaluations]))
             write_text(self.path / CONFIG_FILE, config_yaml)
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
@@ -78,13 +118,24 @@ class RunDir:
         with _writing(self.path), (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(to_json(record) + "\n")
 
-    def save_weights(self, model: nn.Module, metadata: Mapping[str, str]) -> None:
-        """Write the model's weights as safetensors (no pickle); ``metadata`` goes into the file's header."""
+    def save_weights(self, weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a model's weights as safetensors (no pickle); ``metadata`` goes into the file's header.
+
+        Args:
+            weights: the model, or its state dict where no process has the whole model.
+            metadata: text.
+        """
         # Imported here, as torch is above: reports read run directories without loading either.
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file, save_model
+
+        def write(aside: Path) -> None:
+            if isinstance(weights, Mapping):
+                save_file(dict(weights), aside, dict(metadata))
+            else:
+                save_model(weights, str(aside), dict(metadata))
 
         with _writing(self.path):
-            write_aside(self.checkpoint, lambda aside: save_model(model, str(aside), dict(metadata)))
+            write_aside(self.checkpoint, write)
 
     def write_result(self, result: Mapping[str, object]) -> None:
         """Write ``result.json``; NaN becomes null."""

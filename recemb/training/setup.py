@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
@@ -14,7 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recemb.data.click_log import ClickLog
+from recemb.data.click_log import ClickBatch, ClickLog
 from recemb.errors import ConfigError
 from recemb.models import dlrm
 from recemb.planner.budget import BudgetedTables, compress
@@ -42,32 +43,58 @@ class ClickBatches:
     log: ClickLog
     config: RunConfig
     hash_sizes: tuple[int | None, ...] | None
+    rank: int = 0
+    world_size: int = 1
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """One epoch of the train split; shuffled anew each epoch when ``shuffle_batches`` is set."""
+    def train(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """One epoch of the train split; shuffled anew each epoch when ``shuffle_batches`` is set.
+
+        Args:
+            epoch: its number.
+            start_batch: the first batch to give, where a stopped run goes on.
+        """
         config = self.config
         shuffle_seed = derive_seed(config.seed, "shuffle", epoch) if config.shuffle_batches else None
-        clicks = self.log.batches(
-            "train", config.batch_size, shuffle_seed=shuffle_seed, limit_batches=config.limit_train_batches
-        )
-        return (to_batch(batch, self.log.feature_names, self.hash_sizes) for batch in clicks)
+        return self._read("train", shuffle_seed, start_batch)
 
     def evaluation(self, split: str) -> Iterator[Batch]:
         """The val or test split in time order."""
-        clicks = self.log.batches(split, self._test_batch_size, limit_batches=self._limit(split))
-        return (to_batch(batch, self.log.feature_names, self.hash_sizes) for batch in clicks)
+        return self._read(split, None, 0)
 
     def count(self, split: str) -> int:
-        """How many batches one pass over ``split`` has."""
-        batch_size = self.config.batch_size if split == "train" else self._test_batch_size
-        batches = self.log.num_batches(split, batch_size, 0, 1)
+        """How many batches one pass over ``split`` has, on every rank alike."""
+        # Rank 0 has the most: where the last rows do not reach every rank, some get an empty batch.
+        batches = self.log.num_batches(split, self._batch_size(split), 0, self.world_size)
         limit = self._limit(split)
         return batches if limit is None else min(batches, limit)
 
-    @property
-    def _test_batch_size(self) -> int:
+    def num_rows(self, split: str, index: int) -> int:
+        """Rows of batch ``index`` of a pass, over all ranks."""
+        whole = self._batch_size(split) * self.world_size
+        return min(whole, self.log.num_rows(split) - index * whole)
+
+    def _read(self, split: str, shuffle_seed: int | None, start_batch: int) -> Iterator[Batch]:
+        clicks = self.log.batches(
+            split,
+            self._batch_size(split),
+            shuffle_seed=shuffle_seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_batch=start_batch,
+            limit_batches=self._limit(split),
+        )
+        names = self.log.feature_names
+        empty = ClickBatch(
+            dense=np.empty((0, len(self.log.dense_names)), np.float32),
+            ids=np.empty((len(names), 0), np.int64),
+            labels=np.empty(0, np.float32),
+        )
+        for _ in range(start_batch, self.count(split)):
+            yield to_batch(next(clicks, empty), names, self.hash_sizes)
+
+    def _batch_size(self, split: str) -> int:
         assert self.config.test_batch_size is not None  # the configuration fills it in
-        return self.config.test_batch_size
+        return self.config.batch_size if split == "train" else self.config.test_batch_size
 
     def _limit(self, split: str) -> int | None:
         limits = {
@@ -103,11 +130,12 @@ def open_log(config: RunConfig) -> ClickLog:
     return log
 
 
-def make_batches(config: RunConfig, log: ClickLog) -> ClickBatches:
-    """The batches of ``log``; ids are folded for tables smaller than their feature's vocabulary."""
+def make_batches(config: RunConfig, log: ClickLog, rank: int = 0, world_size: int = 1) -> ClickBatches:
+    """This rank's batches of ``log``; ids are folded for tables smaller than their feature's vocabulary."""
     sizes = table_sizes(config, log)
     fold = [size if size < n else None for size, n in zip(sizes, log.num_embeddings_per_feature, strict=True)]
-    return ClickBatches(log, config, tuple(fold) if any(size is not None for size in fold) else None)
+    hash_sizes = tuple(fold) if any(size is not None for size in fold) else None
+    return ClickBatches(log, config, hash_sizes, rank, world_size)
 
 
 def table_sizes(config: RunConfig, log: ClickLog) -> list[int]:
@@ -162,6 +190,16 @@ def build_model(config: RunConfig, log: ClickLog, tables: BudgetedTables) -> nn.
         return model.to(config.device)
 
 
+def optimizer_settings(
+    config: RunConfig,
+) -> tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer of the tables, that of the dense layers, and the arguments of both."""
+    settings: dict[str, Any] = {"lr": config.learning_rate}
+    if config.eps is not None:
+        settings["eps"] = config.eps
+    return *_OPTIMIZERS[config.optimizer], settings
+
+
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Attach the tables' optimizer to their backward, and combine it with the dense layers' optimizer.
 
@@ -173,11 +211,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
     Returns:
         a ``CombinedOptimizer`` whose keys are the model's parameter names; call it once per model.
     """
-    assert config.learning_rate is not None  # the configuration fills it in
-    tables, layers = _OPTIMIZERS[config.optimizer]
-    settings: dict[str, Any] = {"lr": config.learning_rate}
-    if config.eps is not None:
-        settings["eps"] = config.eps
+    tables, layers, settings = optimizer_settings(config)
     # The fused CPU kernels update a parameter in one pass over memory: 8 instead of 53 ms for 9.6 M weights.
     fused: dict[str, Any] = {"fused": config.device == "cpu" or layers is not torch.optim.Adagrad}
     path, collection = find_collection(model)

@@ -9,6 +9,8 @@ layers. So the graph is cut at the pooled embeddings [B, sum of D]::
     optimizer.step()         the dense layers
 
 What stays unchecked is the arithmetic inside a kernel: a product of finite numbers there may still overflow.
+In a sharded collection the tables that plain torch steps are among what stays unchecked: their gradients are
+known on the ranks that have the tables, once the exchange in the backward is under way.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim.apply_optimizer_in_backward import _get_in_backward_optimizers
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.types import Awaitable
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from recemb.cache.metrics import CacheMetrics
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
 
 
 def find_collection(model: nn.Module) -> tuple[str, EmbeddingBagCollection]:
@@ -31,6 +37,16 @@ def find_collection(model: nn.Module) -> tuple[str, EmbeddingBagCollection]:
         (path, module) for path, module in model.named_modules() if isinstance(module, EmbeddingBagCollection)
     ]
     return path, collection
+
+
+def table_step(model: nn.Module) -> tuple[str, TableStep]:
+    """The path of the one collection in ``model``, sharded or not, and its half of a training step."""
+    whole = get_unwrapped_module(model)
+    for path, module in whole.named_modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            return path, ShardedTableStep(module)
+    path, collection = find_collection(model)
+    return path, TableStep(collection)
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ class TableStep:
             ``apply_optimizer_in_backward``.
     """
 
-    def __init__(self, collection: EmbeddingBagCollection) -> None:
-        self.collection = collection
+    def __init__(self, collection: nn.Module) -> None:
+        self._collection = collection
         self._names, self._parameters = zip(*collection.named_parameters(), strict=True)
         self._last: _Cut | None = None
         self._gradients: tuple[Tensor | None, ...] = ()
@@ -64,7 +80,7 @@ class TableStep:
     def cut(self) -> Iterator[None]:
         """Run the model's forward inside: the collection's output is then a leaf of the graph above it."""
         self._last = None
-        handle = self.collection.register_forward_hook(self._replace)
+        handle = self._collection.register_forward_hook(self._replace)
         try:
             yield
         finally:
@@ -75,6 +91,11 @@ class TableStep:
         """The leaf, [B, sum of D]; its values have a gradient once the loss has gone backward."""
         assert self._last is not None
         return self._last.leaf
+
+    def cache_metrics(self) -> dict[str, CacheMetrics]:
+        """What the cached tables have done so far, by name."""
+        assert isinstance(self._collection, EmbeddingBagCollection)
+        return self._collection.cache_metrics()
 
     def gradients(self) -> list[tuple[str, Tensor]]:
         """Name and gradient of each parameter that no kernel steps; nothing is stepped by this.
@@ -101,7 +122,7 @@ class TableStep:
             # No kernel steps, so these gradients are all that a second pass would find.
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
-            for optimizer in _get_in_backward_optimizers(self.collection):
+            for optimizer in _get_in_backward_optimizers(self._collection):
                 optimizer.step()
                 optimizer.zero_grad()
         else:
@@ -118,3 +139,30 @@ class TableStep:
         )
         self._last = _Cut(values, leaf)
         return leaf
+
+
+class ShardedTableStep(TableStep):
+    """The same of a sharded collection, whose output and backward are exchanges between the ranks.
+
+    Whether every rank's gradients are finite is for the ranks to agree on between :meth:`gradients` and
+    :meth:`backward`: one that raised alone would leave the others waiting.
+    """
+
+    def cache_metrics(self) -> dict[str, CacheMetrics]:
+        """None: a sharded collection has no cached tables."""
+        return {}
+
+    def gradients(self) -> list[tuple[str, Tensor]]:
+        """None: to find them would be the backward, exchange and steps included."""
+        return []
+
+    def backward(self) -> None:
+        """Step the tables, on every rank."""
+        assert self._last is not None
+        self._last.output.backward(self._last.gradient)  # type: ignore[no-untyped-call] # torch's
+        self._last = None
+
+    def _replace(
+        self, module: nn.Module, args: tuple[object, ...], output: Awaitable[KeyedTensor]
+    ) -> KeyedTensor:
+        return super()._replace(module, args, output.wait())

@@ -34,8 +34,8 @@ class SpoiltBatches(ClickBatches):
     spoil: Spoil
     before: Callable[[], None]
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        for index, batch in enumerate(super().train(epoch)):
+    def train(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        for index, batch in enumerate(super().train(epoch, start_batch)):
             if index == BAD_BATCH:
                 self.before()
                 self.spoil(batch)

@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from recemb.backends.base import Backend
+from recemb.backends.dense import DenseBackend
 from recemb.bags import LookupTarget, LookupTargets
 from recemb.errors import ConfigError
 from recemb.torchrec_io.configs import table_spec
@@ -181,8 +182,13 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             self._embedding_bag_configs = every
         if self._on_meta:
             return
-        for backend in self._backends().values():
-            backend.reset_parameters()
+        configs = {config.name: config for config in every}
+        for name, backend in self._backends().items():
+            if isinstance(backend, DenseBackend):
+                with torch.no_grad():
+                    configs[name].init_fn(backend.weight)
+            else:
+                backend.reset_parameters()
         self._broadcast()
 
     def update_shards(self, *args: Any, **named: Any) -> None:

@@ -71,7 +71,10 @@ class Attachment:
 
 @dataclass(frozen=True, eq=False)
 class CompressedTables:
-    """The compressed tables of a collection.
+    """The tables of a collection that recemb's engine looks up on the ranks.
+
+    These are the compressed ones and, on the CPU, uncompressed ones with Adam attached: fbgemm, which serves
+    all other uncompressed tables, has no Adam there.
 
     Attributes:
         specs: by table name, in the collection's order.
@@ -93,7 +96,7 @@ class CompressedTables:
             ConfigError: a parameter has several optimizers attached.
         """
         every = [table_spec(config) for config in module.embedding_bag_configs()]
-        specs = {spec.name: spec for spec in every if not isinstance(spec.compression, Dense)}
+        specs = {spec.name: spec for spec in every if _is_ours(module, spec)}
         attached, frozen = {}, set()
         for name in specs:
             for param, parameter in module.embedding_bags[name].named_parameters(recurse=False):
@@ -109,6 +112,13 @@ class CompressedTables:
     def storages(self) -> list[tuple[type[Backend], list[TableSpec]]]:
         """The tables grouped by the storage they share; the first of each holds it."""
         return storages(self.specs.values())
+
+
+def _is_ours(module: EmbeddingBagCollection, spec: TableSpec) -> bool:
+    if not isinstance(spec.compression, Dense):
+        return True
+    attached = getattr(module.embedding_bags[spec.name].weight, "_in_backward_optimizers", ())
+    return module.device.type == "cpu" and any(isinstance(one, torch.optim.Adam) for one in attached)
 
 
 class LogicalTables:

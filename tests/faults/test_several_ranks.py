@@ -1,0 +1,77 @@
+"""Two ranks take the steps that one process takes with a batch of twice the size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import Launcher, distance, evaluations, result
+
+# Adam and Adagrad divide by the size of a gradient's own history, which makes a rounding of tiny ones large.
+CASES = [
+    ("tt", 5, "adam", {}, 1e-6),
+    ("dense", None, "rowwise_adagrad", {}, 2e-6),
+    ("robe", 20, "sgd", {"interaction_type": "dcn", "dcn_low_rank_dim": 4}, 1e-6),
+    ("qr", 2, "adagrad", {}, 1e-5),
+    ("md", 3, "adam", {"num_embeddings": 50}, 1e-6),
+]
+
+
+@pytest.mark.parametrize(("method", "rate", "optimizer", "more", "tolerance"), CASES)
+def test_two_ranks_equal_one_process(
+    launcher: Launcher,
+    tmp_path: Path,
+    method: str,
+    rate: int | None,
+    optimizer: str,
+    more: dict[str, Any],
+    tolerance: float,
+) -> None:
+    """3,200 rows in steps of 600, so that the last has 200 and none of them on rank 1 (F9, F21)."""
+    flags = {"method": method, "compress_rate": rate, "optimizer": optimizer, "epochs": 2} | more
+    flags |= {"validation_freq_within_epoch": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launcher.train(one, 1, batch_size=600, test_batch_size=350, **flags).codes == [0]
+    ended = launcher.train(two, 2, batch_size=300, test_batch_size=90, **flags)
+    assert ended.codes == [0, 0], ended.logs
+    assert distance(one, two) < tolerance
+    single, both = result(one), result(two)
+    for name in ("steps", "epochs", "train_samples", "num_samples", "best_step", "embedding_bytes"):
+        assert single[name] == both[name]
+    assert single["train_samples"] == 6400
+    for name in ("auc", "logloss", "ne", "calibration"):
+        assert both[name] == pytest.approx(single[name], abs=1e-5)
+    assert [(each["step"], each["best"]) for each in evaluations(one)] == [
+        (each["step"], each["best"]) for each in evaluations(two)
+    ]
+    for mine, theirs in zip(evaluations(one), evaluations(two), strict=True):
+        assert mine["train_auc"] == pytest.approx(theirs["train_auc"], abs=1e-4)
+        assert mine["num_samples"] == theirs["num_samples"]
+    assert (both["world_size"], single["world_size"]) == (2, 1)
+    assert single["sharding"] is None
+    assert {place.split()[-1] for place in both["sharding"].values()} == {"0", "1"}
+    assert "2 ranks on cpu, 2 x 300 = 600 rows a step" in ended.logs[0]
+    assert "AUC" not in ended.logs[1]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_replicated_tables(launcher: Launcher, tmp_path: Path, optimizer: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags: dict[str, Any] = {"limit_train_batches": 6, "optimizer": optimizer}
+    replicate = {"action": "replicate"}
+    ended = launcher.train(two, hooks={0: replicate, 1: replicate}, batch_size=100, **flags)
+    assert ended.codes == [0, 0], ended.logs
+    assert set(result(two)["sharding"].values()) == {"data_parallel on 0,1"}
+    assert launcher.train(one, 1, batch_size=200, **flags).codes == [0]
+    # A replica's Adam moves all rows: those without a gradient go on as they went.
+    assert distance(one, two) < (2e-6 if optimizer == "rowwise_adagrad" else 6 * 0.001)
+
+
+def test_compare_trains_both_on_all_ranks(launcher: Launcher, tmp_path: Path) -> None:
+    ended = launcher.train(tmp_path / "run", compare="dense", limit_train_batches=3)
+    assert ended.codes == [0, 0], ended.logs
+    assert result(tmp_path / "run" / "tt")["world_size"] == 2
+    assert result(tmp_path / "run" / "dense")["compression_ratio"] == 1
+    assert "tt 5x" in ended.logs[0]

@@ -1,0 +1,197 @@
+"""Each row of an epoch goes to one rank, once; metrics add up; the line between the ranks."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed import HashStore
+
+from recemb.errors import ConfigError, DataError
+from recemb.training import peers
+from recemb.training.config import RunConfig, parse_config
+from recemb.training.distributed import World
+from recemb.training.metrics import NUM_BINS, ClickMetrics
+from recemb.training.peers import PeerLink
+from recemb.training.setup import ClickBatches, make_batches, open_log
+
+
+@pytest.fixture(scope="module")
+def whole(log_dir: Path) -> ClickBatches:
+    config = parse_config({"data_dir": str(log_dir), "output": "unused"})
+    return make_batches(config, open_log(config))
+
+
+def rows_of(batch: Any) -> list[bytes]:
+    """One string of bytes a row: all it holds."""
+    ids = batch.sparse_features.values().reshape(26, -1).T.numpy()
+    dense, labels = batch.dense_features.numpy(), batch.labels.numpy()
+    return [a.tobytes() + b.tobytes() + c.tobytes() for a, b, c in zip(ids, dense, labels, strict=True)]
+
+
+@settings(max_examples=25)
+@given(
+    batch_size=st.integers(150, 1300),
+    world_size=st.integers(1, 5),
+    epoch=st.integers(0, 2),
+    limit=st.none() | st.integers(1, 4),
+    split=st.sampled_from(["train", "val"]),
+    data=st.data(),
+)
+def test_the_ranks_batches_are_one_process_larger_batches(
+    whole: ClickBatches,
+    batch_size: int,
+    world_size: int,
+    epoch: int,
+    limit: int | None,
+    split: str,
+    data: st.DataObject,
+) -> None:
+    def batches(rank: int, size: int, rows: int) -> ClickBatches:
+        changes = {"batch_size": rows, "test_batch_size": rows}
+        changes |= {"limit_train_batches": limit, "limit_val_batches": limit}
+        config = whole.config.model_copy(update=changes)
+        return ClickBatches(whole.log, config, None, rank, size)
+
+    single = batches(0, 1, batch_size * world_size)
+    count = single.count(split)
+    start = data.draw(st.integers(0, count)) if split == "train" else 0
+
+    def read(source: ClickBatches) -> list[list[bytes]]:
+        assert source.count(split) == count
+        found = source.train(epoch, start) if split == "train" else source.evaluation(split)
+        return [rows_of(batch) for batch in found]
+
+    parts = [read(batches(rank, world_size, batch_size)) for rank in range(world_size)]
+    together = [[row for part in step for row in part] for step in zip(*parts, strict=True)]
+    assert together == read(single)
+    assert [len(rows) for rows in together] == [single.num_rows(split, i) for i in range(start, count)]
+
+
+def test_counts_add_up_to_a_merge() -> None:
+    generator = np.random.default_rng(3)
+    parts = []
+    for size in (0, 1, 5000):
+        metrics = ClickMetrics()
+        logits = generator.normal(0, 9, size)
+        metrics.update(logits, (generator.random(size) < 0.3).astype(np.float64))
+        parts.append(metrics)
+    # Sums beyond 64 bits, as after years.
+    parts[1]._loss += (1 << 93) + 12345
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    summed = ClickMetrics.from_counts(sum(part.counts() for part in parts))
+    assert summed._loss == merged._loss
+    assert summed.compute() == merged.compute()
+    assert np.array_equal(summed.counts(), merged.counts())
+    assert ClickMetrics.from_counts(ClickMetrics().counts()).compute().num_samples == 0
+    assert len(merged.counts()) == 2 * NUM_BINS + 12
+
+
+def test_one_process_agrees_with_itself(make_config: Callable[..., RunConfig]) -> None:
+    world = World()
+    assert world.agree() is None
+    assert world.agree(stop="SIGTERM") == "SIGTERM"
+    with pytest.raises(DataError, match=r"^bad$"):
+        world.agree(DataError("bad"))
+    with pytest.raises(ConfigError, match=r"^worse$"), world.agreeing():
+        raise ConfigError("worse")
+    assert world.exchange(3) == [3]
+    world.check_equal("settings", {"a": 1})
+    assert len(make_config().model_dump()) > 30
+
+
+class Ends:
+    """Three ends of the line, in one process that a lost rank does not end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ended: list[int] = []
+        monkeypatch.setattr(
+            PeerLink,
+            "end_process_within",
+            lambda link, seconds, code, message: self.ended.append(link.rank),
+        )
+        store = HashStore()
+        store.set_timeout(timedelta(seconds=10))
+        found: dict[int, PeerLink] = {}
+
+        def connect(rank: int) -> None:
+            found[rank] = PeerLink(rank, 3, store, "127.0.0.1", 10)
+
+        threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.links = [found[rank] for rank in range(3)]
+
+
+def test_the_end_of_a_connection_is_a_death_that_everyone_hears_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Ends(monkeypatch)
+    assert ends.links[0].loss() is None
+    ends.links[2]._lines[0].socket.shutdown(socket.SHUT_RDWR)
+    for link in ends.links[:2]:
+        loss = link.loss(5)
+        assert loss is not None
+        assert (loss.rank, loss.exit_code) == (2, 1)
+        assert loss.message.startswith("rank 2 died")
+
+
+def test_who_leaves_with_a_reason_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Ends(monkeypatch)
+    ends.links[1].leave(0, "")
+    ends.links[1]._lines[0].socket.shutdown(socket.SHUT_RDWR)
+    ends.links[0].leave(5, "the loss is inf")
+    loss = ends.links[2].loss(5)
+    assert loss is not None
+    assert (loss.rank, loss.exit_code, loss.message) == (0, 5, "rank 0 stopped: the loss is inf")
+    # Who has left does not mind.
+    assert ends.links[1].loss(0.2) is None
+    assert ends.links[0].loss() is None
+
+
+def test_who_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Ends(monkeypatch)
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.3)
+    ends.links[1].doing, ends.links[2].doing = "reading train batch 3", "computing train batch 3"
+    ends.links[2].waiting = True
+    for link in ends.links:
+        answer = link.who_is_missing()
+        assert "every rank answers" in answer
+        assert "rank 1 is reading train batch 3" in answer
+        assert "rank 2 is waiting for the others after computing train batch 3" in answer
+    monkeypatch.setattr(ends.links[1], "_handle", lambda rank, message: None)
+    assert ends.links[2].who_is_missing() == (
+        "rank 1 does not answer: stopped, or the machine cannot be reached"
+    )
+
+
+def test_strangers_are_not_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeerLink, "end_process_within", lambda *args: None)
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.2)
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=10))
+    opened: list[PeerLink] = []
+    middle = threading.Thread(target=lambda: opened.append(PeerLink(0, 2, store, "127.0.0.1", 10)))
+    middle.start()
+    store.wait(["recemb/peers"])
+    port = peers.json.loads(store.get("recemb/peers"))["port"]
+    for noise in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"hello": 1, "token": "guess"}\n', b"[1]\n", b"\xff\n"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(noise)
+    link = PeerLink(1, 2, store, "127.0.0.1", 10)
+    middle.join(10)
+    assert set(opened[0]._lines) == {1}
+    assert "every rank answers" in link.who_is_missing()
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    with pytest.raises(TimeoutError, match=r"no word from ranks 1, 2 in 0.2 s"):
+        PeerLink(0, 3, HashStore(), "127.0.0.1", 0.2)

@@ -1,0 +1,183 @@
+"""A run that is stopped and resumed equals one that is not, bit for bit (FAILURES F32)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recemb.checkpoint import shard_file
+from recemb.errors import CheckpointError, ConfigError, Interrupted
+from recemb.training import loop as loop_module
+from recemb.training.config import RunConfig
+from recemb.training.run import train
+from tests.faults.conftest import assert_same_run, result
+
+MakeConfig = Callable[..., RunConfig]
+METHODS = {"dense": None, "tt": 5, "qr": 2, "robe": 20, "md": 3}
+# 8 steps an epoch, with evaluations after 5, 8, 13 and 16.
+RUN: dict[str, Any] = {"epochs": 2, "limit_train_batches": 8}
+
+
+@pytest.fixture
+def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Have a signal come in a method of the trainer, after so many steps; not again."""
+    left: dict[str, Any] = {}
+
+    def at(method: str, steps: int) -> None:
+        original = left.setdefault(method, getattr(loop_module.Trainer, method))
+
+        def patched(self: loop_module.Trainer, *args: Any) -> Any:
+            if self.outcome.steps == steps:
+                monkeypatch.setattr(loop_module.Trainer, method, original)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args)
+
+        monkeypatch.setattr(loop_module.Trainer, method, patched)
+
+    return at
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        *((method, {"optimizer": "adam"}) for method in METHODS),
+        ("tt", {"optimizer": "adagrad"}),
+        ("tt", {"optimizer": "rowwise_adagrad"}),
+        ("dense", {"optimizer": "sgd", "shuffle_batches": False}),
+        ("tt", {"cache_fraction": 0.05, "cache_refresh_every": 2}),
+        ("md", {"cache_fraction": 0.05, "cache_policy": "lru", "cache_refresh_every": 3}),
+    ],
+)
+def test_resumed_equals_unbroken(
+    make_config: MakeConfig,
+    stop_in: Callable[[str, int], None],
+    tmp_path: Path,
+    method: str,
+    changes: dict[str, Any],
+) -> None:
+    settings = RUN | changes | {"method": method, "compress_rate": METHODS[method]}
+    output = str(tmp_path / "run")
+    # In a step, in the evaluation after step 8, and in a step that an evaluation follows.
+    for place, steps, reached in (("_train_step", 2, 3), ("_evaluate", 8, 8), ("_train_step", 12, 13)):
+        stop_in(place, steps)
+        with pytest.raises(
+            Interrupted, match=rf"after step {reached}; .*--resume to go on from step {reached}"
+        ):
+            train(make_config(output=output, resume=True, **settings))
+    [path] = train(make_config(output=output, resume=True, **settings))
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **settings))
+    assert_same_run(path, unbroken)
+    if "cache_fraction" in changes:
+        assert result(path)["caches"] == result(unbroken)["caches"]
+
+
+def test_early_stopping_and_best_weights_survive(
+    make_config: MakeConfig, stop_in: Callable[[str, int], None], tmp_path: Path
+) -> None:
+    # Too fast: the best evaluation comes early, and the signal after it.
+    settings = {"epochs": 3, "learning_rate": 0.3, "patience": 4, "optimizer": "adam"}
+    stop_in("_train_step", 22)
+    with pytest.raises(Interrupted):
+        train(make_config(resume=True, **settings))
+    [path] = train(make_config(resume=True, **settings))
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **settings))
+    assert_same_run(path, unbroken)
+    one = result(unbroken)
+    assert one["best_step"] < 22
+    assert one["stopped"] == result(path)["stopped"] is not None
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(make_config: MakeConfig) -> None:
+    [path] = train(make_config(checkpoint_freq=3, **RUN))
+    names = sorted(entry.name for entry in (path / "checkpoints").iterdir() if entry.is_dir())
+    assert names == ["step-15", "step-16"]
+    assert (path / "checkpoints" / "LATEST").read_text().strip() == "step-16"
+
+
+def test_f28_a_full_disk_does_not_end_training(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original, full = shard_file.write, [True]
+
+    def write(path: Path, *rest: Any) -> Any:
+        if full.pop() if full else False:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, *rest)
+
+    monkeypatch.setattr(shard_file, "write", write)
+    [path] = train(make_config(checkpoint_freq=12, **RUN))
+    assert result(path)["status"] == "completed"
+    assert "warning: no checkpoint of step 12, training goes on" in capfd.readouterr().err
+    assert [entry.name for entry in (path / "checkpoints").glob("step-*")] == ["step-16"]
+
+
+def test_more_epochs_go_on_from_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = RUN | {"epochs": 1, "checkpoint_freq": 8}
+    [path] = train(make_config(**first))
+    os.remove(path / "result.json")
+    train(make_config(resume=True, **first | {"epochs": 2}))
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **RUN))
+    assert_same_run(path, unbroken)
+
+
+def test_a_signal_in_the_test_split_resumes_there(
+    make_config: MakeConfig, stop_in: Callable[[str, int], None], tmp_path: Path
+) -> None:
+    stop_in("test", 16)
+    with pytest.raises(Interrupted, match="--resume to go on from step 16"):
+        train(make_config(checkpoint_freq=100, **RUN))
+    [path] = train(make_config(checkpoint_freq=100, resume=True, **RUN))
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **RUN))
+    assert_same_run(path, unbroken)
+
+
+def test_a_signal_before_the_first_step(
+    make_config: MakeConfig, stop_in: Callable[[str, int], None], tmp_path: Path
+) -> None:
+    stop_in("_train_epoch", 0)
+    with pytest.raises(Interrupted, match=r"after step 0; .* Give the same command with --overwrite"):
+        train(make_config(checkpoint_freq=2, **RUN))
+    [path] = train(make_config(checkpoint_freq=2, resume=True, **RUN))
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **RUN))
+    assert_same_run(path, unbroken)
+
+
+def test_what_cannot_be_resumed(make_config: MakeConfig, stop_in: Callable[[str, int], None]) -> None:
+    with pytest.raises(ConfigError, match="resume: overwrite is given too"):
+        make_config(resume=True, overwrite=True)
+    stop_in("_train_step", 4)
+    with pytest.raises(Interrupted):
+        train(make_config(**RUN))
+    with pytest.raises(
+        ConfigError, match=r"(?s)other settings.*optimizer: 'adam' in the checkpoint, 'sgd' now"
+    ):
+        train(make_config(resume=True, optimizer="sgd", **RUN))
+    config = make_config(resume=True, **RUN)
+    [shard] = (Path(config.output) / "checkpoints").glob("step-*/rank-*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-5] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be loaded"):
+        train(config)
+    assert result(Path(config.output))["status"] == "interrupted"
+
+
+def test_a_complete_run_is_left_as_it_is(
+    make_config: MakeConfig, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = make_config(method="tt", compress_rate=5, compare="dense", limit_train_batches=2)
+    first = train(config)
+    before = (first[0] / "result.json").read_bytes()
+    os.remove(first[1] / "result.json")
+    assert train(config.model_copy(update={"resume": True})) == first
+    assert (first[0] / "result.json").read_bytes() == before
+    assert result(first[1])["status"] == "completed"
+    shown = capfd.readouterr().err
+    assert f"{first[0]} is complete; --resume leaves it as it is" in shown
+    assert "dense: no checkpoint to resume from; starting anew" in shown
