@@ -1,0 +1,215 @@
+"""torchrec's estimators of time and storage, corrected for compressed tables.
+
+Communication, input and output of a compressed table are those of torchrec's formulas for its stand-in
+(:class:`recemb.torchrec_io.sharding.tables.LogicalTables`); its parameters, optimizer state, gradients and
+workspace are exact or bounded, and its compute is counted by method. Uncompressed tables are torchrec's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    SharderDataMap,
+    ShardEstimator,
+    ShardingOption,
+    Storage,
+    Topology,
+)
+from torchrec.distributed.planner.utils import get_num_poolings
+from torchrec.distributed.types import PipelineType
+
+from recemb.backends import storages
+from recemb.planner.costs import Costs
+from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes, parameter_shapes
+from recemb.spec import DTYPE_BYTES, TableSpec
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.sharding.placement import DATA_PARALLEL, ROWS_SPLIT
+from recemb.torchrec_io.sharding.tables import CompressedTables
+
+# Distinct rows whose products are held at once unless the collection says otherwise.
+_MICRO_BATCH_ROWS = {"cpu": 2**14, "cuda": 2**15}
+
+Constraints = Mapping[str, ParameterConstraints]
+
+
+class Compressed:
+    """The compressed tables of modules, looked up once each."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[nn.Module, dict[str, list[TableSpec]], int | None]] = {}
+
+    def peers(self, module: nn.Module, name: str) -> list[TableSpec] | None:
+        """The tables that share a table's storage, the one that holds it first; ``None`` uncompressed."""
+        return self._of(module)[1].get(name)
+
+    def micro_batch_rows(self, module: nn.Module) -> int | None:
+        """As given to the collection."""
+        return self._of(module)[2]
+
+    def _of(self, module: nn.Module) -> tuple[nn.Module, dict[str, list[TableSpec]], int | None]:
+        if id(module) not in self._known:
+            peers: dict[str, list[TableSpec]] = {}
+            rows = None
+            if isinstance(module, EmbeddingBagCollection):
+                tables = CompressedTables.of(module)
+                rows = tables.micro_batch_rows
+                peers = {
+                    table.name: shared for _, shared in storages(tables.specs.values()) for table in shared
+                }
+            # The module is kept, so that its id is not given to another.
+            self._known[id(module)] = module, peers, rows
+        return self._known[id(module)]
+
+
+def spec_of(peers: Sequence[TableSpec], name: str) -> TableSpec:
+    """The table of a name among those that share its storage."""
+    return next(table for table in peers if table.name == name)
+
+
+class _Lookups:
+    """Ids and bags that a shard of an option looks up in a step."""
+
+    def __init__(self, option: ShardingOption, topology: Topology, constraints: Constraints | None) -> None:
+        given = (constraints or {}).get(option.name)
+        poolings = get_num_poolings(constraints, option)
+        sizes = given.batch_sizes if given and given.batch_sizes else [option.batch_size] * option.num_inputs
+        batches = list(zip(option.input_lengths, poolings, sizes, strict=True))
+        ids = float(sum(length * times * size for length, times, size in batches))
+        bags = float(sum(min(1.0, length) * times * size for length, times, size in batches))
+        kind = option.sharding_type
+        # A data-parallel shard sees its rank's batch; a table-wise one every rank's; a part of the rows that
+        # part of every rank's ids, and every bag.
+        self.bags = bags * (1 if kind == DATA_PARALLEL else topology.world_size)
+        parts = option.num_shards if kind in ROWS_SPLIT else 1
+        self.ids = ids if kind == DATA_PARALLEL else ids * topology.world_size / parts
+
+
+class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no types
+    """Milliseconds of each shard: torchrec's, with the compute of compressed tables in its place.
+
+    Args:
+        costs: constants with their origins.
+        compressed: shared with the storage estimator.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: Constraints | None = None,
+        *,
+        costs: Costs,
+        compressed: Compressed,
+    ) -> None:
+        self._inner = EmbeddingPerfEstimator(topology=topology, constraints=constraints)
+        self._topology, self._constraints = topology, constraints
+        self._costs, self._compressed = costs, compressed
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        """Fill in ``perf`` of every shard."""
+        self._inner.estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            peers = self._compressed.peers(option.module[1], option.name)
+            if peers is None:
+                continue
+            table = spec_of(peers, option.name)
+            lookups = _Lookups(option, self._topology, self._constraints)
+            rows = self._compressed.micro_batch_rows(option.module[1])
+            held = rows or _MICRO_BATCH_ROWS[self._topology.compute_device]
+            work = forward_work(table, lookups.ids, lookups.bags, held, self._costs["id_skew"])
+            forward = self._costs.forward_ms(table.compression.method, work)
+            for shard in option.shards:
+                shard.perf.fwd_compute = forward
+                shard.perf.bwd_compute = forward * self._topology.bwd_compute_multiplier
+
+
+class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no types
+    """Bytes of each shard: torchrec's, with parameters, state, gradients and workspace of compressed tables.
+
+    Args:
+        pipeline_type: the pipeline that trains, whose batches in flight are counted; torchrec's meaning.
+        compressed: shared with the perf estimator.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: Constraints | None = None,
+        pipeline_type: PipelineType = PipelineType.NONE,
+        *,
+        compressed: Compressed,
+    ) -> None:
+        self._inner = EmbeddingStorageEstimator(
+            topology=topology, constraints=constraints, pipeline_type=pipeline_type
+        )
+        self._topology, self._constraints, self._compressed = topology, constraints, compressed
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        """Fill in ``storage`` of every shard."""
+        self._inner.estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            peers = self._compressed.peers(option.module[1], option.name)
+            if peers is not None:
+                self._correct(option, peers)
+
+    def _correct(self, option: ShardingOption, peers: list[TableSpec]) -> None:
+        """The stand-in's bytes out, the table's in; torchrec's input and output buffers stay."""
+        table = spec_of(peers, option.name)
+        optimizer = optimizer_name(option.tensor)
+        lookups = _Lookups(option, self._topology, self._constraints)
+        rows = self._compressed.micro_batch_rows(option.module[1])
+        device = self._topology.compute_device
+        workspace = forward_work(
+            table, lookups.ids, lookups.bags, rows or _MICRO_BATCH_ROWS[device]
+        ).workspace
+        owner = table.name == peers[0].name
+        own = parameter_bytes(peers) + optimizer_bytes(peers, optimizer) if owner else 0
+        if owner and option.sharding_type == DATA_PARALLEL:
+            # A gradient as large as the parameters, and DDP's bucket for it.
+            own += 2 * parameter_bytes(peers)
+        stand_in = option.tensor.numel() * option.tensor.element_size()
+        for shard in option.shards:
+            part = math.prod(shard.size) / option.tensor.numel()
+            bytes_in = own
+            if option.sharding_type in ROWS_SPLIT and owner:
+                bytes_in = _split_bytes(peers, optimizer, part)
+            whole = option.sharding_type == DATA_PARALLEL
+            counted = stand_in if whole else math.ceil(stand_in * part)
+            counted += math.ceil(counted * _state_share(option.tensor))
+            extra = bytes_in + workspace - counted
+            storage = shard.storage
+            if device == "cuda":
+                shard.storage = Storage(max(0, storage.hbm + extra), storage.ddr, storage.ssd)
+            else:
+                shard.storage = Storage(storage.hbm, max(0, storage.ddr + extra), storage.ssd)
+
+
+def _split_bytes(peers: list[TableSpec], optimizer: str | None, part: float) -> int:
+    """Of a table split by rows: its largest parameter is, and the others are whole on every rank."""
+    element = DTYPE_BYTES[peers[0].dtype]
+    shapes = list(parameter_shapes(peers).values())
+    split = max(shapes, key=math.prod)
+    numel = sum(map(math.prod, shapes)) - math.prod(split) + math.ceil(math.prod(split) * part)
+    whole = max(1, parameter_bytes(peers))
+    return math.ceil(numel * element * (1 + optimizer_bytes(peers, optimizer) / whole))
+
+
+def optimizer_name(tensor: torch.Tensor) -> str | None:
+    """The class of the optimizer that ``apply_optimizer_in_backward`` attached, by name."""
+    attached = getattr(tensor, "_optimizer_classes", None)
+    return attached[0].__name__ if attached else None
+
+
+def _state_share(tensor: torch.Tensor) -> float:
+    """What torchrec adds to a tensor's bytes for its optimizer's state, as a part of them."""
+    name = optimizer_name(tensor)
+    if name is None or name == "SGD":
+        return 0.0
+    if name == "RowWiseAdagrad":
+        return 1 / tensor.shape[-1]
+    return 2.0 if name == "Adam" else 1.0
