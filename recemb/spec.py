@@ -320,6 +320,7 @@ class TableSpec:
         init_std: standard deviation that a freshly initialised row's elements have, whatever the method;
             ``None`` for torchrec's U(-1/sqrt(N), 1/sqrt(N)), whose deviation is 1/sqrt(3N).
         dtype: storage type of every parameter of the table.
+        part_of: the table of which this one holds a part of the rows, on one rank of several.
     """
 
     name: str
@@ -330,6 +331,7 @@ class TableSpec:
     compression: Compression = field(default_factory=Dense)
     init_std: float | None = None
     dtype: DTypeName = "float32"
+    part_of: TableSpec | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
@@ -368,6 +370,8 @@ class TableSpec:
     @property
     def row_std(self) -> float:
         """Standard deviation of a fresh row's elements."""
+        if self.part_of is not None:
+            return self.part_of.row_std
         return self.init_std if self.init_std is not None else math.sqrt(1 / (3 * self.num_embeddings))
 
     @property

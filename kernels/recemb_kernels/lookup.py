@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.gather_op import GatherOp, PooledGroup, make_group
 from recemb_kernels.native import attempt
-from recemb_kernels.update import Update
+from recemb_kernels.update import Step, is_stepped
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Lookup:
         parameters: Sequence[Sequence[Tensor]],
         batch: Batch,
         weights: Tensor | None,
-        updates: Sequence[Callable[[], Update] | None],
+        steps: Sequence[Step | None],
         ahead: Ahead | None = None,
     ) -> Tensor:
         """Pool a batch of F features, [B, sum of D over the features].
@@ -88,7 +88,7 @@ class Lookup:
             parameters: each table's, contiguous: float32 on CPU, float32, bfloat16 or float16 on GPU.
             batch: the bags, their ids already checked against the tables' rows.
             weights: the batch's weights as autograd knows them.
-            updates: per table, makes the optimizer step to take in the backward in place of gradients.
+            steps: per table, the optimizer step to take in the backward in place of gradients.
             ahead: what :meth:`prepare` has made of this batch.
 
         Raises:
@@ -100,13 +100,15 @@ class Lookup:
         if not torch.is_grad_enabled():
             return group.forward(stored, batch, keep=False, state=state)[0]
         stepped = [
-            update is not None for table, update in zip(parameters, updates, strict=True) for _ in table
+            is_stepped(step, k)
+            for table, step in zip(parameters, steps, strict=True)
+            for k in range(len(table))
         ]
         wanted = [p.requires_grad and not step for p, step in zip(stored, stepped, strict=True)]
         free = [parameter for parameter, want in zip(stored, wanted, strict=True) if want]
         # Without an update, whether a gradient is wanted is for the parameters and weights to say.
         anchor = _ANCHOR if any(stepped) else None
-        call = _Call(group, self.refusal, batch, stored, updates, stepped, wanted, state)
+        call = _Call(group, self.refusal, batch, stored, steps, stepped, wanted, state)
         return cast(Tensor, cast(Any, _Pool).apply(call, anchor, weights, *free))
 
     def prepare(self, parameters: Sequence[Sequence[Tensor]], batch: Batch) -> Ahead:
@@ -165,7 +167,7 @@ class _Call:
     refusal: Callable[[], Exception]
     batch: Batch
     stored: Sequence[Tensor]
-    updates: Sequence[Callable[[], Update] | None]
+    steps: Sequence[Step | None]
     stepped: Sequence[bool]
     wanted: Sequence[bool]
     state: Any
@@ -203,7 +205,7 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         _ = ctx.saved_tensors
         call: _Call = ctx.call
-        updates = [None if update is None else update() for update in call.updates]
+        updates = [None if step is None else step.make() for step in call.steps]
         if ctx.versions != call.versions():
             # A step has been taken since the forward: its products belong to weights that are gone.
             call.group.forward(call.stored, call.batch, keep=True, state=ctx.state)

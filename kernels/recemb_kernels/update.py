@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -21,7 +21,7 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class Update:
-    """One step of one optimizer over the parameters of a call.
+    """One step of one optimizer over the parameters of a table.
 
     Args:
         kind: the rule.
@@ -30,6 +30,8 @@ class Update:
             [rows, width], row-wise Adagrad's [rows, 1], Adam's first moment.
         state2: per parameter, Adam's second moment, or empty.
         steps: per parameter, its number of steps so far, [] float32; the update adds one. Empty for none.
+        left: positions of the parameters that are not stepped: their gradients are written out, and ``None``
+            stands for their states.
     """
 
     kind: Kind
@@ -38,6 +40,25 @@ class Update:
     beta1: float = 0.0
     beta2: float = 0.0
     lr_decay: float = 0.0
-    state: Sequence[Tensor] = ()
-    state2: Sequence[Tensor] = ()
-    steps: Sequence[Tensor] = ()
+    state: Sequence[Tensor | None] = ()
+    state2: Sequence[Tensor | None] = ()
+    steps: Sequence[Tensor | None] = ()
+    left: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A table's step in a backward to come.
+
+    Args:
+        make: gives the update, with the rates and states of that moment.
+        left: as of the update.
+    """
+
+    make: Callable[[], Update]
+    left: frozenset[int] = frozenset()
+
+
+def is_stepped(update: Update | Step | None, k: int) -> bool:
+    """Whether parameter ``k`` of the table takes the step, instead of having its gradient written out."""
+    return update is not None and k not in update.left

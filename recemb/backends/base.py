@@ -14,7 +14,10 @@ Laws (``tests/backends/test_contract.py`` runs them over every method):
 6. A fresh table's elements have standard deviation ``table.row_std`` and mean 0, whatever the method.
 7. ``from_dense(to_dense())`` reproduces the table when the method has a closed form, and raises
    :class:`ConfigError` without touching a weight when it has none.
-8. ``write_back(ids, values, cost)`` leaves the rows of ``ids`` no further from ``values``, and changes the
+8. ``split_rows(table, W)``, where it is not ``None``: the rows that the W tables hold for the numbers of an
+   id add up to its row, and cut parameters put together are the whole one's
+   (``tests/backends/test_row_split.py``).
+9. ``write_back(ids, values, cost)`` leaves the rows of ``ids`` no further from ``values``, and changes the
    others by no more than that gain over ``cost`` (``tests/cache/test_write_back.py``).
 
 With cached rows (:mod:`recemb.cache`) 3 and 5 are of the parameters alone: the engine looks cached rows up
@@ -33,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recemb.backends.native import pooled_native
+from recemb.backends.row_split import RowSplit
 from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.spec import Compression, TableSpec
@@ -116,6 +120,15 @@ class Backend(nn.Module, ABC):
         """Exact number of parameters of the storage shared by ``tables``, cached rows too; builds nothing."""
         cached = sum(table.cache_rows * table.embedding_dim for table in tables)
         return cached + sum(math.prod(shape) for shape in cls.param_shapes(tables).values())
+
+    @classmethod
+    def split_rows(cls, table: TableSpec, ranks: int) -> RowSplit | None:
+        """How this table's rows are cut over ``ranks``; ``None`` for a method without a store of rows.
+
+        Raises:
+            ConfigError: it has too few rows for so many ranks.
+        """
+        return None
 
     @abstractmethod
     def map_ids(self, ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -16,7 +16,7 @@ from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
 from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Lookup, available
-from recemb_kernels.update import Update
+from recemb_kernels.update import Step
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
@@ -56,7 +56,7 @@ class _Storage:
     """One storage in one call: its parameters, the step they take, and whether the kernels can serve it."""
 
     parameters: list[nn.Parameter]
-    update: Callable[[], Update] | None
+    step: Step | None
     native: bool
 
 
@@ -66,7 +66,7 @@ def pooled_native(
     """Pool F features in one call, [B, sum of D], or ``None`` where plain torch has to do it.
 
     A storage that serves several features, or several tables, is passed once, so that it is updated once.
-    Each table takes the step of its own in-backward optimizer, or gets gradients when it has none.
+    Each parameter takes the step of its own in-backward optimizer, or gets its gradient when it has none.
 
     Args:
         tables: ``tables[f]`` for feature f, of any methods; of one method under torch.compile.
@@ -88,9 +88,9 @@ def pooled_native(
         if len({table.op.name for table in lookup.tables}) > 1:
             return None
         return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
-    updates = [storage.update for storage in storages]
+    steps = [storage.step for storage in storages]
     batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
-    return lookup(parameters, batch, weights, updates, bags.ahead)
+    return lookup(parameters, batch, weights, steps, bags.ahead)
 
 
 def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None) -> None:
@@ -130,10 +130,10 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
             # A fused update writes to the parameters: contiguous copies would take it in their place.
             if parameter.device != prepared.device or not (_fits(parameter) and parameter.is_contiguous()):
                 native = False
-        update = fused.of(own) if ask and native else None
-        if training and update is None and owner.native_when_fused:
+        step = fused.of(own) if ask and native else None
+        if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
-        found.append(_Storage(own, update, native))
+        found.append(_Storage(own, step, native))
     return found
 
 

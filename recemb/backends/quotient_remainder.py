@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
+from recemb.backends.row_split import RowSplit, even_rows
 from recemb.id_maps.radix import ceil_div, quotient_remainder
 from recemb.spec import QuotientRemainder, TableSpec
 from recemb_kernels.lookup import TableShape
@@ -45,6 +47,31 @@ class QuotientRemainderBackend(Backend):
         left, right = (dim // 2, dim - dim // 2) if compression.operation == "concat" else (dim, dim)
         return {"q": (quotients, left), "r": (compression.collisions, right)}
 
+    @classmethod
+    def split_rows(cls, table: TableSpec, ranks: int) -> RowSplit:
+        """The longer of the two tables: quotients by id range, remainders with all ids that share one."""
+        compression, shapes = _compression(table), cls.param_shapes([table])
+        quotients, collisions = shapes["q"][0], shapes["r"][0]
+        if _longer(table) == "q":
+            sizes = even_rows(table, "q", quotients, ranks)
+            tables = [
+                replace(table, num_embeddings=size * collisions, pooling="sum", part_of=table)
+                for size in sizes
+            ]
+            return RowSplit("q", sizes, tables, sizes[0] * collisions)
+        sizes = even_rows(table, "r", collisions, ranks)
+        tables = [
+            replace(
+                table,
+                num_embeddings=quotients * size,
+                pooling="sum",
+                part_of=table,
+                compression=replace(compression, collisions=size),
+            )
+            for size in sizes
+        ]
+        return _RemainderSplit("r", sizes, tables, quotients * sizes[0])
+
     def map_ids(self, ids: Tensor) -> Tensor:
         return quotient_remainder(ids, _compression(self.table).collisions)
 
@@ -70,7 +97,7 @@ class QuotientRemainderBackend(Backend):
         std, operation = self.table.row_std, _compression(self.table).operation
         with torch.no_grad():
             if operation == "mult":
-                longer, shorter = (self.q, self.r) if len(self.q) >= len(self.r) else (self.r, self.q)
+                longer, shorter = (self.q, self.r) if _longer(self.table) == "q" else (self.r, self.q)
                 half = math.sqrt(3) * _FACTOR_STD
                 shorter.uniform_(1 - half, 1 + half)
                 longer.normal_(0, std / math.sqrt(1 + _FACTOR_STD**2))
@@ -121,7 +148,7 @@ class QuotientRemainderBackend(Backend):
             self._step(0, slots, residual[:, :split], ones.expand(len(self.r), split), cost)
             self._step(1, slots, residual[:, split:], ones.expand(len(self.q), self.r.shape[1]), cost)
             return
-        side = int(len(self.r) > len(self.q))
+        side = int(_longer(self.table) == "r")
         other = (self.r, self.q)[side].double()
         multiplies = _compression(self.table).operation == "mult"
         self._step(side, slots, residual, other if multiplies else torch.ones_like(other), cost)
@@ -182,6 +209,26 @@ def _fit_product(grid: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         q = (grid * r).sum(1) / (present * r.square()).sum(1).clamp(min=tiny)
         r = (grid * q[:, None]).sum(0) / (present * q[:, None].square()).sum(0).clamp(min=tiny)
     return q, r
+
+
+@dataclass(frozen=True)
+class _RemainderSplit(RowSplit):
+    """Rank k has ``rows[k]`` remainders: its table is of the same quotients and of those remainders."""
+
+    def number(self, ids: Tensor) -> Tensor:
+        remainders = sum(self.rows)
+        quotient, remainder = quotient_remainder(ids, remainders).unbind(1)
+        rank = remainder // self.rows[0]
+        first = rank * self.rows[0]
+        own = torch.clamp(remainders - first, max=self.rows[0])
+        return rank * self.ids_per_rank + quotient * own + remainder - first
+
+
+def _longer(table: TableSpec) -> str:
+    """Which of the two tables has more rows; of a part of the rows, as it is in the whole."""
+    whole = table if table.part_of is None else table.part_of
+    collisions = _compression(whole).collisions
+    return "r" if collisions > ceil_div(whole.num_embeddings, collisions) else "q"
 
 
 def _compression(table: TableSpec) -> QuotientRemainder:

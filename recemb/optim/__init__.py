@@ -13,18 +13,19 @@ dict. Everywhere else the gradient is accumulated and the hook steps, as in plai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recemb.optim.adagrad import adagrad_update
 from recemb.optim.adam import adam_update
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
-from recemb_kernels.update import Update
+from recemb_kernels.update import Step, Update
 
 _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Update]
 # These move rows that the batch does not touch, or ascend.
@@ -36,24 +37,25 @@ class FusedUpdate:
 
     def __init__(self) -> None:
         self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]]] = [], [], []
-        self._update: Callable[[], Update] | None = None
+        self._step: Step | None = None
         self._made: tuple[object, Update, list[dict[str, Any]], list[object]] | None = None
 
-    def of(self, parameters: Sequence[nn.Parameter]) -> Callable[[], Update] | None:
-        """What makes the update, once per backward; calling it reads the learning rate of that moment.
+    def of(self, parameters: Sequence[nn.Parameter]) -> Step | None:
+        """What makes the update, once per backward, with the learning rate of that moment.
 
         Args:
             parameters: those of the storage, which are updated together.
 
         Returns:
-            ``None`` when there is no such optimizer, when a parameter is frozen, when the parameters'
-            optimizers differ in class or settings, or when one has an option (momentum, weight decay, ...)
-            that touches more than the rows of the batch.
+            a step that leaves the gradients of parameters without an optimizer, or with several; ``None``
+            when there is no optimizer, when a parameter is frozen, when the optimizers differ in class or
+            settings, or when one has an option (momentum, weight decay, ...) that touches more than the rows
+            of the batch.
         """
         if not all(parameter.requires_grad for parameter in parameters):
             return None
-        attached = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
-        optimizers: list[Any] = [found[0] if found and len(found) == 1 else None for found in attached]
+        each = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
+        optimizers: list[Any] = [found[0] if found and len(found) == 1 else None for found in each]
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
         known, same, unchanged = self._seen
         if not (
@@ -63,12 +65,22 @@ class FusedUpdate:
             and settings == unchanged
         ):
             self._seen = list(parameters), list(optimizers), [dict(group) for group in settings]
-            rule = _resolve(optimizers)
-            self._update = None if rule is None else partial(self._make, rule, optimizers, parameters)
-        return self._update
+            attached = [optimizer for optimizer in optimizers if optimizer is not None]
+            rule = _resolve(attached)
+            if rule is None:
+                self._step = None
+            else:
+                left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
+                own = [parameter for k, parameter in enumerate(parameters) if k not in left]
+                self._step = Step(partial(self._make, rule, attached, own, left), left)
+        return self._step
 
     def _make(
-        self, rule: _Rule, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
+        self,
+        rule: _Rule,
+        optimizers: Sequence[torch.optim.Optimizer],
+        parameters: Sequence[nn.Parameter],
+        left: frozenset[int],
     ) -> Update:
         settings = [optimizer.param_groups[0] for optimizer in optimizers]
         # Of these very optimizers: settings of others hold other parameters, which do not compare.
@@ -77,7 +89,7 @@ class FusedUpdate:
             state = _tensors(optimizers, parameters)
             if settings == unchanged and len(state) == len(held) and all(map(is_, state, held)):
                 return update
-        update = rule(optimizers, parameters)
+        update = _spread(rule(optimizers, parameters), left)
         self._made = optimizers, update, [dict(group) for group in settings], _tensors(optimizers, parameters)
         return update
 
@@ -87,9 +99,21 @@ def _tensors(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[n
     return [value for optimizer, parameter in pairs for value in optimizer.state[parameter].values()]
 
 
-def _resolve(optimizers: Sequence[torch.optim.Optimizer | None]) -> _Rule | None:
-    attached = [optimizer for optimizer in optimizers if optimizer is not None]
-    if not attached or len(attached) < len(optimizers):
+def _spread(update: Update, left: frozenset[int]) -> Update:
+    """An update of the stepped parameters as one of all parameters."""
+    if not left:
+        return update
+
+    def all_of(states: Sequence[Tensor | None]) -> list[Tensor | None]:
+        given = iter(states)
+        return [None if k in left else next(given) for k in range(len(states) + len(left))] if states else []
+
+    state, state2, steps = map(all_of, (update.state, update.state2, update.steps))
+    return replace(update, state=state, state2=state2, steps=steps, left=left)
+
+
+def _resolve(attached: Sequence[torch.optim.Optimizer]) -> _Rule | None:
+    if not attached:
         return None
     if any(len(optimizer.param_groups) != 1 for optimizer in attached):
         return None

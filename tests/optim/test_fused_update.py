@@ -110,6 +110,38 @@ def test_fused_equals_torch(name: str, method: str) -> None:
             torch.testing.assert_close(attached.state[mine][key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("method", ["tt", "mult", "add", "concat", "md"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_without_an_optimizer_gets_its_gradient_beside_stepped_ones(
+    name: str, method: str, first: int
+) -> None:
+    kind, settings = OPTIMIZERS[name]
+    ours, torchs = _collection(COMPRESSIONS[method]), _collection(COMPRESSIONS[method])
+    tables = [list(table.parameters()) for table in ours.embedding_bags.values()]
+    stepped = [p for table in tables for p in table[first::2]]
+    free = [p for table in tables for p in table[1 - first :: 2]]
+    apply_optimizer_in_backward(kind, stepped, dict(settings))
+    fired = []
+    for parameter in stepped:
+        parameter._in_backward_optimizers[0].register_step_post_hook(lambda *_: fired.append(1))
+    mine, theirs = kind(free, **settings), kind(torchs.parameters(), **settings)
+    start = [parameter.detach().clone() for parameter in ours.parameters()]
+    for batch in _batches():
+        mine.zero_grad()
+        _loss(ours, batch).backward()
+        assert all(parameter.grad is None for parameter in stepped)
+        assert all(parameter.grad is not None for parameter in free)
+        mine.step()
+        theirs.zero_grad()
+        _loss(torchs, batch).backward()
+        theirs.step()
+    assert not fired, "the kernel steps; torch's hook would need a gradient of the parameter's size"
+    for before, own, other in zip(start, ours.parameters(), torchs.parameters(), strict=True):
+        assert not torch.equal(before, own)
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["tt", "mult", "dense"])
 def test_adam_moves_touched_rows_by_adams_formula_and_no_others(method: str) -> None:
     ours, oracle = _collection(COMPRESSIONS[method]), _collection(COMPRESSIONS[method])

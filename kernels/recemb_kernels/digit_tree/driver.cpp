@@ -48,14 +48,14 @@ void attach(Call* call, State* state) {
     table.code = call->codes + t, table.order = table.code->order;
     table.features = state->features[t].data(), table.num_features = static_cast<int64_t>(state->features[t].size());
     table.param = call->param + at;
-    table.optimizer = GRADIENT;
+    table.optimizer = GRADIENT, table.left = 0;
     if (call->rules) {
       table.grad = call->grad + at, table.state = call->state + at, table.state2 = call->state2 + at;
-      table.optimizer = call->rules[t].optimizer;
+      table.optimizer = call->rules[t].optimizer, table.left = call->rules[t].left;
     }
     for (int64_t k = 0; k < table.code->parameters && table.optimizer != GRADIENT; k++) {
       const Rule& rule = call->rules[t];
-      // One step more for every parameter, as torch's optimizers count.
+      // One step more for every parameter that is stepped, as torch's optimizers count.
       const double step = call->steps[at + k] ? ++*call->steps[at + k] : 1;
       table.hyper[k] = hyper_at(rule.optimizer, step, rule.lr, rule.eps, rule.beta1, rule.beta2, rule.lr_decay);
     }

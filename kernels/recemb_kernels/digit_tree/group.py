@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.build import load
-from recemb_kernels.update import Update
+from recemb_kernels.update import Update, is_stepped
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
@@ -44,7 +44,7 @@ class _Feature(ctypes.Structure):
 
 class _Rule(ctypes.Structure):
     _fields_ = (
-        ("optimizer", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("optimizer", "left")),
         *((name, ctypes.c_double) for name in ("lr", "eps", "beta1", "beta2", "lr_decay")),
     )
 
@@ -214,7 +214,8 @@ class Group:
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Gradients of the parameters that are ``wanted``, and of the per-sample weights when asked for.
 
-        A table with an update has its touched rows updated in place, and ``None`` for gradients.
+        A table with an update has its touched rows updated in place, and ``None`` for the gradients of the
+        parameters that are stepped.
 
         Raises:
             FloatingPointError: there is an update and ``grad_out`` is not finite; nothing has changed.
@@ -232,12 +233,12 @@ class Group:
         rules = (_Rule * len(self._codes))()
         for kernel, rule, update in zip(self._kernels, rules, updates, strict=True):
             nothing: list[Tensor | None] = [None] * kernel.parameters
-            if update is None:
+            for k in range(kernel.parameters):
                 at = len(grads)
-                own = range(at, at + kernel.parameters)
-                grads += [torch.zeros_like(parameters[k]) if wanted[k] else None for k in own]
-            else:
-                grads += nothing
+                written = wanted[at] and not is_stepped(update, k)
+                grads.append(torch.zeros_like(parameters[at]) if written else None)
+            if update is not None:
+                rule.left = sum(1 << k for k in update.left)
                 rule.optimizer, rule.lr, rule.eps = update.kind, update.lr, update.eps
                 rule.beta1, rule.beta2, rule.lr_decay = update.beta1, update.beta2, update.lr_decay
             states += update.state if update and update.state else nothing

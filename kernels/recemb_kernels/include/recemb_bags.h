@@ -105,7 +105,7 @@ void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, D
 // One finished row of parameter k: its gradient is written out, or the optimizer steps on it at once.
 template <int W>
 void finish_row(const Table* table, int k, int64_t row, const float* grad) {
-  if (table->optimizer == GRADIENT) {
+  if (table->optimizer == GRADIENT || (table->left >> k & 1)) {
     if (table->grad[k]) std::copy(grad, grad + W, table->grad[k] + row * W);
     return;
   }

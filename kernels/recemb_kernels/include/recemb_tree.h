@@ -66,20 +66,21 @@ struct FeatureCode {
   int64_t table, column, mean, key_base;
 };
 
-// The optimizer of one table, or GRADIENT to have its gradients written out.
+// The optimizer of one table, or GRADIENT to have its gradients written out; bit k of `left` asks for the
+// gradient of parameter k alone, while the others are stepped.
 struct Rule {
-  int64_t optimizer;
+  int64_t optimizer, left;
   double lr, eps, beta1, beta2, lr_decay;
 };
 
 // One table of one call: pointers, and the plan of its distinct ids.
 struct Table {
   const TableCode* code;
-  int64_t order, optimizer, mirrored, ids, slices;
+  int64_t order, optimizer, left, mirrored, ids, slices;
   uint64_t most;             // no key is larger
   void* sorted;              // the ids' records in order of their keys; null until sorted
   float* const* param;       // [radix_k, width_k] each
-  float* const* grad;        // zeroed, same shapes, for GRADIENT; null where nobody asks for it
+  float* const* grad;        // zeroed, same shapes, where written out; null where nobody asks for it
   float* const* state;       // first optimizer state of each parameter
   float* const* state2;      // second one (Adam)
   Hyper hyper[MAX_ORDER];    // per parameter

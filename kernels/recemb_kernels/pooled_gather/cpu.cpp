@@ -136,7 +136,7 @@ void backward_rows(const Table* table, const Call* call) {
     if (u + AHEAD < rows) {
       const int64_t row = table->keys[u + AHEAD];
       prefetch_row(row_of(table, 0, row), LEFT);
-      if (table->optimizer >= ADAGRAD)
+      if (table->optimizer >= ADAGRAD && table->state[0])
         __builtin_prefetch(table->state[0] + row * (table->optimizer == ROWWISE_ADAGRAD ? 1 : LEFT), 1);
     }
     float grad[LEFT];

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.plan import BatchPlan, bags_of, plan_batch
-from recemb_kernels.update import Update
+from recemb_kernels.update import Update, is_stepped
 
 _S = TypeVar("_S")
 # Distinct rows that are computed at once; their workspaces then stay in an L2 cache of 40 to 50 MB.
@@ -114,6 +114,10 @@ class Backward:
     grad_weights: Tensor | None
     refused: Tensor
 
+    def writes(self, table: int, which: int, number: int) -> bool:
+        """Whether the gradient of parameter ``which`` of the ``number`` of a table is to be given."""
+        return self.wanted[table * number + which] and not is_stepped(self.updates[table], which)
+
 
 class Family(ABC, Generic[_S]):
     """Tables of one op whose kernels have the same compile-time constants.
@@ -185,11 +189,12 @@ class Family(ABC, Generic[_S]):
         number = len(parameters) // len(asked.updates)
         for update in asked.updates:
             for steps in () if update is None else update.steps:
-                steps.add_(1)
-        stepped = [update is not None for update in asked.updates for _ in range(number)]
+                if steps is not None:
+                    steps.add_(1)
+        written = [asked.writes(t, k, number) for t in range(len(asked.updates)) for k in range(number)]
         return [
-            torch.zeros_like(parameter) if want and not step else None
-            for parameter, want, step in zip(parameters, asked.wanted, stepped, strict=True)
+            torch.zeros_like(parameter) if write else None
+            for parameter, write in zip(parameters, written, strict=True)
         ]
 
     @cached_property

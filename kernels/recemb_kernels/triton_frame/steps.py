@@ -15,7 +15,7 @@ from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Family
 from recemb_kernels.triton_frame.kernels import locate, scatter_rows, update_rows
 from recemb_kernels.triton_frame.launches import locate_constants, scatter_constants, update_constants
-from recemb_kernels.update import Kind, Update
+from recemb_kernels.update import Kind, Update, is_stepped
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def step(
     which: int,
     refused: Tensor,
 ) -> None:
-    """Step on parameter ``which`` of every table that has an update.
+    """Step on parameter ``which`` of every table whose update steps on it.
 
     Args:
         grad: [E, W] float32.
@@ -115,7 +115,7 @@ def step(
     """
     groups: dict[_Rates, list[int]] = {}
     for table, update in enumerate(updates):
-        if update is not None:
+        if update is not None and is_stepped(update, which):
             groups.setdefault(_rates(update, which), []).append(table)
     everyone = sum(map(len, groups.values())) == len(updates)
     for rates, tables in groups.items():
@@ -170,10 +170,7 @@ def finish(
     own = parameters[which::number]
     if any(update is not None for update in asked.updates):
         step(family, entries, grad, own, asked.updates, which, asked.refused)
-    wanted = [
-        update is None and want
-        for update, want in zip(asked.updates, asked.wanted[which::number], strict=True)
-    ]
+    wanted = [asked.writes(t, which, number) for t in range(len(own))]
     if not any(wanted):
         return [None] * len(own)
     rows = [len(parameter) if want else 0 for parameter, want in zip(own, wanted, strict=True)]
@@ -199,14 +196,15 @@ def finish(
 def _rates(update: Update, which: int) -> _Rates:
     """The rates of this step, whose number it counts; ``hyper_at`` of ``recemb_optim.h``."""
     number = 1.0
-    if update.steps:
-        update.steps[which].add_(1)
-        number = float(update.steps[which])
+    if update.steps and (counter := update.steps[which]) is not None:
+        counter.add_(1)
+        number = float(counter)
     lr, root = update.lr, 1.0
     if update.kind in (Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD):
         lr /= 1 + (number - 1) * update.lr_decay
     if update.kind == Kind.ADAM:
         lr /= 1 - update.beta1**number
         root = math.sqrt(1 - update.beta2**number)
-    state = update.state[which].dtype if update.state else None
-    return _Rates(update.kind, state, lr, update.eps, update.beta1, update.beta2, root)
+    state = update.state[which] if update.state else None
+    dtype = None if state is None else state.dtype
+    return _Rates(update.kind, dtype, lr, update.eps, update.beta1, update.beta2, root)

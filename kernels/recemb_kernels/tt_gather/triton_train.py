@@ -238,12 +238,11 @@ class TrainFamily(Family[TrainShape]):
                 )
                 step(self, entries, grad, parameters[k::order], asked.updates, k, asked.refused)
         found: list[Tensor | None] = []
-        for t, update in enumerate(asked.updates):
+        for t in range(len(asked.updates)):
             for k, grad in enumerate(grads):
                 first = self._entry_base[t][k]
                 own = grad[first : first + self.shapes[t].row_shape[k]]
-                wanted = update is None and asked.wanted[t * order + k]
-                found.append(own.to(self.dtype) if wanted else None)
+                found.append(own.to(self.dtype) if asked.writes(t, k, order) else None)
         return found
 
     def _cores(self, parameters: Sequence[Tensor], k: int) -> Tensor:

@@ -98,6 +98,15 @@ def test_every_table_steps_as_on_cpu(shift: int) -> None:
     assert_same_steps(ALL, make_batch(ALL, 2, 3, weighted=shift % 2 == 1), kinds)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_parameter_that_is_not_stepped_gets_its_gradient(left: int) -> None:
+    kinds: list[Kind | None] = [KINDS[(t + t // 5) % 4] for t in range(len(SHAPES))]
+    assert_same_steps(ALL, make_batch(ALL, 2, 3), kinds, frozenset({left}))
+    offsets = torch.zeros(2 * len(ALL.features) + 1, dtype=torch.int64)
+    nothing = Batch(torch.empty(0, dtype=torch.int64), offsets, None, 2)
+    assert_same_steps(ALL, nothing, kinds, frozenset({left}))
+
+
 @pytest.mark.parametrize("kind", [Kind.SGD, Kind.ADAM])
 def test_one_optimizer_for_all(kind: Kind) -> None:
     assert_same_steps(ALL, make_batch(ALL, 2, 2), [kind] * len(SHAPES))

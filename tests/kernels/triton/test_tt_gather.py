@@ -124,6 +124,7 @@ def test_tables_with_their_own_rules_and_without() -> None:
     """Different rules in one family: each table takes its own, and the last gives gradients."""
     assert_same_steps(ALL, make_batch(ALL, 6, 3), [Kind.ADAGRAD, Kind.ADAM, None])
     assert_same_steps(ALL, make_batch(ALL, 4, 3), [Kind.ADAGRAD, None, Kind.SGD])
+    assert_same_steps(ALL, make_batch(ALL, 4, 3), [Kind.ADAM, None, Kind.SGD], frozenset({1}))
 
 
 def test_half_precision_steps_in_float32() -> None:
