@@ -33,6 +33,12 @@ class DataError(RecembError, ValueError):
     exit_code = 3
 
 
+class PlanError(RecembError, ValueError):
+    """A sharding plan that does not fit the storage of its ranks (exit code 4)."""
+
+    exit_code = 4
+
+
 class NonFiniteError(RecembError, ArithmeticError):
     """A loss or an input that is NaN or infinite; no weight was changed by its batch (exit code 5)."""
 

@@ -7,6 +7,7 @@ shards exchanged. Each is taken only if the slowest of the ranks involved become
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,77 +23,91 @@ _EVERYWHERE = 24
 def improve(placement: Placement, units: Sequence[Unit]) -> Placement:
     """A placement that no single change makes faster, or the best after 400 changes."""
     best = placement.copy()
+    shards = _Shards.of(best)
     for _ in range(_ROUNDS):
-        if not (_move(best) or _exchange(best) or _change_option(best, units)):
+        if _move(best, shards) or _exchange(best, shards):
+            continue
+        if not _change_option(best, units):
             break
+        shards = _Shards.of(best)
     return best
 
 
-def _shards(placement: Placement) -> tuple[Ints, Ints, Ints, Floats, Ints]:
-    """Of all ``ANY`` shards: unit, shard number, rank, ms, bytes."""
-    chosen = [i for i, option in enumerate(placement.options) if option.spread is Spread.ANY]
-    counts = [placement.options[i].num_shards for i in chosen]
-    if not chosen:
+@dataclass(eq=False)
+class _Shards:
+    """All ``ANY`` shards of a placement, side by side: unit, shard number, rank, ms, bytes."""
+
+    unit: Ints
+    number: Ints
+    rank: Ints
+    ms: Floats
+    storage: Ints
+
+    @classmethod
+    def of(cls, placement: Placement) -> _Shards:
+        chosen = [i for i, option in enumerate(placement.options) if option.spread is Spread.ANY]
+        counts = [placement.options[i].num_shards for i in chosen]
         none = np.zeros(0, np.int64)
-        return none, none, none, np.zeros(0), np.zeros((0, placement.free.shape[1]), np.int64)
-    return (
-        np.repeat(np.asarray(chosen), counts),
-        np.concatenate([np.arange(count) for count in counts]),
-        np.concatenate([placement.ranks[i] for i in chosen]),
-        np.concatenate([placement.options[i].ms for i in chosen]),
-        np.concatenate([placement.options[i].storage for i in chosen]),
-    )
+        return cls(
+            np.repeat(np.asarray(chosen, np.int64), counts),
+            np.concatenate([none, *(np.arange(count) for count in counts)]),
+            np.concatenate([none, *(placement.ranks[i] for i in chosen)]),
+            np.concatenate([np.zeros(0), *(placement.options[i].ms for i in chosen)]),
+            np.concatenate([placement.free[:0], *(placement.options[i].storage for i in chosen)]),
+        )
+
+    def relocate(self, placement: Placement, shard: int, rank: int) -> None:
+        """Put a shard on another rank."""
+        unit = int(self.unit[shard])
+        option, ranks = placement.options[unit], placement.ranks[unit].copy()
+        placement.remove(unit)
+        ranks[self.number[shard]] = rank
+        placement.add(unit, option, ranks)
+        self.rank[shard] = rank
 
 
-def _move(placement: Placement) -> bool:
+def _move(placement: Placement, shards: _Shards) -> bool:
     """One shard of the slowest rank to the rank that it makes least slow."""
-    unit, number, rank, ms, storage = _shards(placement)
     slowest = int(placement.loads.argmax())
     limit = placement.loads[slowest] * (1 - _TOLERANCE)
     best: tuple[float, int, int] | None = None
-    for s in map(int, np.flatnonzero(rank == slowest)):
-        after = np.where((placement.free >= storage[s]).all(axis=1), placement.loads + ms[s], np.inf)
+    for s in map(int, np.flatnonzero(shards.rank == slowest)):
+        ms = float(shards.ms[s])
+        fits = (placement.free >= shards.storage[s]).all(axis=1)
+        after = np.where(fits, placement.loads + ms, np.inf)
         after[slowest] = np.inf
         target = int(after.argmin())
-        worst = max(float(after[target]), placement.loads[slowest] - float(ms[s]))
-        if ms[s] > 0 and worst < limit and (best is None or worst < best[0]):
+        worst = max(float(after[target]), placement.loads[slowest] - ms)
+        if ms > 0 and worst < limit and (best is None or worst < best[0]):
             best = worst, s, target
     if best is None:
         return False
-    _relocate(placement, int(unit[best[1]]), int(number[best[1]]), best[2])
+    shards.relocate(placement, best[1], best[2])
     return True
 
 
-def _exchange(placement: Placement) -> bool:
+def _exchange(placement: Placement, shards: _Shards) -> bool:
     """One shard of the slowest rank against a shorter one elsewhere."""
-    unit, number, rank, ms, storage = _shards(placement)
     slowest = int(placement.loads.argmax())
     load = float(placement.loads[slowest])
-    elsewhere = rank != slowest
     best: tuple[float, int, int] | None = None
-    for s in map(int, np.flatnonzero(rank == slowest)):
-        gain = ms[s] - ms
-        after = np.maximum(load - gain, placement.loads[rank] + gain)
-        fits = (placement.free[rank] + storage >= storage[s]).all(axis=1)
-        fits &= (placement.free[slowest] + storage[s] >= storage).all(axis=1)
-        after = np.where(elsewhere & fits & (gain > 0), after, np.inf)
+    for s in map(int, np.flatnonzero(shards.rank == slowest)):
+        gain = shards.ms[s] - shards.ms
+        after = np.maximum(load - gain, placement.loads[shards.rank] + gain)
+        after = np.where((shards.rank != slowest) & (gain > 0), after, np.inf)
+        room = placement.free[shards.rank] + shards.storage
+        after[(room < shards.storage[s]).any(axis=1)] = np.inf
+        after[(placement.free[slowest] + shards.storage[s] < shards.storage).any(axis=1)] = np.inf
         t = int(after.argmin())
         if after[t] < load * (1 - _TOLERANCE) and (best is None or after[t] < best[0]):
             best = float(after[t]), s, t
     if best is None:
         return False
     _, s, t = best
-    target = int(rank[t])
-    _relocate(placement, int(unit[s]), int(number[s]), target)
-    _relocate(placement, int(unit[t]), int(number[t]), slowest)
+    target = int(shards.rank[t])
+    shards.relocate(placement, s, target)
+    shards.relocate(placement, t, slowest)
     return True
-
-
-def _relocate(placement: Placement, unit: int, shard: int, rank: int) -> None:
-    option, ranks = placement.options[unit], placement.ranks[unit].copy()
-    placement.remove(unit)
-    ranks[shard] = rank
-    placement.add(unit, option, ranks)
 
 
 def _change_option(placement: Placement, units: Sequence[Unit]) -> bool:

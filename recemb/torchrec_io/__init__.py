@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from recemb.stack import check_stack
 
 if TYPE_CHECKING:
+    from recemb.torchrec_io.planning.plan_file import load_plan
+    from recemb.torchrec_io.planning.planner import planner
     from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
     from recemb.torchrec_io.sharding.sharder import EmbeddingBagCollectionSharder, get_sharders
 
@@ -20,9 +22,17 @@ _HOME = {
     "EmbeddingBagCollectionSharder": "recemb.torchrec_io.sharding.sharder",
     "ShardedEmbeddingBagCollection": "recemb.torchrec_io.sharding.module",
     "get_sharders": "recemb.torchrec_io.sharding.sharder",
+    "load_plan": "recemb.torchrec_io.planning.plan_file",
+    "planner": "recemb.torchrec_io.planning.planner",
 }
 
-__all__ = ["EmbeddingBagCollectionSharder", "ShardedEmbeddingBagCollection", "get_sharders"]
+__all__ = [
+    "EmbeddingBagCollectionSharder",
+    "ShardedEmbeddingBagCollection",
+    "get_sharders",
+    "load_plan",
+    "planner",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,15 +111,12 @@ def test_pruning_loses_nothing_and_the_bound_holds(units: list[Unit], hbm: int, 
         assert (used <= capacity).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(some_units(), st.integers(3, 14))
-def test_a_plan_that_exists_is_hardly_ever_missed(units: list[Unit], hbm: int) -> None:
-    found = search(units, Cluster.uniform(WORLD, LOCAL, [hbm, 3, 0]))
-    best = best_plan(units, [hbm, 3, 0])
-    # Packing is NP-hard: what is asserted is that ample storage always suffices.
-    if best < math.inf and found.placement is None:
-        ample = search(units, Cluster.uniform(WORLD, LOCAL, [3 * hbm, 9, 0]))
-        assert ample.placement is not None
+def test_a_plan_that_exists_is_found(units: list[Unit], hbm: int) -> None:
+    """Packing is NP-hard, so this cannot hold for all units; it does for these."""
+    if best_plan(units, [hbm, 3, 0]) < math.inf:
+        assert search(units, Cluster.uniform(WORLD, LOCAL, [hbm, 3, 0])).placement is not None
 
 
 @settings(max_examples=60)

@@ -36,7 +36,13 @@ from torchrec.distributed.types import ModuleSharder, ShardingType
 from recemb.errors import ConfigError
 from recemb.planner.layout import Ints
 from recemb.spec import TableSpec
-from recemb.torchrec_io.planning.estimators import Compressed, optimizer_name, spec_of
+from recemb.torchrec_io.planning.estimators import (
+    Compressed,
+    optimizer_name,
+    row_parts,
+    spec_of,
+    split_tables,
+)
 from recemb.torchrec_io.sharding.placement import sharding_types
 
 # Of options that cost the same the simplest is kept: column-wise shards as wide as the table are table-wise.
@@ -118,6 +124,7 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
         compressed: Compressed,
     ) -> None:
         super().__init__(topology, batch_size, constraints, estimator)
+        self._topology = topology
         self._compressed = compressed
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
@@ -150,11 +157,15 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
         representatives = []
         for option in sharding_options:
             twin = copy.copy(option)
-            twin.shards = distinct_shards(option)
+            twin.shards = list({tuple(shard.size): shard for shard in distinct_shards(option)}.values())
             representatives.append(twin)
         super().populate_estimates(representatives)
         for option, twin in zip(sharding_options, representatives, strict=True):
             option.is_weighted = twin.is_weighted
+            known = {tuple(shard.size): shard for shard in twin.shards}
+            for shard in distinct_shards(option):
+                like = known[tuple(shard.size)]
+                shard.storage, shard.perf = like.storage, like.perf
 
     def _of_table(
         self,
@@ -173,7 +184,7 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
         peers = self._compressed.peers(module, name)
         kinds = self._filter_sharding_types(name, sharder.sharding_types(self._compute_device), key)
         if peers is not None:
-            kinds = _own_kinds(spec_of(peers, name), kinds)
+            kinds = self._own_kinds(spec_of(peers, name), kinds)
         made, splits = [], {}
         for kind in sorted(kinds, key=_SIMPLEST.index):
             kernels = self._filter_compute_kernels(
@@ -212,6 +223,27 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
                 f"{self._compute_device}; {key} allows {sharder.sharding_types(self._compute_device)}"
             )
         return made
+
+    def _own_kinds(self, table: TableSpec, allowed: Sequence[str]) -> list[str]:
+        """The sharding types for a compressed table, of those that constraints and sharder allow."""
+        if table.cache_rows:
+            raise ConfigError(
+                f"table {table.name!r}: cache={table.compression.cache} is not supported in a sharded "
+                "collection; remove it, or train this model on one device"
+            )
+        own = sharding_types(table)
+        kinds = [kind for kind in allowed if kind in own and self._can_be_cut(table, kind)]
+        if not kinds:
+            raise ConfigError(
+                f"table {table.name!r} ({table.compression}) can be planned {' or '.join(own)}, and its "
+                f"ParameterConstraints leave {', '.join(allowed) or 'nothing'} on "
+                f"{self._world_size} ranks; leave sharding_types out, or name one of {list(own)}"
+            )
+        return kinds
+
+    def _can_be_cut(self, table: TableSpec, kind: str) -> bool:
+        parts = row_parts(kind, self._topology)
+        return parts == 1 or split_tables(table, kind, parts) is not None
 
     def _split(
         self, weight: nn.Parameter, kind: str, width: int | None, buckets: int | None
@@ -265,24 +297,6 @@ def _anonymous(table: TableSpec, peers: Sequence[TableSpec]) -> Hashable:
     if len(peers) > 1:
         return table.name
     return table.num_embeddings, table.embedding_dim, table.dtype, table.compression
-
-
-def _own_kinds(table: TableSpec, allowed: Sequence[str]) -> list[str]:
-    """The sharding types for a compressed table, of those that constraints and sharder allow."""
-    if table.cache_rows:
-        raise ConfigError(
-            f"table {table.name!r}: cache={table.compression.cache} is not supported in a sharded "
-            "collection; remove it, or train this model on one device"
-        )
-    own = sharding_types(table)
-    kinds = [kind for kind in allowed if kind in own]
-    if not kinds:
-        raise ConfigError(
-            f"table {table.name!r} ({table.compression}) can be planned {' or '.join(own)}, and its "
-            f"ParameterConstraints leave only {', '.join(allowed) or 'nothing'}; leave sharding_types out, "
-            f"or name one of {list(own)}"
-        )
-    return kinds
 
 
 def _together(path: str, peers: Sequence[TableSpec]) -> str | None:

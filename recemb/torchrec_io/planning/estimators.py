@@ -7,8 +7,9 @@ workspace are exact or bounded, and its compute is counted by method. Uncompress
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,12 +23,13 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.planner.utils import get_num_poolings
-from torchrec.distributed.types import PipelineType
+from torchrec.distributed.types import PipelineType, ShardingType
 
-from recemb.backends import storages
+from recemb.backends import backend_of, storages
+from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
-from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes, parameter_shapes
-from recemb.spec import DTYPE_BYTES, TableSpec
+from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes
+from recemb.spec import TableSpec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.sharding.placement import DATA_PARALLEL, ROWS_SPLIT
 from recemb.torchrec_io.sharding.tables import CompressedTables
@@ -72,6 +74,13 @@ def spec_of(peers: Sequence[TableSpec], name: str) -> TableSpec:
     return next(table for table in peers if table.name == name)
 
 
+def row_parts(kind: str, topology: Topology) -> int:
+    """Over how many ranks a sharding type cuts the rows of a table."""
+    if kind == ShardingType.ROW_WISE.value:
+        return int(topology.world_size)
+    return int(topology.intra_group_size) if kind in ROWS_SPLIT else 1
+
+
 class _Lookups:
     """Ids and bags that a shard of an option looks up in a step."""
 
@@ -86,8 +95,7 @@ class _Lookups:
         # A data-parallel shard sees its rank's batch; a table-wise one every rank's; a part of the rows that
         # part of every rank's ids, and every bag.
         self.bags = bags * (1 if kind == DATA_PARALLEL else topology.world_size)
-        parts = option.num_shards if kind in ROWS_SPLIT else 1
-        self.ids = ids if kind == DATA_PARALLEL else ids * topology.world_size / parts
+        self.ids = ids if kind == DATA_PARALLEL else ids * topology.world_size / row_parts(kind, topology)
 
 
 class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no types
@@ -112,7 +120,7 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
         """Fill in ``perf`` of every shard."""
-        self._inner.estimate(sharding_options, sharder_data_map)
+        self._estimate_alike(sharding_options, sharder_data_map)
         for option in sharding_options:
             peers = self._compressed.peers(option.module[1], option.name)
             if peers is None:
@@ -126,6 +134,44 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
             for shard in option.shards:
                 shard.perf.fwd_compute = forward
                 shard.perf.bwd_compute = forward * self._topology.bwd_compute_multiplier
+
+    def _estimate_alike(self, options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        """torchrec's estimate, once for options that it cannot tell apart.
+
+        Its time of a shard depends on rows only where gradients of whole tables are exchanged
+        (data-parallel) or a cache's statistics are given.
+        """
+        first: dict[Hashable, ShardingOption] = {}
+        for option in options:
+            first.setdefault(self._kind(option), option)
+        self._inner.estimate(list(first.values()), sharder_data_map)
+        for option in options:
+            like = first[self._kind(option)]
+            if like is not option:
+                option.is_weighted = like.is_weighted
+                for shard, known in zip(option.shards, like.shards, strict=True):
+                    shard.perf = copy.copy(known.perf)
+
+    def _kind(self, option: ShardingOption) -> Hashable:
+        rows_count = option.sharding_type == DATA_PARALLEL or option.cache_params is not None
+        given = (self._constraints or {}).get(option.name)
+        return (
+            option.module_type_key,
+            option.sharding_type,
+            option.compute_kernel,
+            tuple(tuple(shard.size) if rows_count else shard.size[1] for shard in option.shards),
+            option.tensor.dtype,
+            tuple(option.tensor.shape) if rows_count else None,
+            option.batch_size,
+            tuple(option.input_lengths),
+            None if given is None else (tuple(given.num_poolings or ()), tuple(given.batch_sizes or ())),
+            None if given is None else given.is_weighted,
+            option.is_weighted,
+            option.has_feature_processor,
+            option.is_pooled,
+            option.output_dtype,
+            option.name if option.cache_params is not None else None,
+        )
 
 
 class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no types
@@ -168,16 +214,16 @@ class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships n
             table, lookups.ids, lookups.bags, rows or _MICRO_BATCH_ROWS[device]
         ).workspace
         owner = table.name == peers[0].name
-        own = parameter_bytes(peers) + optimizer_bytes(peers, optimizer) if owner else 0
+        own = _stored(peers, optimizer) if owner else 0
+        # Ranks get equal blocks of rows, of which the first is never the smallest.
+        parts = split_tables(table, option.sharding_type, row_parts(option.sharding_type, self._topology))
         if owner and option.sharding_type == DATA_PARALLEL:
             # A gradient as large as the parameters, and DDP's bucket for it.
             own += 2 * parameter_bytes(peers)
         stand_in = option.tensor.numel() * option.tensor.element_size()
         for shard in option.shards:
             part = math.prod(shard.size) / option.tensor.numel()
-            bytes_in = own
-            if option.sharding_type in ROWS_SPLIT and owner:
-                bytes_in = _split_bytes(peers, optimizer, part)
+            bytes_in = own if parts is None else _stored([parts[0]], optimizer)
             whole = option.sharding_type == DATA_PARALLEL
             counted = stand_in if whole else math.ceil(stand_in * part)
             counted += math.ceil(counted * _state_share(option.tensor))
@@ -189,14 +235,21 @@ class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships n
                 shard.storage = Storage(storage.hbm, max(0, storage.ddr + extra), storage.ssd)
 
 
-def _split_bytes(peers: list[TableSpec], optimizer: str | None, part: float) -> int:
-    """Of a table split by rows: its largest parameter is, and the others are whole on every rank."""
-    element = DTYPE_BYTES[peers[0].dtype]
-    shapes = list(parameter_shapes(peers).values())
-    split = max(shapes, key=math.prod)
-    numel = sum(map(math.prod, shapes)) - math.prod(split) + math.ceil(math.prod(split) * part)
-    whole = max(1, parameter_bytes(peers))
-    return math.ceil(numel * element * (1 + optimizer_bytes(peers, optimizer) / whole))
+def split_tables(table: TableSpec, kind: str, ranks: int) -> Sequence[TableSpec] | None:
+    """Each rank's table of a compressed one that is cut by rows; ``None`` when it cannot be cut so."""
+    if kind not in ROWS_SPLIT:
+        return None
+    try:
+        split = backend_of(table).split_rows(table, ranks)
+    except ConfigError:
+        # Too few rows for so many ranks.
+        return None
+    return None if split is None else split.tables
+
+
+def _stored(peers: list[TableSpec], optimizer: str | None) -> int:
+    """Bytes of parameters and optimizer state."""
+    return parameter_bytes(peers) + optimizer_bytes(peers, optimizer)
 
 
 def optimizer_name(tensor: torch.Tensor) -> str | None:
