@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from recemb import __version__
-from recemb.cli import bench, doctor, kernels, prepare, report, train
+from recemb.cli import bench, doctor, kernels, plan, prepare, report, train
 from recemb.errors import RecembError
 
-VERBS = (prepare, train, report, bench, kernels, doctor)
+VERBS = (prepare, train, plan, report, bench, kernels, doctor)
 
 _DESCRIPTION = "Train DLRM-style recommenders with embedding tables 10 to 1000 times smaller."
 _EPILOG = """\

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recemb.planner.layout import Cluster, Floats, Option, Spread
-from recemb.planner.placement import place
+from recemb.planner.layout import Cluster, Option, Spread
+from recemb.planner.placement import Placement, place
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def cost(figures: Figures, rule: str) -> float:
     }[rule]
 
 
-def baselines(tables: Sequence[Figures], cluster: Cluster) -> Mapping[str, Floats | None]:
-    """Of each rule the ms of every rank [W], or ``None`` when a table finds no rank with room."""
-    return {rule: _loads(tables, rule, cluster) for rule in RULES}
+def baselines(tables: Sequence[Figures], cluster: Cluster) -> Mapping[str, Placement | None]:
+    """Of each rule where the tables lie and their times, or ``None`` when one finds no rank with room."""
+    return {rule: _placed(tables, rule, cluster) for rule in RULES}
 
 
-def _loads(tables: Sequence[Figures], rule: str, cluster: Cluster) -> Floats | None:
+def _placed(tables: Sequence[Figures], rule: str, cluster: Cluster) -> Placement | None:
     weighed = [
         Option(rule, Spread.ANY, np.asarray([cost(table, rule)]), table.option.storage) for table in tables
     ]
@@ -65,4 +65,4 @@ def _loads(tables: Sequence[Figures], rule: str, cluster: Cluster) -> Floats | N
     loads = np.zeros(cluster.world_size)
     for table, ranks in zip(tables, placed.ranks, strict=True):
         np.add.at(loads, ranks, table.option.ms)
-    return loads
+    return Placement(cluster, [table.option for table in tables], placed.ranks, loads, placed.free)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from recemb.planner.layout import Cluster, Floats, Spread, Unit
 _STEPS = 36
 _ROUNDS = 2
 _INTERVALS = 12
+_PARTS = 33
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +122,28 @@ class Totals:
 
     def lower_bound(self) -> float:
         """No plan is faster, ms; infinite when storage suffices for none. U is left free."""
+        if self.too_large():
+            return np.inf
         low, high = self.range
         at_most = self.relaxed(high).mean
         if np.isinf(at_most) or at_most >= high:
             return max(at_most, low)
         return _bisect(low, high, lambda time: self.relaxed(time).mean <= time)
+
+    def too_large(self) -> bool:
+        """Whether the units certainly need more storage than there is, however they divide it.
+
+        For parts w >= 0 that add up to 1, every plan has sum over resources of w * used / capacity <= 1.
+        """
+        used = np.where(np.isfinite(self.ms)[:, :, None], self.use[:, :, :-1], 1e30)
+        used = used / np.maximum(self.capacity, 1e-12)
+        count = len(self.capacity)
+        pairs = combinations(range(count), 2) if count > 1 else [(0, 0)] * count
+        return any(
+            (part * used[:, :, a] + (1 - part) * used[:, :, b]).min(axis=1).sum() > 1 + 1e-9
+            for a, b in pairs
+            for part in np.linspace(0, 1, _PARTS)
+        )
 
     def stronger_bound(self, bound: float, cost: float) -> float:
         """The bound with U in intervals, between ``bound`` and the ``cost`` of a plan."""

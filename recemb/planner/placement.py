@@ -67,6 +67,12 @@ def by_time(option: Option) -> float:
     return float(option.ms.max())
 
 
+def by_both(cluster: Cluster, time: float) -> Order:
+    """The shard first that takes the largest part of ``time`` or of a rank's storage."""
+    storage = by_storage(cluster)
+    return lambda option: max(storage(option), by_time(option) / time)
+
+
 def by_storage(cluster: Cluster) -> Order:
     """The shard that fills the largest part of a rank first: for plans that hardly fit."""
     capacity = np.maximum(cluster.capacity.max(axis=0), 1)

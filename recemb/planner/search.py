@@ -16,13 +16,13 @@ import numpy as np
 from recemb.planner.bound import Relaxation, Totals
 from recemb.planner.improve import improve
 from recemb.planner.layout import Cluster, Option, Unit, prune
-from recemb.planner.placement import Placement, by_storage, by_time, place
+from recemb.planner.placement import Placement, by_both, by_storage, by_time, place
 
 _TIMES = 24
 _SHARES = (1.0, 0.98, 0.94, 0.88, 0.8)
 _PARTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 # Parts of a rank's storage that the shards of a plan may take where larger ones do not pack.
-_PIECES = (0.5, 0.2, 0.08, 0.03)
+_PIECES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12, 0.06, 0.03)
 _IMPROVED = 4
 # A plan this close to the bound is not searched further.
 _CLOSE = 0.01
@@ -72,9 +72,10 @@ def search(units: Sequence[Unit], cluster: Cluster, pruning: bool = True) -> Fou
         return Found(None, bound, before, after, 0)
     tried = _Tried(units, cluster)
     tried.add(_by_longest_shard(totals, bound))
-    for piece in _PIECES:
-        if not tried.placed:
-            tried.add(_by_longest_shard(totals, bound, piece))
+    if len(totals.capacity):
+        for piece in _PIECES:
+            if tried.least > bound * (1 + _CLOSE):
+                tried.add(_by_longest_shard(totals, bound, piece))
     if not tried.placed:
         smallest = _smallest(units, cluster)
         tried.placed = [] if smallest is None else [smallest]
@@ -97,18 +98,24 @@ class _Tried:
         self.seen: set[bytes] = set()
 
     def add(self, relaxations: Iterator[Relaxation]) -> None:
-        """Place each choice that is new: LPT, or by storage where that leaves a shard without room."""
+        """Place each choice that is new: LPT, or with more weight on storage where a shard finds no room."""
         for relaxed in relaxations:
             key = relaxed.choice.tobytes()
             if np.isinf(relaxed.mean) or key in self.seen:
                 continue
             self.seen.add(key)
             chosen = [unit.options[k] for unit, k in zip(self._units, relaxed.choice, strict=True)]
-            found = place(chosen, self._cluster, by_time)
-            if found is None:
-                found = place(chosen, self._cluster, by_storage(self._cluster))
+            mean = max(sum(float(option.ms.sum()) for option in chosen) / self._cluster.world_size, 1e-9)
+            orders = (by_time, by_both(self._cluster, mean), by_storage(self._cluster))
+            tries = (place(chosen, self._cluster, order) for order in orders)
+            found = next((placed for placed in tries if placed is not None), None)
             if found is not None:
                 self.placed.append(found)
+
+    @property
+    def least(self) -> float:
+        """Time of the fastest plan so far, ms; infinite without one."""
+        return min((placed.cost for placed in self.placed), default=np.inf)
 
     def best(self) -> Placement | None:
         """The best of the few fastest ones, each improved."""
@@ -120,7 +127,9 @@ class _Tried:
 def _by_longest_shard(totals: Totals, bound: float, piece: float = np.inf) -> Iterator[Relaxation]:
     longest = max(totals.range[1], bound)
     shares = _SHARES if len(totals.capacity) else (1.0,)
-    for time in np.geomspace(max(bound, 1e-9), max(longest, 1e-9), _TIMES):
+    # With smaller pieces to pack, fewer times are tried.
+    times = _TIMES if piece == np.inf else _TIMES // 4
+    for time in np.geomspace(max(bound, 1e-9), max(longest, 1e-9), times):
         for share in shares:
             yield totals.relaxed(float(time), share=share, piece=piece)
 

@@ -20,10 +20,11 @@ from torchrec.distributed.planner.types import (
     ShardEstimator,
     ShardingOption,
     Storage,
+    StorageReservation,
     Topology,
 )
 from torchrec.distributed.planner.utils import get_num_poolings
-from torchrec.distributed.types import PipelineType, ShardingType
+from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
 
 from recemb.backends import backend_of, storages
 from recemb.errors import ConfigError
@@ -49,6 +50,10 @@ class Compressed:
     def peers(self, module: nn.Module, name: str) -> list[TableSpec] | None:
         """The tables that share a table's storage, the one that holds it first; ``None`` uncompressed."""
         return self._of(module)[1].get(name)
+
+    def tables(self, module: nn.Module) -> list[TableSpec]:
+        """All of a module."""
+        return [spec_of(shared, name) for name, shared in self._of(module)[1].items()]
 
     def micro_batch_rows(self, module: nn.Module) -> int | None:
         """As given to the collection."""
@@ -175,7 +180,9 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
 
 
 class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no types
-    """Bytes of each shard: torchrec's, with parameters, state, gradients and workspace of compressed tables.
+    """Bytes of each shard: torchrec's, with parameters, state and gradients of compressed tables.
+
+    Their workspace is one a rank, whatever lies on it: :class:`WorkspaceReservation` keeps it free.
 
     Args:
         pipeline_type: the pipeline that trains, whose batches in flight are counted; torchrec's meaning.
@@ -207,12 +214,6 @@ class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships n
         """The stand-in's bytes out, the table's in; torchrec's input and output buffers stay."""
         table = spec_of(peers, option.name)
         optimizer = optimizer_name(option.tensor)
-        lookups = _Lookups(option, self._topology, self._constraints)
-        rows = self._compressed.micro_batch_rows(option.module[1])
-        device = self._topology.compute_device
-        workspace = forward_work(
-            table, lookups.ids, lookups.bags, rows or _MICRO_BATCH_ROWS[device]
-        ).workspace
         owner = table.name == peers[0].name
         own = _stored(peers, optimizer) if owner else 0
         # Ranks get equal blocks of rows, of which the first is never the smallest.
@@ -227,12 +228,65 @@ class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships n
             whole = option.sharding_type == DATA_PARALLEL
             counted = stand_in if whole else math.ceil(stand_in * part)
             counted += math.ceil(counted * _state_share(option.tensor))
-            extra = bytes_in + workspace - counted
+            extra = bytes_in - counted
             storage = shard.storage
-            if device == "cuda":
+            if self._topology.compute_device == "cuda":
                 shard.storage = Storage(max(0, storage.hbm + extra), storage.ddr, storage.ssd)
             else:
                 shard.storage = Storage(storage.hbm, max(0, storage.ddr + extra), storage.ssd)
+
+
+class WorkspaceReservation(StorageReservation):  # type: ignore[misc] # torchrec ships no types
+    """Another reservation, and the workspace in which compressed tables are looked up.
+
+    Tables take turns in it, so it is the largest that any one needs, were all its ids distinct.
+
+    Args:
+        inner: torchrec's reservation.
+        compressed: shared with the estimators.
+
+    Attributes:
+        workspace: bytes on each rank, known after :meth:`reserve`.
+    """
+
+    def __init__(self, inner: StorageReservation, compressed: Compressed) -> None:
+        self._inner, self._compressed = inner, compressed
+        self._reserved: Topology | None = None
+        self._percentage = getattr(inner, "_percentage", None)
+        self.workspace = 0
+
+    def reserve(
+        self,
+        topology: Topology,
+        batch_size: int,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> Topology:
+        """The topology with what is left on each rank."""
+        reserved: Topology = self._inner.reserve(topology, batch_size, module, sharders, constraints)
+        device = topology.compute_device
+        self.workspace = 0
+        for child in module.modules():
+            rows = self._compressed.micro_batch_rows(child) or _MICRO_BATCH_ROWS[device]
+            for table in self._compressed.tables(child):
+                given = (constraints or {}).get(table.name)
+                bags = float(batch_size * topology.world_size * len(table.feature_names))
+                ids = bags * max(given.pooling_factors if given else [1.0])
+                work = forward_work(table, ids, bags, rows)
+                self.workspace = max(self.workspace, work.workspace)
+        for rank in reserved.devices:
+            if device == "cuda":
+                rank.storage.hbm -= self.workspace
+            else:
+                rank.storage.ddr -= self.workspace
+        self._reserved = reserved
+        return reserved
+
+    @property
+    def last_reserved_topology(self) -> Topology | None:
+        """What :meth:`reserve` returned last, a copy."""
+        return copy.deepcopy(self._reserved)
 
 
 def split_tables(table: TableSpec, kind: str, ranks: int) -> Sequence[TableSpec] | None:

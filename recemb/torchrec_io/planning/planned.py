@@ -83,6 +83,7 @@ class Planned:
         search_space: all options of all tables.
         found: the search's outcome.
         cluster: the ranks, with the storage that tables may take.
+        workspace: bytes of each rank that looking compressed tables up takes.
         seconds: that planning took.
     """
 
@@ -92,6 +93,7 @@ class Planned:
     search_space: Sequence[ShardingOption]
     found: Found
     cluster: Cluster
+    workspace: int
     seconds: float
 
 
@@ -104,7 +106,6 @@ def plan_tables(request: Request) -> Planned:
     started = time.perf_counter()
     ranks = request.ranks
     cluster = topology(ranks.world_size, request.costs, ranks.local_world_size, ranks.hbm, ranks.ddr)
-    reservation = FixedPercentageStorageReservation(ranks.reserved)
     made = planner(
         cluster,
         request.batch_size,
@@ -112,7 +113,7 @@ def plan_tables(request: Request) -> Planned:
             table.name: ParameterConstraints(pooling_factors=[float(factor)] * len(table.feature_names))
             for table, factor in zip(request.tables, request.pooling_factors, strict=True)
         },
-        reservation,
+        FixedPercentageStorageReservation(ranks.reserved),
         costs=request.costs,
         pipeline_type=PipelineType.NONE,
     )
@@ -126,6 +127,7 @@ def plan_tables(request: Request) -> Planned:
     (proposer,) = made._proposers
     assert isinstance(proposer, PlanProposer)
     assert proposer.found is not None
+    reservation = made._storage_reservation
     return Planned(
         request,
         plan,
@@ -133,6 +135,7 @@ def plan_tables(request: Request) -> Planned:
         made._enumerator.last_stored_search_space,
         proposer.found,
         cluster_of(reservation.last_reserved_topology),
+        reservation.workspace,
         time.perf_counter() - started,
     )
 

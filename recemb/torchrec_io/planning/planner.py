@@ -24,7 +24,12 @@ from torchrec.distributed.utils import get_device_type
 
 from recemb.planner.costs import Costs, default_costs
 from recemb.torchrec_io.planning.enumerator import PlanEnumerator
-from recemb.torchrec_io.planning.estimators import Compressed, PerfEstimator, StorageEstimator
+from recemb.torchrec_io.planning.estimators import (
+    Compressed,
+    PerfEstimator,
+    StorageEstimator,
+    WorkspaceReservation,
+)
 from recemb.torchrec_io.planning.search import PlanPartitioner, PlanProposer, SlowestRank
 
 # torchrec's default of HeuristicalStorageReservation: for dense layers, activations and fragmentation.
@@ -84,14 +89,14 @@ def planner(
     """torchrec's planner, for models with compressed tables and clusters of hundreds of ranks.
 
     Compressed tables get the sharding types that recemb can run, tables of one ROBE array one rank or all of
-    them, and costs by method. The plan is that of :func:`recemb.planner.search.search`, which states how far
-    from the best it can be: ``planner.gap`` of :func:`outcome`.
+    them, and costs by method. The plan is that of :func:`recemb.planner.search.search`.
 
     Args:
         topology: the ranks; ``None`` for those of the default process group.
         batch_size: samples of a rank's batch; ``None`` for torchrec's default, 512.
         constraints: by table name, as for torchrec's planner.
-        storage_reservation: ``None`` keeps 15 % of every rank's storage free.
+        storage_reservation: ``None`` keeps 15 % of every rank's storage free; the workspace of compressed
+            tables is kept free besides.
         costs: constants of compressed tables; ``None`` for those of the topology's device that come along.
         pipeline_type: whose batches in flight are counted.
         stats, debug: torchrec's; nothing is logged unless asked for.
@@ -124,7 +129,9 @@ def planner(
         topology=topology,
         batch_size=samples,
         enumerator=PlanEnumerator(topology, samples, limits, estimators, compressed),
-        storage_reservation=storage_reservation or FixedPercentageStorageReservation(RESERVED),
+        storage_reservation=WorkspaceReservation(
+            storage_reservation or FixedPercentageStorageReservation(RESERVED), compressed
+        ),
         proposer=PlanProposer(),
         partitioner=PlanPartitioner(),
         performance_model=SlowestRank(topology),
