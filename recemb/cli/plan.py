@@ -165,11 +165,11 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if args.calibrate:
-        from recemb.cli.plan_run import calibrate
+        from recemb.cli.plan_calibrate import calibrate
 
-        text = calibrate(args)
+        text = calibrate(args.device or "cpu", Path(args.output))
     elif args.statistics:
-        from recemb.cli.plan_run import place_rows
+        from recemb.cli.plan_rows import place_rows
 
         text = place_rows(args)
     else:

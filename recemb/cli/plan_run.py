@@ -6,16 +6,14 @@ import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from recemb.backends.memory import memory_report
-from recemb.data.layout import write_json
 from recemb.errors import ConfigError, PlanError
 from recemb.planner.budget import BudgetedTables, compress
 from recemb.planner.costs import Costs, default_costs, read_costs
 from recemb.planner.presets import PRESETS
 from recemb.planner.report import PlanLine, milliseconds, plan_block, rank_block, size, table_block
-from recemb.spec import Dense, TableSpec
+from recemb.spec import Dense
 from recemb.torchrec_io.planning.change import smallest_rate, smallest_storage, smallest_world
 from recemb.torchrec_io.planning.plan_file import plan_document, save_plan
 from recemb.torchrec_io.planning.planned import Planned, Ranks, Request, plan_tables
@@ -164,7 +162,7 @@ def _text(planned: Planned, model: _Model, lines: list[PlanLine], top: int) -> l
     memory = f"{size(ranks.hbm)} HBM and " if request.costs.device == "cuda" else ""
     text = [
         f"{model.name}: {len(request.tables)} tables, {model.method} at {model.compress_rate:g}x, on "
-        f"{ranks.world_size} {request.costs.device} ranks of {hosts} hosts",
+        f"{_ranks_of(ranks.world_size)} ({request.costs.device}, {hosts} host{'s' if hosts > 1 else ''})",
         f"batch {request.batch_size:,} a rank, {model.optimizer}; {memory}{size(ranks.ddr)} DDR a rank, "
         f"{ranks.reserved:.0%} and {size(planned.workspace)} of workspace kept free",
         f"costs: {request.costs.name}",
@@ -187,6 +185,10 @@ def _text(planned: Planned, model: _Model, lines: list[PlanLine], top: int) -> l
     return text
 
 
+def _ranks_of(world_size: int) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size:,} ranks"
+
+
 def _too_large(planned: Planned, model: _Model) -> str:
     """Bytes per table, and each smallest change that fits."""
     request = planned.request
@@ -195,7 +197,7 @@ def _too_large(planned: Planned, model: _Model) -> str:
     kind = "HBM" if request.costs.device == "cuda" else "DDR"
     each = ranks.hbm if kind == "HBM" else ranks.ddr
     lines = [
-        f"the tables do not fit {ranks.world_size} ranks of {size(each)} {kind}"
+        f"the tables do not fit {_ranks_of(ranks.world_size)} of {size(each)} {kind}"
         + (f" and {size(ranks.ddr)} DDR" if kind == "HBM" else "")
         + f", {ranks.reserved:.0%} of them and {size(planned.workspace)} of workspace kept free",
         f"{'table':<24}{'method':<14}{'bytes':>22}{'dense bytes':>22}",
@@ -222,13 +224,3 @@ def _too_large(planned: Planned, model: _Model) -> str:
     if model.method == "dense":
         lines.append("  or a compression: --method tt, qr, robe or md with --compress_rate")
     return "\n".join(lines)
-
-
-def place_rows(args: argparse.Namespace) -> str:
-    """Statistical sharding: hot, warm and compressed rows by their frequencies."""
-    raise NotImplementedError(TableSpec)
-
-
-def calibrate(args: argparse.Namespace) -> str:
-    """Measure this machine's constants, write them, and return them as text."""
-    raise NotImplementedError(write_json, Any)
