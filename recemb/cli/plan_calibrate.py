@@ -17,15 +17,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recemb.data.layout import write_json
 from recemb.data.zipf import BoundedZipf
 from recemb.errors import ConfigError
-from recemb.planner.costs import METHODS, Constant, Costs, default_costs
+from recemb.planner.costs import Constant, Costs, default_costs
 from recemb.planner.work import forward_work
-from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb.spec import ROBE, Compression, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 
 _ROWS, _DIM, _BATCH = 1_000_000, 64, 16_384
-_REPEATS = 7
+_REPEATS = 20
 _SETTINGS: dict[str, Compression] = {
+    "dense": Dense(),
     "tt": TensorTrain(rank=16),
     "qr": QuotientRemainder(collisions=4),
     "robe": ROBE(compress_rate=100, block_size=_DIM),
@@ -64,23 +65,22 @@ def measure(device: torch.device) -> Costs:
         "flops": Constant(_flops(device), "FLOP/s", f"float32 product of 1024 x 1024, {where}"),
     }
     costs = replace(base, name=where).with_constants(changed)
-    factors = []
-    for method in METHODS:
-        table = TableSpec(name="t", num_embeddings=_ROWS, embedding_dim=_DIM, compression=_SETTINGS[method])
+    for method, compression in _SETTINGS.items():
+        table = TableSpec(name="t", num_embeddings=_ROWS, embedding_dim=_DIM, compression=compression)
         forward, step = _look_ups(table, ids)
+        if method == "dense":
+            changed["backward_factor"] = _ratio(step - forward, forward, f"uncompressed table, {where}")
+            continue
         work = forward_work(table, float(_BATCH), float(_BATCH), 2**14, base["id_skew"])
-        known = costs.with_constants({f"{method}_ns_per_id": Constant(0.0, "ns", "")}).forward_ms(
-            method, work
-        )
-        per_id = max(0.0, forward - known) * 1e6 / _BATCH
-        changed[f"{method}_ns_per_id"] = Constant(
-            per_id, "ns", f"forward of {_BATCH:,} ids less its arithmetic and bytes, {where}"
-        )
-        factors.append((step - forward) / forward)
-    factors.sort()
-    middle = factors[len(factors) // 2]
-    changed["backward_factor"] = Constant(max(0.1, middle), "1", f"median of {', '.join(METHODS)}, {where}")
+        unit = {f"{method}_forward": Constant(1.0, "1", "")}
+        least = costs.with_constants(unit).forward_ms(method, work)
+        changed[f"{method}_forward"] = _ratio(forward, least, f"{_BATCH:,} ids, {where}")
+        changed[f"{method}_backward"] = _ratio(step - forward, forward, f"{_BATCH:,} ids, SGD, {where}")
     return costs.with_constants(changed)
+
+
+def _ratio(measured: float, of: float, origin: str) -> Constant:
+    return Constant(max(measured / of, 0.01), "1", origin)
 
 
 def _machine(device: torch.device) -> str:

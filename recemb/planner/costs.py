@@ -3,9 +3,9 @@
 Times of uncompressed tables and of communication are torchrec's formulas over the bandwidths here. The
 look-up of a compressed table takes, forward,
 
-    ids * ns_per_id[method] + FLOP / flops + bytes / bandwidth of the device's memory
+    forward[method] * (ids * sort_ns_per_id + FLOP / flops + bytes / bandwidth of the device's memory)
 
-with FLOP and bytes counted by :mod:`recemb.planner.work`, and ``backward_factor`` times that backward.
+with FLOP and bytes counted by :mod:`recemb.planner.work`, and ``backward[method]`` times that backward.
 ``recemb plan --calibrate`` measures what it can on the machine at hand and writes a file that ``--costs``
 reads.
 """
@@ -61,9 +61,10 @@ class Costs:
 
     def forward_ms(self, method: str, work: Work) -> float:
         """Milliseconds of the forward look-up of a compressed table."""
-        per_id = self[f"{method}_ns_per_id"] * 1e-9
         memory = self["hbm_bandwidth" if self.device == "cuda" else "ddr_bandwidth"]
-        return 1e3 * (work.ids * per_id + work.flop / self["flops"] + work.num_bytes / memory)
+        sort = work.ids * self["sort_ns_per_id"] * 1e-9
+        least = sort + work.flop / self["flops"] + work.num_bytes / memory
+        return 1e3 * self[f"{method}_forward"] * least
 
     def with_constants(self, changed: Mapping[str, Constant]) -> Costs:
         """The same with some constants replaced."""
@@ -93,13 +94,20 @@ UNITS: Mapping[str, str] = MappingProxyType(
         "flops": "FLOP/s",
         "backward_factor": "1",
         "id_skew": "1",
-        **{f"{method}_ns_per_id": "ns" for method in METHODS},
+        "sort_ns_per_id": "ns",
+        **{f"{method}_{part}": "1" for method in METHODS for part in ("forward", "backward")},
     }
 )
 
 _TORCHREC = "torchrec 1.8 planner/constants.py"
 _SKEW = Constant(1.05, "1", "Zipf exponent of bench/ids.py and of recemb's synthetic log; 0 for uniform ids")
 _SORT = "8 passes of a radix sort over 64-bit keys and 32-bit positions, read and written, at {} GB/s"
+
+
+def _factors(forward: float, backward: float, origin: str) -> dict[str, Constant]:
+    """The same factors for every method."""
+    both = {"forward": forward, "backward": backward}
+    return {f"{method}_{part}": Constant(both[part], "1", origin) for method in METHODS for part in both}
 
 
 def _datasheet(name: str, memory: float, flops: float, sheet: str, network: tuple[float, float]) -> Costs:
@@ -117,7 +125,8 @@ def _datasheet(name: str, memory: float, flops: float, sheet: str, network: tupl
         "flops": Constant(flops, "FLOP/s", f"{sheet}: float32, no tensor cores"),
         "backward_factor": Constant(2.0, "1", f"{_TORCHREC} (BWD_COMPUTE_MULTIPLIER)"),
         "id_skew": _SKEW,
-        **{f"{method}_ns_per_id": Constant(sort_ns, "ns", sort) for method in METHODS},
+        "sort_ns_per_id": Constant(sort_ns, "ns", sort),
+        **_factors(1.0, 2.0, "floor by the datasheet: recemb has no timing on a GPU yet"),
     }
     return Costs("cuda", name, MappingProxyType(constants))
 
@@ -207,23 +216,41 @@ def read_costs(path: Path) -> Costs:
     return Costs(str(values["device"]), str(values.get("name", path)), MappingProxyType(constants))
 
 
-_MEASURED = "recemb plan --calibrate, AMD EPYC, 1 thread, 2026-11-24, busy machine"
+_MEASURED = "recemb plan --calibrate, AMD EPYC, 1 thread, 2026-11-24, shared machine"
+
+
+def _measured(values: Mapping[str, float]) -> dict[str, Constant]:
+    return {name: Constant(value, UNITS[name], _MEASURED) for name, value in values.items()}
+
+
 CPU = Costs(
     "cpu",
-    "CPU of a few cores",
+    "CPU as measured on an AMD EPYC, 1 thread",
     MappingProxyType(
         {
             "hbm_bandwidth": Constant(1.0, "byte/s", "a CPU has none"),
-            "ddr_bandwidth": Constant(4e9, "byte/s", _MEASURED),
             "hbm_to_ddr_bandwidth": Constant(32 * GIB, "byte/s", _TORCHREC),
             "intra_host_bandwidth": Constant(
-                12.5 * GIB, "byte/s", f"{_TORCHREC}: CROSS_NODE_BANDWIDTH, as gloo has no NVLink"
+                _INTER, "byte/s", f"{_TORCHREC}: CROSS_NODE_BANDWIDTH, as gloo has no NVLink"
             ),
             "inter_host_bandwidth": Constant(_INTER, "byte/s", _TORCHREC),
-            "flops": Constant(50e9, "FLOP/s", _MEASURED),
-            "backward_factor": Constant(2.0, "1", _MEASURED),
             "id_skew": _SKEW,
-            **{f"{method}_ns_per_id": Constant(20.0, "ns", _MEASURED) for method in METHODS},
+            "sort_ns_per_id": Constant(0.0, "ns", "in the methods' factors"),
+            **_measured(
+                {
+                    "ddr_bandwidth": 8.6e9,
+                    "flops": 61e9,
+                    "backward_factor": 2.1,
+                    "tt_forward": 0.90,
+                    "tt_backward": 2.4,
+                    "qr_forward": 0.63,
+                    "qr_backward": 2.7,
+                    "robe_forward": 0.51,
+                    "robe_backward": 4.2,
+                    "md_forward": 0.45,
+                    "md_backward": 4.0,
+                }
+            ),
         }
     ),
 )

@@ -32,7 +32,7 @@ class Work:
     Attributes:
         ids: look-ups.
         flop: floating-point operations.
-        num_bytes: read from and written to memory, once each.
+        num_bytes: of parameters, read once per distinct row or core slice, ids, and pooled rows written.
         workspace: bytes that the products and rows of a micro-batch take, with their gradients.
     """
 
@@ -69,16 +69,14 @@ def forward_work(
     dim, element = table.embedding_dim, DTYPE_BYTES[table.dtype]
     rows = distinct(table.num_embeddings, lookups, skew)
     compression = table.compression
-    # Ids and positions, every row read as it is added up, pooled rows written.
-    pooling = lookups * (_ID + dim * _FLOAT) + bags * dim * _FLOAT
+    # Ids read and pooled rows written; rows that were read once are added up out of a cache.
+    pooling = lookups * _ID + bags * dim * _FLOAT
     adding = lookups * dim
     held = min(distinct(table.num_embeddings, lookups), float(micro_batch_rows))
     if isinstance(compression, TensorTrain):
         flop, read = _tensor_train(table, compression, rows, lookups, skew)
         workspace = 2 * held * (_products(table, compression) + dim) * _FLOAT
-        return Work(
-            lookups, flop + adding, read * element + rows * dim * _FLOAT + pooling, math.ceil(workspace)
-        )
+        return Work(lookups, flop + adding, read * element + pooling, math.ceil(workspace))
     if isinstance(compression, QuotientRemainder):
         parts = 1 if compression.operation == "concat" else 2
         combined = 0 if compression.operation == "concat" else rows * dim
@@ -88,7 +86,7 @@ def forward_work(
         # Pooled narrow, then projected.
         narrow = compression.dim
         flop = lookups * narrow + 2 * bags * narrow * dim
-        read = lookups * (_ID + narrow * element) + bags * (narrow + dim) * _FLOAT
+        read = rows * narrow * element + lookups * _ID + bags * (narrow + dim) * _FLOAT
         return Work(lookups, flop, read, math.ceil(2 * (held + bags) * narrow * _FLOAT))
     if isinstance(compression, ROBE):
         blocks = ceil_div(dim, compression.block_size)
@@ -107,7 +105,8 @@ def _tensor_train(
     for k, size in enumerate(sizes):
         blocks = math.prod(row_shape[: k + 1])
         prefixes = rows if k == len(sizes) - 1 else min(rows, distinct(blocks, lookups, skew))
-        read += prefixes * size
+        # A core has no more slices than its digit has values.
+        read += min(prefixes, float(row_shape[k])) * size
         if k:
             flop += 2 * math.prod(dim_shape[: k + 1]) * ranks[k] * ranks[k + 1] * prefixes
     return flop, read

@@ -138,7 +138,7 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
             forward = self._costs.forward_ms(table.compression.method, work)
             for shard in option.shards:
                 shard.perf.fwd_compute = forward
-                shard.perf.bwd_compute = forward * self._topology.bwd_compute_multiplier
+                shard.perf.bwd_compute = forward * self._costs[f"{table.compression.method}_backward"]
 
     def _estimate_alike(self, options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
         """torchrec's estimate, once for options that it cannot tell apart.
