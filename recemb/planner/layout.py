@@ -108,6 +108,12 @@ def dominates(a: Option, b: Option) -> bool:
     return bool(a.ms.max() <= b.ms.min() and (a.storage.max(axis=0) <= b.storage.min(axis=0)).all())
 
 
+def possible(option: Option, cluster: Cluster) -> bool:
+    """Whether each shard fits a rank that is empty."""
+    room = cluster.capacity if option.spread is Spread.EVERY else cluster.capacity.max(axis=0)
+    return bool((option.storage <= room).all())
+
+
 def prune(unit: Unit) -> Unit:
     """The unit without its dominated options: no best plan is lost, nor any plan's feasibility.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from recemb.planner.bound import Relaxation, Totals
 from recemb.planner.improve import improve
-from recemb.planner.layout import Cluster, Option, Unit, prune
+from recemb.planner.layout import Cluster, Option, Unit, possible, prune
 from recemb.planner.placement import Placement, by_both, by_storage, by_time, place
 
 _TIMES = 24
@@ -59,10 +59,14 @@ def search(units: Sequence[Unit], cluster: Cluster, pruning: bool = True) -> Fou
     Args:
         units: what is placed; each has an option at least.
         cluster: the ranks.
-        pruning: leave dominated options out, which loses nothing; for comparison.
+        pruning: leave dominated options out, which loses nothing; for comparison. Options with a shard that
+            fits no empty rank are always left out.
     """
     before = sum(len(unit.options) for unit in units)
-    units = [prune(unit) for unit in units] if pruning else list(units)
+    units = [Unit(u.name, tuple(o for o in u.options if possible(o, cluster))) for u in units]
+    if not all(unit.options for unit in units):
+        return Found(None, np.inf, before, sum(len(unit.options) for unit in units), 0)
+    units = [prune(unit) for unit in units] if pruning else units
     after = sum(len(unit.options) for unit in units)
     if not units:
         return Found(Placement(cluster, [], [], np.zeros(cluster.world_size), cluster.capacity), 0, 0, 0, 0)
@@ -72,10 +76,9 @@ def search(units: Sequence[Unit], cluster: Cluster, pruning: bool = True) -> Fou
         return Found(None, bound, before, after, 0)
     tried = _Tried(units, cluster)
     tried.add(_by_longest_shard(totals, bound))
-    if len(totals.capacity):
-        for piece in _PIECES:
-            if tried.least > bound * (1 + _CLOSE):
-                tried.add(_by_longest_shard(totals, bound, piece))
+    for piece in _PIECES:
+        if tried.least > bound * (1 + _CLOSE):
+            tried.add(_by_longest_shard(totals, bound, piece))
     if not tried.placed:
         smallest = _smallest(units, cluster)
         tried.placed = [] if smallest is None else [smallest]

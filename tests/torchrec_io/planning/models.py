@@ -31,7 +31,9 @@ class Model(nn.Module):
     def __init__(self, compressions: dict[str, Compression], device: str = "meta") -> None:
         super().__init__()
         self.tables = [
-            TableSpec(name=name, num_embeddings=ROWS.get(name, 1000), embedding_dim=16, compression=compression)
+            TableSpec(
+                name=name, num_embeddings=ROWS.get(name, 1000), embedding_dim=16, compression=compression
+            )
             for name, compression in compressions.items()
         ]
         self.ebc = EmbeddingBagCollection(tables=to_configs(self.tables), device=torch.device(device))

@@ -26,7 +26,9 @@ from tests.torchrec_io.planning.models import MIXED, ROWS, Model, ranks
 BATCH = 64
 
 
-def options_of(made: EmbeddingShardingPlanner, model: nn.Module) -> dict[tuple[str, str, str], ShardingOption]:
+def options_of(
+    made: EmbeddingShardingPlanner, model: nn.Module
+) -> dict[tuple[str, str, str], ShardingOption]:
     found = made._enumerator.enumerate(model, get_sharders())
     return {(option.name, option.sharding_type, option.compute_kernel): option for option in found}
 
@@ -79,7 +81,9 @@ def test_shards_on_every_rank_are_few_objects() -> None:
     assert [shard.rank for shard in shards[2:4]] == [2, 3]
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam, RowWiseAdagrad])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam, RowWiseAdagrad]
+)
 def test_bytes_of_compressed_tables_are_those_of_built_ones(optimizer: type[torch.optim.Optimizer]) -> None:
     compressed = {name: c for name, c in MIXED.items() if not isinstance(c, Dense)}
     model = Model(compressed, device="cpu")
@@ -89,7 +93,7 @@ def test_bytes_of_compressed_tables_are_those_of_built_ones(optimizer: type[torc
     for _, peers in storages(model.tables):
         parameters = [p for t in peers for p in model.ebc.embedding_bags[t.name].parameters(recurse=False)]
         stored = sum(p.numel() * p.element_size() for p in parameters)
-        # torchrec's input and output buffers of a table-wise shard: ids and pooled rows of every rank's batch.
+        # torchrec's buffers of a table-wise shard: ids and pooled rows of every rank's batch.
         buffers = BATCH * 4 * (8 + 16 * 4)
         for peer in peers:
             key = peer.name, "table_wise", "fused"
@@ -111,7 +115,10 @@ def test_bytes_of_compressed_tables_are_those_of_built_ones(optimizer: type[torc
 def test_compressed_tables_take_what_recemb_runs() -> None:
     own = options_of(planner(ranks(), BATCH), Model(MIXED))
     for name in ("tt", "robe_a"):
-        assert {key[1:] for key in own if key[0] == name} == {("table_wise", "fused"), ("data_parallel", "dense")}
+        assert {key[1:] for key in own if key[0] == name} == {
+            ("table_wise", "fused"),
+            ("data_parallel", "dense"),
+        }
     assert own["robe_a", "table_wise", "fused"].dependency == own["robe_b", "table_wise", "fused"].dependency
     assert own["tt", "table_wise", "fused"].dependency is None
 

@@ -84,7 +84,10 @@ def test_a_group_is_placed_on_a_rank_with_room_for_all_of_it() -> None:
 
 
 def test_constraints_hold() -> None:
-    own = {**limits(0), "big": ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused_uvm"])}
+    own = {
+        **limits(0),
+        "big": ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused_uvm"]),
+    }
     plan = planner(ranks(), BATCH, own).plan(Model(MIXED), get_sharders())
     big = plan.plan["ebc"]["big"]
     assert (big.sharding_type, big.compute_kernel, big.ranks) == ("row_wise", "fused_uvm", [0, 1, 2, 3])
