@@ -163,8 +163,8 @@ def _text(planned: Planned, model: _Model, lines: list[PlanLine], top: int) -> l
     text = [
         f"{model.name}: {len(request.tables)} tables, {model.method} at {model.compress_rate:g}x, on "
         f"{_ranks_of(ranks.world_size)} ({request.costs.device}, {hosts} host{'s' if hosts > 1 else ''})",
-        f"batch {request.batch_size:,} a rank, {model.optimizer}; {memory}{size(ranks.ddr)} DDR a rank, "
-        f"{ranks.reserved:.0%} and {size(planned.workspace)} of workspace kept free",
+        f"each: batch {request.batch_size:,}, {memory}{size(ranks.ddr)} DDR; {ranks.reserved:.0%} and "
+        f"{size(planned.workspace)} of workspace kept free; {model.optimizer}",
         f"costs: {request.costs.name}",
         "",
         *table_block(table_lines(planned), top),

@@ -12,7 +12,9 @@ from recemb.torchrec_io.planning.planned import Planned, Request, plan_tables
 # Steps of a compression rate and of a rank's storage: 1 %, and 0.2 % in whole MB.
 RATE_STEP = 1.01
 _STORAGE_STEPS, _MB = 500, 10**6
-_MOST_RATE, _MOST_STEPS, _MOST_HOSTS = 10**6, 2**14, 2**12
+_MOST_RATE, _MOST_STEPS = 10**6, 2**14
+# More than these, or 8 times the hosts there are, are not looked at.
+_MOST_HOSTS = 32
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,20 @@ class Change:
     Attributes:
         flag: as ``recemb plan`` takes it.
         fits, smaller: values of the flag; ``smaller`` was planned too and does not fit.
+        beside: flags that were kept, where their defaults depend on this one.
     """
 
     flag: str
     fits: float
     smaller: float
+    beside: str = ""
 
     def __str__(self) -> str:
         shown = {"--hbm": size, "--ddr": size}.get(self.flag)
         if shown is not None:
             # Exactly the bytes that were planned.
             return f"{self.flag} {self.fits:.0f} ({shown(self.fits)} a rank)"
-        return f"{self.flag} {self.fits:.10g}"
+        return f"{self.flag} {self.fits:.10g}{self.beside}"
 
 
 def smallest_rate(request: Request, method: str, rate: float, method_threshold: int) -> Change | None:
@@ -78,8 +82,9 @@ def smallest_world(request: Request) -> Change | None:
     def fits(step: int) -> bool:
         return _fits(replace(request, ranks=replace(request.ranks, world_size=step * local)))
 
-    found = _least(fits, hosts, _MOST_HOSTS)
-    return None if found is None else Change("--world_size", found * local, (found - 1) * local)
+    found = _least(fits, hosts, max(_MOST_HOSTS, 8 * hosts))
+    beside = f" --local_world_size {local} --batch_size {request.batch_size}"
+    return None if found is None else Change("--world_size", found * local, (found - 1) * local, beside)
 
 
 def _fits(request: Request) -> bool:

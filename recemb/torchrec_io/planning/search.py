@@ -99,17 +99,21 @@ class PlanProposer(Proposer):  # type: ignore[misc] # torchrec ships no types
     def __init__(self) -> None:
         self.found: Found | None = None
         self._units: list[Unit] = []
-        self._next: list[ShardingOption] | None = None
+        self._step = 0
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Take the options of all tables."""
         self.found = None
         self._units = units_of(search_space)
-        self._next = [option for unit in self._units for option in _tables(unit.options[0])]
+        self._step = 0
 
     def propose(self) -> list[ShardingOption] | None:
         """One option per table, or ``None`` at the end."""
-        return self._next
+        if self._step == 0:
+            return [option for unit in self._units for option in _tables(unit.options[0])]
+        # torchrec clears the ranks of the last proposal, which shares options with this one, just before.
+        placement = None if self.found is None else self.found.placement
+        return None if placement is None or self._step > 1 else assign(placement)
 
     def feedback(
         self,
@@ -119,13 +123,9 @@ class PlanProposer(Proposer):  # type: ignore[misc] # torchrec ships no types
         storage_constraint: Topology | None = None,
     ) -> None:
         """Search when the storage is known."""
-        self._next = None
-        if self.found is not None or storage_constraint is None:
-            return
-        self.found = search(self._units, cluster_of(storage_constraint))
-        placement = self.found.placement
-        if placement is not None:
-            self._next = assign(placement)
+        self._step += 1
+        if self.found is None and storage_constraint is not None:
+            self.found = search(self._units, cluster_of(storage_constraint))
 
 
 def _tables(option: Option) -> Options:

@@ -98,6 +98,14 @@ def test_what_does_not_fit_is_torchrecs_error() -> None:
         planner(ranks(2, 2, hbm=100_000, ddr=100_000), BATCH).plan(Model(MIXED), get_sharders())
 
 
+def test_the_plan_is_the_one_that_the_search_found() -> None:
+    """Its ranks too: LPT alone is not as fast here."""
+    made = planner(ranks(4, 2), BATCH, limits(3))
+    made.plan(Model(dict.fromkeys([f"t{k}" for k in range(9)], Dense()) | MIXED), get_sharders())
+    found = made._proposers[0].found
+    np.testing.assert_allclose(rank_loads(made._best_plan, 4), found.placement.loads)
+
+
 def test_plans_are_equal_each_time() -> None:
     plans = [planner(ranks(8, 4), BATCH, limits(2)).plan(Model(MIXED), get_sharders()) for _ in range(2)]
     assert plans[0] == plans[1]
