@@ -54,7 +54,7 @@ def place_rows(args: argparse.Namespace) -> str:
     budget = compress(tables, method, rate, threshold)
     batch = (args.batch_size or 512) * ranks
     tiered = _tiered(features, budget.tables, stats, batch, costs)
-    plan = place_tiers(tiered, hbm * ranks, ddr * ranks)
+    plan = _uncompressed_is_hot(place_tiers(tiered, hbm * ranks, ddr * ranks), budget.tables)
     document = _document(plan, budget.tables, hbm * ranks, ddr * ranks)
     if args.output:
         write_json(Path(args.output), document)
@@ -110,6 +110,15 @@ def _tiered(
     return made
 
 
+def _uncompressed_is_hot(plan: TierPlan, tables: Sequence[TableSpec]) -> TierPlan:
+    """The same with the rows of tables that are not compressed counted as hot, where they are in HBM."""
+    tiers = [
+        Tiers(t.table, t.hot + t.cold, t.warm) if isinstance(table.compression, Dense) else t
+        for t, table in zip(plan.tiers, tables, strict=True)
+    ]
+    return TierPlan(tuple(tiers), plan.bound_ns)
+
+
 def _shares(tiers: Tiers) -> tuple[float, float, float]:
     """Parts of the look-ups that fall on hot, warm and cold rows."""
     table = tiers.table
@@ -129,18 +138,10 @@ def _shares(tiers: Tiers) -> tuple[float, float, float]:
 
 def _runs_today(tiers: Tiers, table: TableSpec) -> str:
     """What of a table's placement recemb can run."""
-    if isinstance(table.compression, Dense):
-        return "Dense()"
-    if not tiers.cold and not tiers.warm:
-        return "Dense()"
     if not tiers.cold:
-        return "Dense(), rows in DDR: advice"
-    text = (
-        f"{type(table.compression).__name__}(cache=HotRows(rows={tiers.hot}))"
-        if tiers.hot
-        else "as compressed"
-    )
-    return text + (", warm rows: advice" if tiers.warm else "")
+        return "Dense(), warm rows: advice" if tiers.warm else "Dense()"
+    text = f"HotRows(rows={tiers.hot})" if tiers.hot else "compressed"
+    return text + (", warm: advice" if tiers.warm else "")
 
 
 def _text(

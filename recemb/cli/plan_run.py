@@ -164,8 +164,8 @@ def _text(planned: Planned, model: _Model, lines: list[PlanLine], top: int) -> l
         f"{model.name}: {len(request.tables)} tables, {model.method} at {model.compress_rate:g}x, on "
         f"{_ranks_of(ranks.world_size)} ({request.costs.device}, {hosts} host{'s' if hosts > 1 else ''})",
         f"each: batch {request.batch_size:,}, {memory}{size(ranks.ddr)} DDR; {ranks.reserved:.0%} and "
-        f"{size(planned.workspace)} of workspace kept free; {model.optimizer}",
-        f"costs: {request.costs.name}",
+        f"{size(planned.workspace)} of workspace kept free",
+        f"optimizer {model.optimizer}; costs: {request.costs.name}",
         "",
         *table_block(table_lines(planned), top),
         LEGEND,

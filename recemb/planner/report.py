@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH = 100
-
 
 @dataclass(frozen=True)
 class TableLine:

@@ -82,12 +82,12 @@ def zipf_table(name: str, rows: int, lookups: float, cold: float = 20.0) -> Tier
 
 
 def test_many_rows_leave_hardly_a_gap() -> None:
-    tables = [zipf_table("a", 2000, 1000), zipf_table("b", 500, 4000), zipf_table("c", 50, 10)]
-    plan = place_rows(tables, 400 * 64, 600 * 64)
-    assert plan.gap < 0.002
+    tables = [zipf_table("a", 600, 1000), zipf_table("b", 300, 4000), zipf_table("c", 50, 10)]
+    plan = place_rows(tables, 200 * 64, 300 * 64)
+    assert plan.gap < 0.005
     by_name = {tiers.table.name: tiers for tiers in plan.tiers}
     assert by_name["b"].hot > by_name["a"].hot > by_name["c"].hot
-    assert sum(tiers.ddr for tiers in plan.tiers) > 590 * 64
+    assert sum(tiers.ddr for tiers in plan.tiers) > 290 * 64
 
 
 def test_with_room_for_all_everything_is_hot() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,8 +162,6 @@ def _model(request: Request) -> nn.Module:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without torchrec's warning that a data-parallel table has no sharding spec, one line for each."""
-    import logging
-
     root = logging.getLogger()
 
     def keep(record: logging.LogRecord) -> bool:

@@ -172,7 +172,7 @@ def bottleneck(planned: Planned, ranks: Sequence[RankLine]) -> str:
             ms = sum(shard.perf.total for shard in option.shards if shard.rank == slowest.rank)
             here.append((ms, option.name))
     here.sort(key=lambda pair: -pair[0])
-    named = ", ".join(f"{name} {milliseconds(ms)}" for ms, name in here[:3] if ms > 0)
+    named = ", ".join(f"{name[:20]} {milliseconds(ms)}" for ms, name in here[:2] if ms > 0)
     kind = "compute" if slowest.compute_ms >= slowest.comms_ms else "communication"
     return f"bottleneck: rank {slowest.rank}, {milliseconds(slowest.ms)} ms, mostly {kind}: {named} ms"
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Topology
 from torchrec.distributed.types import CacheParams
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -39,6 +40,7 @@ def stock(cluster: Topology, constraints: dict[str, ParameterConstraints]) -> Em
         batch_size=BATCH,
         constraints=constraints,
         enumerator=EmbeddingEnumerator(cluster, BATCH, constraints),
+        storage_reservation=FixedPercentageStorageReservation(0.15),
         stats=[],
     )
 
