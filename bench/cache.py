@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recemb.errors import RecembError
+from bench.program import RESULTS, add_output, make_parser, run_program
+from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
 Hit rate and step time (forward, backward, fused row-wise Adagrad) of a tensor-train table with a cache of
@@ -19,18 +20,12 @@ With --data_dir also the AUC on a prepared click log, by runs of recemb train th
 uncompressed, tensor trains at --compress_rate, the same with caches of --fractions on top (their bytes are
 counted), and trains without a cache that take the same bytes.
 """
-_RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ("tests/cache",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(
-        prog="recemb bench cache",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("cache", _DESCRIPTION)
     add = parser.add_argument
     add("--fractions", type=float, nargs="+", default=[0.001, 0.01, 0.05], metavar="F", help="of the rows")
     add("--policies", nargs="+", default=["lfu", "importance"], choices=("lfu", "lru", "importance"))
@@ -47,31 +42,27 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=5, metavar="K", help="default %(default)s")
     add("--jobs", type=int, default=os.cpu_count(), metavar="K", help="trainings at a time")
     add("--train", default="", metavar="FLAGS", help="further flags of recemb train, as one string")
-    add("--output", type=Path, metavar="DIR", help="CSV and plot (default bench/results, if writable)")
+    add_output(parser, "CSV and plot")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    """Run the program; its exit code."""
+    return run_program(build_parser(), argv, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
     if (
         min(args.rows, args.batch, args.rank, args.rounds, args.seeds, args.threads or 1) < 1
         or args.steps < 0
     ):
-        parser.error("--rows, --batch, --rank, --rounds, --seeds and --threads must be >= 1, --steps >= 0")
+        raise ConfigError(
+            "--rows, --batch, --rank, --rounds, --seeds and --threads must be >= 1, --steps >= 0"
+        )
     if not all(0 < fraction <= 1 for fraction in args.fractions):
-        parser.error("--fractions must lie in (0, 1]")
+        raise ConfigError("--fractions must lie in (0, 1]")
     if args.data_dir is not None and args.runs is None:
-        parser.error("--data_dir trains models: say where they go with --runs")
-    try:
-        return _run(args)
-    except RecembError as error:
-        print(f"recemb bench cache: error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def _run(args: argparse.Namespace) -> int:
+        raise ConfigError("--data_dir trains models: say where they go with --runs")
     if args.threads:
         # Read as torch loads.
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -85,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     from bench.cache_steps import step_rows, step_table
     from bench.results import results_folder, this_machine, write_csv
 
-    folder = results_folder(args.output, _RESULTS)
+    folder = results_folder(args.output, RESULTS)
     machine = this_machine(sources)
     print(machine.heading())
     steps = step_rows(args)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recemb.errors import ConfigError, RecembError
+from bench.program import RESULTS, add_output, make_parser, run_program
+from recemb.errors import ConfigError
 
 if TYPE_CHECKING:
     from bench.ids import Batch
@@ -22,37 +22,26 @@ Time a training step (forward, backward, fused row-wise Adagrad) of one look-up 
 the slower of its bytes at the copy bandwidth and its arithmetic at the float32 GEMM rate, both measured in
 the same run; bytes and arithmetic are those that no step can do without (bench/work.py).
 """
-_RESULTS = Path(__file__).resolve().parent / "results"
 _COPY_BYTES = 2**30
 _GEMM = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(
-        prog="recemb bench gpu",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("gpu", _DESCRIPTION)
     parser.add_argument("--rows", type=int, default=10_000_000, metavar="N", help="default %(default)s")
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 64, 128], metavar="D")
     parser.add_argument("--batch", type=int, nargs="+", default=[4096, 65536], metavar="B")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], metavar="R")
     parser.add_argument("--ids", choices=("zipf", "permuted", "uniform"), default="zipf")
     parser.add_argument("--rounds", type=int, default=50, metavar="K", help="default %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="CSV (default bench/results, if writable)")
+    add_output(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except RecembError as error:
-        print(f"recemb bench gpu: error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run the program; its exit code."""
+    return run_program(build_parser(), argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -65,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     from bench.settings import Setting
 
     machine = replace(this_machine(require_green(TESTS)), cpu=torch.cuda.get_device_name())
-    folder, rows = results_folder(args.output, _RESULTS), []
+    folder, rows = results_folder(args.output, RESULTS), []
     print(machine.heading())
     for dim in args.dim:
         for batch in args.batch:

@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recemb.errors import RecembError
+from bench.program import RESULTS, add_output, make_parser, run_program
 
 if TYPE_CHECKING:
     from bench.ids import Batch
@@ -20,7 +19,6 @@ rows and more as tensor trains, with products of cores computed for so many dist
 The workspace is what the kernels hold for these products and rows. Steps take turns, round by round; ratios
 are medians of the round-by-round ratios to the whole batch at once.
 """
-_RESULTS = Path(__file__).resolve().parent / "results"
 _WHOLE = 2**30
 _THRESHOLD = 200
 
@@ -48,12 +46,7 @@ class Row:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(
-        prog="recemb bench micro_batches",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("micro_batches", _DESCRIPTION)
     parser.add_argument("--batch", type=int, nargs="+", default=[65536], metavar="B", help="default 65536")
     parser.add_argument("--rank", type=int, default=32, metavar="R", help="default %(default)s")
     parser.add_argument(
@@ -61,18 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--micro_batch_rows", type=int, nargs="+", default=[2**16, 2**14, 2**12], metavar="M")
     parser.add_argument("--rounds", type=int, default=11, metavar="K", help="default %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="CSV (default bench/results, if writable)")
+    add_output(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except RecembError as error:
-        print(f"recemb bench micro_batches: error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run the program; its exit code."""
+    return run_program(build_parser(), argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -81,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     from bench.settings import KAGGLE
 
     machine = this_machine(require_green(TESTS))
-    folder, rows = results_folder(args.output, _RESULTS), []
+    folder, rows = results_folder(args.output, RESULTS), []
     print(machine.heading())
     for batch in args.batch:
         for ids in args.ids:

@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from recemb.errors import ConfigError, RecembError
+from bench.program import RESULTS, add_output, run_program
+from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
 Time a training step (forward, backward, fused update) or a forward pass of one look-up, ours and the peers'.
@@ -23,7 +23,6 @@ examples:
   recemb bench ops --rows 1000000 --ranks 32 --batch 64 4096 --ids permuted
   recemb bench ops --preset quick --base HEAD~1               this checkout against another commit
 """
-_RESULTS = Path(__file__).resolve().parent / "results"
 _FIELDS = ("rows", "dim", "optimizer", "batch", "hots", "ids")
 _ONE_OFF = (*_FIELDS, "methods", "ranks", "paths")
 
@@ -68,20 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tests", nargs="+", metavar="PATH", help="must pass first (default tests/kernels tests/optim)"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="CSV and plot (default bench/results, if writable)"
-    )
+    add_output(parser, "CSV and plot")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except RecembError as error:
-        print(f"recemb bench ops: error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run the program; its exit code."""
+    return run_program(build_parser(), argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -112,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         comparisons = PRESETS[preset]()
     # A one-off run must not replace the results that git keeps.
-    default = None if one_off else _RESULTS
+    default = None if one_off else RESULTS
     if args.base:
         report = Report(args.output, default, f"ops_{preset}_base", sources)
         return run_base(comparisons, args.base, args.rounds, args.memory_gb, report)

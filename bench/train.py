@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 
-from recemb.errors import RecembError
+from bench.program import RESULTS, add_output, make_parser, run_program
+from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
 Time a DLRM training step (forward, loss, backward, all updates) on the 26 tables of Criteo Kaggle: 33.8 M
@@ -17,17 +17,11 @@ rows of 16 columns, 2.2 GB. The 7 largest tables as tensor trains of rank 32, th
 torchrec's model with all of them in one fbgemm TBE. Dense layers, fused row-wise Adagrad and batches are the
 same; the models take turns, and the ratio is the median of the round-by-round ratios. Ids are Zipf 1.05.
 """
-_RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(
-        prog="recemb bench train",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("train", _DESCRIPTION)
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[2048, 4096, 16384], metavar="B", help="2048 4096 16384"
     )
@@ -42,26 +36,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tests", nargs="+", metavar="PATH", help="must pass first (default tests/kernels tests/optim)"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="CSV (default bench/results at full scale, if writable)"
-    )
+    add_output(parser, where="bench/results at full scale")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is 0, or 2 with one line on what is wrong."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not 0 < args.scale <= 1 or min(*args.batch, args.rounds, args.threads or 1) < 1:
-        parser.error("--scale must lie in (0, 1], --batch, --rounds and --threads must be >= 1")
-    try:
-        return _run(args)
-    except RecembError as error:
-        print(f"recemb bench train: error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run the program; its exit code."""
+    return run_program(build_parser(), argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    if not 0 < args.scale <= 1 or min(*args.batch, args.rounds, args.threads or 1) < 1:
+        raise ConfigError("--scale must lie in (0, 1], --batch, --rounds and --threads must be >= 1")
     if args.threads:
         # Read as torch loads.
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -74,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     from bench.results import results_folder, this_machine, write_csv
 
     # A model of another size must not replace the results that git keeps.
-    folder = results_folder(args.output, _RESULTS if args.scale == 1 else None)
+    folder = results_folder(args.output, RESULTS if args.scale == 1 else None)
     machine = this_machine(sources)
     print(machine.heading())
     models = Models.build(args.scale, args.dense_optimizer)

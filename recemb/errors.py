@@ -39,6 +39,25 @@ class PlanError(RecembError, ValueError):
     exit_code = 4
 
 
+class CheckpointError(RecembError, ValueError):
+    """A checkpoint that cannot be written, or that is damaged or of another model (exit code 3)."""
+
+    exit_code = 3
+
+
+class DiskFullError(CheckpointError):
+    """A checkpoint does not fit on the disk; the ones before it are intact (exit code 3).
+
+    Attributes:
+        needed: bytes of the checkpoint.
+        free: bytes that were free.
+    """
+
+    def __init__(self, message: str, needed: int, free: int) -> None:
+        super().__init__(message)
+        self.needed, self.free = needed, free
+
+
 class NonFiniteError(RecembError, ArithmeticError):
     """A loss or an input that is NaN or infinite; no weight was changed by its batch (exit code 5)."""
 

@@ -193,7 +193,9 @@ class Backend(nn.Module, ABC):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of this table's storage, those of its owner when it shares one; no cached rows."""
-        return dict((self._owner[0] if self._owner else self).named_parameters(recurse=False))
+        # named_parameters() walks the module tree, which costs more than the kernel at B = 64.
+        own = (self._owner[0] if self._owner else self)._parameters
+        return {name: parameter for name, parameter in own.items() if parameter is not None}
 
     @torch.no_grad()
     def to_dense(self, start: int = 0, stop: int | None = None) -> Tensor:

@@ -123,8 +123,7 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     found = []
     for at, fits, fused in zip(prepared.owners, prepared.available, prepared.fused, strict=True):
         owner = owner_of(tables[at])
-        # own_parameters() walks the module tree, which costs more than the kernel at B = 64.
-        own = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        own = list(owner.own_parameters().values())
         native = fits
         for parameter in own:
             # A fused update writes to the parameters: contiguous copies would take it in their place.

@@ -14,7 +14,7 @@ from recemb.errors import ConfigError
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-PROGRAMS = ("ops", "train", "cache", "micro_batches", "gpu")
+PROGRAMS = ("ops", "train", "cache", "micro_batches", "scaling", "gpu")
 
 _DESCRIPTION = """\
 Measure speed as ratios of one run. The programs live in bench/ of a checkout of recemb:
@@ -23,6 +23,7 @@ Measure speed as ratios of one run. The programs live in bench/ of a checkout of
   train   a whole DLRM training step with compressed and with uncompressed tables (recemb bench train --help)
   cache   hit rate, step time and AUC against the size of a hot-row cache (recemb bench cache --help)
   gpu     one look-up on a GPU, as a share of its roofline (recemb bench gpu --help)
+  scaling a sharded DLRM step on one and more processes, and what they send (recemb bench scaling --help)
   micro_batches   memory and time of slices of a batch (recemb bench micro_batches --help)
 """
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from recemb.errors import ConfigError, DataError
+from recemb.files import commit_file
 
 FORMAT_VERSION: Final = 1
 NUM_DENSE: Final = 13
@@ -56,23 +56,6 @@ WORK_DIR: Final = ".prepare"
 def part_name(split: str, index: int) -> str:
     """``train/part-00007.parquet``: the path of a part below the prepared directory."""
     return f"{split}/part-{index:05d}.parquet"
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the bytes of ``path`` are on the disk."""
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def commit_file(temporary: Path, final: Path) -> None:
-    """Make ``temporary`` durable under the name ``final``: after a crash ``final`` is whole or absent."""
-    sync_file(temporary)
-    os.replace(temporary, final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recemb.data.layout import CATEGORICAL_NAMES, DENSE_NAMES, LABEL_NAME, commit_file
+from recemb.data.layout import CATEGORICAL_NAMES, DENSE_NAMES, LABEL_NAME
 from recemb.errors import DataError
+from recemb.files import commit_file
 
 _FOOTER_TAIL = 8  # int32 length of the footer's metadata, then b"PAR1"
 

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from recemb.data.criteo import read_blocks
 from recemb.data.criteo_rows import RAW_SCHEMA, BadRow
-from recemb.data.layout import DENSE_NAMES, PART_ROWS, commit_file, read_json, write_json
+from recemb.data.layout import DENSE_NAMES, PART_ROWS, read_json, write_json
 from recemb.errors import ConfigError, DataError
+from recemb.files import commit_file
 
 
 @dataclass

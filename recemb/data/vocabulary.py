@@ -27,9 +27,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recemb.data.layout import OOV_ID, commit_file, sync_file
+from recemb.data.layout import OOV_ID
 from recemb.data.statistics import CountHistogram, frequency_summary
 from recemb.data.token_counts import CountRun, Counts, Tokens
+from recemb.files import commit_file, sync_file
 
 VOCABULARY_SCHEMA: Final = pa.schema(
     [pa.field("token", pa.uint32()), pa.field("count", pa.int64(), nullable=False)]

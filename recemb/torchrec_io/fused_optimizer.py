@@ -31,12 +31,18 @@ class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ship
 
     Args:
         parameters: state-dict key -> parameter, each once; those without an attached optimizer are left out.
+        shown: how the state of a key's parameter appears in ``state`` and ``state_dict()``, given one of its
+            tensors of two dimensions: of a sharded parameter, as a sharded tensor over the same memory.
 
     Raises:
         ConfigError: no parameter has an attached optimizer, or one has several.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        shown: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
         attached = {key: _attached(key, parameter) for key, parameter in parameters.items()}
         optimizers: dict[Tensor, torch.optim.Optimizer] = {
             parameters[key]: optimizer for key, optimizer in attached.items() if optimizer is not None
@@ -52,7 +58,10 @@ class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ship
                 make_state(optimizer, parameter)
         self._optimizers = optimizers
         params = {key: parameter for key, parameter in parameters.items() if parameter in optimizers}
-        super().__init__(params, _State(optimizers), _groups(optimizers))
+        views: dict[Tensor, Callable[[Tensor], Tensor]] = {
+            parameters[key]: view for key, view in (shown or {}).items() if key in params
+        }
+        super().__init__(params, _State(optimizers, views), _groups(optimizers))
 
     def step(self, closure: Callable[[], object] | None = None) -> None:
         """Change nothing: the backward has taken the step."""
@@ -90,15 +99,22 @@ class _State(MutableMapping[Tensor, dict[str, Any]]):
     A wrapper may keep something under a parameter of its own, as torchrec's ``WarmupOptimizer`` does.
     """
 
-    def __init__(self, optimizers: _Optimizers) -> None:
+    def __init__(self, optimizers: _Optimizers, shown: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> None:
         self._optimizers = optimizers
+        self._shown = shown
         self._others: dict[Tensor, dict[str, Any]] = {}
 
     def __getitem__(self, key: Tensor) -> dict[str, Any]:
         if key not in self._optimizers:
             return self._others[key]
         state: dict[str, Any] = self._optimizers[key].state[key]
-        return state
+        if key not in self._shown:
+            return state
+        view = self._shown[key]
+        return {
+            name: view(value) if isinstance(value, Tensor) and value.dim() == 2 else value
+            for name, value in state.items()
+        }
 
     def __setitem__(self, key: Tensor, value: dict[str, Any]) -> None:
         if key in self._optimizers:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from recemb.errors import ConfigError
+from recemb.files import write_text
 from recemb.training.plots import (
     MISSING_MATPLOTLIB,
     comparison_figure,
@@ -20,7 +21,6 @@ from recemb.training.plots import (
     save_figure,
 )
 from recemb.training.report import Run, Setting, Spread, footnotes, summarise
-from recemb.training.run_dir import write_text
 
 _STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from recemb.errors import ConfigError
+from recemb.files import write_aside, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,21 +84,12 @@ class RunDir:
         from safetensors.torch import save_model
 
         with _writing(self.path):
-            _write_aside(self.checkpoint, lambda aside: save_model(model, str(aside), dict(metadata)))
+            write_aside(self.checkpoint, lambda aside: save_model(model, str(aside), dict(metadata)))
 
     def write_result(self, result: Mapping[str, object]) -> None:
         """Write ``result.json``; NaN becomes null."""
         with _writing(self.path):
             write_text(self.path / RESULT_FILE, to_json(result, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-
-    def write(aside: Path) -> None:
-        aside.write_text(text, encoding="utf-8")
-
-    _write_aside(path, write)
 
 
 def to_json(value: object, indent: int | None = None) -> str:
@@ -115,23 +105,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _write_aside(path: Path, write: Callable[[Path], None]) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
-    try:
-        write(aside)
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    # The rename itself is durable only once the directory is.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("ConfigError", 2, ValueError),
         ("BatchError", 3, ValueError),
         ("DataError", 3, ValueError),
+        ("CheckpointError", 3, ValueError),
         ("NonFiniteError", 5, ArithmeticError),
         ("Interrupted", 75, Exception),
     ],
@@ -52,6 +53,10 @@ def test_importing_recemb_loads_nothing_heavy(statement: str) -> None:
 
 def test_compressions_need_no_torch() -> None:
     assert imported_by("import recemb; recemb.ROBE(compress_rate=2, block_size=4); recemb.Dense()") == set()
+
+
+def test_checkpoints_need_no_torchrec() -> None:
+    assert imported_by("import recemb.checkpoint") == {"torch", "numpy"}
 
 
 def test_every_public_name_loads() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -12,13 +10,7 @@ import torchrec
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import KeyedJaggedTensor, PoolingType
-from torchrec.distributed.sharding_plan import (
-    column_wise,
-    construct_module_sharding_plan,
-    data_parallel,
-    row_wise,
-    table_wise,
-)
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 from torchrec.modules.embedding_configs import DataType
 
@@ -33,14 +25,15 @@ from recemb import (
     TensorTrain,
 )
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
+from tests.sharding.places import COMPRESSED, Case
 
-WORLD, BATCH, STEPS = 2, 6, 3
+BATCH, STEPS = 6, 3
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.5}),
     "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.05, "eps": 1e-6}),
 }
 DENSE_LR = 0.5
-ROWS = 400
+N = 400
 BAD_ID = 12345
 # Feature f0 is looked up in two tables, table qr serves two features, and two tables share a ROBE array.
 TABLES: dict[str, tuple[int, list[str], Compression]] = {
@@ -53,40 +46,10 @@ TABLES: dict[str, tuple[int, list[str], Compression]] = {
     "md": (16, ["f0"], MixedDimension(dim=4)),
     "robe_b": (16, ["f7"], ROBE(compress_rate=10, block_size=8)),
     "d_cw": (16, ["f2"], Dense()),
-    "qr_cat": (8, ["f6"], QuotientRemainder(collisions=20, operation="concat")),
+    # More remainders than quotients: those are what is cut row-wise.
+    "qr_cat": (8, ["f6"], QuotientRemainder(collisions=50, operation="concat")),
 }
-COMPRESSED = [name for name, (_, _, compression) in TABLES.items() if not isinstance(compression, Dense)]
 KEYS = [f"f{k}" for k in range(8)]
-# The rank of each compressed table, or None where it is replicated.
-PLACES: dict[str, dict[str, int | None]] = {
-    "table_wise": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "qr_cat": 1},
-    "data_parallel": dict.fromkeys(COMPRESSED),
-    "empty_rank": dict.fromkeys(COMPRESSED, 1),
-    # torchrec's row-wise tables cannot go backward under a variable batch size on gloo.
-    "mixed_variable": {"tt": 0, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None},
-    "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One sharded model: where its tables lie, how they pool, and the optimizer fused into their backward."""
-
-    place: str
-    pooling: str
-    optimizer: str | None
-
-    def __str__(self) -> str:
-        return f"{self.place}-{self.pooling}-{self.optimizer or 'dense'}"
-
-
-CASES = [
-    Case(*case)
-    for case in (
-        *product(("table_wise", "data_parallel"), ("sum", "mean", "weighted"), (None, *OPTIMIZERS)),
-        *product(("empty_rank", "mixed"), ("mixed_pooling",), ("rowwise_adagrad",)),
-    )
-]
 
 
 class Model(nn.Module):
@@ -112,7 +75,7 @@ def collection(case: Case, device: str = "cpu", half: str | None = None) -> Embe
         tables=[
             EmbeddingBagConfig(
                 name=name,
-                num_embeddings=ROWS,
+                num_embeddings=N,
                 embedding_dim=dim,
                 feature_names=list(features),
                 pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
@@ -129,33 +92,25 @@ def collection(case: Case, device: str = "cpu", half: str | None = None) -> Embe
 
 
 def plan(case: Case, ebc: EmbeddingBagCollection) -> EmbeddingModuleShardingPlan:
-    kernel = "dense" if case.optimizer is None else "fused"
-    # torchrec keeps one sum per row and column shard: not the unsharded row-wise Adagrad.
-    split = case.optimizer != "rowwise_adagrad"
-    variable = case.place == "mixed_variable"
-    ways = {
-        "d_rw": (table_wise(0, compute_kernel=kernel) if variable else row_wise(compute_kernel=kernel)),
-        "d_tw": table_wise(1, compute_kernel=kernel),
-        "d_dp": data_parallel(),
-        "d_cw": column_wise([0, 1], compute_kernel=kernel) if split else table_wise(0, compute_kernel=kernel),
-    }
-    for name, rank in PLACES[case.place].items():
-        ways[name] = data_parallel() if rank is None else table_wise(rank)
+    ways = case.ways()
     return construct_module_sharding_plan(
         ebc,
         {name: ways[name] for name in TABLES},
         sharder=EmbeddingBagCollectionSharder(),
-        local_size=WORLD,
-        world_size=WORLD,
+        local_size=2,
+        world_size=case.world,
         device_type="cpu",
     )
 
 
 def is_fused(case: Case, key: str) -> bool:
-    """Whether the optimizer steps on this parameter in the backward once sharded."""
+    """Whether the optimizer steps on this parameter in the backward once sharded.
+
+    torchrec leaves replicated uncompressed tables to the optimizer of the dense layers.
+    """
     _, _, table = key.partition("embedding_bags.")
     name = table.partition(".")[0]
-    replicated = name == "d_dp" or PLACES[case.place].get(name, 0) is None
+    replicated = bool(table) and name not in COMPRESSED and case.places[name] is None
     return bool(table) and case.optimizer is not None and not replicated
 
 
@@ -173,7 +128,7 @@ def batch(seed: int, case: Case, empty: str | None = None) -> KeyedJaggedTensor:
         lengths[KEYS.index(empty)] = 0
     count = int(lengths.sum())
     weights = torch.rand(count, generator=generator) if case.pooling == "weighted" else None
-    ids = torch.randint(0, ROWS // 8, (count,), generator=generator) * 7 % ROWS
+    ids = torch.randint(0, N // 8, (count,), generator=generator) * 7 % N
     return KeyedJaggedTensor(KEYS, ids, lengths=lengths.flatten(), weights=weights)
 
 
@@ -197,7 +152,7 @@ def variable_batch(rank: int) -> KeyedJaggedTensor:
     inverse = torch.stack([torch.randint(0, size, (BATCH,), generator=generator) for size in strides])
     return KeyedJaggedTensor(
         KEYS,
-        torch.randint(0, ROWS, (int(lengths.sum()),), generator=generator),
+        torch.randint(0, N, (int(lengths.sum()),), generator=generator),
         lengths=lengths,
         stride_per_key_per_rank=[[size] for size in strides],
         inverse_indices=(KEYS, inverse),

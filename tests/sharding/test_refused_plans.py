@@ -26,11 +26,14 @@ from recemb import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
     HotRows,
+    MixedDimension,
     QuotientRemainder,
     TensorTrain,
 )
 from recemb.errors import ConfigError
+from recemb.spec import TableSpec
 from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
+from recemb.torchrec_io.sharding.held import row_split
 from recemb.torchrec_io.sharding.tables import Attachment
 from tests.sharding.cases import apply_optimizer_in_backward
 
@@ -69,6 +72,23 @@ def _shard(ebc: EmbeddingBagCollection, *ways: object, sharder: object = None) -
 def test_a_split_compressed_table(way: object) -> None:
     with pytest.raises(ConfigError, match=r"'t1' .*TensorTrain.*table_wise\(rank=...\) or data_parallel\(\)"):
         _shard(_collection([Dense(), TensorTrain(rank=4)]), row_wise(), way)
+
+
+def test_a_split_of_fewer_rows_than_ranks() -> None:
+    # In blocks of 8 the 14th rank would have none.
+    table = TableSpec(name="t", num_embeddings=100, embedding_dim=8, compression=MixedDimension(dim=2))
+    assert row_split(table, 3).rows == [34, 34, 32]
+    with pytest.raises(ConfigError, match=r"'t': the 100 rows of its e do not reach 14 ranks .* table_wise"):
+        row_split(table, 14)
+
+
+def test_a_row_wise_plan_of_other_ranks() -> None:
+    ebc, sharder = _collection([MixedDimension(dim=2)]), EmbeddingBagCollectionSharder()
+    arguments = {"sharder": sharder, "local_size": 2, "world_size": 2, "device_type": "cpu"}
+    plan = construct_module_sharding_plan(ebc, {"t0": row_wise()}, **arguments)
+    plan["t0"].ranks = [1, 0]
+    with pytest.raises(ConfigError, match=r"'t0' is planned row_wise on the ranks \[1, 0\]"):
+        sharder.shard(ebc, plan, ShardingEnv.from_local(2, 0), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

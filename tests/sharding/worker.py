@@ -9,29 +9,29 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.bags import Bags
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import get_sharders
+from tests.sharding import saved
 from tests.sharding.cases import (
     BAD_ID,
     BATCH,
-    CASES,
     DENSE_LR,
     STEPS,
-    WORLD,
-    Case,
     Model,
     attach,
     batch,
@@ -41,54 +41,10 @@ from tests.sharding.cases import (
     plan,
     variable_batch,
 )
+from tests.sharding.places import CASES, Case
+from tests.sharding.shared import Found, dense_optimizer, differences, distributed, held, local_state, sharded
 
 TIMEOUT = timedelta(seconds=20)
-Found = dict[str, Any]
-
-
-def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:
-    """The model on all ranks, with the weights of an unsharded one."""
-    model = Model(collection(case, "meta"))
-    attach(case, list(model.ebc.parameters()))
-    return distributed(case, model, state)
-
-
-def distributed(case: Case, model: Model, state: dict[str, Tensor]) -> DistributedModelParallel:
-    made = DistributedModelParallel(
-        model,
-        device=torch.device("cpu"),
-        plan=ShardingPlan({"ebc": plan(case, model.ebc)}),
-        sharders=get_sharders(),
-    )
-    made.load_state_dict({key: value.clone() for key, value in state.items()})
-    return made
-
-
-def dense_optimizer(model: DistributedModelParallel) -> KeyedOptimizerWrapper:
-    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-    return KeyedOptimizerWrapper(parameters, lambda own: torch.optim.SGD(own, lr=DENSE_LR))
-
-
-def differences(state: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of what this rank holds of each tensor."""
-    found = {}
-    for key, value in state.items():
-        parts = [(slice(None), value)]
-        if isinstance(value, ShardedTensor):
-            parts = [
-                (
-                    tuple(
-                        slice(start, start + size)
-                        for start, size in zip(
-                            shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True
-                        )
-                    ),
-                    shard.tensor,
-                )
-                for shard in value.local_shards()
-            ]
-        found[key] = max((float((part - expected[key][at]).abs().max()) for at, part in parts), default=0.0)
-    return found
 
 
 def parity(rank: int, case: Case) -> Found:
@@ -104,8 +60,8 @@ def parity(rank: int, case: Case) -> Found:
     compared = set()
     for step in range(STEPS):
         # Feature f3 has no ids on rank 0, and f5 none anywhere in the second step.
-        empty = ["f3" if step != 1 else "f5", None if step != 1 else "f5"]
-        local = [batch(10 * step + at, case, empty[at]) for at in range(WORLD)]
+        empty = ["f5" if step == 1 else "f3" if at == 0 else None for at in range(case.world)]
+        local = [batch(10 * step + at, case, empty[at]) for at in range(case.world)]
         plain.zero_grad()
         loss, expected = reference(joined(local))
         loss.backward()
@@ -114,10 +70,14 @@ def parity(rank: int, case: Case) -> Found:
         own_loss.backward()
         rows = slice(rank * BATCH, (rank + 1) * BATCH)
         outputs = max(outputs, float((columns - expected[rows]).detach().abs().max()))
+        places = {key: held(value) for key, value in model.state_dict().items()}
         for key, parameter in model.named_parameters():
-            wanted = named[key].grad
-            # torchrec's own row- and column-wise tables hold a part; their weights are compared below.
-            if parameter.grad is not None and wanted is not None and parameter.grad.shape == wanted.shape:
+            whole = named[key].grad
+            # Of a column-wise table torchrec shows the first part alone; weights are compared below.
+            if parameter.grad is None or whole is None or len(places[key]) != 1:
+                continue
+            wanted = whole[places[key][0][0]]
+            if parameter.grad.shape == wanted.shape:
                 compared.add(key)
                 gradients = max(gradients, float((parameter.grad - wanted).abs().max()))
         plain.step()
@@ -176,15 +136,15 @@ def round_trip(rank: int) -> Found:
 
 def variable(rank: int) -> Found:
     """A batch size per feature: outputs, and weights after a fused step."""
-    case = Case("mixed_variable", "sum", "sgd")
+    case = Case("variable", "sum", "sgd")
     reference = Model(collection(case))
     model = sharded(case, reference.state_dict())
     dense = dense_optimizer(model)
     plain = torch.optim.SGD(reference.parameters(), lr=DENSE_LR)
-    results = [reference(variable_batch(at)) for at in range(WORLD)]
+    results = [reference(variable_batch(at)) for at in range(case.world)]
     loss, columns = model(variable_batch(rank))
     difference = float((columns - results[rank][1]).detach().abs().max())
-    (sum(result[0] for result in results) / WORLD).backward()
+    (sum(result[0] for result in results) / case.world).backward()
     loss.backward()
     plain.step()
     dense.step()
@@ -193,14 +153,14 @@ def variable(rank: int) -> Found:
 
 def frozen(rank: int) -> Found:
     """Frozen tables stay as they are, wherever they lie, beside one that trains in half precision."""
-    case = Case("mixed", "sum", None)
+    case = Case("variable", "sum", None)
 
     def small(device: str) -> Model:
         model = Model(collection(case, device, half="md"))
         for name in ("qr", "robe_a"):
             for parameter in model.ebc.embedding_bags[name].parameters():
                 parameter.requires_grad_(False)
-        attach(Case("mixed", "sum", "sgd"), list(model.ebc.embedding_bags["md"].parameters()))
+        attach(Case("variable", "sum", "sgd"), list(model.ebc.embedding_bags["md"].parameters()))
         return model
 
     reference = small("cpu")
@@ -211,7 +171,7 @@ def frozen(rank: int) -> Found:
     loss.backward()
     dense.step()
     rows = slice(rank * BATCH, (rank + 1) * BATCH)
-    expected = reference(joined([batch(at, case) for at in range(WORLD)]))[1][rows]
+    expected = reference(joined([batch(at, case) for at in range(case.world)]))[1][rows]
     state = model.state_dict()
     return {
         "outputs": float((columns - expected).detach().abs().max()),
@@ -274,7 +234,7 @@ def schedule(rank: int) -> Found:
 
 
 def pipeline(rank: int) -> Found:
-    """TrainPipelineSparseDist against the plain loop, bit for bit."""
+    """torchrec's pipelines against the plain loop, bit for bit."""
     case = Case("mixed", "sum", "sgd")
     state = Model(collection(case)).state_dict()
     batches = [batch(10 * step + rank, case) for step in range(5)]
@@ -285,21 +245,43 @@ def pipeline(rank: int) -> Found:
         loss, _ = plain(features)
         loss.backward()
         dense.step()
-    piped = sharded(case, state)
-    runner = TrainPipelineSparseDist(piped, dense_optimizer(piped), torch.device("cpu"))
-    iterator = iter(batches)
-    shapes = [list(runner.progress(iterator).shape) for _ in batches]
-    own, other = local_state(plain), local_state(piped)
-    return {"equal": {key: torch.equal(own[key], other[key]) for key in own}, "shapes": shapes}
+    own, found = local_state(plain), {}
+    for kind in (TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist):
+        piped = sharded(case, state)
+        prepared: list[str] = []
+        for kernel in piped.module.ebc._kernels():
+            kernel._taken = partial(noted, kernel._taken, prepared)
+        runner = kind(piped, dense_optimizer(piped), torch.device("cpu"))
+        iterator = iter(batches)
+        with patch(
+            "torchrec.distributed.train_pipeline.train_pipelines.prefetch_embeddings",
+            prefetch_without_streams,
+        ):
+            shapes = [list(runner.progress(iterator).shape) for _ in batches]
+        other = local_state(piped)
+        found[kind.__name__] = {
+            "equal": {key: torch.equal(own[key], other[key]) for key in own},
+            "shapes": shapes,
+            "prepared": len(prepared),
+        }
+    return found
 
 
-def local_state(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """What this rank holds, the first shard of each tensor."""
-    return {
-        key: value.local_shards()[0].tensor if isinstance(value, ShardedTensor) else value
-        for key, value in model.state_dict().items()
-        if not isinstance(value, ShardedTensor) or value.local_shards()
-    }
+def prefetch_without_streams(context: Any, modules: list[Any], *_: Any) -> None:
+    """torchrec's own, which does nothing without a GPU's streams, and its pipeline then fails."""
+    for module in modules:
+        name = module.forward._name
+        ids = context.input_dist_tensors_requests.pop(name).wait()
+        module.prefetch(ctx=context.module_contexts[name], dist_input=ids, forward_stream=None)
+        context.module_input_post_prefetch[name] = ids
+        context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
+
+
+def noted(taken: Callable[..., Bags | None], prepared: list[str], features: KeyedJaggedTensor) -> Bags | None:
+    bags = taken(features)
+    if bags is not None and bags.ahead is not None:
+        prepared.append("")
+    return bags
 
 
 def bad_id(rank: int) -> Found:
@@ -320,16 +302,22 @@ def bad_id(rank: int) -> Found:
     return {"message": message, "kind": kind, "seconds": time.monotonic() - before}
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     runs: dict[str, Callable[[], Found]] = {
-        str(case): (lambda case=case: parity(rank, case)) for case in CASES
+        str(case): (lambda case=case: parity(rank, case)) for case in CASES if case.world == world
     }
-    for run in (round_trip, variable, frozen, another_table, schedule, pipeline, bad_id):
-        runs[run.__name__] = lambda run=run: run(rank)
+    if world == 2:
+        for run in (round_trip, variable, frozen, another_table, schedule, pipeline):
+            runs[run.__name__] = lambda run=run: run(rank)
+        runs["other_plan"] = lambda: saved.other_plan(rank, folder)
+    for kind in saved.FORMATS:
+        runs[kind] = lambda kind=kind: saved.resharded(kind, world, folder)
+    if world == 2:
+        runs["bad_id"] = lambda: bad_id(rank)
     found: dict[str, Found] = {}
     for name, run in runs.items():
         try:
@@ -340,4 +328,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

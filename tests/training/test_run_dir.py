@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from recemb.errors import ConfigError
-from recemb.training.run_dir import RunDir, to_json, write_text
+from recemb.files import write_text
+from recemb.training.run_dir import RunDir, to_json
 
 
 def test_json_is_strict() -> None:
@@ -38,18 +39,18 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(
 
 def test_files_are_synced_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, replace = os.fsync, os.replace
 
     def record_fsync(descriptor: int) -> None:
         events.append("sync")
         fsync(descriptor)
 
-    def record_replace(self: Path, target: Path) -> Path:
+    def record_replace(source: Path, target: Path) -> None:
         events.append("rename")
-        return replace(self, target)
+        replace(source, target)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(Path, "replace", record_replace)
+    monkeypatch.setattr(os, "replace", record_replace)
     write_text(tmp_path / "a", "x")
     assert events == ["sync", "rename", "sync"]
 

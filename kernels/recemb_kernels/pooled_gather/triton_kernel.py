@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.kernels import upper_bound
+from recemb_kernels.triton_frame.kernels import pieces_of, span_of, upper_bound
 
 MULT, ADD, CONCAT = (tl.constexpr(operation) for operation in (1, 2, 3))
 
@@ -86,10 +86,7 @@ def pool_pairs(
     left = tl.multiple_of(tl.load(lefts + f).to(tl.pointer_type(ELEMENT)), 16)
     right = tl.multiple_of(tl.load(rights + f).to(tl.pointer_type(ELEMENT)), 16)
     here = bags < batch_size
-    # Offsets that are refused must not lead out of bounds before the host knows.
-    first = tl.maximum(tl.load(offsets + feature * batch_size + bags, mask=here, other=0), 0)
-    last = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0)
-    length = tl.minimum(last, num_ids) - first
+    first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
     total = tl.zeros((BB, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i
@@ -202,15 +199,8 @@ def sum_sides(
     The places of a piece are rows themselves, or places in ``order`` if ORDERED. With FACTOR each is
     multiplied by its part of the other parameter, at address ``others``. Grid (pieces / BP, WIDTH / BD).
     """
-    low = tl.load(run_piece + tl.load(cuts))
-    high = tl.load(run_piece + tl.load(cuts + 1))
-    piece = low + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    if low + tl.program_id(0).to(tl.int64) * BP >= high:
-        return
+    piece, here, first, length = pieces_of(run_piece, piece_first, cuts, BP)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    here = piece < high
-    first = tl.load(piece_first + piece, mask=here, other=0)
-    length = tl.load(piece_first + piece + 1, mask=here, other=0) - first
     total = tl.zeros((BP, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         u = tl.where(i < length, first + i, -1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.kernels import upper_bound
+from recemb_kernels.triton_frame.kernels import pieces_of, span_of, upper_bound
 
 HEAD = tl.constexpr(9)
 MERSENNE = tl.constexpr(2**61 - 1)
@@ -97,10 +97,7 @@ def pool_blocks(
     column_of = k[:, None] * Z + j[None, :]
     within = (k < BLOCKS)[:, None] & (j < Z)[None, :] & (column_of < D)
     here = bags < batch_size
-    # Offsets that are refused must not lead out of bounds before the host knows.
-    first = tl.maximum(tl.load(offsets + feature * batch_size + bags, mask=here, other=0), 0)
-    last = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0)
-    length = tl.minimum(last, num_ids) - first
+    first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
     total = tl.zeros((BB, BK, BZ), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i
@@ -235,15 +232,8 @@ def sum_blocks(
     They reach into the row after it: its share is the second half. ``start`` is sorted, ``order`` the blocks
     in its order. Grid (pieces / BP, 2 Z / BD).
     """
-    low = tl.load(run_piece + tl.load(cuts))
-    high = tl.load(run_piece + tl.load(cuts + 1))
-    piece = low + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    if low + tl.program_id(0).to(tl.int64) * BP >= high:
-        return
+    piece, here, first, length = pieces_of(run_piece, piece_first, cuts, BP)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    here = piece < high
-    first = tl.load(piece_first + piece, mask=here, other=0)
-    length = tl.load(piece_first + piece + 1, mask=here, other=0) - first
     total = tl.zeros((BP, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         inside = i < length

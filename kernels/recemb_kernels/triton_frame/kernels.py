@@ -27,6 +27,30 @@ def upper_bound(array, size, value, STEPS: tl.constexpr):
 
 
 @triton.jit
+def span_of(offsets, bags, here, num_ids):
+    """First position and number of ids of bags.
+
+    Offsets that are refused must not lead out of bounds before the host knows.
+    """
+    first = tl.maximum(tl.load(offsets + bags, mask=here, other=0), 0)
+    return first, tl.minimum(tl.load(offsets + bags + 1, mask=here, other=0), num_ids) - first
+
+
+@triton.jit
+def pieces_of(pieces, piece_first, cuts, BP: tl.constexpr):
+    """This program's BP pieces of those of a family's rows: number, whether it is one, first place, length.
+
+    ``pieces`` tells each row's first piece; ``cuts`` points at the family's first row and the one after its
+    last.
+    """
+    high = tl.load(pieces + tl.load(cuts + 1))
+    piece = tl.load(pieces + tl.load(cuts)) + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    here = piece < high
+    first = tl.load(piece_first + piece, mask=here, other=0)
+    return piece, here, first, tl.load(piece_first + piece + 1, mask=here, other=0) - first
+
+
+@triton.jit
 def locate(
     table,
     row,
@@ -111,10 +135,7 @@ def pool_rows(
     low = tl.load(limits + f * LIMITS)
     high = tl.load(limits + f * LIMITS + 1)
     here = bags < batch_size
-    # Offsets that are refused must not lead out of bounds before the host knows.
-    first = tl.maximum(tl.load(offsets + feature * batch_size + bags, mask=here, other=0), 0)
-    last = tl.load(offsets + feature * batch_size + bags + 1, mask=here, other=0)
-    length = tl.minimum(last, num_ids) - first
+    first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
     total = tl.zeros((BB, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i
@@ -156,15 +177,8 @@ def sum_pieces(
     Grid (pieces / BP, D / BD). ``features`` [F, 3] holds first column and whether averaged of *every* feature
     of the batch; ``cuts`` points at the family's first row and the one after its last.
     """
-    low = tl.load(row_piece + tl.load(cuts))
-    high = tl.load(row_piece + tl.load(cuts + 1))
-    piece = low + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    if low + tl.program_id(0).to(tl.int64) * BP >= high:
-        return
+    piece, here, first, length = pieces_of(row_piece, piece_first, cuts, BP)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    here = piece < high
-    first = tl.load(piece_first + piece, mask=here, other=0)
-    length = tl.load(piece_first + piece + 1, mask=here, other=0) - first
     total = tl.zeros((BP, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         inside = i < length

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
@@ -20,39 +21,37 @@ from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import padded_offsets
-from recemb.torchrec_io.sharding.tables import CompressedTables
+from recemb.torchrec_io.sharding.held import Held
 
 
 class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc] # torchrec ships no types
     """All compressed tables of one rank and one sharding type: one call of the engine a batch.
 
+    The optimizers attached to the collection step in the backward here; those of replicated parameters once
+    their gradients have been exchanged.
+
     Args:
         config: torchrec's group; its tables' names and features are used.
-        tables: the collection's compressed tables.
+        held: the compressed tables of this sharding type.
         device: where the parameters live.
-        fused: whether the optimizers attached to the collection step in the backward here. Not where tables
-            are replicated: their gradients are averaged over the ranks first.
     """
 
-    def __init__(
-        self,
-        config: GroupedEmbeddingConfig,
-        tables: CompressedTables,
-        device: torch.device | None,
-        fused: bool,
-    ) -> None:
+    def __init__(self, config: GroupedEmbeddingConfig, held: Held, device: torch.device | None) -> None:
         super().__init__()
         self._config = config
-        specs = [tables.specs[table.name] for table in config.embedding_tables]
+        specs, tables = held.specs([table.name for table in config.embedding_tables]), held.tables
         self.tables = nn.ModuleDict(build(specs, device or torch.device("cpu")))
         self._engine = Engine(specs, tables.micro_batch_rows)
+        self.replicas = held.replicas(self.backends)
         parameters = dict(self.tables.named_parameters())
         for key, parameter in parameters.items():
             parameter.requires_grad_(key not in tables.frozen)
-            if fused and key in tables.attached:
+            if key in tables.attached:
                 tables.attached[key].attach(parameter)
-        attached = fused and any(key in tables.attached for key in parameters)
-        self._optimizer = CollectionOptimizer(parameters) if attached else EmptyFusedOptimizer()
+        # A pipeline prepares the next batch before this one's backward; one more would never be looked up.
+        self._ahead: deque[tuple[Tensor, Bags]] = deque(maxlen=2)
+        attached = any(key in tables.attached for key in parameters)
+        self._optimizer = CollectionOptimizer(parameters, held.shown) if attached else EmptyFusedOptimizer()
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up and pool the bags of all ranks that reach this one.
@@ -69,11 +68,37 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
                 changed.
         """
         variable = features.variable_stride_per_key()
-        offsets = padded_offsets(features) if variable else features.offsets()
-        weights = features.weights_or_none() if self._config.is_weighted else None
-        bags = Bags(features.values().long(), offsets.long(), len(features.keys()), weights)
-        pooled = self._engine(self.backends, bags).float()
+        bags = self._taken(features)
+        if bags is None:
+            bags = self._bags(features)
+        with self.replicas.exchanged():
+            pooled = self._engine(self.backends, bags).float()
         return _by_rank(pooled, self._engine.dims, features) if variable else pooled
+
+    def prefetch(self, features: KeyedJaggedTensor) -> None:
+        """Prepare a batch for a :meth:`forward` to come, beside what runs now: check it, sort its ids.
+
+        Raises:
+            BatchError: as in the look-up.
+        """
+        bags = self._bags(features)
+        self._engine.prefetch(self.backends, bags)
+        self._ahead.append((features.values(), bags))
+
+    def _bags(self, features: KeyedJaggedTensor) -> Bags:
+        offsets = padded_offsets(features) if features.variable_stride_per_key() else features.offsets()
+        weights = features.weights_or_none() if self._config.is_weighted else None
+        return Bags(features.values().long(), offsets.long(), len(features.keys()), weights)
+
+    def _taken(self, features: KeyedJaggedTensor) -> Bags | None:
+        """The bags that have been prepared of this very batch; torchrec cuts a new object out each time."""
+        values = features.values()
+        for at, (known, bags) in enumerate(self._ahead):
+            # ``known`` holds the memory, so that the same address is the same ids.
+            if known.data_ptr() == values.data_ptr() and known.shape == values.shape and values.numel():
+                del self._ahead[at]
+                return bags
+        return None
 
     @property
     def backends(self) -> dict[str, Backend]:
@@ -107,22 +132,34 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
     """torchrec's lookup, with :class:`CompressedKernel` for the compressed tables.
 
     Args:
-        tables: the collection's compressed tables.
-        fused: as of the kernel.
+        held: the compressed tables of its sharding type.
         arguments: torchrec's.
     """
 
-    def __init__(self, tables: CompressedTables, fused: bool, **arguments: Any) -> None:
+    def __init__(self, held: Held, **arguments: Any) -> None:
         # Before torchrec's own, which creates the kernels.
-        self._tables, self._fused = tables, fused
+        self._held = held
         super().__init__(**arguments)
+
+    @property
+    def module(self) -> CompressedLookup:
+        """Itself: torchrec takes it that replicated tables are wrapped in DDP, and unwraps them."""
+        return self
 
     def _create_embedding_kernel(
         self, config: GroupedEmbeddingConfig, device: torch.device | None, *rest: Any, **named: Any
     ) -> BaseEmbedding:
         if config.compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
-            return CompressedKernel(config, self._tables, device, self._fused)
+            return CompressedKernel(config, self._held, device)
         return super()._create_embedding_kernel(config, device, *rest, **named)
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """What ``PrefetchTrainPipelineSparseDist`` calls with the next batch."""
+        super().prefetch(sparse_features, forward_stream)
+        groups = sparse_features.split(self._feature_splits)
+        for kernel, features in zip(self._emb_modules, groups, strict=True):
+            if isinstance(kernel, CompressedKernel):
+                kernel.prefetch(features)
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Pool the bags of every group: [B, sum of D], flat under a variable batch size per feature."""
@@ -141,6 +178,12 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
             ranks = len(by_rank)
             pieces.append(flat.reshape(-1).split(sizes))
         return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
+
+
+def kernels_of(lookup: nn.Module) -> Iterator[CompressedKernel]:
+    """The compressed tables' kernels of one of torchrec's look-ups, which may be wrapped in DDP."""
+    inner: Any = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+    yield from (kernel for kernel in inner._emb_modules if isinstance(kernel, CompressedKernel))
 
 
 def _by_rank(pooled: Tensor, dims: Sequence[int], features: KeyedJaggedTensor) -> Tensor:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -28,19 +27,16 @@ from recemb.errors import ConfigError
 from recemb.torchrec_io.configs import table_spec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.kjt import check_kjt
-from recemb.torchrec_io.sharding.kernel import CompressedKernel
+from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
-from recemb.torchrec_io.sharding.placement import (
-    DATA_PARALLEL,
-    TABLE_WISE,
+from recemb.torchrec_io.sharding.placement import check_environment, check_plan, customized
+from recemb.torchrec_io.sharding.shardings import (
+    Compressed,
     CompressedDpSharding,
     CompressedShardingInfo,
-    CompressedTwSharding,
-    check_environment,
-    check_plan,
-    customized,
+    compressed_sharding,
 )
-from recemb.torchrec_io.sharding.state import load_shards, one_shard, save_shards
+from recemb.torchrec_io.sharding.state import load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
 
 
@@ -86,7 +82,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         configs = module.embedding_bag_configs()
         names = [config.name for config in configs]
         check_environment(env)
-        check_plan(tables, names, table_name_to_parameter_sharding)
+        check_plan(tables, names, table_name_to_parameter_sharding, env.world_size)
         _check_optimizers(tables, fused_params)
         plan = {
             name: customized(sharding) if name in tables.specs else sharding
@@ -101,7 +97,23 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         self._has_mean_pooling_callback = False
         if module.device.type not in ("meta", "cpu"):
             self.load_state_dict(module.state_dict(), strict=False)
-            self._broadcast()
+        self._broadcast()
+
+    def init_data_parallel(self) -> None:
+        """Wrap replicated uncompressed tables in DDP; compressed ones exchange their gradients themselves."""
+        for sharding, lookup in zip(self._embedding_shardings, self._lookups, strict=True):
+            if not isinstance(sharding, CompressedDpSharding):
+                continue
+            own = {id(parameter) for kernel in kernels_of(lookup) for parameter in kernel.parameters()}
+            names = [name for name, parameter in lookup.named_parameters() if id(parameter) in own]
+            if len(names) == len(list(lookup.parameters())):
+                # All tables that are replicated; DDP refuses a module that leaves it nothing to do.
+                return
+            # torch leaves this one untyped.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+                lookup, names
+            )
+        super().init_data_parallel()
 
     @classmethod
     def create_grouped_sharding_infos(
@@ -136,9 +148,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             )
         if device is not None and device.type == "meta":
             replace_placement_with_meta_device(sharding_infos)
-        if sharding_infos[0].param_sharding.sharding_type == DATA_PARALLEL:
-            return CompressedDpSharding(sharding_infos, env, device)
-        return CompressedTwSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+        return compressed_sharding(sharding_infos, env, device, qcomm_codecs_registry)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         """Check this rank's batch, then send its ids to the ranks that look them up.
@@ -169,7 +179,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             super().reset_parameters()
         finally:
             self._embedding_bag_configs = every
-        if self._device is not None and self._device.type == "meta":
+        if self._on_meta:
             return
         for backend in self._backends().values():
             backend.reset_parameters()
@@ -200,22 +210,22 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     def _register_compressed(self) -> None:
         """Show the local parameters under torchrec's keys, and empty ones where another rank has them."""
         local = self._backends()
+        layouts = {
+            key: layout
+            for sharding in self._embedding_shardings
+            if isinstance(sharding, Compressed)
+            for key, layout in sharding.held.shards.items()
+        }
         for backend, peers in self._compressed.storages:
             name = peers[0].name
-            sharding = self.module_sharding_plan[name]
             own = local[name].own_parameters() if name in local else {}
-            for param, shape in backend.param_shapes(peers).items():
+            for param, (_, width) in backend.param_shapes(peers).items():
                 key, parameter = f"{name}.{param}", own.get(param)
                 holder = self.embedding_bags[name]
                 holder.register_parameter(param, self._placeholder(key) if parameter is None else parameter)
-                if sharding.sharding_type == TABLE_WISE:
-                    self._shards[key] = one_shard(
-                        None if parameter is None else parameter.data,
-                        shape,
-                        getattr(torch, peers[0].dtype),
-                        sharding.sharding_spec.shards[0].placement,
-                        self._env.process_group,
-                    )
+                if key in layouts:
+                    data = None if parameter is None else parameter.data
+                    self._shards[key] = layouts[key].tensor(data, width, getattr(torch, peers[0].dtype))
 
     def _placeholder(self, key: str) -> nn.Parameter:
         empty = nn.Parameter(torch.empty(0), requires_grad=key not in self._compressed.frozen)
@@ -226,19 +236,21 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
 
     def _kernels(self) -> Iterator[CompressedKernel]:
         for lookup in self._lookups:
-            inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
-            yield from (kernel for kernel in inner._emb_modules if isinstance(kernel, CompressedKernel))
+            yield from kernels_of(lookup)
 
     def _backends(self) -> dict[str, Backend]:
         """This rank's compressed tables."""
         return {name: backend for kernel in self._kernels() for name, backend in kernel.backends.items()}
 
     def _broadcast(self) -> None:
-        """Replicated compressed tables take rank 0's weights."""
-        for name, backend in self._backends().items():
-            if self.module_sharding_plan[name].sharding_type == DATA_PARALLEL:
-                for parameter in backend.parameters(recurse=False):
-                    dist.broadcast(parameter.data, src=0, group=self._env.process_group)
+        """What every rank holds whole takes rank 0's weights."""
+        if not self._on_meta:
+            for kernel in self._kernels():
+                kernel.replicas.broadcast()
+
+    @property
+    def _on_meta(self) -> bool:
+        return self._device is not None and self._device.type == "meta"
 
     def _mean(self, ctx: Any, awaitable: Any) -> Any:
         if self._means:

@@ -1,96 +1,20 @@
-"""Where compressed tables may lie, and torchrec's shardings with their kernel."""
+"""Where compressed tables may lie: what a plan can say of them, and what it cannot."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
-from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
-from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from recemb.errors import ConfigError
 from recemb.spec import TableSpec
-from recemb.torchrec_io.sharding.kernel import CompressedLookup
+from recemb.torchrec_io.sharding.held import DATA_PARALLEL, ROW_WISE, TABLE_WISE, row_split
 from recemb.torchrec_io.sharding.tables import CompressedTables
 
-TABLE_WISE, DATA_PARALLEL = ShardingType.TABLE_WISE.value, ShardingType.DATA_PARALLEL.value
-ROWS_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
-_FIX = "plan it table_wise(rank=...) or data_parallel()"
-
-
-@dataclass
-class CompressedShardingInfo(EmbeddingShardingInfo):  # type: ignore[misc] # torchrec ships no types
-    """torchrec's, of a compressed table."""
-
-    tables: CompressedTables | None = None
-
-    @classmethod
-    def of(cls, info: EmbeddingShardingInfo, tables: CompressedTables) -> CompressedShardingInfo:
-        """``info`` such that torchrec puts all compressed tables of a rank in one group.
-
-        It groups tables by type, pooling and optimizer; the engine pools each as its own spec says, and looks
-        tables that share an array up together.
-        """
-        config = replace(
-            info.embedding_config, pooling=PoolingType.SUM, data_type=DataType.FP32, stash_weights=False
-        )
-        return cls(config, info.param_sharding, info.param, fused_params={}, tables=tables)
-
-
-class CompressedTwSharding(TwPooledEmbeddingSharding):  # type: ignore[misc] # torchrec ships no types
-    """Table-wise: each table on one rank, with its fused optimizer."""
-
-    def __init__(self, sharding_infos: Sequence[EmbeddingShardingInfo], *rest: Any, **named: Any) -> None:
-        super().__init__(sharding_infos, *rest, **named)
-        self._tables = tables_of(sharding_infos)
-
-    def create_lookup(
-        self, device: torch.device | None = None, fused_params: Any = None, feature_processor: Any = None
-    ) -> CompressedLookup:
-        return CompressedLookup(
-            self._tables,
-            fused=True,
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._pg,
-            device=device if device is not None else self._device,
-            feature_processor=feature_processor,
-            env=self._env,
-        )
-
-
-class CompressedDpSharding(DpPooledEmbeddingSharding):  # type: ignore[misc] # torchrec ships no types
-    """Data-parallel: each table on every rank, its gradients averaged by DDP."""
-
-    def __init__(self, sharding_infos: Sequence[EmbeddingShardingInfo], *rest: Any, **named: Any) -> None:
-        super().__init__(sharding_infos, *rest, **named)
-        self._tables = tables_of(sharding_infos)
-
-    def create_lookup(
-        self, device: torch.device | None = None, fused_params: Any = None, feature_processor: Any = None
-    ) -> CompressedLookup:
-        return CompressedLookup(
-            self._tables,
-            fused=False,
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._env.process_group,
-            device=device if device is not None else self._device,
-            feature_processor=feature_processor,
-            # Only gradients that come through an all-to-all are divided by the number of ranks.
-            scale_weight_gradients=False,
-            env=self._env,
-        )
-
-
-def tables_of(infos: Sequence[EmbeddingShardingInfo]) -> CompressedTables:
-    """The compressed tables that ``infos``, one of which is of such a table, refer to."""
-    return next(info.tables for info in infos if isinstance(info, CompressedShardingInfo) and info.tables)
+ROWS_SPLIT = (ROW_WISE, ShardingType.TABLE_ROW_WISE.value)
+_WAYS = {TABLE_WISE: "table_wise(rank=...)", DATA_PARALLEL: "data_parallel()", ROW_WISE: "row_wise()"}
 
 
 def customized(sharding: ParameterSharding) -> ParameterSharding:
@@ -102,7 +26,8 @@ def customized(sharding: ParameterSharding) -> ParameterSharding:
 
 def sharding_types(table: TableSpec) -> tuple[str, ...]:
     """The values of torchrec's ``ShardingType`` a compressed table can be planned with."""
-    return (TABLE_WISE, DATA_PARALLEL)
+    whole = (TABLE_WISE, DATA_PARALLEL)
+    return whole if row_split(table, 1) is None else (*whole, ROW_WISE)
 
 
 def check_environment(env: ShardingEnv) -> None:
@@ -118,13 +43,16 @@ def check_environment(env: ShardingEnv) -> None:
         )
 
 
-def check_plan(tables: CompressedTables, names: Sequence[str], plan: Mapping[str, ParameterSharding]) -> None:
+def check_plan(
+    tables: CompressedTables, names: Sequence[str], plan: Mapping[str, ParameterSharding], ranks: int
+) -> None:
     """Raise :class:`ConfigError` unless every table is planned, and every compressed one as it can be.
 
     Args:
         tables: the compressed tables.
         names: of all tables of the collection.
         plan: by table name.
+        ranks: how many there are.
     """
     missing = [name for name in names if name not in plan]
     if missing:
@@ -137,11 +65,19 @@ def check_plan(tables: CompressedTables, names: Sequence[str], plan: Mapping[str
                 "remove it, or train this model on one device"
             )
         if kind not in sharding_types(table):
+            fix = " or ".join(_WAYS[way] for way in sharding_types(table))
             raise ConfigError(
-                f"table {name!r} ({table.compression}) is planned {kind}; a compressed table is not split: "
-                f"{_FIX}. For torchrec's planner: constraints={{{name!r}: "
+                f"table {name!r} ({table.compression}) is planned {kind}, which it cannot be; plan it {fix}. "
+                f"For torchrec's planner: constraints={{{name!r}: "
                 f"ParameterConstraints(sharding_types={list(sharding_types(table))})}}"
             )
+        if kind == ROW_WISE:
+            _ = row_split(table, ranks)
+            if list(plan[name].ranks or ()) != list(range(ranks)):
+                raise ConfigError(
+                    f"table {name!r} is planned row_wise on the ranks {plan[name].ranks}; a compressed table "
+                    f"is cut over all {ranks} ranks in their order: plan it row_wise()"
+                )
     for _, peers in tables.storages:
         _check_together(peers, plan)
 

@@ -22,12 +22,14 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
     """Shards :class:`recemb.EmbeddingBagCollection`, as torchrec's class of this name shards torchrec's.
 
     A compressed table is planned table-wise (whole, on one rank) or data-parallel (on every rank, gradients
-    averaged); uncompressed tables take every plan and kernel of torchrec's. Tables that share a ROBE array
-    lie on one rank or are all data-parallel.
+    averaged); one with a store of rows (quotient-remainder, mixed dimensions) row-wise too, its longer
+    parameter cut over the ranks. Tables that share a ROBE array lie on one rank or are all data-parallel.
+    Uncompressed tables take every plan and kernel of torchrec's.
 
-    An optimizer that ``apply_optimizer_in_backward`` attached before is fused into the backward of table-wise
-    tables. As for torchrec's own tables, it does not act on data-parallel ones: their parameters are for the
-    optimizer of the dense layers.
+    An optimizer that ``apply_optimizer_in_backward`` attached before steps on compressed tables however they
+    are planned: fused into the backward, or, on what every rank holds whole, once its gradient has been
+    exchanged there (Adam then moves every row, torch's rule, and not the touched ones alone). torchrec does
+    not let it act on data-parallel uncompressed tables: those are for the optimizer of the dense layers.
 
     Args:
         fused_params, qcomm_codecs_registry, sharded_module_order_overwrite: torchrec's; ``fused_params`` are

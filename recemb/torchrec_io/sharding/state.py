@@ -1,8 +1,9 @@
-"""State dicts of sharded compressed tables: one-shard ``ShardedTensor`` under the unsharded module's keys."""
+"""Sharded compressed tables in state dicts: torch's ``ShardedTensor`` under the unsharded module's keys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +18,44 @@ from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from recemb.errors import ConfigError
 
 
-def one_shard(
-    local: Tensor | None,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    placement: Any,
-    group: dist.ProcessGroup | None,
-) -> ShardedTensor:
-    """A tensor that lies whole on one rank, as every rank describes it.
+@dataclass(frozen=True)
+class RowShards:
+    """The ranges of rows that a parameter, and its optimizer state, is cut into; one range is the whole.
 
-    Args:
-        local: the tensor on that rank, which is written to when a checkpoint is loaded; ``None`` elsewhere.
-        shape: its shape.
-        dtype: its type.
-        placement: torch's name of that rank and device.
+    Attributes:
+        sizes: rows of each range, in order.
+        placements: torch's names of the rank and device where each lies.
+        own: the position of this rank's range, or ``None``.
         group: the ranks.
     """
-    shard = ShardMetadata(shard_offsets=[0, 0], shard_sizes=list(shape), placement=placement)
-    metadata = EnumerableShardingSpec([shard]).build_metadata(
-        torch.Size(shape), TensorProperties(dtype=dtype)
-    )
-    shards = [] if local is None else [Shard(local, metadata.shards_metadata[0])]
-    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
+
+    sizes: Sequence[int]
+    placements: Sequence[Any]
+    own: int | None
+    group: dist.ProcessGroup | None
+
+    def tensor(self, local: Tensor | None, width: int, dtype: torch.dtype) -> ShardedTensor:
+        """[sum of sizes, width] as every rank describes it.
+
+        Args:
+            local: this rank's rows, which are written to when a checkpoint is loaded; ``None`` without any.
+        """
+        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        shards = [
+            ShardMetadata(shard_offsets=[start, 0], shard_sizes=[size, width], placement=placement)
+            for start, size, placement in zip(starts, self.sizes, self.placements, strict=True)
+        ]
+        metadata = EnumerableShardingSpec(shards).build_metadata(
+            torch.Size((sum(self.sizes), width)), TensorProperties(dtype=dtype)
+        )
+        held = [] if self.own is None or local is None else [Shard(local, metadata.shards_metadata[self.own])]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            held, metadata, process_group=self.group
+        )
+
+    def state(self, local: Tensor) -> ShardedTensor:
+        """Optimizer state of this rank's rows, [rows, *], as every rank describes it."""
+        return self.tensor(local, local.shape[1], local.dtype)
 
 
 def save_shards(destination: dict[str, Any], prefix: str, shards: Mapping[str, ShardedTensor]) -> None:
@@ -72,13 +89,18 @@ def load_shards(state: dict[str, Any], prefix: str, shards: Mapping[str, Sharded
             )
         if not own.local_shards():
             local[name] = torch.empty(0)
-        elif not isinstance(given, ShardedTensor):
-            local[name] = given
-        elif given.local_shards():
-            local[name] = given.local_shards()[0].tensor
-        else:
+            continue
+        (held,) = own.local_shards()
+        start, rows = held.metadata.shard_offsets[0], held.metadata.shard_sizes[0]
+        if not isinstance(given, ShardedTensor):
+            local[name] = given.narrow(0, start, rows)
+            continue
+        for shard in given.local_shards():
+            if shard.metadata.shard_offsets[0] == start and shard.metadata.shard_sizes[0] == rows:
+                local[name] = shard.tensor
+        if name not in local:
             raise ConfigError(
-                f"{name}: the state to load lies on another rank than the plan puts it; load it through "
+                f"{name}: the state to load is cut or placed in another way than the plan's; load it through "
                 "torch.distributed.checkpoint, or as a plain tensor"
             )
     state.update(local)

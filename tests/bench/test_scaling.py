@@ -1,0 +1,45 @@
+"""``bench.scaling``: the bytes that ranks send are those of the design."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from bench.scaling import build_parser, main, rows_of, run_ranks, table
+from bench.scaling_rank import MODELS
+from bench.traffic import ID_BYTES, Traffic, expected
+
+
+def test_what_the_tables_send_is_what_the_design_says() -> None:
+    scale = Fraction(1, 1000)
+    found = {processes: run_ranks(processes, list(MODELS), 64, 1, scale, 2) for processes in (1, 2)}
+    for one in found[1][0]:
+        assert Traffic(**one["traffic"]).total == 0 == Traffic(**one["expected"]).total
+    sent = {}
+    for rank in found[2]:
+        for one in rank:
+            traffic, design = Traffic(**one["traffic"]), Traffic(**one["expected"])
+            assert traffic.pooled == design.pooled > 0
+            assert traffic.reduced == design.reduced
+            # Beside ids and lengths go the sizes of messages: a few numbers a feature and rank.
+            assert design.integers <= traffic.integers <= design.integers + 26 * 4 * ID_BYTES
+            sent[one["model"]] = sent.get(one["model"], 0) + traffic.total
+    rows = rows_of(found, 1, 64)
+    assert [row.processes for row in rows] == [1] * 3 + [2] * 3
+    assert all(row.p50_us > 0 for row in rows)
+    assert all(len(line) <= 100 for line in table(rows).splitlines())
+
+
+def test_the_design_by_hand() -> None:
+    # Two ranks; tables on 0, 0, 1 and everywhere; 10 samples a rank, 4 columns, 3 ids a bag.
+    found = expected(0, 2, 10, 4, 3, [0, 0, 1, None], 100)
+    assert found.integers == 10 * (3 + 1) * 8
+    assert found.pooled == 10 * 4 * 4 * (2 + 1)
+    assert found.reduced == 100
+
+
+def test_a_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--batch", "10", "--processes", "3"]) == 2
+    assert "--batch 10 does not divide among --processes 3" in capsys.readouterr().err
+    assert build_parser().parse_args([]).processes == [1, 2]
