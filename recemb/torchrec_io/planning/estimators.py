@@ -26,13 +26,14 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.planner.utils import get_num_poolings
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
 
-from recemb.backends import backend_of, storages
+from recemb.backends import storages
 from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
 from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes
 from recemb.spec import TableSpec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
-from recemb.torchrec_io.sharding.placement import DATA_PARALLEL, ROWS_SPLIT
+from recemb.torchrec_io.sharding.held import DATA_PARALLEL, row_split
+from recemb.torchrec_io.sharding.placement import ROWS_SPLIT
 from recemb.torchrec_io.sharding.tables import CompressedTables
 
 # Distinct rows whose products are held at once unless the collection says otherwise.
@@ -294,7 +295,7 @@ def split_tables(table: TableSpec, kind: str, ranks: int) -> Sequence[TableSpec]
     if kind not in ROWS_SPLIT:
         return None
     try:
-        split = backend_of(table).split_rows(table, ranks)
+        split = row_split(table, ranks)
     except ConfigError:
         # Too few rows for so many ranks.
         return None

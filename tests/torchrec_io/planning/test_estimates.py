@@ -125,6 +125,16 @@ def test_compressed_tables_take_what_recemb_runs() -> None:
     assert own["tt", "table_wise", "fused"].dependency is None
 
 
+def test_rows_cut_over_ranks_leave_the_shorter_part_whole() -> None:
+    own = options_of(planner(ranks(), BATCH), Model(MIXED))
+    buffers = BATCH * (8 + 4 * 16 * 4)
+    # Of 225 quotients a quarter, and all 40 remainders; of 7,000 rows of 4 a quarter, and a projection.
+    assert own["qr", "row_wise", "fused"].shards[0].storage.hbm == 4 * 16 * (57 + 40) + buffers
+    assert own["md", "row_wise", "fused"].shards[0].storage.hbm == 4 * (1750 * 4 + 4 * 16) + buffers
+    # 225 quotients do not reach 200 ranks: there that way is left out.
+    assert ("qr", "row_wise", "fused") not in options_of(planner(ranks(200, 8), BATCH), Model(MIXED))
+
+
 def test_data_parallel_holds_gradients_too() -> None:
     own = options_of(planner(ranks(), BATCH), Model(MIXED))
     whole = own["qr", "data_parallel", "dense"].shards[0].storage.hbm

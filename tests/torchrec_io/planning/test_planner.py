@@ -70,7 +70,7 @@ def test_pruned_and_unpruned_searches_find_the_same_time() -> None:
 def test_a_mixed_plan_can_be_run(device: str, world: int) -> None:
     model = Model(MIXED)
     plan = planner(ranks(world, 2, device), BATCH, limits(1)).plan(model, get_sharders())
-    check_plan(CompressedTables.of(model.ebc), list(MIXED), plan.plan["ebc"])
+    check_plan(CompressedTables.of(model.ebc), list(MIXED), plan.plan["ebc"], world)
     a, b = plan.plan["ebc"]["robe_a"], plan.plan["ebc"]["robe_b"]
     assert (a.sharding_type, a.ranks) == (b.sharding_type, b.ranks)
 
