@@ -33,6 +33,12 @@ class DataError(RecembError, ValueError):
     exit_code = 3
 
 
+class PlanError(RecembError, ValueError):
+    """A sharding plan that does not fit the storage of its ranks (exit code 4)."""
+
+    exit_code = 4
+
+
 class CheckpointError(RecembError, ValueError):
     """A checkpoint that cannot be written, or that is damaged or of another model (exit code 3)."""
 

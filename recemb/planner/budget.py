@@ -138,7 +138,10 @@ class _Ladder:
 
 def _last_true(holds: Callable[[int], bool], last: int) -> int:
     """The largest i in [0, last] with ``holds(i)``, which turns from true to false once; -1 for none."""
-    low, high = -1, last
+    if last >= 0 and holds(last):
+        # A large table is larger than any of its trains.
+        return last
+    low, high = -1, last - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

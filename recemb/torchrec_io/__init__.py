@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from recemb.torchrec_io.inference.collection import QuantEmbeddingBagCollection
     from recemb.torchrec_io.inference.quantize import quantize_embeddings
     from recemb.torchrec_io.inference.shard import shard_quant_model
+    from recemb.torchrec_io.planning.plan_file import load_plan
+    from recemb.torchrec_io.planning.planner import planner
     from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
     from recemb.torchrec_io.sharding.sharder import EmbeddingBagCollectionSharder, get_sharders
 
@@ -26,6 +28,8 @@ _HOME = {
     "get_sharders": "recemb.torchrec_io.sharding.sharder",
     "quantize_embeddings": "recemb.torchrec_io.inference.quantize",
     "shard_quant_model": "recemb.torchrec_io.inference.shard",
+    "load_plan": "recemb.torchrec_io.planning.plan_file",
+    "planner": "recemb.torchrec_io.planning.planner",
 }
 
 __all__ = [
@@ -33,6 +37,8 @@ __all__ = [
     "QuantEmbeddingBagCollection",
     "ShardedEmbeddingBagCollection",
     "get_sharders",
+    "load_plan",
+    "planner",
     "quantize_embeddings",
     "shard_quant_model",
 ]

@@ -29,7 +29,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from recemb.backends import storages
 from recemb.data.click_log import ClickLog
 from recemb.planner.budget import BudgetedTables
-from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
+from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders, load_plan
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.training.config import RunConfig
 from recemb.training.distributed import World
@@ -102,8 +102,6 @@ def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, worl
         kind, _, settings = optimizer_settings(config)
         _apply_optimizer_in_backward(kind, collection.parameters(), dict(settings))
         if config.plan is not None:
-            from recemb.torchrec_io import load_plan
-
             plan = load_plan(config.plan, model).plan[path]
         else:
             plan = default_plan(tables, collection, world.size, world.local_size)

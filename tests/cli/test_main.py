@@ -56,7 +56,7 @@ def test_help_lists_the_verbs_that_exist(recemb: Recemb) -> None:
     code, out, err = recemb("--help")
     assert (code, err) == (0, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "]
-    assert listed == ["prepare", "train", "report", "bench", "kernels", "doctor"]
+    assert listed == ["prepare", "train", "plan", "report", "bench", "kernels", "doctor"]
 
 
 def test_version(recemb: Recemb) -> None:
@@ -67,7 +67,7 @@ def test_version(recemb: Recemb) -> None:
     ("words", "message"),
     [
         (["tran"], "invalid choice: 'tran'; did you mean train?"),
-        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, report, bench, kernels, doctor"),
+        (["xyz"], "invalid choice: 'xyz'; choose from prepare, train, plan, report, bench, kernels, doctor"),
         ([], "the following arguments are required: VERB"),
         (
             ["train", "--bath_size", "3", "--seed", "1"],

@@ -1,0 +1,195 @@
+"""Plans as files: back to the very plan torchrec made, onto processes, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.planner.types import ParameterConstraints
+
+from recemb.errors import ConfigError
+from recemb.planner.costs import default_costs
+from recemb.spec import Dense, TableSpec
+from recemb.torchrec_io import load_plan
+from recemb.torchrec_io.configs import to_configs
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.planning.plan_file import PlanDocument, plan_document, save_plan
+from recemb.torchrec_io.planning.planned import MODULE_PATH, Planned, Ranks, Request, plan_tables
+from tests.torchrec_io.planning.models import MIXED, Model
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def request(world: int, local: int, device: str = "cuda") -> Request:
+    return Request(
+        tuple(Model(MIXED).tables),
+        (20.0,) * len(MIXED),
+        256,
+        "rowwise_adagrad",
+        Ranks(world, local, 10**9, 10**9, 0.1),
+        default_costs(device),
+    )
+
+
+def save(planned: Planned, path: Path) -> PlanDocument:
+    document = plan_document(planned, {"step_ms": 1.0})
+    save_plan(path, document)
+    return document
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "device"), [(1, 1, "cpu"), (2, 2, "cpu"), (8, 4, "cuda"), (16, 8, "cuda")]
+)
+def test_a_file_gives_back_torchrecs_plan(world: int, local: int, device: str, tmp_path: Path) -> None:
+    planned = plan_tables(request(world, local, device))
+    save(planned, tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json", world_size=world)
+    assert loaded == planned.plan
+    assert list(loaded.plan) == [MODULE_PATH]
+    assert load_plan(str(tmp_path / "plan.json")) == planned.plan
+
+
+def test_every_sharding_type_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "table_row_wise",
+        "table_column_wise",
+        "grid_shard",
+        "data_parallel",
+    ]
+    tables = tuple(
+        TableSpec(name=f"t_{kind}", num_embeddings=1003, embedding_dim=64, compression=Dense())
+        for kind in kinds
+    )
+    limits = {f"t_{kind}": ParameterConstraints(sharding_types=[kind], min_partition=16) for kind in kinds}
+    from recemb.torchrec_io.planning import planned as module
+
+    real = module.planner
+
+    def constrained(*args: object, **named: object) -> object:
+        return real(args[0], args[1], limits, args[3], **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "planner", constrained)
+    planned = plan_tables(replace(request(8, 2), tables=tables, pooling_factors=(1.0,) * len(kinds)))
+    assert {option.sharding_type for option in planned.options} == set(kinds)
+    save(planned, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == planned.plan
+
+
+def test_a_plan_is_given_out_under_the_models_own_path(tmp_path: Path) -> None:
+    save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
+    model = Model(MIXED)
+    loaded = load_plan(tmp_path / "plan.json", model, 2)
+    assert list(loaded.plan) == ["ebc"]
+    assert set(loaded.plan["ebc"]) == set(MIXED)
+
+
+def test_other_tables_are_refused(tmp_path: Path) -> None:
+    save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
+    tables = [
+        replace(table, num_embeddings=77) if table.name == "tt" else table
+        for table in Model(MIXED).tables
+        if table.name != "small"
+    ]
+    other = nn.Module()
+    other.ebc = EmbeddingBagCollection(tables=to_configs(tables), device=torch.device("meta"))
+    with pytest.raises(ConfigError) as refused:
+        load_plan(tmp_path / "plan.json", other)
+    assert "table 'small' is only in the plan" in str(refused.value)
+    assert "table 'tt': num_embeddings is 40000 in the plan, 77 in the model" in str(refused.value)
+    with pytest.raises(ConfigError, match="no EmbeddingBagCollection"):
+        load_plan(tmp_path / "plan.json", nn.Linear(2, 2))
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match=r"plans 2 ranks and there are 4.*--world_size 4"):
+        load_plan(tmp_path / "plan.json", world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ({"format": "other"}, "format"),
+        ({"version": 2}, "version"),
+        ({"world_size": 0}, "world_size"),
+        ({"tables": {}}, "different tables"),
+        ({"modules": {"ebc": {"tt": 3}}}, "modules.ebc.tt"),
+    ],
+)
+def test_damaged_files_are_refused(damage: dict[str, object], named: str, tmp_path: Path) -> None:
+    save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "bad.json").write_text(json.dumps(document | damage))
+    with pytest.raises(ConfigError, match=named):
+        load_plan(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"ranks": [7]},
+        {"ranks": [0, 1, 0]},
+        {"sharding_type": "sideways"},
+        {"compute_kernel": "magic"},
+        {"columns": 4},
+        {"ranks": [-1]},
+        {"shape": [10]},
+    ],
+)
+def test_entries_that_cannot_be_followed_are_refused(entry: dict[str, object], tmp_path: Path) -> None:
+    document = save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json").model_dump(
+        mode="json", exclude_none=True
+    )
+    document["modules"][MODULE_PATH]["big"].update(entry)
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="big"):
+        load_plan(tmp_path / "bad.json")
+
+
+def test_files_that_are_no_plans(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_plan(tmp_path / "missing.json")
+    for text in ("", "{", "[]", "[" * 5000, '{"format": 1}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ConfigError, match="is not a plan"):
+            load_plan(tmp_path / "bad.json")
+    with pytest.raises(ConfigError, match="--output"):
+        save(plan_tables(request(1, 1, "cpu")), tmp_path / "no" / "plan.json")
+
+
+def test_two_ranks_run_a_loaded_plan(tmp_path: Path) -> None:
+    """Each loads the file, shards by it, takes one step, and agrees with the unsharded model."""
+    save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("worker.py")), str(rank), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    assert all("agrees" in text for text in said)

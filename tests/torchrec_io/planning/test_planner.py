@@ -1,0 +1,111 @@
+"""Whole plans: no worse than torchrec's own, within the ranks' storage, and such as recemb can run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import GreedyProposer
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+
+from recemb.planner.layout import prune
+from recemb.planner.search import search
+from recemb.spec import Compression, Dense
+from recemb.torchrec_io import get_sharders, planner
+from recemb.torchrec_io.planning.search import cluster_of, rank_loads, units_of
+from recemb.torchrec_io.sharding.placement import check_plan
+from recemb.torchrec_io.sharding.tables import CompressedTables
+from tests.torchrec_io.planning.models import MIXED, ROWS, Model, ranks
+
+BATCH = 256
+
+
+def limits(seed: int) -> dict[str, ParameterConstraints]:
+    draw = np.random.default_rng(seed)
+    return {name: ParameterConstraints(pooling_factors=[float(draw.integers(1, 40))]) for name in ROWS}
+
+
+@pytest.mark.parametrize("hbm", [10**9, 4_000_000])
+def test_no_slower_than_torchrecs_plan(hbm: int) -> None:
+    dense: dict[str, Compression] = {name: Dense() for name in ROWS}
+    for seed in range(3):
+        cluster, model = ranks(4, 2, hbm=hbm), Model(dense)
+        torchrecs = EmbeddingShardingPlanner(
+            topology=cluster,
+            batch_size=BATCH,
+            constraints=limits(seed),
+            enumerator=EmbeddingEnumerator(cluster, BATCH, limits(seed)),
+            storage_reservation=FixedPercentageStorageReservation(0.0),
+            proposer=[GreedyProposer(), GreedyProposer(use_depth=False)],
+            stats=[],
+            debug=False,
+        )
+        torchrecs.plan(model, get_sharders())
+        own = planner(cluster, BATCH, limits(seed), FixedPercentageStorageReservation(0.0))
+        own.plan(model, get_sharders())
+        ours = rank_loads(own._best_plan, 4).max()
+        assert ours <= rank_loads(torchrecs._best_plan, 4).max() * (1 + 1e-9)
+        used = np.zeros(4)
+        for option in own._best_plan:
+            np.add.at(used, [shard.rank for shard in option.shards], [s.storage.hbm for s in option.shards])
+        assert used.max() <= hbm
+
+
+def test_pruned_and_unpruned_searches_find_the_same_time() -> None:
+    made = planner(ranks(4, 2), BATCH, limits(0))
+    units = units_of(made._enumerator.enumerate(Model(MIXED), get_sharders()))
+    cluster = cluster_of(ranks(4, 2))
+    fewer = sum(len(prune(unit).options) for unit in units)
+    assert fewer < sum(len(unit.options) for unit in units)
+    pruned, whole = search(units, cluster), search(units, cluster, pruning=False)
+    assert pruned.placement is not None
+    assert whole.placement is not None
+    assert pruned.placement.cost == pytest.approx(whole.placement.cost, rel=max(pruned.gap, whole.gap) + 1e-9)
+    assert pruned.bound == pytest.approx(whole.bound, rel=1e-6)
+
+
+@pytest.mark.parametrize(("device", "world"), [("cuda", 8), ("cpu", 2)])
+def test_a_mixed_plan_can_be_run(device: str, world: int) -> None:
+    model = Model(MIXED)
+    plan = planner(ranks(world, 2, device), BATCH, limits(1)).plan(model, get_sharders())
+    check_plan(CompressedTables.of(model.ebc), list(MIXED), plan.plan["ebc"], world)
+    a, b = plan.plan["ebc"]["robe_a"], plan.plan["ebc"]["robe_b"]
+    assert (a.sharding_type, a.ranks) == (b.sharding_type, b.ranks)
+
+
+def test_a_group_is_placed_on_a_rank_with_room_for_all_of_it() -> None:
+    """The array, on the account of its first table, and the buffers of both."""
+    only = {name: MIXED[name] for name in ("robe_a", "robe_b")}
+    own = planner(ranks(2, 2), BATCH, {n: ParameterConstraints(sharding_types=["table_wise"]) for n in only})
+    plan = own.plan(Model(only), get_sharders())
+    assert plan.plan["ebc"]["robe_a"].ranks == plan.plan["ebc"]["robe_b"].ranks
+
+
+def test_constraints_hold() -> None:
+    own = {
+        **limits(0),
+        "big": ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused_uvm"]),
+    }
+    plan = planner(ranks(), BATCH, own).plan(Model(MIXED), get_sharders())
+    big = plan.plan["ebc"]["big"]
+    assert (big.sharding_type, big.compute_kernel, big.ranks) == ("row_wise", "fused_uvm", [0, 1, 2, 3])
+
+
+def test_what_does_not_fit_is_torchrecs_error() -> None:
+    with pytest.raises(PlannerError, match="insufficient storage"):
+        planner(ranks(2, 2, hbm=100_000, ddr=100_000), BATCH).plan(Model(MIXED), get_sharders())
+
+
+def test_the_plan_is_the_one_that_the_search_found() -> None:
+    """Its ranks too: LPT alone is not as fast here."""
+    made = planner(ranks(4, 2), BATCH, limits(3))
+    made.plan(Model(dict.fromkeys([f"t{k}" for k in range(9)], Dense()) | MIXED), get_sharders())
+    found = made._proposers[0].found
+    np.testing.assert_allclose(rank_loads(made._best_plan, 4), found.placement.loads)
+
+
+def test_plans_are_equal_each_time() -> None:
+    plans = [planner(ranks(8, 4), BATCH, limits(2)).plan(Model(MIXED), get_sharders()) for _ in range(2)]
+    assert plans[0] == plans[1]
