@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
+from recemb.backends.row_split import RowSplit, split_by_id
 from recemb.bags import Bags
 from recemb.spec import Dense, TableSpec
 from recemb_kernels.lookup import TableShape
@@ -32,6 +33,10 @@ class DenseBackend(Backend):
     def param_shapes(cls, tables: Sequence[TableSpec]) -> dict[str, tuple[int, int]]:
         (table,) = tables
         return {"weight": (table.num_embeddings, table.embedding_dim)}
+
+    @classmethod
+    def split_rows(cls, table: TableSpec, ranks: int) -> RowSplit:
+        return split_by_id(table, "weight", ranks)
 
     def map_ids(self, ids: Tensor) -> Tensor:
         return ids[:, None]

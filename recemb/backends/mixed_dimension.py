@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
 from recemb.backends.low_rank import gram, leading_eigenvectors
-from recemb.backends.row_split import RowSplit, even_rows
+from recemb.backends.row_split import RowSplit, split_by_id
 from recemb.bags import Bags
 from recemb.errors import ConfigError
 from recemb.spec import MixedDimension, TableSpec
@@ -57,9 +56,7 @@ class MixedDimensionBackend(Backend):
     @classmethod
     def split_rows(cls, table: TableSpec, ranks: int) -> RowSplit:
         """E by id; every rank projects the sums of its own rows."""
-        sizes = even_rows(table, "e", table.num_embeddings, ranks)
-        tables = [replace(table, num_embeddings=size, pooling="sum", part_of=table) for size in sizes]
-        return RowSplit("e", sizes, tables, sizes[0])
+        return split_by_id(table, "e", ranks)
 
     def map_ids(self, ids: Tensor) -> Tensor:
         return ids[:, None]

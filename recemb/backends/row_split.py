@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -35,6 +35,17 @@ class RowSplit:
     def number(self, ids: Tensor) -> Tensor:
         """Ids of the whole table [L] -> the numbers that travel [L]: ids themselves, unless overridden."""
         return ids
+
+
+def split_by_id(table: TableSpec, param: str, ranks: int) -> RowSplit:
+    """A table with one row of ``param`` an id: rank k has the ids of its range.
+
+    Raises:
+        ConfigError: a rank would have none.
+    """
+    sizes = even_rows(table, param, table.num_embeddings, ranks)
+    tables = [replace(table, num_embeddings=size, pooling="sum", part_of=table) for size in sizes]
+    return RowSplit(param, sizes, tables, sizes[0])
 
 
 def even_rows(table: TableSpec, param: str, rows: int, ranks: int) -> list[int]:

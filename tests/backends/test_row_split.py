@@ -23,6 +23,8 @@ def _table(compression: Compression, rows: int, **others: Any) -> TableSpec:
 
 
 def _compression(kind: str, collisions: int, dim: int) -> Compression:
+    if kind == "dense":
+        return Dense()
     if kind == "md":
         return MixedDimension(dim=dim)
     operation: Any = kind
@@ -30,7 +32,7 @@ def _compression(kind: str, collisions: int, dim: int) -> Compression:
 
 
 @given(
-    kind=st.sampled_from(["md", "mult", "add", "concat"]),
+    kind=st.sampled_from(["dense", "md", "mult", "add", "concat"]),
     rows=st.integers(1, 400),
     share=st.floats(0, 1),
     dim=st.integers(1, 6),
@@ -72,6 +74,7 @@ def test_the_ranks_hold_the_whole_table_between_them(
 @pytest.mark.parametrize(
     "compression",
     [
+        Dense(),
         MixedDimension(dim=32),
         QuotientRemainder(collisions=900),
         QuotientRemainder(collisions=1100),
@@ -96,7 +99,7 @@ def test_fresh_parts_have_the_deviation_of_the_whole(compression: Compression) -
         assert float(drawn.detach().std()) == pytest.approx(table.row_std, rel=0.1)
 
 
-@pytest.mark.parametrize("compression", [TensorTrain(rank=4), ROBE(compress_rate=4, block_size=2), Dense()])
+@pytest.mark.parametrize("compression", [TensorTrain(rank=4), ROBE(compress_rate=4, block_size=2)])
 def test_methods_without_a_store_of_rows_are_not_cut(compression: Compression) -> None:
     table = _table(compression, 100)
     assert backend_of(table).split_rows(table, 2) is None

@@ -79,7 +79,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         device: torch.device | None = None,
         **options: Any,
     ) -> None:
-        tables = CompressedTables.of(module)
+        tables = CompressedTables.of(module, device)
         configs = module.embedding_bag_configs()
         names = [config.name for config in configs]
         check_environment(env)

@@ -89,14 +89,17 @@ class CompressedTables:
     micro_batch_rows: int | None
 
     @classmethod
-    def of(cls, module: EmbeddingBagCollection) -> CompressedTables:
+    def of(cls, module: EmbeddingBagCollection, device: torch.device | None = None) -> CompressedTables:
         """Those of ``module``.
+
+        Args:
+            device: where the tables will live; where they are when ``None``.
 
         Raises:
             ConfigError: a parameter has several optimizers attached.
         """
         every = [table_spec(config) for config in module.embedding_bag_configs()]
-        specs = {spec.name: spec for spec in every if _is_ours(module, spec)}
+        specs = {spec.name: spec for spec in every if _is_ours(module, spec, device or module.device)}
         attached, frozen = {}, set()
         for name in specs:
             for param, parameter in module.embedding_bags[name].named_parameters(recurse=False):
@@ -114,11 +117,11 @@ class CompressedTables:
         return storages(self.specs.values())
 
 
-def _is_ours(module: EmbeddingBagCollection, spec: TableSpec) -> bool:
+def _is_ours(module: EmbeddingBagCollection, spec: TableSpec, device: torch.device) -> bool:
     if not isinstance(spec.compression, Dense):
         return True
     attached = getattr(module.embedding_bags[spec.name].weight, "_in_backward_optimizers", ())
-    return module.device.type == "cpu" and any(isinstance(one, torch.optim.Adam) for one in attached)
+    return device.type == "cpu" and any(isinstance(one, torch.optim.Adam) for one in attached)
 
 
 class LogicalTables:
