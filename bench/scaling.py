@@ -149,15 +149,18 @@ def run_ranks(
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
     deadline = time.monotonic() + _TIMEOUT
-    while any(process.poll() is None for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)]
-        if failed or time.monotonic() > deadline:
-            break
+    while True:
+        ends = [process.poll() for process in ranks]
+        for rank, end in enumerate(ends):
+            if end:
+                last = (folder / f"log{rank}").read_text().strip().splitlines()[-1:]
+                raise ConfigError(f"rank {rank} of {len(ranks)} ended with {end}: {' '.join(last)}")
+        if None not in ends:
+            return
+        if time.monotonic() > deadline:
+            running = [rank for rank, end in enumerate(ends) if end is None]
+            raise ConfigError(f"the ranks {running} of {len(ranks)} did not end in {_TIMEOUT} s")
         time.sleep(0.1)
-    for rank, process in enumerate(ranks):
-        if process.poll() != 0:
-            last = (folder / f"log{rank}").read_text().strip().splitlines()[-1:]
-            raise ConfigError(f"rank {rank} of {len(ranks)} ended with {process.poll()}: {' '.join(last)}")
 
 
 def rows_of(found: dict[int, list[list[dict[str, Any]]]], threads: int, batch: int) -> list[Row]:

@@ -167,6 +167,9 @@ def run(args: argparse.Namespace) -> int:
     own = ("verb", "config", "nproc_per_node", "max_restarts")
     flags = {name: value for name, value in vars(args).items() if name not in own}
     config = load_config(flags, Path(args.config) if args.config is not None else None)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        # torchrun has started the ranks again: what they have reached is to be gone on from, not removed.
+        config = config.model_copy(update={"resume": True, "overwrite": False})
     if args.nproc_per_node is not None:
         return launch(
             args.nproc_per_node, args.max_restarts or 0, words_of("train", {"config": args.config, **flags})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from recemb import errors
+from recemb.checkpoint.ranks import Ranks
 from recemb.errors import ConfigError, RankLost, RecembError
 from recemb.training.peers import GRACE_SECONDS, Loss, PeerLink
 
@@ -167,12 +168,8 @@ class World:
                 work()
 
     def exchange(self, value: _Value) -> list[_Value]:
-        """Every rank's ``value``, in the order of ranks; small, and of Python's own types."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        """Every rank's ``value``, in the order of ranks; small, and JSON."""
+        return Ranks(self._group).exchange(value) if self.size > 1 else [value]
 
     def sum(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The sum of every rank's array."""
@@ -279,7 +276,8 @@ def _join(launch: Launch, device: str, timeout_seconds: int) -> World:
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=timeout))
-        link = PeerLink(launch.rank, launch.size, store, host, timeout_seconds)
+        one_machine = launch.size == launch.local_size
+        link = PeerLink(launch.rank, launch.size, store, host, timeout_seconds, one_machine=one_machine)
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
             backend,

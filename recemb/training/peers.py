@@ -53,7 +53,16 @@ class PeerLink:
         waiting: whether it has done that, and waits for the others.
     """
 
-    def __init__(self, rank: int, size: int, store: Store, host: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Store,
+        host: str,
+        timeout_seconds: float,
+        *,
+        one_machine: bool = True,
+    ) -> None:
         self.rank, self.size = rank, size
         self.doing: object = "starting up"
         self.waiting = False
@@ -65,7 +74,7 @@ class PeerLink:
         self._changed = threading.Condition()
         self._closed = False
         if rank == 0:
-            listener = _listen(host)
+            listener = _listen(host if one_machine else "")
             token = secrets.token_hex(16)
             store.set(_KEY, json.dumps({"port": listener.getsockname()[1], "token": token}))
             self._accept(listener, token, timeout_seconds)
@@ -252,11 +261,18 @@ def _parsed(line: bytes) -> list[dict[str, Any]]:
 
 
 def _listen(host: str) -> socket.socket:
-    """On the address that the other ranks use, if it is this machine's own; else on all of them."""
-    try:
-        return socket.create_server((host, 0))
-    except OSError:
-        return socket.create_server(("", 0))
+    """On ``host`` if it is this machine's own address, else on all of them, of either version of IP.
+
+    The name by which the others know this machine may be its loopback address to itself.
+    """
+    if host:
+        try:
+            return socket.create_server((host, 0))
+        except OSError:
+            pass
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _some(items: list[Any], limit: int = 8) -> str:

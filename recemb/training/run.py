@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from recemb.data.click_log import ClickLog
 from recemb.errors import ConfigError, Interrupted, NonFiniteError
 from recemb.planner.budget import BudgetedTables
 from recemb.stack import versions
-from recemb.training.config import RunConfig
+from recemb.training.config import RunConfig, load_config
 from recemb.training.distributed import World, joined
 from recemb.training.environment import peak_rss_bytes, reset_peak_rss
 from recemb.training.interrupt import StopRequest
 from recemb.training.loop import Evaluation, Outcome, Trainer
 from recemb.training.metrics import MetricValues
-from recemb.training.run_dir import RunDir
+from recemb.training.run_dir import CONFIG_FILE, RunDir
 from recemb.training.seeds import deterministic_algorithms
 from recemb.training.setup import (
     build_model,
@@ -33,7 +33,7 @@ from recemb.training.setup import (
     open_log,
 )
 from recemb.training.sharded import build_sharded, whole_weights
-from recemb.training.state import TrainerState, fingerprint, settings_of
+from recemb.training.state import TrainerState, differing, fingerprint, settings_of
 from recemb.training.table_step import table_step
 
 
@@ -99,12 +99,19 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
     world.check_equal("data", {"features, rows and files": fingerprint(log)})
     with StopRequest() as stop:
         for run in runs:
-            complete = world.exchange(config.resume and run.directory.is_complete)[0]
+            complete = world.exchange(config.resume and _is_complete(run))[0]
             if not complete:
                 _train_one(run, stop)
             elif world.is_first:
                 print(f"{run.directory.path} is complete; --resume leaves it as it is", file=sys.stderr)
     return [run.directory.path for run in runs]
+
+
+def _is_complete(run: _Run) -> bool:
+    """Whether this very run has ended; one of other settings, or of fewer epochs, has not."""
+    if not run.directory.is_complete:
+        return False
+    return not differing(load_config({}, run.directory.path / CONFIG_FILE), run.config)
 
 
 def _check_world(config: RunConfig, world: World) -> None:
@@ -144,8 +151,6 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
             kept = _keep_best(run, built.model, trainer.outcome)
             raise NonFiniteError(f"{error}\n{kept}") from error
         test = trainer.test() if outcome.interrupted is None else None
-        interrupted = world.agree(stop=stop.requested)
-        outcome = replace(outcome, interrupted=interrupted)
     _save_weights(run, built.model, _checkpoint_metadata(outcome))
     caches = table_step(built.model)[1].cache_metrics()
     world.first(lambda: directory.write_result(_result(run, outcome, test, caches, built.sharding)))
@@ -174,6 +179,8 @@ def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
     yaml = run.config.model_copy(update={"overwrite": False, "resume": False}).to_yaml()
     found = state.restore() if run.config.resume else None
     if found is None:
+        if run.config.resume:
+            run.world.first(run.directory.check_nothing_lost)
         run.world.first(lambda: run.directory.create(yaml))
     else:
         evaluations = len(trainer.outcome.evaluations)

@@ -83,6 +83,22 @@ class RunDir:
                 "on from the last one, or --overwrite to start anew"
             )
 
+    def check_nothing_lost(self) -> None:
+        """Refuse to start anew where ``--resume`` finds no checkpoint, but what a run has reached.
+
+        Raises:
+            ConfigError: naming the ways out. Nothing has been changed.
+        """
+        try:
+            steps = json.loads((self.path / RESULT_FILE).read_text(encoding="utf-8")).get("steps")
+        except (OSError, ValueError, AttributeError):
+            steps = None
+        if steps or (steps is None and self.checkpoint.exists()):
+            raise ConfigError(
+                f"--resume: {self.path} has a run's weights and no checkpoint to go on from; give "
+                "another --output, or --overwrite to train again, with --checkpoint_freq to have checkpoints"
+            )
+
     def create(self, config_yaml: str) -> None:
         """Make the directory, remove what an earlier run left in it, and write the configuration.
 

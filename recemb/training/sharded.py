@@ -28,6 +28,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recemb.backends import storages
 from recemb.data.click_log import ClickLog
+from recemb.errors import ConfigError
 from recemb.planner.budget import BudgetedTables
 from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders, load_plan
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
@@ -103,10 +104,11 @@ def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, worl
         _apply_optimizer_in_backward(kind, collection.parameters(), dict(settings))
         if config.plan is not None:
             plan = load_plan(config.plan, model).plan[path]
+            _check_device(config, plan)
         else:
             plan = default_plan(tables, collection, world.size, world.local_size)
     sharding = {name: _described(plan[name]) for name in plan}
-    world.check_equal("sharding plans", sharding)
+    world.check_equal("sharding plans", {name: _facts(own) for name, own in plan.items()})
     with world.agreeing():
         sharded = shard_model(model, plan, torch.device(config.device))
     return ShardedModel(sharded, build_sharded_optimizer(config, sharded), sharding)
@@ -176,6 +178,25 @@ def whole_weights(model: DistributedModelParallel, world: World) -> dict[str, Te
         if target is not None:
             whole[name] = target.cpu()
     return whole
+
+
+def _check_device(config: RunConfig, plan: Mapping[str, ParameterSharding]) -> None:
+    for name, sharding in plan.items():
+        for shard in sharding.sharding_spec.shards if sharding.sharding_spec is not None else ():
+            device = shard.placement.device()
+            if device.type != config.device:
+                raise ConfigError(
+                    f"--plan {config.plan} puts table {name!r} on {device.type} and --device is "
+                    f"{config.device}; make it with recemb plan --device {config.device}"
+                )
+
+
+def _facts(sharding: ParameterSharding) -> str:
+    """All that ranks must have in common: torchrec orders columns by kernel, too."""
+    spec = sharding.sharding_spec
+    shards = [] if spec is None else spec.shards
+    cuts = [f"{s.shard_offsets} + {s.shard_sizes} on {s.placement}" for s in shards]
+    return f"{_described(sharding)}, {sharding.compute_kernel}, {'; '.join(cuts)}"
 
 
 def _described(sharding: ParameterSharding) -> str:

@@ -141,9 +141,22 @@ class TrainerState:
         return state if best is None else state | {"best_model": best}
 
 
+def differing(before: RunConfig, now: RunConfig) -> list[str]:
+    """The settings in which two runs differ, where that makes another run of it."""
+    free = _FREE - {"epochs", "patience"}
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    return [key for key in new if key not in free and old[key] != new[key]]
+
+
 def settings_of(config: RunConfig, log: ClickLog, world: World) -> dict[str, Any]:
     """What a run and its continuation must have in common, by flag."""
     fixed = {key: value for key, value in config.model_dump(mode="json").items() if key not in _FREE}
+    if config.limit_val_batches is not None or config.limit_test_batches is not None:
+        # Which rows are evaluated depends on it.
+        fixed["test_batch_size x ranks"] = (config.test_batch_size or config.batch_size) * world.size
+    if config.optimizer in ("adagrad", "rowwise_adagrad"):
+        # fbgemm, which has them then, names and shapes the state in its own way.
+        fixed["optimizer state of uncompressed tables"] = "one process" if world.size == 1 else "ranks"
     return fixed | {
         "batch_size x ranks": config.batch_size * world.size,
         "data (features, rows, files)": fingerprint(log),

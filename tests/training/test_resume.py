@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
+from torchrec.distributed.types import ParameterSharding
 
 from recemb.checkpoint import shard_file
+from recemb.cli.main import main
 from recemb.errors import CheckpointError, ConfigError, Interrupted
 from recemb.training import loop as loop_module
 from recemb.training.config import RunConfig
+from recemb.training.peers import _listen
 from recemb.training.run import train
+from recemb.training.sharded import _facts
 from tests.faults.conftest import assert_same_run, result
 
 MakeConfig = Callable[..., RunConfig]
@@ -174,10 +182,58 @@ def test_a_complete_run_is_left_as_it_is(
     config = make_config(method="tt", compress_rate=5, compare="dense", limit_train_batches=2)
     first = train(config)
     before = (first[0] / "result.json").read_bytes()
-    os.remove(first[1] / "result.json")
+    shutil.rmtree(first[1])
     assert train(config.model_copy(update={"resume": True})) == first
     assert (first[0] / "result.json").read_bytes() == before
     assert result(first[1])["status"] == "completed"
     shown = capfd.readouterr().err
     assert f"{first[0]} is complete; --resume leaves it as it is" in shown
     assert "dense: no checkpoint to resume from; starting anew" in shown
+
+
+def test_a_complete_run_of_other_settings_is_not_taken_for_this_one(make_config: MakeConfig) -> None:
+    config = make_config(limit_train_batches=2)
+    (path,) = train(config)
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    for change in ({"seed": 9}, {"epochs": 3}, {"learning_rate": 0.5}):
+        with pytest.raises(ConfigError, match="no checkpoint to go on from; give another --output"):
+            train(config.model_copy(update={"resume": True, **change}))
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+
+
+def test_a_complete_run_goes_on_with_more_epochs(make_config: MakeConfig) -> None:
+    config = make_config(limit_train_batches=2, checkpoint_freq=1)
+    (path,) = train(config)
+    steps = result(path)["steps"]
+    train(config.model_copy(update={"resume": True, "epochs": config.epochs + 1}))
+    assert result(path)["steps"] == steps + 2
+
+
+def test_f23_restarted_ranks_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr("recemb.training.run.train", lambda config: seen.append(config) or [])
+    monkeypatch.setattr("recemb.training.report.load_runs", lambda directories: [])
+    monkeypatch.setattr("recemb.training.report.comparison_table", lambda runs: "")
+    main(["train", "--data_dir", str(tmp_path), "--output", str(tmp_path / "out"), "--overwrite"])
+    assert [(config.resume, config.overwrite) for config in seen] == [(True, False)]
+
+
+def test_f22_plans_that_differ_in_a_kernel_differ() -> None:
+    spec = EnumerableShardingSpec([ShardMetadata([0, 0], [4, 8], "rank:0/cpu")])
+    fused, dense, narrow = (
+        ParameterSharding("table_wise", kernel, [0], own)
+        for kernel, own in (
+            ("fused", spec),
+            ("dense", spec),
+            ("fused", EnumerableShardingSpec([ShardMetadata([0, 0], [4, 4], "rank:0/cpu")])),
+        )
+    )
+    assert len({_facts(sharding) for sharding in (fused, dense, narrow)}) == 3
+    assert _facts(fused) == _facts(ParameterSharding("table_wise", "fused", [0], spec))
+
+
+def test_ranks_of_other_machines_reach_rank_0_whatever_its_own_name_is() -> None:
+    with _listen("") as listener:
+        for host in ("127.0.0.1", "::1") if socket.has_dualstack_ipv6() else ("127.0.0.1",):
+            socket.create_connection((host, listener.getsockname()[1]), 5).close()

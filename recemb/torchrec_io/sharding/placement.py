@@ -71,6 +71,9 @@ def check_plan(
                 f"For torchrec's planner: constraints={{{name!r}: "
                 f"ParameterConstraints(sharding_types={list(sharding_types(table))})}}"
             )
+        beyond = [rank for rank in plan[name].ranks or () if rank >= ranks]
+        if beyond:
+            raise ConfigError(f"table {name!r} is planned on rank {beyond[0]} and there are {ranks} ranks")
         if kind == ROW_WISE:
             _ = row_split(table, ranks)
             if list(plan[name].ranks or ()) != list(range(ranks)):
