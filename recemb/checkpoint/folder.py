@@ -190,7 +190,7 @@ def commit(root: Path, temporary: str, step: int) -> Path:
         write_text(root / LATEST_FILE, f"{final.name}\n")
     except OSError as error:
         # Nothing is loaded by it.
-        log.warning("%s: still names an older checkpoint than %s: %s", root / LATEST_FILE, final.name, error)
+        log.warning("%s: not written, and may not name %s: %s", root / LATEST_FILE, final.name, error)
     return final
 
 
