@@ -116,9 +116,16 @@ def disk_full(root: Path, needed: int) -> DiskFullError:
 def lock(root: Path) -> None:
     """Claim ``root`` for this process until it ends, however it ends; does nothing when it has it already.
 
+    Makes the directory where there is none, durably.
+
     Raises:
-        CheckpointError: another process has saved there and still runs; names it.
+        CheckpointError: another process has claimed it and still runs; names it.
+        OSError: it cannot be made or written.
     """
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
     path = root.resolve() / LOCK_FILE
     held = _locks.get(path)
     if held is not None and held[0] == os.getpid() and _is(path, held[1]):
@@ -162,20 +169,38 @@ def clear_unfinished(root: Path) -> None:
 
 
 def commit(root: Path, temporary: str, step: int) -> Path:
-    """Give the complete directory ``temporary`` its name; a crash leaves it or what was there before."""
+    """Give the complete directory ``temporary`` its name; a crash leaves it or what was there before.
+
+    Raises:
+        OSError, CheckpointError: it is called ``temporary`` again, and what loaded before still does.
+    """
     final = root / name_of(step)
     sync_directory(root / temporary)
-    for other, name in complete(root):
+    if (step, final.name) in complete(root):
+        os.rename(final, root / f"{name_of(step)}.old-{uuid4().hex}")
+    os.rename(root / temporary, final)
+    try:
+        sync_directory(root)
+        _supersede(root, step)
+    except Exception:
+        os.rename(final, root / temporary)
+        raise
+    try:
+        # Syncs the directory once more.
+        write_text(root / LATEST_FILE, f"{final.name}\n")
+    except OSError as error:
+        # Nothing is loaded by it.
+        log.warning("%s: not written, and may not name %s: %s", root / LATEST_FILE, final.name, error)
+    return final
+
+
+def _supersede(root: Path, step: int) -> None:
+    """Rename those newer than ``step``, the newest last: until then it is the one that loads."""
+    for other, name in reversed(complete(root)):
         if other > step:
             aside = f"{name_of(other)}.superseded-{uuid4().hex}"
             log.warning("%s: is newer than the step %d saved now; renamed to %s", root / name, step, aside)
             os.rename(root / name, root / aside)
-        elif root / name == final:
-            os.rename(final, root / f"{name_of(step)}.old-{uuid4().hex}")
-    os.rename(root / temporary, final)
-    sync_directory(root)
-    write_text(root / LATEST_FILE, f"{final.name}\n")
-    return final
 
 
 def prune(root: Path, keep: int, usable: Callable[[Path], bool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -124,15 +125,19 @@ class Manifest(_Part):
         Raises:
             CheckpointError: names the file.
         """
-        tensors = {
-            shard.name: (tensor.dtype, shard.sizes, shard.crc32)
-            for tensor in self.tensors.values()
-            for shard in tensor.shards
-            if shard.file == name
-        }
-        return ShardFile(folder / name, tensors, {"save_id": self.save_id, "file": name})
+        return ShardFile(folder / name, self._contents.get(name, {}), {"save_id": self.save_id, "file": name})
+
+    @cached_property
+    def _contents(self) -> dict[str, dict[str, tuple[str, list[int], list[int]]]]:
+        """Of each file its tensors: name -> type, shape and checksums."""
+        contents: dict[str, dict[str, tuple[str, list[int], list[int]]]] = {}
+        for tensor in self.tensors.values():
+            for shard in tensor.shards:
+                contents.setdefault(shard.file, {})[shard.name] = tensor.dtype, shard.sizes, shard.crc32
+        return contents
 
     def _check(self, path: Path) -> None:
+        files = set(self.files)
         stored: dict[tuple[str, str], tuple[str, StoredShard]] = {}
         for key, tensor in self.tensors.items():
             if tensor.dtype not in DTYPES:
@@ -141,7 +146,7 @@ class Manifest(_Part):
             if wrong is not None:
                 raise CheckpointError(f"{path}: {key}: {wrong}")
             for shard in tensor.shards:
-                if shard.file not in self.files:
+                if shard.file not in files:
                     raise CheckpointError(f"{path}: {key}: lies in {shard.file}, which is none of its files")
                 if num_blocks(tensor.dtype, shard.sizes) != len(shard.crc32):
                     raise CheckpointError(f"{path}: {key}: has {len(shard.crc32)} checksums for {shard.box}")

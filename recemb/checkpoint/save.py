@@ -49,7 +49,8 @@ def save_checkpoint(
     Every rank calls it; a failure on one is raised on all. Each writes the shards that it holds. A plain
     tensor that several ranks hold is taken for replicated and written by one of them, as evenly as sizes
     allow; one that a single rank holds, such as the optimizer state of its tables, is written by that rank.
-    Memory that has several keys is written once. Tensors pass through host memory 16 MiB at a time.
+    Memory that has several keys is written once. Tensors pass through host memory 16 MiB at a time, or one
+    row where a row is larger.
 
     Args:
         root: directory of the run's checkpoints, on a file system that all ranks see. It belongs to the first
@@ -146,7 +147,6 @@ def _estimate(placed: Mapping[str, PlacedTensor], told: Sequence[Mapping[str, An
 
 def _prepare(root: Path, step: int, needed: int) -> str:
     with folder.disk_errors(root, needed):
-        root.mkdir(parents=True, exist_ok=True)
         folder.lock(root)
         folder.clear_unfinished(root)
         if folder.free_bytes(root) < needed:

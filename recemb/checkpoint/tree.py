@@ -37,6 +37,8 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 }
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _SCALARS: Final = (bool, int, float, str, type(None))
+# Python neither writes nor reads ints of more than 4,300 digits, unless told to.
+_MAX_INT_BITS: Final = 14_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ def plain(value: Any, path: str) -> Any:
     """``value`` as JSON gives it back: tuples become lists.
 
     Raises:
-        CheckpointError: it is not of JSON's types.
+        CheckpointError: it is not of JSON's types, or an int that JSON does not bring back.
     """
     if isinstance(value, Mapping):
         strange = [key for key in value if not isinstance(key, str)]
@@ -131,6 +133,11 @@ def plain(value: Any, path: str) -> Any:
         raise CheckpointError(
             f"{path}: a checkpoint holds tensors and JSON values, not {type(value).__name__}; convert it, "
             "for example to int, float, str, list or Tensor"
+        )
+    if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+        raise CheckpointError(
+            f"{path}: an int of {value.bit_length():,} bits; a checkpoint holds those of at most "
+            f"{_MAX_INT_BITS:,}: keep it as a tensor or as text"
         )
     return value
 

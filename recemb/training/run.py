@@ -177,6 +177,7 @@ def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
     """Prepare the run directory: to go on from its newest checkpoint if that is asked for, else anew."""
     # Whoever trains from this file again should not lose this run by it.
     yaml = run.config.model_copy(update={"overwrite": False, "resume": False}).to_yaml()
+    run.world.first(run.directory.claim)
     found = state.restore() if run.config.resume else None
     if found is None:
         if run.config.resume:

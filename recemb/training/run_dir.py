@@ -7,6 +7,7 @@
     result.json                     written last; its presence says that the run is over
     checkpoints/model.safetensors   the best weights
     checkpoints/step-<n>/           what --resume goes on from (recemb.checkpoint)
+    checkpoints/.lock               held by the run that trains here, which is named in it
     report/
 """
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from recemb.errors import ConfigError
+from recemb.errors import CheckpointError, ConfigError
 from recemb.files import write_aside, write_text
 
 if TYPE_CHECKING:
@@ -99,6 +100,21 @@ class RunDir:
                 "another --output, or --overwrite to train again, with --checkpoint_freq to have checkpoints"
             )
 
+    def claim(self) -> None:
+        """Keep other runs out of the directory, which is made if need be, until this process ends.
+
+        Raises:
+            ConfigError: another run trains here, and which; or the directory cannot be written.
+        """
+        # Imported here, as torch is above.
+        from recemb.checkpoint import folder
+
+        with _writing(self.path):
+            try:
+                folder.lock(self.checkpoints)
+            except CheckpointError as error:
+                raise ConfigError(f"--output {self.path}: {error}") from error
+
     def create(self, config_yaml: str) -> None:
         """Make the directory, remove what an earlier run left in it, and write the configuration.
 
@@ -141,7 +157,7 @@ class RunDir:
             weights: the model, or its state dict where no process has the whole model.
             metadata: text.
         """
-        # Imported here, as torch is above: reports read run directories without loading either.
+        # As torch is above: reports read run directories without loading either.
         from safetensors.torch import save_file, save_model
 
         def write(aside: Path) -> None:

@@ -40,14 +40,16 @@ def _names(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("call", ["write", "fsync", "mkdir", "rename"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("before", [(1,), (3, 4)], ids=["next step", "step given up"])
 def test_f28_a_disk_that_is_full_at_any_call(
-    tmp_path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, before: tuple[int, ...], call: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _save(tmp_path, 1)
     inner: Callable[..., Any] = getattr(os, call)
     failures: list[DiskFullError] = []
     for at in range(1, 100):
-        calls = 0
+        root, calls, failed = tmp_path / str(at), 0, False
+        for step in before:
+            _save(root, step)
 
         def full(*args: Any, at: int = at, **named: Any) -> Any:
             nonlocal calls
@@ -59,20 +61,38 @@ def test_f28_a_disk_that_is_full_at_any_call(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
             try:
-                _save(tmp_path, 2)
+                _save(root, 2)
             except DiskFullError as error:
+                failed = True
                 failures.append(error)
+        # An error says that there is no step 2.
+        assert _loaded(root) == (before[-1] if failed else 2)
+        assert failed != (root / "step-2").exists()
+        assert not list(root.glob("*.tmp-*"))
         if calls < at:
             break
-        # Only the name of the last one can still have been missing.
-        assert _loaded(tmp_path) == (2 if (tmp_path / "step-2").exists() else 1)
-        assert not list(tmp_path.glob("*.tmp-*"))
-    assert _loaded(tmp_path) == 2
+    assert not failed
     assert failures
     for error in failures:
         assert error.needed > 10 * 100 * 4
         assert error.free > 0
         assert f"{error.needed:,} bytes and {error.free:,} are free" in str(error)
+
+
+def test_f28_no_room_for_the_name_of_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint is there: the save has succeeded, and those before it go."""
+    _save(tmp_path, 1, keep=1)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(folder, "write_text", full)
+    assert _save(tmp_path, 2, keep=1) == tmp_path / "step-2"
+    assert "LATEST: not written, and may not name step-2" in caplog.text
+    assert _names(tmp_path) == ["LATEST", "step-2"]
+    assert _loaded(tmp_path) == 2
 
 
 def test_f28_no_room_for_the_directory_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +307,8 @@ def test_nothing_saved_is_none(tmp_path: Path) -> None:
         ({"extra": {"rng": object()}}, "extra/rng: a checkpoint holds tensors and JSON values, not object"),
         ({"extra": {1: 2}}, "extra: the key 1 is no str"),
         ({"extra": {"big": "x" * 2**24}}, "extra takes 16,777,227 bytes, more than 16,777,216"),
+        ({"extra": {"x": [-(10**5000)]}}, "extra/x/0: an int of 16,610 bits"),
+        ({"state": {"n": 10**5000}}, "n: an int of 16,610 bits"),
         ({"state": {"big": "x" * 2**26}}, "the manifest would take"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, shard_file
 from recemb.checkpoint.boxes import Box, untiled
+from recemb.checkpoint.manifest import Manifest, StoredShard, StoredTensor
 from recemb.checkpoint.tree import DTYPES
 from recemb.errors import CheckpointError, DiskFullError, RecembError
 from tests.checkpoint.ranks import bits, on_ranks, same, sharded
@@ -333,3 +335,28 @@ def test_errors_are_of_the_house() -> None:
     assert isinstance(error, CheckpointError)
     assert isinstance(error, RecembError)
     assert (error.exit_code, error.needed, error.free) == (3, 10, 3)
+
+
+def test_many_files_take_time_in_proportion(tmp_path: Path) -> None:
+    """Looking through all shards for each file, and all files for each shard, takes ten times as long."""
+    names = [f"rank-{rank:05d}.safetensors" for rank in range(20_000)]
+    shards = [StoredShard(file=name, name="w", offsets=[0], sizes=[1], crc32=[0]) for name in names]
+    tensors = [StoredTensor(dtype="F32", shape=[1], shards=[shard]) for shard in shards]
+    manifest = Manifest(
+        format_version=1,
+        save_id="0" * 32,
+        step=1,
+        world_size=len(names),
+        versions={},
+        files=names,
+        tensors=dict(zip(names, tensors, strict=True)),
+        values={},
+        extra={},
+    )
+    (tmp_path / "manifest.json").write_bytes(manifest.to_bytes())
+    started = time.process_time()
+    read = Manifest.read(tmp_path)
+    for name in names[:1000]:
+        with pytest.raises(CheckpointError, match="missing"):
+            read.open_file(tmp_path, name)
+    assert time.process_time() - started < 3

@@ -48,7 +48,8 @@ def test_run_directory(make_config: MakeConfig, method: str) -> None:
     config = make_config(method=method, compress_rate=METHODS[method])
     [path] = train(config)
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    assert files == ["checkpoints/model.safetensors", "metrics.jsonl", "resolved_config.yaml", "result.json"]
+    weights_files = ["checkpoints/.lock", "checkpoints/model.safetensors"]
+    assert files == [*weights_files, "metrics.jsonl", "resolved_config.yaml", "result.json"]
     assert (path / "report").is_dir()
     assert load_config({}, path / "resolved_config.yaml") == config
 

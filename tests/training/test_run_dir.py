@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from recemb.errors import ConfigError
 from recemb.files import write_text
+from recemb.training.config import RunConfig
+from recemb.training.run import train
 from recemb.training.run_dir import RunDir, to_json
 
 
@@ -66,3 +71,44 @@ def test_create_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     assert (tmp_path / "resolved_config.yaml").read_text() == "a: 2\n"
     assert not (tmp_path / "result.json").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def live_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that trains in ``tmp_path / "run"``, with a checkpoint and a line of metrics."""
+    text = """
+import sys
+from pathlib import Path
+from recemb.training.run_dir import RunDir
+directory = RunDir(Path(sys.argv[1]))
+directory.claim()
+directory.create("a: 1")
+directory.append_metrics({"step": 1})
+(directory.checkpoints / "step-1").mkdir()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+def test_f33_a_live_run_is_neither_overwritten_nor_resumed(
+    make_config: Callable[..., RunConfig], live_run: subprocess.Popen[str], tmp_path: Path, flag: str
+) -> None:
+    def content() -> dict[Path, str | None]:
+        paths = (tmp_path / "run").rglob("*")
+        return {path: path.read_text() if path.is_file() else None for path in paths}
+
+    before = content()
+    with pytest.raises(ConfigError, match=rf"--output .*another run saves .*pid {live_run.pid} on "):
+        train(make_config(**{flag: True}))
+    assert content() == before
