@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.program import RESULTS, add_output, make_parser, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, rate, run_program
 from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -29,18 +29,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--fractions", type=float, nargs="+", default=[0.001, 0.01, 0.05], metavar="F", help="of the rows")
     add("--policies", nargs="+", default=["lfu", "importance"], choices=("lfu", "lru", "importance"))
-    add("--rows", type=int, default=1_000_000, metavar="N", help="of the Zipf table (default %(default)s)")
-    add("--batch", type=int, default=4096, metavar="B", help="default %(default)s")
-    add("--rank", type=int, default=16, metavar="R", help="default %(default)s")
+    add("--rows", type=positive, default=1_000_000, metavar="N", help="of the Zipf table (%(default)s)")
+    add("--batch", type=positive, default=4096, metavar="B", help="default %(default)s")
+    add("--rank", type=positive, default=16, metavar="R", help="default %(default)s")
     add("--steps", type=int, default=512, metavar="K", help="before the clock starts (default %(default)s)")
-    add("--rounds", type=int, default=128, metavar="K", help="timed steps (default %(default)s)")
-    add("--threads", type=int, metavar="T", help="default: torch's choice")
+    add("--rounds", type=positive, default=128, metavar="K", help="timed steps (default %(default)s)")
+    add("--threads", type=positive, metavar="T", help="default: torch's choice")
     add("--tests", nargs="+", metavar="PATH", help="must pass first (default tests/cache)")
     add("--data_dir", metavar="DIR", help="a directory made by recemb prepare: measure AUC too")
     add("--runs", type=Path, metavar="DIR", help="where trainings go; finished ones are kept")
-    add("--compress_rate", type=float, default=100.0, metavar="R", help="default %(default)s")
-    add("--seeds", type=int, default=5, metavar="K", help="default %(default)s")
-    add("--jobs", type=int, default=os.cpu_count(), metavar="K", help="trainings at a time")
+    add("--compress_rate", type=rate, default=100.0, metavar="R", help="default %(default)s")
+    add("--seeds", type=positive, default=5, metavar="K", help="default %(default)s")
+    add("--jobs", type=positive, default=os.cpu_count(), metavar="K", help="trainings at a time")
     add("--train", default="", metavar="FLAGS", help="further flags of recemb train, as one string")
     add_output(parser, "CSV and plot")
     return parser
@@ -52,18 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if (
-        min(args.rows, args.batch, args.rank, args.rounds, args.seeds, args.threads or 1) < 1
-        or args.steps < 0
-    ):
-        raise ConfigError(
-            "--rows, --batch, --rank, --rounds, --seeds and --threads must be >= 1, --steps >= 0"
-        )
+    if args.steps < 0:
+        raise ConfigError("--steps must be >= 0")
     if not all(0 < fraction <= 1 for fraction in args.fractions):
         raise ConfigError("--fractions must lie in (0, 1]")
     if args.data_dir is not None and args.runs is None:
         raise ConfigError("--data_dir trains models: say where they go with --runs")
-    if args.threads:
+    if args.threads is not None:
         # Read as torch loads.
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bench.program import RESULTS, add_output, make_parser, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, run_program
 from recemb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ _GEMM = 4096
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
     parser = make_parser("gpu", _DESCRIPTION)
-    parser.add_argument("--rows", type=int, default=10_000_000, metavar="N", help="default %(default)s")
-    parser.add_argument("--dim", type=int, nargs="+", default=[16, 64, 128], metavar="D")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4096, 65536], metavar="B")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], metavar="R")
+    parser.add_argument("--rows", type=positive, default=10_000_000, metavar="N", help="default %(default)s")
+    parser.add_argument("--dim", type=positive, nargs="+", default=[16, 64, 128], metavar="D")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[4096, 65536], metavar="B")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[16, 32, 64], metavar="R")
     parser.add_argument("--ids", choices=("zipf", "permuted", "uniform"), default="zipf")
-    parser.add_argument("--rounds", type=int, default=50, metavar="K", help="default %(default)s")
+    parser.add_argument("--rounds", type=positive, default=50, metavar="K", help="default %(default)s")
     add_output(parser)
     return parser
 

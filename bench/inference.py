@@ -10,8 +10,7 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bench.program import RESULTS, add_output, make_parser, run_program
-from recemb.errors import ConfigError
+from bench.program import RESULTS, add_output, make_parser, positive, rate, row_scale, run_program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,13 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
     parser = make_parser("inference", _DESCRIPTION)
     add = parser.add_argument
-    add("--batch", type=int, nargs="+", default=[1, 16, 128, 1024], metavar="B", help="default 1 16 128 1024")
+    add("--batch", type=positive, nargs="+", default=[1, 16, 128, 1024], metavar="B", help="1 16 128 1024")
     add("--methods", choices=_METHODS, nargs="+", default=list(_METHODS), help="default: all")
-    add("--compress_rate", type=float, default=100, metavar="RATE", help="default %(default)s")
+    add("--compress_rate", type=rate, default=100, metavar="RATE", help="default %(default)s")
     add("--ids", choices=("zipf", "permuted", "uniform"), default="zipf", help="default %(default)s")
-    add("--scale", type=Fraction, default=Fraction(1), metavar="S", help="of the rows, e.g. 1/100 (1)")
-    add("--rounds", type=int, default=500, metavar="K", help="requests a model (default %(default)s)")
-    add("--threads", type=int, metavar="T", help="of a request (default: all cores)")
+    add("--scale", type=row_scale, default=Fraction(1), metavar="S", help="of the rows, e.g. 1/100 (1)")
+    add("--rounds", type=positive, default=500, metavar="K", help="requests a model (default %(default)s)")
+    add("--threads", type=positive, metavar="T", help="of a request (default: all cores)")
     add("--tests", nargs="+", metavar="PATH", help="tests that must pass first (default: the operators')")
     add_output(parser, where="bench/results at full scale")
     return parser
@@ -77,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not 0 < args.scale <= 1 or min(*args.batch, args.rounds, args.threads or 1) < 1:
-        raise ConfigError("--scale must lie in (0, 1], --batch, --rounds and --threads must be >= 1")
     import torch
 
     from bench.guard import TESTS, require_green

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.program import RESULTS, add_output, make_parser, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, run_program
 
 if TYPE_CHECKING:
     from bench.ids import Batch
@@ -47,13 +47,15 @@ class Row:
 def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
     parser = make_parser("micro_batches", _DESCRIPTION)
-    parser.add_argument("--batch", type=int, nargs="+", default=[65536], metavar="B", help="default 65536")
-    parser.add_argument("--rank", type=int, default=32, metavar="R", help="default %(default)s")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[65536], metavar="B", help="65536")
+    parser.add_argument("--rank", type=positive, default=32, metavar="R", help="default %(default)s")
     parser.add_argument(
         "--ids", choices=("zipf", "permuted", "uniform"), nargs="+", default=["zipf", "uniform"]
     )
-    parser.add_argument("--micro_batch_rows", type=int, nargs="+", default=[2**16, 2**14, 2**12], metavar="M")
-    parser.add_argument("--rounds", type=int, default=11, metavar="K", help="default %(default)s")
+    parser.add_argument(
+        "--micro_batch_rows", type=positive, nargs="+", default=[2**16, 2**14, 2**12], metavar="M"
+    )
+    parser.add_argument("--rounds", type=positive, default=11, metavar="K", help="default %(default)s")
     add_output(parser)
     return parser
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bench.program import RESULTS, add_output, run_program
+from bench.program import RESULTS, add_output, positive, run_program
 from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -44,10 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     one = parser.add_argument_group(
         "one-off sizes", "any of these replaces the preset; several values make all combinations"
     )
-    one.add_argument("--rows", type=_positive, nargs="+", metavar="N", help="rows of the table (10000000)")
-    one.add_argument("--dim", type=_positive, nargs="+", metavar="D", help="columns (16)")
-    one.add_argument("--batch", type=_positive, nargs="+", metavar="B", help="bags (4096)")
-    one.add_argument("--hots", type=_positive, nargs="+", metavar="H", help="ids in a bag (1)")
+    one.add_argument("--rows", type=positive, nargs="+", metavar="N", help="rows of the table (10000000)")
+    one.add_argument("--dim", type=positive, nargs="+", metavar="D", help="columns (16)")
+    one.add_argument("--batch", type=positive, nargs="+", metavar="B", help="bags (4096)")
+    one.add_argument("--hots", type=positive, nargs="+", metavar="H", help="ids in a bag (1)")
     one.add_argument("--ids", choices=("zipf", "permuted", "uniform"), nargs="+", help="default zipf")
     one.add_argument("--optimizer", choices=("rowwise_adagrad", "sgd"), nargs="+", help="rowwise_adagrad")
     one.add_argument(
@@ -56,10 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="which of ours (default all)",
     )
-    one.add_argument("--ranks", type=_positive, nargs="+", metavar="R", help="tensor-train ranks (16 32 64)")
+    one.add_argument("--ranks", type=positive, nargs="+", metavar="R", help="tensor-train ranks (16 32 64)")
     one.add_argument("--paths", choices=("op", "module", "forward"), nargs="+", help="default all")
-    parser.add_argument("--rounds", type=_positive, default=50, metavar="K", help="default %(default)s")
-    parser.add_argument("--threads", type=_positive, metavar="T", help="default: torch's choice")
+    parser.add_argument("--rounds", type=positive, default=50, metavar="K", help="default %(default)s")
+    parser.add_argument("--threads", type=positive, metavar="T", help="default: torch's choice")
     parser.add_argument(
         "--memory_gb", type=float, metavar="GB", help="tables of a comparison (default 70%% of the memory)"
     )
@@ -110,15 +110,6 @@ def _run(args: argparse.Namespace) -> int:
         return run_base(comparisons, args.base, args.rounds, args.memory_gb, report)
     report = Report(args.output, default, f"ops_{preset}", sources)
     return run_comparisons(comparisons, args.rounds, args.memory_gb, report, with_scale=preset == "targets")
-
-
-def _positive(text: str) -> int:
-    if not text.lstrip("-").isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be >= 1")
-    return value
 
 
 if __name__ == "__main__":

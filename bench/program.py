@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from recemb.errors import RecembError
@@ -27,12 +29,44 @@ def add_output(parser: argparse.ArgumentParser, what: str = "CSV", where: str = 
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"{what} (default {where}, if writable)")
 
 
+def positive(text: str) -> int:
+    """A flag's whole number from 1."""
+    if not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be >= 1")
+    return value
+
+
+def row_scale(text: str) -> Fraction:
+    """``--scale``: a share of the rows, as 1/100 or 0.01."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction; e.g. 1/100") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1]")
+    return value
+
+
+def rate(text: str) -> float:
+    """``--compress_rate``: a number from 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number >= 1, e.g. 100")
+    return value
+
+
 def run_program(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     body: Callable[[argparse.Namespace], int],
 ) -> int:
-    """Run a program; the exit code is its body's, or 2 with one line on what is wrong."""
+    """Run a program; the exit code is its body's, or the error's with one line on what is wrong."""
     args = parser.parse_args(argv)
     try:
         return body(args)

@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from bench.program import RESULTS, add_output, make_parser, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, row_scale, run_program
 from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -59,16 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser("scaling", _DESCRIPTION)
     parser.add_argument(
         "--processes",
-        type=int,
+        type=positive,
         nargs="+",
         default=[1, 2],
         metavar="W",
         help="they divide --batch (1 2)",
     )
-    parser.add_argument("--batch", type=int, default=4096, metavar="B", help="of all ranks together (4096)")
-    parser.add_argument("--threads", type=int, default=1, metavar="T", help="of each process (1)")
-    parser.add_argument("--scale", type=Fraction, default=Fraction(1), metavar="S", help="of the rows (1)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="K", help="default %(default)s")
+    parser.add_argument("--batch", type=positive, default=4096, metavar="B", help="of all ranks (4096)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="T", help="of each process (1)")
+    parser.add_argument("--scale", type=row_scale, default=Fraction(1), metavar="S", help="of the rows (1)")
+    parser.add_argument("--rounds", type=positive, default=15, metavar="K", help="default %(default)s")
     add_output(parser)
     return parser
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     for processes in args.processes:
-        if processes < 1 or args.batch % processes:
+        if args.batch % processes:
             raise ConfigError(f"--batch {args.batch} does not divide among --processes {processes}")
     from bench.guard import TESTS, require_green
     from bench.results import results_folder, this_machine, write_csv

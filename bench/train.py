@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
-from bench.program import RESULTS, add_output, make_parser, run_program
-from recemb.errors import ConfigError
+from bench.program import RESULTS, add_output, make_parser, positive, row_scale, run_program
 
 _DESCRIPTION = """\
 Time a DLRM training step (forward, loss, backward, all updates) on the 26 tables of Criteo Kaggle: 33.8 M
@@ -23,16 +22,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
     parser = make_parser("train", _DESCRIPTION)
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[2048, 4096, 16384], metavar="B", help="2048 4096 16384"
+        "--batch", type=positive, nargs="+", default=[2048, 4096, 16384], metavar="B", help="2048 4096 16384"
     )
     parser.add_argument(
         "--dense_optimizer", choices=("adagrad", "sgd"), default="adagrad", help="of the dense layers"
     )
     parser.add_argument(
-        "--scale", type=Fraction, default=Fraction(1), metavar="S", help="of the rows, e.g. 1/100 (1)"
+        "--scale", type=row_scale, default=Fraction(1), metavar="S", help="of the rows, e.g. 1/100 (1)"
     )
-    parser.add_argument("--rounds", type=int, default=30, metavar="K", help="default %(default)s")
-    parser.add_argument("--threads", type=int, metavar="T", help="default: torch's choice")
+    parser.add_argument("--rounds", type=positive, default=30, metavar="K", help="default %(default)s")
+    parser.add_argument("--threads", type=positive, metavar="T", help="default: torch's choice")
     parser.add_argument(
         "--tests", nargs="+", metavar="PATH", help="must pass first (default tests/kernels tests/optim)"
     )
@@ -46,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not 0 < args.scale <= 1 or min(*args.batch, args.rounds, args.threads or 1) < 1:
-        raise ConfigError("--scale must lie in (0, 1], --batch, --rounds and --threads must be >= 1")
-    if args.threads:
+    if args.threads is not None:
         # Read as torch loads.
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
 

@@ -4,11 +4,13 @@ A row of an INT8 parameter is W bytes u and a scale and a bias in half precision
 what fbgemm and torchrec make of one too. Both are rounded outwards, the bias down and the scale up, so that
 every weight lies within reach and
 
-    |weight - read| <= scale / 2,    scale <= (1 + 2**-10) * (max - bias) / 255 + 2**-24
+    |weight - read| <= scale / 2 + 2**-23 * (255 * scale + |bias|)
+    scale <= (1 + 2**-10) * (max - bias) / 255 + 2**-24
 
 with max - bias at most the row's range plus a unit in the last place of its smallest weight, in half
-precision. (Rounded to nearest, as fbgemm does, a row of small range loses several steps where halves are
-subnormal.) FLOAT16 reads within 2**-11 of a weight, or 2**-25 where that is more.
+precision. The second term is float32's rounding of scale * u + bias, which counts where a row's range is a
+small part of its weights. (Rounded to nearest, as fbgemm does, a row of small range loses several steps where
+halves are subnormal.) FLOAT16 reads a weight w within 2**-11 * |w|, or 2**-25 where that is more.
 """
 
 from __future__ import annotations

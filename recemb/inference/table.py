@@ -8,7 +8,8 @@ read within d of it (:mod:`recemb.inference.rows`), a row is off by at most
 
     | f(|p| + d) - f(|p|) |
 
-element by element, and a bag by the sum of that over its rows, times their weights.
+element by element, and a bag by the sum of that over its rows, times their weights; in exact arithmetic, to
+which float32 adds its own rounding.
 """
 
 from __future__ import annotations

@@ -34,6 +34,14 @@ def test_bytes_read_within_half_a_scale(rows: list[list[float]]) -> None:
     assert bool((scale.double() <= needed * (1 + 2**-10) + 2**-24).all())
 
 
+def test_float32_rounding_counts_in_a_row_of_small_range() -> None:
+    weight = 1 + 2**-15 * torch.linspace(0, 1, 64).view(1, -1)
+    stored = store_rows(weight, StoredAs.INT8, "t: q")
+    scale, bias = scales_and_biases(stored)
+    off = float((read_rows(stored, StoredAs.INT8, 64).double() - weight.double()).abs().max())
+    assert float(scale) / 2 < off <= float(scale / 2 + 2**-23 * (255 * scale + bias))
+
+
 def test_bytes_are_scale_times_byte_plus_bias() -> None:
     stored = store_rows(torch.tensor([[-1.0, 0.0, 0.5, 2.0, 1.0, 1.0]]), StoredAs.INT8, "t: q")
     raw = bytes(stored[0].tolist())

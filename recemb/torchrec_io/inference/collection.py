@@ -176,7 +176,9 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         tables = self._tables()
         if tables is None:
             raise ConfigError(
-                "torch.export takes quantised collections that are on the CPU and not sharded; export one "
+                "torch.export takes quantised collections that are on the CPU and not sharded, and whose "
+                "uncompressed tables have torchrec's default rows: no row alignment, scales and biases not "
+                "apart from the weights, and in FP16 an embedding_dim that is a multiple of 8; export one "
                 "that is"
             )
         traced = Traced.of(features, self._targets, self._is_weighted)
@@ -267,7 +269,14 @@ def _without_dense(module: nn.Module, state: dict[str, Any], prefix: str, metada
         state[prefix + _BAGS + key[len(prefix + _DENSE) :]] = state.pop(key)
 
 
-def _with_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+def _with_dense(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: object
+) -> None:
+    if metadata.get("assign_to_params_buffers") and module.dense is not None:
+        raise ConfigError(
+            "torchrec's quantised tables look up the memory they were made with, not tensors that are "
+            "assigned in its place; load without assign=True"
+        )
     own = cast(nn.ModuleDict, module.embedding_bags)
     for key in [key for key in state if key.startswith(prefix + _BAGS)]:
         rest = key[len(prefix + _BAGS) :]

@@ -110,11 +110,13 @@ def in_place(module: nn.Module, tables: Sequence[TableSpec]) -> dict[str, Quanti
     specs, found = {table.name: table for table in tables}, {}
     known = cast(Any, module)
     for tbe, configs in zip(known._emb_modules, known._key_to_tables.values(), strict=True):
-        whole = tbe.split_embedding_weights_with_scale_bias(0)
-        for config, (rows, *_) in zip(configs, whole, strict=True):
-            if torch.compiler.is_exporting():
-                # What torch.export follows are the module's buffers.
-                rows = known.embedding_bags[config.name].weight
+        if torch.compiler.is_exporting():
+            # torch.export follows the module's buffers, and would keep what the TBE gives as constants beside
+            # them.
+            whole = [known.embedding_bags[config.name].weight for config in configs]
+        else:
+            whole = [rows for rows, *_ in tbe.split_embedding_weights_with_scale_bias(0)]
+        for config, rows in zip(configs, whole, strict=True):
             kind, spec = _KINDS.get(config.data_type), specs[config.name]
             if kind is None or not rows.is_cpu or not rows.is_contiguous():
                 return None

@@ -46,7 +46,8 @@ def quantize_embeddings(
         model = quantize_embeddings(model.eval(), dtype=torch.int8)
         torch.save(model.state_dict(), "served.pt")
     """
-    kind_of(dtype)
+    if any(type(child) is EmbeddingBagCollection for child in module.modules()):
+        kind_of(dtype)
     mapping: dict[type[nn.Module], type[nn.Module]] = {EmbeddingBagCollection: QuantEmbeddingBagCollection}
     mapping.update(additional_mapping or {})
     # Modules are replaced within their parents.

@@ -37,10 +37,11 @@ def shard_quant_model(
 
     torchrec's function of that name, on models of :func:`recemb.torchrec_io.quantize_embeddings`. It differs
     in three ways. With ``compute_device="cpu"`` it has torchrec place tables where it is told, which
-    otherwise has "cuda" written in. Unless ``sharding_device`` is "meta" the sharded tables hold the weights
-    that the model had; torchrec leaves them to be loaded. And half-precision tables, which torchrec's default
-    sharders fail on, get one that takes them. Compressed tables have no plan: they stay in their collection,
-    on its device.
+    otherwise has "cuda" written in: torchrec's ``set_propogate_device(True)``, which is the process's and
+    stays, because sharded modules read it again in their first look-up. Unless ``sharding_device`` is "meta"
+    the sharded tables hold the weights that the model had; torchrec leaves them to be loaded. And
+    half-precision tables, which torchrec's default sharders fail on, get one that takes them. Compressed
+    tables have no plan: they stay in their collection, on its device.
 
     Column-wise sharding of int8 tables needs their scales apart from their weights: call torchrec's
     ``quant_prep_enable_quant_state_dict_split_scale_bias_for_types(model, [EmbeddingBagCollection])`` before

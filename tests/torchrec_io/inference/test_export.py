@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,10 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torchrec.quant.embedding_modules import quant_prep_enable_quant_state_dict_split_scale_bias_for_types
 
+from recemb import EmbeddingBagCollection
 from recemb.backends import BACKENDS
 from recemb.errors import BatchError, ConfigError
 from recemb.inference.description import Description
+from recemb.inference.op import _idle_programs
 from recemb.spec import ROBE, HotRows, TableSpec, TensorTrain
 from recemb.torchrec_io import quantize_embeddings
 from recemb_kernels.storage import StoredAs
@@ -91,6 +98,76 @@ def test_two_programs_of_one_description_keep_their_weights() -> None:
     assert torch.equal(programs[0](*given), programs[1](*given))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_in_a_program_once(kind: object) -> None:
+    assert not _export(_served(kind), request(6)).constants
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_go_with_their_program(kind: object) -> None:
+    given = request(4)
+    ebc = _served(kind)
+    program = _export(ebc, given).module()
+    program(*given)
+    held = [weakref.ref(tensor.untyped_storage()) for tensor in program.state_dict().values()]
+    del program, ebc
+    gc.collect()
+    assert not any(memory() is not None for memory in held)
+
+
+def test_any_number_of_programs_is_kept_ready() -> None:
+    given = request(4)
+    first = _export(_served("float"), given).module()
+    programs = [first, *(copy.deepcopy(first) for _ in range(20))]
+    for program in programs:
+        program(*given)
+    with patch("recemb.inference.op._Program", side_effect=AssertionError("built again")):
+        for program in programs:
+            program(*given)
+
+
+def test_threads_share_a_program() -> None:
+    program = _export(_served(torch.int8), request(6)).module()
+    requests = [request(size, seed=size) for size in range(1, 9)]
+    expected = [program(*given) for given in requests]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, right in zip(pool.map(lambda given: program(*given), requests), expected, strict=True):
+                assert torch.equal(found, right)
+
+
+def test_stored_tensors_of_other_tables_are_refused() -> None:
+    program = _export(_served(torch.int8), request(6)).module()
+    ids, lengths = request(6)
+    with patch("recemb.inference.op._idle_programs", wraps=_idle_programs) as seen:
+        program(ids, lengths)
+    text, stored = seen.call_args.args
+    given = (ids, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)]), None, text)
+    first, second = "table 't0': core_0", "table 't0': core_1"
+    for wrong, message in (
+        ([stored[0][:1], *stored[1:]], f"{first} is torch.uint8 of shape .* and stored has"),
+        ([stored[0], stored[1].float(), *stored[2:]], f"{second} is .* and stored has torch.float32 of"),
+        (
+            [*stored, stored[0]],
+            rf"stored has {len(stored) + 1} tensors and the tables {len(stored)} \({first}",
+        ),
+        (stored[:-1], rf"stored has {len(stored) - 1} tensors and the tables {len(stored)} "),
+        ([], f"stored has 0 tensors and the tables {len(stored)} "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            torch.ops.recemb.embedding_bags(wrong, *given)
+    strided = torch.stack([stored[0], stored[0]], dim=2)[:, :, 0]
+    expected = torch.ops.recemb.embedding_bags(stored, *given)
+    torch.testing.assert_close(torch.ops.recemb.embedding_bags([strided, *stored[1:]], *given), expected)
+
+
+def test_an_exported_program_is_not_trained() -> None:
+    given = request(4)
+    pooled = _export(_served("float"), given).module()(*given)
+    with pytest.raises(RuntimeError, match="exported programs are for inference"):
+        pooled.sum().backward()
+
+
 def test_a_saved_program_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     given = request(6)
     for kind, name in (("float", "float"), (torch.int8, "int8")):
@@ -149,6 +226,13 @@ def test_tables_that_torchrec_looks_up_are_not_exported() -> None:
         pytest.raises(ConfigError, match="that are on the CPU and not sharded"),
     ):
         _export(served, request(3))
+
+
+def test_what_is_not_exported_is_named() -> None:
+    trained = collection()
+    quant_prep_enable_quant_state_dict_split_scale_bias_for_types(trained, [EmbeddingBagCollection])
+    with pytest.raises(ConfigError, match="scales and biases not apart from the weights"):
+        _export(quantize_embeddings(trained, torch.int8), request(3))
 
 
 def test_a_description_comes_back_equal() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchrec
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.inference.modules import quantize_embeddings as torchrec_quantize
 from torchrec.quant.embedding_modules import (
     EmbeddingBagCollection as TorchrecQuantEmbeddingBagCollection,
@@ -131,6 +132,25 @@ def test_a_state_dict_makes_the_same_collection_elsewhere(dtype: torch.dtype) ->
     assert torch.equal(copy.deepcopy(served).to("cpu")(features).values(), served(features).values())
 
 
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_weights_cannot_be_assigned_beside_torchrecs_tables(looked_up: bool) -> None:
+    served = quantize_embeddings(collection(), torch.int8)
+    features, state = batch(*request(5)), served.state_dict()
+    other = nn.Sequential(QuantEmbeddingBagCollection(served.embedding_bag_configs()))
+    if looked_up:
+        other(features)
+    with pytest.raises(ConfigError, match="load without assign=True"):
+        other.load_state_dict({f"0.{name}": value for name, value in state.items()}, assign=True)
+    assert not other(features).values().any()
+    # Compressed tables take them.
+    compressed = collection(compressions=COMPRESSIONS[:1])
+    served = quantize_embeddings(compressed, torch.int8)
+    alone = QuantEmbeddingBagCollection(served.embedding_bag_configs())
+    alone.load_state_dict(served.state_dict(), assign=True)
+    features = KeyedJaggedTensor(keys=["f0", "shared"], values=torch.arange(4), lengths=torch.ones(4).long())
+    assert torch.equal(alone(features).values(), served(features).values())
+
+
 def test_memory_is_what_is_stored() -> None:
     trained = collection()
     previous = trained.memory().total.num_bytes
@@ -185,6 +205,16 @@ def test_what_cannot_be_stored_is_refused() -> None:
     trained.embedding_bags["t2"].q.data[3, 1] = float("inf")
     with pytest.raises(ConfigError, match="table 't2': q has a weight of inf in rows 0 to"):
         quantize_embeddings(trained, torch.int8)
+
+
+def test_a_model_without_our_collections_takes_every_type_of_torchrecs() -> None:
+    plain = torchrec.EmbeddingBagCollection(
+        tables=[torchrec.EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["f"])]
+    )
+    served = quantize_embeddings(nn.Sequential(plain), torch.quint4x2)
+    assert type(served[0]) is TorchrecQuantEmbeddingBagCollection
+    with pytest.raises(ConfigError, match=r"quint4x2: compressed parameters are stored in"):
+        quantize_embeddings(nn.Sequential(plain, collection()), torch.quint4x2)
 
 
 def test_torch_compile_gives_the_same() -> None:

@@ -60,6 +60,7 @@ def test_a_sharded_model_gives_the_same(dtype: torch.dtype, sharding: str, world
         sharding_device="cpu",
         constraints=_constraints(sharding),
     )
+    assert get_propogate_device()
     assert type(sharded.ebc.dense) is ShardedQuantEmbeddingBagCollection
     placed = plan.plan["ebc.dense"]
     assert set(placed) == {"t1", "t5"}
