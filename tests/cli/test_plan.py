@@ -52,6 +52,12 @@ def test_json_is_the_file(recemb: Recemb, tmp_path: Path) -> None:
     assert max(rank["ms"] for rank in ranks) == pytest.approx(json.loads(answer.out)["estimate"]["step_ms"])
 
 
+def test_the_part_kept_free_of_a_cpu(recemb: Recemb) -> None:
+    words = ("plan", "--preset", "criteo_kaggle", "--ddr", "2.34GB", "--world_size", "1")
+    assert recemb(*words, "--reserved", "0").code == 0
+    assert recemb(*words, "--reserved", "0.5").code == 4
+
+
 def _flags(text: str) -> list[list[str]]:
     """The changes that an error offers, as flags."""
     offered = text.split("one of:")[1]

@@ -24,7 +24,9 @@ from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.planning.planner import planner, topology
 from recemb.torchrec_io.planning.search import PlanProposer, cluster_of
+from recemb.torchrec_io.sharding.placement import check_plan
 from recemb.torchrec_io.sharding.sharder import get_sharders
+from recemb.torchrec_io.sharding.tables import CompressedTables
 
 # Where torchrec's DLRM keeps its tables, and so recemb train's models.
 MODULE_PATH = "sparse_arch.embedding_bag_collection"
@@ -128,6 +130,12 @@ def plan_tables(request: Request) -> Planned:
     (proposer,) = made._proposers
     assert isinstance(proposer, PlanProposer)
     assert proposer.found is not None
+    if plan is not None:
+        collection = model.get_submodule(MODULE_PATH)
+        assert isinstance(collection, EmbeddingBagCollection)
+        ours = CompressedTables.of(collection, torch.device(request.costs.device))
+        names = [table.name for table in request.tables]
+        check_plan(ours, names, plan.plan[MODULE_PATH], ranks.world_size)
     reservation = made._storage_reservation
     return Planned(
         request,

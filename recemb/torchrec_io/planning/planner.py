@@ -114,7 +114,7 @@ def planner(
             pod_size=get_topology_domain_multiple(),
         )
     limits = dict(constraints or {})
-    compressed = Compressed()
+    compressed = Compressed(topology.compute_device)
     estimators = [
         PerfEstimator(
             topology,

@@ -85,6 +85,23 @@ def test_every_sharding_type_survives(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_plan(tmp_path / "plan.json") == planned.plan
 
 
+def test_uncompressed_tables_with_adam_are_planned_as_they_run_on_a_cpu() -> None:
+    """Never column-wise, which pays for wide tables of fbgemm."""
+    tables = tuple(
+        TableSpec(name=f"t{k}", num_embeddings=5000, embedding_dim=256, feature_names=(f"t{k}",))
+        for k in range(3)
+    )
+    wide = replace(request(2, 2, "cpu"), tables=tables, pooling_factors=(20.0,) * 3)
+    kinds = {
+        optimizer: {
+            option.sharding_type for option in plan_tables(replace(wide, optimizer=optimizer)).options
+        }
+        for optimizer in ("sgd", "adam")
+    }
+    assert "column_wise" in kinds["sgd"]
+    assert kinds["adam"] <= {"table_wise", "row_wise", "data_parallel"}
+
+
 def test_a_plan_is_given_out_under_the_models_own_path(tmp_path: Path) -> None:
     save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
     model = Model(MIXED)
