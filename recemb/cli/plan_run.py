@@ -55,6 +55,8 @@ def plan(args: argparse.Namespace, local_world_size: int) -> str:
         PlanError: the tables do not fit.
     """
     model = _from_preset(args) if args.preset else _from_config(args)
+    if args.hbm is not None and model.device == "cpu":
+        raise ConfigError(f"--hbm {args.hbm}: a CPU's tables lie in DDR; give --ddr, or --device cuda")
     costs = costs_of(args, model.device)
     request = Request(
         model.budget.tables,

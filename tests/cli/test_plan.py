@@ -130,7 +130,11 @@ def test_a_run_is_planned_by_its_configuration(recemb: Recemb, log_dir: Path, tm
         (("--preset", "criteo_kaggle", "--hardware", "a100"), "is a GPU and --device is cpu"),
         (("--preset", "criteo_kaggle", "--costs", "no.json"), "cannot be read"),
         (("--calibrate",), "needs --output"),
-        (("--statistics", "x", "--device", "cpu"), ""),
+        (("--preset", "criteo_kaggle", "--output", "."), r"--output \. is a folder"),
+        (("--preset", "criteo_kaggle", "--output", "no/plan.json"), "there is no folder no"),
+        (("--preset", "criteo_kaggle", "--hbm", "80GB"), r"--hbm 80000000000: .* --ddr"),
+        (("--preset", "criteo_kaggle", "--embedding_dim", "8"), "--embedding_dim 8 is of --statistics"),
+        (("--statistics", "x", "--device", "cpu"), "a CPU has no HBM"),
     ],
 )
 def test_wrong_flags(recemb: Recemb, words: tuple[str, ...], named: str) -> None:

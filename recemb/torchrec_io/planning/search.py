@@ -23,6 +23,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingType
 
+from recemb.errors import ConfigError
 from recemb.planner.layout import RESOURCES, Cluster, Floats, Ints, Option, Spread, Unit
 from recemb.planner.placement import Placement, by_storage, by_time, place
 from recemb.planner.search import Found, search
@@ -72,6 +73,9 @@ def units_of(search_space: Sequence[ShardingOption]) -> list[Unit]:
     """One unit per table, or per group of tables that share an array: those must lie together.
 
     A group is planned whole on one rank or on every rank; it takes the options that all its tables have.
+
+    Raises:
+        ConfigError: they have none in common.
     """
     tables: dict[str, dict[str, list[ShardingOption]]] = {}
     for option in search_space:
@@ -85,6 +89,12 @@ def units_of(search_space: Sequence[ShardingOption]) -> list[Unit]:
             twins = [[o for o in other if (o.sharding_type, o.compute_kernel) == kind] for other in rest]
             if all(twins):
                 options.append(layout((option, *(twin[0] for twin in twins))))
+        if not options:
+            names = [each[0].name for each in by_table.values()]
+            raise ConfigError(
+                f"the tables {names} share one array and must be planned alike; no sharding type is "
+                "left to all; give them the same ParameterConstraints"
+            )
         units.append(Unit(name, tuple(options)))
     return units
 

@@ -12,6 +12,7 @@ from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 
+from recemb.errors import ConfigError
 from recemb.planner.layout import prune
 from recemb.planner.search import search
 from recemb.spec import Compression, Dense
@@ -104,6 +105,13 @@ def test_a_group_is_placed_on_a_rank_with_room_for_all_of_it() -> None:
     own = planner(ranks(2, 2), BATCH, {n: ParameterConstraints(sharding_types=["table_wise"]) for n in only})
     plan = own.plan(Model(only), get_sharders())
     assert plan.plan["ebc"]["robe_a"].ranks == plan.plan["ebc"]["robe_b"].ranks
+
+
+def test_a_group_constrained_apart_is_refused() -> None:
+    kinds = {"robe_a": ["table_wise"], "robe_b": ["data_parallel"]}
+    apart = {name: ParameterConstraints(sharding_types=allowed) for name, allowed in kinds.items()}
+    with pytest.raises(ConfigError, match=r"\['robe_a', 'robe_b'\] share one array"):
+        planner(ranks(2, 2), BATCH, apart).plan(Model(MIXED), get_sharders())
 
 
 def test_constraints_hold() -> None:
