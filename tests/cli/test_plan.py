@@ -44,6 +44,21 @@ def test_the_plan_fits_a_terminal_and_names_what_matters(recemb: Recemb, tmp_pat
     assert "torch" in document["estimate"]["costs"]["constants"]["hbm_bandwidth"]["origin"]
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--method", "robe", "--compress_rate", "4"), 0),
+        (("--method", "qr", "--compress_rate", "10000"), 0),
+        (("--device", "cuda", "--hbm", "100MB", "--ddr", "100MB", "--local_world_size", "1"), 4),
+    ],
+)
+def test_what_is_said_fits_a_terminal(recemb: Recemb, words: tuple[str, ...], code: int) -> None:
+    answer = recemb("plan", "--preset", "criteo_kaggle", "--world_size", "2", *words)
+    assert answer.code == code
+    assert max(map(len, (answer.out + answer.err).splitlines())) <= 100
+    assert code or re.search("share one array|note: ", answer.out)
+
+
 def test_json_is_the_file(recemb: Recemb, tmp_path: Path) -> None:
     answer = recemb(*KAGGLE, "--world_size", "2", "--format", "json", "--output", str(tmp_path / "plan.json"))
     assert json.loads(answer.out) == json.loads((tmp_path / "plan.json").read_text())

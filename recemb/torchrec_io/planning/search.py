@@ -39,6 +39,8 @@ _SPREAD = {
     ShardingType.DATA_PARALLEL.value: Spread.EVERY,
 }
 Options = tuple[ShardingOption, ...]
+# Below what torchrec starts from, so that it still is a plan.
+_BEHIND = 2.0**62
 
 
 def cluster_of(topology: Topology) -> Cluster:
@@ -199,13 +201,19 @@ def _own(option: ShardingOption) -> Sequence[Shard]:
 
 
 class SlowestRank(PerfModel):  # type: ignore[misc] # torchrec ships no types
-    """torchrec's rating, the time of the slowest rank, without a Python step for every shard."""
+    """torchrec's rating, the time of the slowest rank, without a Python step for every shard.
 
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
+    Args:
+        proposer: whose first proposal is rated behind any plan that it finds, also one of equal time.
+    """
+
+    def __init__(self, topology: Topology, proposer: PlanProposer) -> None:
+        self._topology, self._proposer = topology, proposer
 
     def rate(self, plan: list[ShardingOption]) -> float:
         """Milliseconds."""
+        if self._proposer.found is None:
+            return _BEHIND
         return float(rank_loads(plan, self._topology.world_size).max())
 
 
