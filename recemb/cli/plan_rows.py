@@ -49,6 +49,8 @@ def place_rows(args: argparse.Namespace) -> str:
     hbm, ddr = args.hbm, args.ddr
     if hbm is None or ddr is None:
         raise ConfigError("--statistics needs both budgets of a rank: --hbm SIZE and --ddr SIZE")
+    if args.optimizer is not None:
+        raise ConfigError(f"--optimizer {args.optimizer}: --statistics counts weights alone; leave it out")
     tables = _tables(features, args.embedding_dim or 16)
     threshold = 200 if args.method_threshold is None else args.method_threshold
     budget = compress(tables, method, rate, threshold)

@@ -175,6 +175,7 @@ def test_rows_by_statistics(recemb: Recemb, log_dir: Path, tmp_path: Path) -> No
     assert tiny.code == 4
     assert "--hbm" in tiny.err
     assert recemb("plan", *words, "--hbm", "1MB").code == 2
+    assert recemb("plan", *words, *rates, "--optimizer", "adam").code == 2
 
 
 def test_calibration_is_read_back(recemb: Recemb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import PipelineType, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
 from recemb.planner.layout import Cluster
 from recemb.planner.search import Found
@@ -104,8 +105,10 @@ def plan_tables(request: Request) -> Planned:
     """Plan by :func:`recemb.torchrec_io.planner`; a model that does not fit is not an error here.
 
     Raises:
-        ConfigError: a table that cannot be sharded.
+        ConfigError: no tables, or one that cannot be sharded.
     """
+    if not request.tables:
+        raise ConfigError("there are no tables to plan; give a Request one at least")
     started = time.perf_counter()
     ranks = request.ranks
     cluster = topology(ranks.world_size, request.costs, ranks.local_world_size, ranks.hbm, ranks.ddr)

@@ -153,6 +153,11 @@ def test_figures_are_of_the_plan_that_is_given_out() -> None:
     assert used == planned.found.placement.used[:, :2].tolist()
 
 
+def test_no_tables_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no tables to plan"):
+        plan_tables(replace(request(2, 2, "cpu"), tables=(), pooling_factors=()))
+
+
 def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
     with pytest.raises(ConfigError, match=r"plans 2 ranks and there are 4.*--world_size 4"):
