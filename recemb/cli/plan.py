@@ -129,11 +129,18 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="stats.json of recemb prepare: place hot rows in HBM, warm rows in DDR, and compress the others",
     )
-    tiers.add_argument("--embedding_dim", type=_count, default=16, metavar="D", help="of --statistics (16)")
+    tiers.add_argument("--embedding_dim", type=_count, metavar="D", help="of --statistics (default 16)")
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=("table", "json"), default="table", help="default %(default)s")
     output.add_argument("--output", metavar="FILE", help="write the plan, or the constants, as JSON")
     output.add_argument("--top", type=_count, default=30, metavar="N", help="tables printed (default 30)")
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file, e.g. {path / 'plan.json'}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.parent}; make it or name another file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,6 +165,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.calibrate and not args.output:
         raise ConfigError("--calibrate needs --output FILE.json for what it measures")
+    if args.output:
+        _check_output(Path(args.output))
+    if args.embedding_dim is not None and not args.statistics:
+        raise ConfigError(
+            f"--embedding_dim {args.embedding_dim} is of --statistics; a preset or configuration has its own"
+        )
     # torch takes seconds to load, so wrong flags are reported before it.
     import logging
 

@@ -31,6 +31,10 @@ def place_rows(args: argparse.Namespace) -> str:
         DataError: statistics that cannot be used.
         PlanError: the compressed tables alone do not fit.
     """
+    if args.device == "cpu":
+        raise ConfigError(
+            "--statistics places rows over HBM and DDR, and a CPU has no HBM; use --device cuda"
+        )
     stats = read_json(Path(args.statistics))
     features = stats.get("features") if isinstance(stats, dict) else None
     if not isinstance(features, list) or not features:
@@ -40,21 +44,19 @@ def place_rows(args: argparse.Namespace) -> str:
         raise ConfigError(
             "--statistics places rows over a compressed table; choose --method tt, qr, robe or md"
         )
-    if args.device == "cpu":
-        raise ConfigError(
-            "--statistics places rows over HBM and DDR, and a CPU has no HBM; use --device cuda"
-        )
     costs = costs_of(args, "cuda")
     ranks = args.world_size
     hbm, ddr = args.hbm, args.ddr
     if hbm is None or ddr is None:
         raise ConfigError("--statistics needs both budgets of a rank: --hbm SIZE and --ddr SIZE")
-    tables = _tables(features, args.embedding_dim)
+    if args.optimizer is not None:
+        raise ConfigError(f"--optimizer {args.optimizer}: --statistics counts weights alone; leave it out")
+    tables = _tables(features, args.embedding_dim or 16)
     threshold = 200 if args.method_threshold is None else args.method_threshold
     budget = compress(tables, method, rate, threshold)
     batch = (args.batch_size or 512) * ranks
     tiered = _tiered(features, budget.tables, stats, batch, costs)
-    plan = _uncompressed_is_hot(place_tiers(tiered, hbm * ranks, ddr * ranks), budget.tables)
+    plan = _uncompressed_is_hot(place_tiers(tiered, hbm, ddr, ranks), budget.tables)
     document = _document(plan, budget.tables, hbm * ranks, ddr * ranks)
     if args.output:
         write_json(Path(args.output), document)

@@ -12,7 +12,7 @@ from recemb.errors import ConfigError, PlanError
 from recemb.planner.budget import BudgetedTables, compress
 from recemb.planner.costs import Costs, default_costs, read_costs
 from recemb.planner.presets import PRESETS
-from recemb.planner.report import PlanLine, milliseconds, plan_block, rank_block, size, table_block
+from recemb.planner.report import PlanLine, milliseconds, plan_block, rank_block, size, table_block, wrapped
 from recemb.spec import Dense
 from recemb.torchrec_io.planning.change import smallest_rate, smallest_storage, smallest_world
 from recemb.torchrec_io.planning.plan_file import plan_document, save_plan
@@ -31,6 +31,8 @@ from recemb.torchrec_io.planning.summary import (
 
 _RANKS_SHOWN = 16
 _FITTED = 12
+# What the command prints before an error.
+_PREFIX = "recemb plan: error: "
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def plan(args: argparse.Namespace, local_world_size: int) -> str:
         PlanError: the tables do not fit.
     """
     model = _from_preset(args) if args.preset else _from_config(args)
+    if args.hbm is not None and model.device == "cpu":
+        raise ConfigError(f"--hbm {args.hbm}: a CPU's tables lie in DDR; give --ddr, or --device cuda")
     costs = costs_of(args, model.device)
     request = Request(
         model.budget.tables,
@@ -171,8 +175,8 @@ def _text(planned: Planned, model: _Model, lines: list[PlanLine], top: int) -> l
         LEGEND,
         "",
         *rank_block(figures, _RANKS_SHOWN),
-        bottleneck(planned, figures),
-        *reasons(planned),
+        *wrapped(bottleneck(planned, figures)),
+        *(line for reason in reasons(planned) for line in wrapped(reason)),
         "",
         *plan_block(lines),
         "",
@@ -181,7 +185,7 @@ def _text(planned: Planned, model: _Model, lines: list[PlanLine], top: int) -> l
         f"after pruning dominated ones, {found.tried} choices placed",
     ]
     if model.budget.shortfall:
-        text.append(f"note: {model.budget.shortfall}")
+        text += wrapped(f"note: {model.budget.shortfall}")
     return text
 
 
@@ -196,10 +200,13 @@ def _too_large(planned: Planned, model: _Model) -> str:
     report = sorted(memory_report(request.tables), key=lambda record: -record.num_bytes)
     kind = "HBM" if request.costs.device == "cuda" else "DDR"
     each = ranks.hbm if kind == "HBM" else ranks.ddr
-    lines = [
+    head = (
         f"the tables do not fit {_ranks_of(ranks.world_size)} of {size(each)} {kind}"
         + (f" and {size(ranks.ddr)} DDR" if kind == "HBM" else "")
-        + f", {ranks.reserved:.0%} of them and {size(planned.workspace)} of workspace kept free",
+        + f", {ranks.reserved:.0%} of them and {size(planned.workspace)} of workspace kept free"
+    )
+    lines = [
+        *wrapped(f"{_PREFIX}{head}"),
         f"{'table':<24}{'method':<14}{'bytes':>22}{'dense bytes':>22}",
     ]
     methods = {table.name: method_of(table) for table in request.tables}
@@ -223,4 +230,4 @@ def _too_large(planned: Planned, model: _Model) -> str:
     lines += [f"  {change}" for change in known]
     if model.method == "dense":
         lines.append("  or a compression: --method tt, qr, robe or md with --compress_rate")
-    return "\n".join(lines)
+    return "\n".join(lines).removeprefix(_PREFIX)

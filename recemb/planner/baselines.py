@@ -22,7 +22,7 @@ class Figures:
     """What the rules know of a table, or of the tables that share an array.
 
     Attributes:
-        size: rows times columns.
+        size: parameters as stored; of an uncompressed table rows times columns.
         rows: of the largest table.
         dim: columns.
         lookups: ids a sample times columns.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,11 @@ def size(num_bytes: float) -> str:
 def milliseconds(ms: float) -> str:
     """Three figures, or more before the point."""
     return f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most 100 columns, the later ones indented."""
+    return textwrap.wrap(text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _cut(text: str, width: int) -> str:

@@ -11,15 +11,18 @@ A table whose rows all lie in HBM or DDR needs no compressed parameters, whose b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from recemb.errors import PlanError
+from recemb.id_maps.radix import ceil_div
 from recemb.planner.report import size
 
 _STEPS = 50
+# Of the knapsack for placements that hardly fit.
+_FEW_ROWS, _MOST_STATES = 8, 512
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,16 @@ class TierPlan:
         return max(0.0, self.ns / self.bound_ns - 1) if self.bound_ns > 0 else 0.0
 
 
-def place_rows(tables: Sequence[TieredTable], hbm: int, ddr: int) -> TierPlan:
-    """The fastest placement found within ``hbm`` and ``ddr`` bytes, and a bound.
+def place_rows(tables: Sequence[TieredTable], hbm: int, ddr: int, ranks: int = 1) -> TierPlan:
+    """The fastest placement found within the bytes of all ranks together, and a bound.
+
+    Args:
+        hbm, ddr: bytes of one rank.
 
     Raises:
-        PlanError: the compressed parameters alone take more than ``hbm``, and DDR does not hold the rest.
+        PlanError: no placement was found.
     """
+    hbm, ddr = hbm * ranks, ddr * ranks
     bound = 0.0
     best: list[Tiers] | None = None
     low, high = -60.0, 20.0
@@ -142,11 +149,12 @@ def place_rows(tables: Sequence[TieredTable], hbm: int, ddr: int) -> TierPlan:
             low, high = (low, middle) if within else (middle, high)
     if best is None:
         best = _least_hbm(tables, ddr)
+        least = ceil_div(sum(t.hbm for t in best), ranks)
         if sum(t.hbm for t in best) > hbm:
             raise PlanError(
-                f"the compressed tables take {size(sum(t.table.compressed_bytes for t in best if t.cold))} "
-                f"of HBM and the budget is {size(hbm)}; give --hbm {sum(t.hbm for t in best)} or compress "
-                "harder"
+                f"no placement was found in {size(hbm // ranks)} of HBM and {size(ddr // ranks)} of DDR a "
+                f"rank: rows in HBM and compressed tables take {size(least)} a rank at least; give --hbm "
+                f"{least} or compress harder"
             )
         best = _fill(best, hbm, ddr)
     return TierPlan(tuple(best), bound)
@@ -192,14 +200,66 @@ def _cheapest(table: TieredTable, price_hbm: float, price_ddr: float) -> Tiers:
 
 
 def _least_hbm(tables: Sequence[TieredTable], ddr: int) -> list[Tiers]:
-    """As little HBM as may be: whole tables into DDR, those first that save most HBM a byte."""
-    placed = {table.name: Tiers(table, 0, 0) for table in tables}
-    for table in sorted(tables, key=lambda t: -t.compressed_bytes / (t.num_rows * t.row_bytes)):
-        whole = Tiers(table, 0, table.num_rows)
-        if whole.ddr <= ddr:
-            placed[table.name] = whole
-            ddr -= whole.ddr
-    return [placed[table.name] for table in tables]
+    """As little HBM as may be: a knapsack of whole tables in DDR, but one that takes what they leave.
+
+    With rows of one size the least needs no more tables in parts; of small tables every part is tried.
+    """
+    best: list[Tiers] | None = None
+    for last, table in enumerate(tables):
+        front = [_State(0, 0, None)]
+        for other in (*tables[:last], *tables[last + 1 :]):
+            front = _front(state.then(tiers) for state in front for tiers in _parts(other))
+            front = [state for state in front if state.ddr <= ddr]
+        rest = [(state, min(table.num_rows, (ddr - state.ddr) // table.row_bytes)) for state in front]
+        ends = [
+            state.then(tiers)
+            for state, warm in rest
+            for tiers in (Tiers(table, table.num_rows - warm, warm), Tiers(table, 0, 0))
+        ]
+        placed = {t.table.name: t for t in min(ends, key=lambda state: state.hbm).tiers()}
+        found = [placed[t.name] for t in tables]
+        if best is None or sum(t.hbm for t in found) < sum(t.hbm for t in best):
+            best = found
+    assert best is not None
+    return best
+
+
+def _parts(table: TieredTable) -> list[Tiers]:
+    """Compressed, or without compressed parameters and some of its rows in DDR."""
+    rows = table.num_rows
+    counts = range(rows + 1) if rows <= _FEW_ROWS else (0, rows)
+    return [Tiers(table, 0, 0), *(Tiers(table, rows - warm, warm) for warm in counts)]
+
+
+@dataclass(frozen=True)
+class _State:
+    """Some tables placed: their bytes, and the last of them after the others."""
+
+    hbm: int
+    ddr: int
+    placed: tuple[_State, Tiers] | None
+
+    def then(self, tiers: Tiers) -> _State:
+        return _State(self.hbm + tiers.hbm, self.ddr + tiers.ddr, (self, tiers))
+
+    def tiers(self) -> list[Tiers]:
+        found, at = [], self.placed
+        while at is not None:
+            state, tiers = at
+            found.append(tiers)
+            at = state.placed
+        return found
+
+
+def _front(states: Iterable[_State]) -> list[_State]:
+    """Those that no other beats in both kinds of bytes; of too many, an even choice."""
+    front: list[_State] = []
+    for state in sorted(states, key=lambda state: (state.ddr, state.hbm)):
+        if not front or state.hbm < front[-1].hbm:
+            front.append(state)
+    if len(front) <= _MOST_STATES:
+        return front
+    return [front[k * (len(front) - 1) // (_MOST_STATES - 1)] for k in range(_MOST_STATES)]
 
 
 def _fill(tiers: Sequence[Tiers], hbm: int, ddr: int) -> list[Tiers]:

@@ -44,12 +44,33 @@ def test_the_plan_fits_a_terminal_and_names_what_matters(recemb: Recemb, tmp_pat
     assert "torch" in document["estimate"]["costs"]["constants"]["hbm_bandwidth"]["origin"]
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--method", "robe", "--compress_rate", "4"), 0),
+        (("--method", "qr", "--compress_rate", "10000"), 0),
+        (("--device", "cuda", "--hbm", "100MB", "--ddr", "100MB", "--local_world_size", "1"), 4),
+    ],
+)
+def test_what_is_said_fits_a_terminal(recemb: Recemb, words: tuple[str, ...], code: int) -> None:
+    answer = recemb("plan", "--preset", "criteo_kaggle", "--world_size", "2", *words)
+    assert answer.code == code
+    assert max(map(len, (answer.out + answer.err).splitlines())) <= 100
+    assert code or re.search("share one array|note: ", answer.out)
+
+
 def test_json_is_the_file(recemb: Recemb, tmp_path: Path) -> None:
     answer = recemb(*KAGGLE, "--world_size", "2", "--format", "json", "--output", str(tmp_path / "plan.json"))
     assert json.loads(answer.out) == json.loads((tmp_path / "plan.json").read_text())
     ranks = json.loads(answer.out)["estimate"]["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1]
     assert max(rank["ms"] for rank in ranks) == pytest.approx(json.loads(answer.out)["estimate"]["step_ms"])
+
+
+def test_the_part_kept_free_of_a_cpu(recemb: Recemb) -> None:
+    words = ("plan", "--preset", "criteo_kaggle", "--ddr", "2.34GB", "--world_size", "1")
+    assert recemb(*words, "--reserved", "0").code == 0
+    assert recemb(*words, "--reserved", "0.5").code == 4
 
 
 def _flags(text: str) -> list[list[str]]:
@@ -124,7 +145,11 @@ def test_a_run_is_planned_by_its_configuration(recemb: Recemb, log_dir: Path, tm
         (("--preset", "criteo_kaggle", "--hardware", "a100"), "is a GPU and --device is cpu"),
         (("--preset", "criteo_kaggle", "--costs", "no.json"), "cannot be read"),
         (("--calibrate",), "needs --output"),
-        (("--statistics", "x", "--device", "cpu"), ""),
+        (("--preset", "criteo_kaggle", "--output", "."), r"--output \. is a folder"),
+        (("--preset", "criteo_kaggle", "--output", "no/plan.json"), "there is no folder no"),
+        (("--preset", "criteo_kaggle", "--hbm", "80GB"), r"--hbm 80000000000: .* --ddr"),
+        (("--preset", "criteo_kaggle", "--embedding_dim", "8"), "--embedding_dim 8 is of --statistics"),
+        (("--statistics", "x", "--device", "cpu"), "a CPU has no HBM"),
     ],
 )
 def test_wrong_flags(recemb: Recemb, words: tuple[str, ...], named: str) -> None:
@@ -150,6 +175,7 @@ def test_rows_by_statistics(recemb: Recemb, log_dir: Path, tmp_path: Path) -> No
     assert tiny.code == 4
     assert "--hbm" in tiny.err
     assert recemb("plan", *words, "--hbm", "1MB").code == 2
+    assert recemb("plan", *words, *rates, "--optimizer", "adam").code == 2
 
 
 def test_calibration_is_read_back(recemb: Recemb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,11 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
             return []
         key = sharder_name(type(module))
         peers = self._compressed.peers(module, name)
-        kinds = self._filter_sharding_types(name, sharder.sharding_types(self._compute_device), key)
+        allowed = list(sharder.sharding_types(self._compute_device))
+        if peers is not None and self._compute_device == "cpu":
+            # torchrec cuts rows on GPUs only.
+            allowed.append(ShardingType.ROW_WISE.value)
+        kinds = self._filter_sharding_types(name, allowed, key)
         if peers is not None:
             kinds = self._own_kinds(spec_of(peers, name), kinds)
         made, splits = [], {}
@@ -220,7 +224,7 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
         if not made:
             raise ConfigError(
                 f"table {name!r}: no sharding type and kernel are left by its ParameterConstraints on "
-                f"{self._compute_device}; {key} allows {sharder.sharding_types(self._compute_device)}"
+                f"{self._compute_device}; {key} allows {allowed}"
             )
         return made
 

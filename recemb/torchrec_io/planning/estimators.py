@@ -30,7 +30,7 @@ from recemb.backends import storages
 from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
 from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes
-from recemb.spec import TableSpec
+from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.sharding.held import DATA_PARALLEL, row_split
 from recemb.torchrec_io.sharding.placement import ROWS_SPLIT
@@ -43,9 +43,14 @@ Constraints = Mapping[str, ParameterConstraints]
 
 
 class Compressed:
-    """The compressed tables of modules, looked up once each."""
+    """The tables of modules that recemb's engine looks up, found once each.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the tables will live, ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
         self._known: dict[int, tuple[nn.Module, dict[str, list[TableSpec]], int | None]] = {}
 
     def peers(self, module: nn.Module, name: str) -> list[TableSpec] | None:
@@ -65,7 +70,7 @@ class Compressed:
             peers: dict[str, list[TableSpec]] = {}
             rows = None
             if isinstance(module, EmbeddingBagCollection):
-                tables = CompressedTables.of(module)
+                tables = CompressedTables.of(module, self._device)
                 rows = tables.micro_batch_rows
                 peers = {
                     table.name: shared for _, shared in storages(tables.specs.values()) for table in shared
@@ -132,6 +137,8 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
             if peers is None:
                 continue
             table = spec_of(peers, option.name)
+            if isinstance(table.compression, Dense):
+                continue
             lookups = _Lookups(option, self._topology, self._constraints)
             rows = self._compressed.micro_batch_rows(option.module[1])
             held = rows or _MICRO_BATCH_ROWS[self._topology.compute_device]
@@ -238,7 +245,7 @@ class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships n
 
 
 class WorkspaceReservation(StorageReservation):  # type: ignore[misc] # torchrec ships no types
-    """Another reservation, and the workspace in which compressed tables are looked up.
+    """Another reservation, its part of DDR too, and the workspace in which compressed tables are looked up.
 
     Tables take turns in it, so it is the largest that any one needs, were all its ids distinct.
 
@@ -271,12 +278,17 @@ class WorkspaceReservation(StorageReservation):  # type: ignore[misc] # torchrec
         for child in module.modules():
             rows = self._compressed.micro_batch_rows(child) or _MICRO_BATCH_ROWS[device]
             for table in self._compressed.tables(child):
+                if isinstance(table.compression, Dense):
+                    continue
                 given = (constraints or {}).get(table.name)
                 bags = float(batch_size * topology.world_size * len(table.feature_names))
                 ids = bags * max(given.pooling_factors if given else [1.0])
                 work = forward_work(table, ids, bags, rows)
                 self.workspace = max(self.workspace, work.workspace)
         for rank in reserved.devices:
+            # torchrec keeps its part of HBM free, and none of DDR, in which the tables of a CPU lie.
+            if self._percentage is not None:
+                rank.storage.ddr = int((1 - self._percentage) * rank.storage.ddr)
             if device == "cuda":
                 rank.storage.hbm -= self.workspace
             else:

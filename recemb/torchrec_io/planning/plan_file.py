@@ -43,6 +43,7 @@ from recemb.id_maps.radix import ceil_div
 from recemb.spec import TableSpec
 from recemb.torchrec_io.configs import table_spec
 from recemb.torchrec_io.planning.planned import Planned
+from recemb.torchrec_io.sharding.sharder import get_sharders
 
 COLUMNS_CUT = (
     ShardingType.COLUMN_WISE.value,
@@ -82,6 +83,8 @@ class TableEntry(BaseModel):
         ranks = list(range(world)) if self.ranks == "all" else self.ranks
         if len(ranks) != shards or max(ranks) >= world:
             raise ValueError(f"table {name!r}: ranks={self.ranks} must be {shards} below {world}")
+        if self.sharding_type in EVERYWHERE and ranks != list(range(world)):
+            raise ValueError(f"table {name!r}: {self.sharding_type} has its shards on all ranks in order")
 
 
 class PlanDocument(BaseModel):
@@ -249,6 +252,7 @@ def _matching_path(path: Path, document: PlanDocument, model: nn.Module) -> str:
             continue
         found = {config.name: _described(table_spec(config)) for config in module.embedding_bag_configs()}
         if found == planned:
+            _check_shapes(path, _all_tables(document.modules), module)
             return str(name)
         if found.keys() & planned.keys():
             differences = _differences(planned, found)
@@ -257,6 +261,20 @@ def _matching_path(path: Path, document: PlanDocument, model: nn.Module) -> str:
     raise ConfigError(
         f"{path} plans other tables than the model's; plan again for this model:\n  {shown}{more}"
     )
+
+
+def _check_shapes(path: Path, entries: Mapping[str, TableEntry], module: nn.Module) -> None:
+    """Raise ``ConfigError`` unless torchrec plans weights of the planned shapes for ``module``."""
+    for sharder in get_sharders():
+        if sharder.module_type is not type(module):
+            continue
+        for name, weight in sharder.shardable_parameters(module).items():
+            planned, own = entries[name].shape, list(weight.shape)
+            if planned != own:
+                raise ConfigError(
+                    f"{path}: the shape of table {name!r} is {planned} in the plan, {own} in the model; plan "
+                    "again for this model"
+                )
 
 
 def _differences(planned: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import PipelineType, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
 from recemb.planner.layout import Cluster
 from recemb.planner.search import Found
@@ -24,7 +25,9 @@ from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.planning.planner import planner, topology
 from recemb.torchrec_io.planning.search import PlanProposer, cluster_of
+from recemb.torchrec_io.sharding.placement import check_plan
 from recemb.torchrec_io.sharding.sharder import get_sharders
+from recemb.torchrec_io.sharding.tables import CompressedTables
 
 # Where torchrec's DLRM keeps its tables, and so recemb train's models.
 MODULE_PATH = "sparse_arch.embedding_bag_collection"
@@ -102,8 +105,10 @@ def plan_tables(request: Request) -> Planned:
     """Plan by :func:`recemb.torchrec_io.planner`; a model that does not fit is not an error here.
 
     Raises:
-        ConfigError: a table that cannot be sharded.
+        ConfigError: no tables, or one that cannot be sharded.
     """
+    if not request.tables:
+        raise ConfigError("there are no tables to plan; give a Request one at least")
     started = time.perf_counter()
     ranks = request.ranks
     cluster = topology(ranks.world_size, request.costs, ranks.local_world_size, ranks.hbm, ranks.ddr)
@@ -128,6 +133,12 @@ def plan_tables(request: Request) -> Planned:
     (proposer,) = made._proposers
     assert isinstance(proposer, PlanProposer)
     assert proposer.found is not None
+    if plan is not None:
+        collection = model.get_submodule(MODULE_PATH)
+        assert isinstance(collection, EmbeddingBagCollection)
+        ours = CompressedTables.of(collection, torch.device(request.costs.device))
+        names = [table.name for table in request.tables]
+        check_plan(ours, names, plan.plan[MODULE_PATH], ranks.world_size)
     reservation = made._storage_reservation
     return Planned(
         request,

@@ -114,7 +114,7 @@ def planner(
             pod_size=get_topology_domain_multiple(),
         )
     limits = dict(constraints or {})
-    compressed = Compressed()
+    compressed = Compressed(topology.compute_device)
     estimators = [
         PerfEstimator(
             topology,
@@ -124,6 +124,7 @@ def planner(
         ),
         StorageEstimator(topology, limits, pipeline_type, compressed=compressed),
     ]
+    proposer = PlanProposer()
     samples = batch_size or BATCH_SIZE
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -132,9 +133,9 @@ def planner(
         storage_reservation=WorkspaceReservation(
             storage_reservation or FixedPercentageStorageReservation(RESERVED), compressed
         ),
-        proposer=PlanProposer(),
+        proposer=proposer,
         partitioner=PlanPartitioner(),
-        performance_model=SlowestRank(topology),
+        performance_model=SlowestRank(topology, proposer),
         stats=[] if stats is None else stats,
         constraints=limits,
         debug=debug,

@@ -23,6 +23,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingType
 
+from recemb.errors import ConfigError
 from recemb.planner.layout import RESOURCES, Cluster, Floats, Ints, Option, Spread, Unit
 from recemb.planner.placement import Placement, by_storage, by_time, place
 from recemb.planner.search import Found, search
@@ -38,6 +39,8 @@ _SPREAD = {
     ShardingType.DATA_PARALLEL.value: Spread.EVERY,
 }
 Options = tuple[ShardingOption, ...]
+# Below what torchrec starts from, so that it still is a plan.
+_BEHIND = 2.0**62
 
 
 def cluster_of(topology: Topology) -> Cluster:
@@ -72,6 +75,9 @@ def units_of(search_space: Sequence[ShardingOption]) -> list[Unit]:
     """One unit per table, or per group of tables that share an array: those must lie together.
 
     A group is planned whole on one rank or on every rank; it takes the options that all its tables have.
+
+    Raises:
+        ConfigError: they have none in common.
     """
     tables: dict[str, dict[str, list[ShardingOption]]] = {}
     for option in search_space:
@@ -85,6 +91,12 @@ def units_of(search_space: Sequence[ShardingOption]) -> list[Unit]:
             twins = [[o for o in other if (o.sharding_type, o.compute_kernel) == kind] for other in rest]
             if all(twins):
                 options.append(layout((option, *(twin[0] for twin in twins))))
+        if not options:
+            names = [each[0].name for each in by_table.values()]
+            raise ConfigError(
+                f"the tables {names} share one array and must be planned alike; no sharding type is "
+                "left to all; give them the same ParameterConstraints"
+            )
         units.append(Unit(name, tuple(options)))
     return units
 
@@ -189,13 +201,19 @@ def _own(option: ShardingOption) -> Sequence[Shard]:
 
 
 class SlowestRank(PerfModel):  # type: ignore[misc] # torchrec ships no types
-    """torchrec's rating, the time of the slowest rank, without a Python step for every shard."""
+    """torchrec's rating, the time of the slowest rank, without a Python step for every shard.
 
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
+    Args:
+        proposer: whose first proposal is rated behind any plan that it finds, also one of equal time.
+    """
+
+    def __init__(self, topology: Topology, proposer: PlanProposer) -> None:
+        self._topology, self._proposer = topology, proposer
 
     def rate(self, plan: list[ShardingOption]) -> float:
         """Milliseconds."""
+        if self._proposer.found is None:
+            return _BEHIND
         return float(rank_loads(plan, self._topology.world_size).max())
 
 

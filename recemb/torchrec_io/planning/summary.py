@@ -151,7 +151,7 @@ def _whole(unit: Unit, factors: dict[str, tuple[TableSpec, float]]) -> list[Figu
             known = [factors[table.name] for table in tables]
             return [
                 Figures(
-                    size=float(sum(table.dense_numel for table, _ in known)),
+                    size=float(sum(table.tensor.numel() for table in tables)),
                     rows=float(max(table.num_embeddings for table, _ in known)),
                     dim=float(sum(table.embedding_dim for table, _ in known)),
                     lookups=float(sum(table.embedding_dim * factor for table, factor in known)),

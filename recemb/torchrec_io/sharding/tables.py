@@ -120,8 +120,9 @@ class CompressedTables:
 def _is_ours(module: EmbeddingBagCollection, spec: TableSpec, device: torch.device) -> bool:
     if not isinstance(spec.compression, Dense):
         return True
-    attached = getattr(module.embedding_bags[spec.name].weight, "_in_backward_optimizers", ())
-    return device.type == "cpu" and any(isinstance(one, torch.optim.Adam) for one in attached)
+    # The classes, which a table that is only planned carries too.
+    kinds = getattr(module.embedding_bags[spec.name].weight, "_optimizer_classes", ())
+    return device.type == "cpu" and any(issubclass(kind, torch.optim.Adam) for kind in kinds)
 
 
 class LogicalTables:

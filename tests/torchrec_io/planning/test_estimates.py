@@ -135,6 +135,14 @@ def test_rows_cut_over_ranks_leave_the_shorter_part_whole() -> None:
     assert ("qr", "row_wise", "fused") not in options_of(planner(ranks(200, 8), BATCH), Model(MIXED))
 
 
+def test_rows_are_cut_on_a_cpu_too() -> None:
+    own = options_of(planner(ranks(device="cpu"), BATCH), Model(MIXED))
+    assert {name for name, kind, _ in own if kind == "row_wise"} == {"qr", "md"}
+    limits = {"md": ParameterConstraints(sharding_types=["row_wise"])}
+    plan = planner(ranks(2, 2, "cpu"), BATCH, limits).plan(Model(MIXED), get_sharders())
+    assert (plan.plan["ebc"]["md"].sharding_type, plan.plan["ebc"]["md"].ranks) == ("row_wise", [0, 1])
+
+
 def test_data_parallel_holds_gradients_too() -> None:
     own = options_of(planner(ranks(), BATCH), Model(MIXED))
     whole = own["qr", "data_parallel", "dense"].shards[0].storage.hbm

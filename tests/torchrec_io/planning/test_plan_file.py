@@ -16,12 +16,13 @@ from torchrec.distributed.planner.types import ParameterConstraints
 
 from recemb.errors import ConfigError
 from recemb.planner.costs import default_costs
-from recemb.spec import Dense, TableSpec
+from recemb.spec import ROBE, Dense, TableSpec
 from recemb.torchrec_io import load_plan
 from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.planning.plan_file import PlanDocument, plan_document, save_plan
 from recemb.torchrec_io.planning.planned import MODULE_PATH, Planned, Ranks, Request, plan_tables
+from recemb.torchrec_io.planning.summary import rank_lines
 from tests.torchrec_io.planning.models import MIXED, Model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,6 +86,23 @@ def test_every_sharding_type_survives(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_plan(tmp_path / "plan.json") == planned.plan
 
 
+def test_uncompressed_tables_with_adam_are_planned_as_they_run_on_a_cpu() -> None:
+    """Never column-wise, which pays for wide tables of fbgemm."""
+    tables = tuple(
+        TableSpec(name=f"t{k}", num_embeddings=5000, embedding_dim=256, feature_names=(f"t{k}",))
+        for k in range(3)
+    )
+    wide = replace(request(2, 2, "cpu"), tables=tables, pooling_factors=(20.0,) * 3)
+    kinds = {
+        optimizer: {
+            option.sharding_type for option in plan_tables(replace(wide, optimizer=optimizer)).options
+        }
+        for optimizer in ("sgd", "adam")
+    }
+    assert "column_wise" in kinds["sgd"]
+    assert kinds["adam"] <= {"table_wise", "row_wise", "data_parallel"}
+
+
 def test_a_plan_is_given_out_under_the_models_own_path(tmp_path: Path) -> None:
     save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
     model = Model(MIXED)
@@ -108,6 +126,36 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
     assert "table 'tt': num_embeddings is 40000 in the plan, 77 in the model" in str(refused.value)
     with pytest.raises(ConfigError, match="no EmbeddingBagCollection"):
         load_plan(tmp_path / "plan.json", nn.Linear(2, 2))
+
+
+def test_another_shape_than_the_models_is_refused(tmp_path: Path) -> None:
+    document = save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json").model_dump(
+        mode="json", exclude_none=True
+    )
+    document["modules"][MODULE_PATH]["tt"]["shape"] = [7, 16]
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"shape of table 'tt' is \[7, 16\] in the plan"):
+        load_plan(tmp_path / "other.json", Model(MIXED))
+
+
+def test_figures_are_of_the_plan_that_is_given_out() -> None:
+    """Also where simply the first option of every table takes equal time, and other bytes."""
+    tables = tuple(
+        TableSpec(
+            name=f"t{k}", num_embeddings=rows, embedding_dim=16, compression=c, feature_names=(f"f{k}",)
+        )
+        for k, (rows, c) in enumerate([(16072, Dense()), (20263, ROBE(compress_rate=20, block_size=8))])
+    )
+    ranks = Ranks(2, 2, 10**9, 10**9, 0.15)
+    planned = plan_tables(Request(tables, (3.0, 3.0), 256, "adam", ranks, default_costs("cuda")))
+    used = [[line.hbm, line.ddr] for line in rank_lines(planned)]
+    assert planned.found.placement is not None
+    assert used == planned.found.placement.used[:, :2].tolist()
+
+
+def test_no_tables_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no tables to plan"):
+        plan_tables(replace(request(2, 2, "cpu"), tables=(), pooling_factors=()))
 
 
 def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
@@ -144,6 +192,8 @@ def test_damaged_files_are_refused(damage: dict[str, object], named: str, tmp_pa
         {"columns": 4},
         {"ranks": [-1]},
         {"shape": [10]},
+        {"sharding_type": "row_wise", "ranks": [1, 0]},
+        {"sharding_type": "data_parallel", "ranks": [0, 0]},
     ],
 )
 def test_entries_that_cannot_be_followed_are_refused(entry: dict[str, object], tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 
+from recemb.errors import ConfigError
 from recemb.planner.layout import prune
 from recemb.planner.search import search
 from recemb.spec import Compression, Dense
@@ -75,12 +78,40 @@ def test_a_mixed_plan_can_be_run(device: str, world: int) -> None:
     assert (a.sharding_type, a.ranks) == (b.sharding_type, b.ranks)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_uncompressed_tables_with_adam_are_planned_for_the_cpu(device: str) -> None:
+    """The engine steps them there, and takes fewer sharding types than fbgemm."""
+    model = Model(MIXED, device)
+    _apply_optimizer_in_backward(torch.optim.Adam, model.ebc.parameters(), {"lr": 0.1})
+    plan = planner(ranks(2, 2, "cpu"), BATCH, limits(1)).plan(model, get_sharders())
+    ours = CompressedTables.of(model.ebc, torch.device("cpu"))
+    assert list(ours.specs) == list(MIXED)
+    check_plan(ours, list(MIXED), plan.plan["ebc"], 2)
+
+
+def test_the_part_kept_free_is_of_ddr_too() -> None:
+    """On a CPU tables lie in DDR, of which torchrec keeps nothing free."""
+    model = Model({"big": Dense()})
+    weights = ROWS["big"] * 16 * 4
+    cluster = ranks(1, 1, "cpu", ddr=int(1.5 * weights))
+    planner(cluster, BATCH, None, FixedPercentageStorageReservation(0.1)).plan(model, get_sharders())
+    with pytest.raises(PlannerError, match="insufficient storage"):
+        planner(cluster, BATCH, None, FixedPercentageStorageReservation(0.5)).plan(model, get_sharders())
+
+
 def test_a_group_is_placed_on_a_rank_with_room_for_all_of_it() -> None:
     """The array, on the account of its first table, and the buffers of both."""
     only = {name: MIXED[name] for name in ("robe_a", "robe_b")}
     own = planner(ranks(2, 2), BATCH, {n: ParameterConstraints(sharding_types=["table_wise"]) for n in only})
     plan = own.plan(Model(only), get_sharders())
     assert plan.plan["ebc"]["robe_a"].ranks == plan.plan["ebc"]["robe_b"].ranks
+
+
+def test_a_group_constrained_apart_is_refused() -> None:
+    kinds = {"robe_a": ["table_wise"], "robe_b": ["data_parallel"]}
+    apart = {name: ParameterConstraints(sharding_types=allowed) for name, allowed in kinds.items()}
+    with pytest.raises(ConfigError, match=r"\['robe_a', 'robe_b'\] share one array"):
+        planner(ranks(2, 2), BATCH, apart).plan(Model(MIXED), get_sharders())
 
 
 def test_constraints_hold() -> None:
