@@ -57,22 +57,20 @@ class FusedUpdate:
         each = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
         optimizers: list[Any] = [found[0] if found and len(found) == 1 else None for found in each]
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
+        # What is left out may be another tensor each step: a view through which gradients are exchanged.
+        own = [p for p, optimizer in zip(parameters, optimizers, strict=True) if optimizer is not None]
         known, same, unchanged = self._seen
         if not (
-            len(known) == len(parameters)
-            and all(map(is_, known, parameters))
+            len(known) == len(own)
+            and all(map(is_, known, own))
             and optimizers == same
             and settings == unchanged
         ):
-            self._seen = list(parameters), list(optimizers), [dict(group) for group in settings]
+            self._seen = own, optimizers, [dict(group) for group in settings]
             attached = [optimizer for optimizer in optimizers if optimizer is not None]
             rule = _resolve(attached)
-            if rule is None:
-                self._step = None
-            else:
-                left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
-                own = [parameter for k, parameter in enumerate(parameters) if k not in left]
-                self._step = Step(partial(self._make, rule, attached, own, left), left)
+            left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
+            self._step = None if rule is None else Step(partial(self._make, rule, attached, own, left), left)
         return self._step
 
     def _make(

@@ -13,6 +13,7 @@ import torch
 
 from recemb.checkpoint import latest_checkpoint, save_checkpoint, shard_file
 from tests.checkpoint.ranks import same
+from tests.processes import fork, status_of
 
 # Every call through which the file system changes. `shutil.rmtree` and `Path` come down to these.
 CHANGES = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "ftruncate")
@@ -59,20 +60,6 @@ class Killer:
         return call
 
 
-def _in_child(work: Callable[[], None]) -> int:
-    """Exit status of a fork that does ``work``: 0, or minus the signal that killed it."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
 @pytest.mark.parametrize("halves", [False, True], ids=["before each call", "half through each write"])
 @pytest.mark.parametrize(
     ("steps", "keep"),
@@ -95,7 +82,7 @@ def test_f27_killed_at_every_call_of_a_save(
             Killer(at, halves).install()
             _save(root, last, keep, len(earlier))
 
-        status = _in_child(work)
+        status = status_of(fork(work))
         assert status in (0, -signal.SIGKILL)
         outcomes.add(_loaded(root))
         if status == 0:
@@ -108,7 +95,7 @@ def test_f27_killed_at_every_call_of_a_save(
                 assert _loaded(root) == (30, 0)
                 assert not list(root.glob("*.tmp-*"))
 
-            assert _in_child(after) == 0
+            assert status_of(fork(after)) == 0
     else:
         pytest.fail("the save never came to an end")
     assert at > (4 if halves else 20), "fewer calls than a save can do with: the hooks see nothing"
@@ -135,7 +122,7 @@ def test_f27_half_a_removed_checkpoint_is_not_taken_for_one(tmp_path: Path) -> N
         _save(tmp_path, 30, 1)
 
     os.unlink(tmp_path / ".lock")
-    assert _in_child(work) == -signal.SIGKILL
+    assert status_of(fork(work)) == -signal.SIGKILL
     seen = sorted(path.name.partition("-")[2].partition("-")[0] for path in tmp_path.glob("step-*"))
     assert "30" in seen
     assert any(name.endswith(".tmp") for name in seen)

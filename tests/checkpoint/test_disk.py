@@ -18,6 +18,7 @@ import torch
 from recemb.checkpoint import folder, latest_checkpoint, save_checkpoint
 from recemb.errors import CheckpointError, DiskFullError
 from tests.checkpoint.ranks import on_ranks
+from tests.processes import fork, status_of
 
 
 def _save(root: Path, step: int, rows: int = 10, keep: int = 2) -> Path:
@@ -172,22 +173,6 @@ def test_f33_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path / "file")
 
 
-def _fork(work: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def _status(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_f33_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
 
@@ -196,7 +181,7 @@ def test_f33_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
         ready.touch()
         time.sleep(60)
 
-    pid = _fork(first)
+    pid = fork(first)
     deadline = time.monotonic() + 20
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -207,7 +192,7 @@ def test_f33_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
         assert _loaded(tmp_path) == 1
     finally:
         os.kill(pid, signal.SIGKILL)
-        assert _status(pid) == -signal.SIGKILL
+        assert status_of(pid) == -signal.SIGKILL
     # The file is still there and names the dead process.
     assert f"pid {pid}" in (tmp_path / ".lock").read_text()
     _save(tmp_path, 2)
@@ -221,10 +206,10 @@ def test_f33_a_forked_child_is_another_run(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"pid {os.getppid()} "):
             _save(tmp_path, 2)
 
-    assert _status(_fork(child)) == 0
+    assert status_of(fork(child)) == 0
     # The child's attempt has not cost the parent its lock.
     _save(tmp_path, 3)
-    assert _status(_fork(child)) == 0
+    assert status_of(fork(child)) == 0
 
 
 def test_f33_a_directory_made_anew_is_locked_anew(tmp_path: Path) -> None:
@@ -237,7 +222,7 @@ def test_f33_a_directory_made_anew_is_locked_anew(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another run"):
             _save(root, 2)
 
-    assert _status(_fork(child)) == 0
+    assert status_of(fork(child)) == 0
 
 
 def test_f30_a_linked_lock_is_not_written_through(tmp_path: Path) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +12,8 @@ import torch
 from recemb.checkpoint import latest_checkpoint
 from tests.checkpoint.test_resharding import LAYOUTS, table
 from tests.checkpoint.worker import KILLED, WORLD
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 90
 
 
@@ -25,32 +21,9 @@ SECONDS = 90
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the ranks have left."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    logs = [(folder / f"log{rank}").open("w") for rank in range(WORLD)]
-    command = [sys.executable, "-m", "tests.checkpoint.worker"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, cwd=ROOT, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + SECONDS
-    try:
-        for process in ranks:
-            process.wait(timeout=max(1, deadline - time.monotonic()))
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    codes = [process.returncode for process in ranks]
+    ended = run_ranks("tests.checkpoint.worker", WORLD, [folder], folder, SECONDS)
     expected = [-signal.SIGKILL if rank == KILLED else 0 for rank in range(WORLD)]
-    assert codes == expected, "".join((folder / f"log{rank}").read_text() for rank in range(WORLD))
+    assert ended.codes == expected, "".join(ended.said)
     return folder
 
 

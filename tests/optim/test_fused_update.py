@@ -142,6 +142,18 @@ def test_a_parameter_without_an_optimizer_gets_its_gradient_beside_stepped_ones(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_is_worked_out_once_whatever_tensor_stands_for_what_is_left() -> None:
+    (table, *_) = _collection(COMPRESSIONS["md"]).embedding_bags.values()
+    rows, projection = table.parameters()
+    apply_optimizer_in_backward(torch.optim.SGD, [rows], {"lr": 0.1})
+    update = FusedUpdate()
+    step = update.of([rows, projection])
+    assert step is not None
+    assert step.left == {1}
+    assert update.of([rows, projection.view_as(projection)]) is step
+    assert update.of([projection, rows]) is not step
+
+
 @pytest.mark.parametrize("method", ["tt", "mult", "dense"])
 def test_adam_moves_touched_rows_by_adams_formula_and_no_others(method: str) -> None:
     ours, oracle = _collection(COMPRESSIONS[method]), _collection(COMPRESSIONS[method])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 from torchrec.optim.keyed import CombinedOptimizer
 
+from tests.processes import run_ranks
 from tests.sharding.cases import BAD_ID, BATCH, Model, attach, batch, collection, is_fused
 from tests.sharding.places import CASES, COMPRESSED, ROWS, Case
 from tests.sharding.saved import FORMATS, load, of_compressed, save
@@ -23,7 +20,6 @@ from tests.sharding.shared import Found, differences
 # three steps whose smallest effect on a tensor is hundreds of times that.
 OUTPUTS, GRADIENTS, WEIGHTS, MOVED = 5e-7, 1e-7, 5e-7, 2e-4
 SECONDS = 150
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,39 +50,10 @@ def unsharded() -> tuple[Model, CombinedOptimizer]:
 
 def _run(world: int, folder: Path) -> list[Found]:
     folder.mkdir()
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        # Hosts of two ranks.
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    logs = [(folder / f"log{rank}").open("w") for rank in range(world)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.sharding.worker", str(rank), str(world), str(folder)],
-            env=environment,
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + SECONDS
-    try:
-        for process in ranks:
-            process.wait(timeout=max(1, deadline - time.monotonic()))
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
+    ended = run_ranks("tests.sharding.worker", world, [world, folder], folder, SECONDS)
     files = [folder / f"rank{rank}.json" for rank in range(world)]
     missing = [path for path in files if not path.exists()]
-    assert not missing, "".join((folder / f"log{rank}").read_text() for rank in range(world))
+    assert not missing, "".join(ended.said)
     return [json.loads(path.read_text()) for path in files]
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +20,8 @@ from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.planning.plan_file import PlanDocument, plan_document, save_plan
 from recemb.torchrec_io.planning.planned import MODULE_PATH, Planned, Ranks, Request, plan_tables
 from recemb.torchrec_io.planning.summary import rank_lines
+from tests.processes import run_ranks
 from tests.torchrec_io.planning.models import MIXED, Model
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def request(world: int, local: int, device: str = "cuda") -> Request:
@@ -220,26 +216,6 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
 def test_two_ranks_run_a_loaded_plan(tmp_path: Path) -> None:
     """Each loads the file, shards by it, takes one step, and agrees with the unsharded model."""
     save(plan_tables(request(2, 2, "cpu")), tmp_path / "plan.json")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(rank), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    assert all("agrees" in text for text in said)
+    ended = run_ranks("tests.torchrec_io.planning.worker", 2, [tmp_path], tmp_path, 120)
+    assert ended.codes == [0, 0], "\n".join(ended.said)
+    assert all("agrees" in text for text in ended.said)
