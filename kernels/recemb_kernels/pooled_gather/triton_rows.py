@@ -93,10 +93,7 @@ class RowFamily(Family[RowShape]):
         if self._operation != Operation.PROJECT:
             return super().backward_without_ids(parameters, asked)
         rows: list[Tensor | None] = []
-        for t, (table, update) in enumerate(zip(parameters[0::2], asked.updates, strict=True)):
-            counter = update.steps[0] if update is not None and update.steps else None
-            if counter is not None:
-                counter.add_(1)
+        for t, table in enumerate(parameters[0::2]):
             rows.append(torch.zeros_like(table) if asked.writes(t, 0, 2) else None)
         grad = torch.zeros(
             self._projection_entries.most, self._widths[1], dtype=torch.float32, device=self.device

@@ -106,6 +106,8 @@ class Backward:
         wanted: per parameter of the family, whether its gradient is.
         grad_weights: [L] to fill for this family's positions, or ``None``.
         refused: [1] int32, not 0 when no weight may change.
+        rates: [parameters of a table, tables, 7] float32, of the updates
+            (:func:`recemb_kernels.triton_frame.steps.rates_of`).
     """
 
     grad_out: Tensor
@@ -113,6 +115,7 @@ class Backward:
     wanted: Sequence[bool]
     grad_weights: Tensor | None
     refused: Tensor
+    rates: Tensor
 
     def writes(self, table: int, which: int, number: int) -> bool:
         """Whether the gradient of parameter ``which`` of the ``number`` of a table is to be given."""
@@ -146,6 +149,7 @@ class Family(ABC, Generic[_S]):
         self.index, self.device, self.dtype = index, device, dtype
         self.num_features = num_features
         self._remembered: dict[tuple[int, ...], Tensor] = {}
+        self._rates: tuple[Any, Tensor] | None = None
 
     @staticmethod
     @abstractmethod
@@ -185,12 +189,8 @@ class Family(ABC, Generic[_S]):
         """Gradients of the parameters, in their dtype, or ``None`` where not wanted or stepped on."""
 
     def backward_without_ids(self, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
-        """The same for a batch without ids: gradients of zero, and steps that change nothing but count."""
+        """The same for a batch without ids: gradients of zero, and steps that change nothing."""
         number = len(parameters) // len(asked.updates)
-        for update in asked.updates:
-            for steps in () if update is None else update.steps:
-                if steps is not None:
-                    steps.add_(1)
         written = [asked.writes(t, k, number) for t in range(len(asked.updates)) for k in range(number)]
         return [
             torch.zeros_like(parameter) if write else None
@@ -222,6 +222,19 @@ class Family(ABC, Generic[_S]):
                 self._remembered.clear()
             known = self._remembered[numbers] = self.constant(numbers)
         return known
+
+    def put_rates(self, rates: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+        """[parameters, tables, 7] float32 on the device, always in one place; copied where they have changed.
+
+        Launches that are under way read the old ones: the copy is ordered after them.
+        """
+        if self._rates is not None and self._rates[0] == rates:
+            return self._rates[1]
+        pinned = self.device.type == "cuda"
+        there = torch.tensor(rates, dtype=torch.float32, device="cpu", pin_memory=pinned)
+        held = self._rates[1] if self._rates is not None else torch.empty_like(there, device=self.device)
+        self._rates = (rates, held.copy_(there, non_blocking=True))
+        return held
 
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """[K] int64: where each tensor lies."""

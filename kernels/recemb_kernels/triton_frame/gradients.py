@@ -56,7 +56,7 @@ def sum_segments(
     """
     width = out.shape[1]
     constants = segment_constants(width, source_base is not None)
-    segment_sum[(most, cdiv(width, constants["BW"]))](
+    segment_sum[(cdiv(most, constants["BN"]), cdiv(width, constants["BW"]))](
         out,
         source,
         first,

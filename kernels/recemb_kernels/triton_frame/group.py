@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from recemb_kernels.triton_frame.family import (
     FamilyFeature,
     Keys,
 )
+from recemb_kernels.triton_frame.steps import rates_of
 from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
 
@@ -26,6 +28,23 @@ from recemb_kernels.update import Update
 def not_finite() -> Exception:
     """The error of a backward with steps to take whose gradient is not finite."""
     return FloatingPointError("the gradient of the pooled rows is NaN or infinite; no weight was changed")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a backward asks of a group.
+
+    Args:
+        updates: per table, the step to take, or ``None`` for gradients.
+        wanted: per parameter, whether its gradient is.
+        want_weights: whether those of the per-sample weights are.
+        rates: each family's, of the updates.
+    """
+
+    updates: Sequence[Update | None]
+    wanted: Sequence[bool]
+    want_weights: bool
+    rates: Sequence[Tensor]
 
 
 class TritonGroup:
@@ -161,11 +180,37 @@ class TritonGroup:
                 (:mod:`recemb_kernels.triton_frame.verdict`).
         """
         poll()
+        rates = self.put_rates(updates)
+        grads, grad_weights, infinite = self.run_backward(
+            grad_out, parameters, batch, state, Asked(updates, wanted, want_weights, rates)
+        )
+        if any(update is not None for update in updates):
+            note(infinite, self._refusal)
+        return grads, grad_weights
+
+    def put_rates(self, updates: Sequence[Update | None]) -> list[Tensor]:
+        """Count the steps, and bring each family's rates to the device where they have changed."""
+        held = []
+        for family, own in self._families:
+            number = family.num_parameters(family.shapes[0])
+            held.append(family.put_rates(rates_of([updates[t] for t in own], number)))
+        return held
+
+    def run_backward(
+        self, grad_out: Tensor, parameters: Sequence[Tensor], batch: Batch, state: Call, asked: Asked
+    ) -> tuple[list[Tensor | None], Tensor | None, Tensor]:
+        """:meth:`backward` without what is the host's: launches alone, which a CUDA graph can hold.
+
+        Returns:
+            The gradients, those of the weights, and [1] int32: not 0 when ``grad_out`` was not finite.
+        """
+        updates, wanted = asked.updates, asked.wanted
         grads: list[Tensor | None] = [None] * len(parameters)
         count = batch.ids.numel()
+        want_weights = asked.want_weights
         grad_weights = grad_out.new_zeros(count, dtype=torch.float32) if want_weights else None
         grad_out = grad_out.float().contiguous()
-        if batch.refused is not None:
+        if batch.refused is not None and (want_weights or any(wanted)):
             # Gradients that no kernel steps on must not carry a bad batch to an optimizer outside.
             grad_out = grad_out.masked_fill(batch.refused != 0, 0)
         stepping = any(update is not None for update in updates)
@@ -177,18 +222,21 @@ class TritonGroup:
             for family, own in self._families:
                 stored = self._parameters(parameters, own)
                 places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
-                asked = Backward(
-                    grad_out, [updates[t] for t in own], [wanted[k] for k in places], grad_weights, refused
+                own_asked = Backward(
+                    grad_out,
+                    [updates[t] for t in own],
+                    [wanted[k] for k in places],
+                    grad_weights,
+                    refused,
+                    asked.rates[family.index],
                 )
                 if count:
-                    found = family.backward(state, stored, asked)
+                    found = family.backward(state, stored, own_asked)
                 else:
-                    found = family.backward_without_ids(stored, asked)
+                    found = family.backward_without_ids(stored, own_asked)
                 for k, grad in zip(places, found, strict=True):
                     grads[k] = grad
-        if stepping:
-            note(infinite, self._refusal)
-        return grads, grad_weights
+        return grads, grad_weights, infinite
 
     def _parameters(self, parameters: Sequence[Tensor], tables: Sequence[int]) -> list[Tensor]:
         return [parameters[k] for t in tables for k in range(self._first[t], self._first[t + 1])]

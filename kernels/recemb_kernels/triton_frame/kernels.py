@@ -170,19 +170,22 @@ def sum_pieces(
     D: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BP: tl.constexpr,
+    BI: tl.constexpr,
     BD: tl.constexpr,
 ):
     """out[p] = sum over the positions of piece p of w * the gradient of their bag, of one family's rows.
 
     Grid (pieces / BP, D / BD). ``features`` [F, 3] holds first column and whether averaged of *every* feature
-    of the batch; ``cuts`` points at the family's first row and the one after its last.
+    of the batch; ``cuts`` points at the family's first row and the one after its last. BI positions are
+    fetched at once: each costs three loads that wait for one another.
     """
     piece, here, first, length = pieces_of(row_piece, piece_first, cuts, BP)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BP, BD), dtype=tl.float32)
-    for i in range(tl.max(length, 0)):
-        inside = i < length
-        position = tl.load(order + first + i, mask=inside, other=0)
+    for start in range(0, tl.max(length, 0), BI):
+        i = start + tl.arange(0, BI)
+        inside = i[None, :] < length[:, None]
+        position = tl.load(order + (first[:, None] + i[None, :]), mask=inside, other=0)
         own = tl.load(bag + position, mask=inside, other=0)
         feature = own // batch_size
         sample = own % batch_size
@@ -190,12 +193,12 @@ def sum_pieces(
         mean = tl.load(features + 3 * feature + 1, mask=inside, other=0)
         begin = tl.load(offsets + own, mask=inside, other=0)
         count = tl.load(offsets + own + 1, mask=inside, other=1) - begin
-        scale = tl.div_rn(tl.full((BP,), 1.0, tl.float32), tl.where(mean != 0, count, 1).to(tl.float32))
+        scale = tl.div_rn(tl.full((BP, BI), 1.0, tl.float32), tl.where(mean != 0, count, 1).to(tl.float32))
         if WEIGHTED:
             scale *= tl.load(weights + position, mask=inside, other=0.0)
-        address = grad_out + (sample * columns + column)[:, None] + d[None, :]
-        mask = inside[:, None] & (d < D)[None, :]
-        total += tl.load(address, mask=mask, other=0.0) * scale[:, None]
+        address = grad_out + (sample * columns + column)[:, :, None] + d[None, None, :]
+        mask = inside[:, :, None] & (d < D)[None, None, :]
+        total += tl.sum(tl.load(address, mask=mask, other=0.0) * scale[:, :, None], 1)
     mask = here[:, None] & (d < D)[None, :]
     tl.store(out + piece[:, None] * D + d[None, :], total, mask=mask)
 
@@ -209,31 +212,35 @@ def segment_sum(
     source_base,
     RELATIVE: tl.constexpr,
     W: tl.constexpr,
+    BN: tl.constexpr,
     BC: tl.constexpr,
     BW: tl.constexpr,
 ):
     """out[n] = sum of source[first[n] : first[n + 1]], for n from ``cuts[0]`` to ``cuts[1]``.
 
-    Grid (segments, W / BW). With RELATIVE, ``out`` starts at row ``cuts[0]`` and ``source`` at row
+    Grid (segments / BN, W / BW). With RELATIVE, ``out`` starts at row ``cuts[0]`` and ``source`` at row
     ``source_base[0]``: the workspaces of one micro-batch.
     """
     low = tl.load(cuts)
-    n = low + tl.program_id(0)
-    if n >= tl.load(cuts + 1):
+    high = tl.load(cuts + 1)
+    n = low + tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    if low + tl.program_id(0).to(tl.int64) * BN >= high:
         return
+    here = n < high
     w = tl.program_id(1) * BW + tl.arange(0, BW)
     c = tl.arange(0, BC)
-    begin = tl.load(first + n)
-    end = tl.load(first + n + 1)
-    base = begin * 0
+    begin = tl.load(first + n, mask=here, other=0)
+    length = tl.load(first + n + 1, mask=here, other=0) - begin
     if RELATIVE:
-        base += tl.load(source_base)
+        begin -= tl.load(source_base)
         n -= low
-    total = tl.zeros((BC, BW), dtype=tl.float32)
-    for at in range(begin, end, BC):
-        mask = ((at + c) < end)[:, None] & (w < W)[None, :]
-        total += tl.load(source + (at - base + c)[:, None] * W + w[None, :], mask=mask, other=0.0)
-    tl.store(out + n * W + w, tl.sum(total, 0), mask=w < W)
+    total = tl.zeros((BN, BW), dtype=tl.float32)
+    for start in range(0, tl.max(length, 0), BC):
+        at = start + c
+        mask = (at[None, :] < length[:, None])[:, :, None] & (w < W)[None, None, :]
+        address = source + (begin[:, None] + at[None, :])[:, :, None] * W + w[None, None, :]
+        total += tl.sum(tl.load(address, mask=mask, other=0.0), 1)
+    tl.store(out + n[:, None] * W + w[None, :], total, mask=here[:, None] & (w < W)[None, :])
 
 
 @triton.jit
@@ -301,62 +308,70 @@ def update_rows(
     states,
     states2,
     cuts,
-    lr,
-    eps,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    root,
+    rates,
     KIND: tl.constexpr,
     W: tl.constexpr,
     ELEMENT: tl.constexpr,
     STATE: tl.constexpr,
+    BE: tl.constexpr,
     BW: tl.constexpr,
 ):
     """One optimizer step on each touched parameter row, given its whole gradient ``grad[e]`` [W].
 
-    Grid (entries). Entry e is row ``entry_row[e]`` of the parameter at ``parameters[entry_table[e]]``, an
-    address; its optimizer's states lie at ``states`` and ``states2``. Entries from ``cuts[0]`` to ``cuts[1]``
-    take part, where ``touched`` is not 0 and ``refused[0]``, the mark of a non-finite gradient, is 0. The
-    formulas are ``recemb_optim.h``'s.
+    Grid (entries / BE). Entry e is row ``entry_row[e]`` of the parameter at ``parameters[entry_table[e]]``,
+    an address; its optimizer's states lie at ``states`` and ``states2``, its rates in ``rates`` [tables, 7].
+    Entries from ``cuts[0]`` to ``cuts[1]`` take part, where ``touched`` is not 0 and ``refused[0]``, the mark
+    of a non-finite gradient, is 0. The formulas are ``recemb_optim.h``'s.
     """
-    e = tl.load(cuts) + tl.program_id(0)
-    if e >= tl.load(cuts + 1):
+    begin = tl.load(cuts) + tl.program_id(0).to(tl.int64) * BE
+    end = tl.load(cuts + 1)
+    if (begin >= end) | (tl.load(refused) != 0):
         return
-    if (tl.load(touched + e) == 0) | (tl.load(refused) != 0):
-        return
-    table = tl.load(entry_table + e)
-    row = tl.load(entry_row + e)
-    parameter = tl.multiple_of(tl.load(parameters + table).to(tl.pointer_type(ELEMENT)), 16) + row * W
+    e = begin + tl.arange(0, BE)
+    here = e < end
+    here = here & (tl.load(touched + e, mask=here, other=0) != 0)
+    table = tl.load(entry_table + e, mask=here, other=0)
+    row = tl.load(entry_row + e, mask=here, other=0)
+    parameter = tl.load(parameters + table, mask=here, other=0).to(tl.pointer_type(ELEMENT))
+    parameter = tl.multiple_of(parameter, 16)
+    lr = tl.load(rates + 7 * table, mask=here, other=0.0)[:, None]
+    eps = tl.load(rates + 7 * table + 1, mask=here, other=1.0)[:, None]
     scale = lr
     if KIND == ROWWISE_ADAGRAD:
-        square = tl.zeros((BW,), dtype=tl.float32)
+        square = tl.zeros((BE, BW), dtype=tl.float32)
         for start in range(0, W, BW):
-            w = start + tl.arange(0, BW)
-            g = tl.load(grad + e * W + w, mask=w < W, other=0.0)
+            w = (start + tl.arange(0, BW))[None, :]
+            g = tl.load(grad + e[:, None] * W + w, mask=here[:, None] & (w < W), other=0.0)
             square += g * g
-        state = tl.load(states + table).to(tl.pointer_type(STATE)) + row
-        sum_ = tl.load(state).to(tl.float32) + tl.sum(square, 0) / W
-        tl.store(state, sum_)
-        scale = tl.div_rn(lr, tl.sqrt_rn(sum_) + eps)
+        state = tl.load(states + table, mask=here, other=0).to(tl.pointer_type(STATE)) + row
+        sum_ = tl.load(state, mask=here, other=0.0).to(tl.float32) + tl.sum(square, 1) / W
+        tl.store(state, sum_, mask=here)
+        scale = tl.div_rn(lr, tl.sqrt_rn(sum_)[:, None] + eps)
     for start in range(0, W, BW):
-        w = start + tl.arange(0, BW)
-        g = tl.load(grad + e * W + w, mask=w < W, other=0.0)
-        value = tl.load(parameter + w, mask=w < W, other=0.0).to(tl.float32)
+        w = (start + tl.arange(0, BW))[None, :]
+        inside = here[:, None] & (w < W)
+        at = row[:, None] * W + w
+        g = tl.load(grad + e[:, None] * W + w, mask=inside, other=0.0)
+        value = tl.load(parameter[:, None] + at, mask=inside, other=0.0).to(tl.float32)
         if KIND == ADAGRAD:
-            state = tl.load(states + table).to(tl.pointer_type(STATE)) + row * W + w
-            sums = tl.load(state, mask=w < W, other=0.0).to(tl.float32) + g * g
-            tl.store(state, sums, mask=w < W)
+            state = tl.load(states + table, mask=here, other=0).to(tl.pointer_type(STATE))[:, None] + at
+            sums = tl.load(state, mask=inside, other=0.0).to(tl.float32) + g * g
+            tl.store(state, sums, mask=inside)
             step = tl.div_rn(lr * g, tl.sqrt_rn(sums) + eps)
         elif KIND == ADAM:
-            state = tl.load(states + table).to(tl.pointer_type(STATE)) + row * W + w
-            state2 = tl.load(states2 + table).to(tl.pointer_type(STATE)) + row * W + w
-            mean = beta1 * tl.load(state, mask=w < W, other=0.0).to(tl.float32) + rest1 * g
-            variance = beta2 * tl.load(state2, mask=w < W, other=0.0).to(tl.float32) + rest2 * g * g
-            tl.store(state, mean, mask=w < W)
-            tl.store(state2, variance, mask=w < W)
-            step = tl.div_rn(lr * mean, tl.div_rn(tl.sqrt_rn(variance), tl.zeros_like(variance) + root) + eps)
+            beta1 = tl.load(rates + 7 * table + 2, mask=here, other=0.0)[:, None]
+            rest1 = tl.load(rates + 7 * table + 3, mask=here, other=0.0)[:, None]
+            beta2 = tl.load(rates + 7 * table + 4, mask=here, other=0.0)[:, None]
+            rest2 = tl.load(rates + 7 * table + 5, mask=here, other=0.0)[:, None]
+            root = tl.load(rates + 7 * table + 6, mask=here, other=1.0)[:, None]
+            state = tl.load(states + table, mask=here, other=0).to(tl.pointer_type(STATE))[:, None] + at
+            state2 = tl.load(states2 + table, mask=here, other=0).to(tl.pointer_type(STATE))[:, None] + at
+            mean = beta1 * tl.load(state, mask=inside, other=0.0).to(tl.float32) + rest1 * g
+            variance = beta2 * tl.load(state2, mask=inside, other=0.0).to(tl.float32) + rest2 * g * g
+            tl.store(state, mean, mask=inside)
+            tl.store(state2, variance, mask=inside)
+            root = tl.zeros_like(variance) + root
+            step = tl.div_rn(lr * mean, tl.div_rn(tl.sqrt_rn(variance), root) + eps)
         else:
             step = scale * g
-        tl.store(parameter + w, value - step, mask=w < W)
+        tl.store(parameter[:, None] + at, value - step, mask=inside)

@@ -18,6 +18,9 @@ from recemb_kernels.update import Kind
 POOL_TILE = (128, 512)
 WEIGH_TILE = (64, 512)
 PIECE_TILE = (128, 512)
+# Positions of a piece, and rows of a segment, that are fetched at once.
+_AT_ONCE, _ROWS_AT_ONCE = 4, 8
+_UPDATE_TILE = 512
 
 
 def pool_constants(width: int, weighted: bool, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -42,25 +45,27 @@ def _source(dtype: torch.dtype | None) -> dict[str, Any]:
 def piece_constants(dim: int, weighted: bool) -> dict[str, Any]:
     """Of ``sum_pieces``."""
     pieces, block = tile_of(dim, *PIECE_TILE)
-    return {"D": dim, "WEIGHTED": weighted, "BP": pieces, "BD": block, "num_warps": 4}
+    return {"D": dim, "WEIGHTED": weighted, "BP": pieces, "BI": _AT_ONCE, "BD": block, "num_warps": 4}
 
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:
     """Of ``segment_sum``."""
-    segments, block = tile_of(width, 256, 1024)
-    warps = 1 if block < 64 else 2
-    return {"RELATIVE": relative, "W": width, "BC": segments, "BW": block, "num_warps": warps}
+    segments, block = tile_of(width, 256, 1024 // _ROWS_AT_ONCE)
+    tiles = {"BN": segments, "BC": _ROWS_AT_ONCE, "BW": block}
+    return {"RELATIVE": relative, "W": width, **tiles, "num_warps": 4}
 
 
 def update_constants(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | None) -> dict[str, Any]:
     """Of ``update_rows``."""
+    entries, block = tile_of(width, 1024, _UPDATE_TILE)
     return {
         "KIND": int(kind),
         "W": width,
         "ELEMENT": ELEMENTS[dtype],
         "STATE": ELEMENTS[state or torch.float32],
-        "BW": tile(width, 1024),
-        "num_warps": 1 if width <= 128 else 4,
+        "BE": entries,
+        "BW": block,
+        "num_warps": 4,
     }
 
 

@@ -1,4 +1,4 @@
-"""Fused optimizer steps on the device, one launch per distinct set of rates, which the host works out."""
+"""Fused optimizer steps on the device, one launch per kind, by rates that the host works out."""
 
 from __future__ import annotations
 
@@ -83,17 +83,39 @@ def located(
     return Entries(table, row, touched, cuts, min(len(key), keys.total))
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """The numbers of one step; equal ones share a launch."""
+def rates_of(updates: Sequence[Update | None], number: int) -> list[list[list[float]]]:
+    """What :func:`update_rows` reads of each step, whose number is counted here; ``hyper_at`` of
+    ``recemb_optim.h``.
 
-    kind: Kind
-    state: torch.dtype | None
-    lr: float
-    eps: float
-    beta1: float
-    beta2: float
-    root: float
+    Args:
+        updates: per table.
+        number: parameters of a table.
+
+    Returns:
+        [parameters, tables, 7]: rate, epsilon, both betas with their complements, and the root of Adam's
+        second correction; zeros of what is not stepped.
+    """
+    return [
+        [
+            _rates(update, k) if is_stepped(update, k) and update is not None else [0.0] * 7
+            for update in updates
+        ]
+        for k in range(number)
+    ]
+
+
+def _rates(update: Update, which: int) -> list[float]:
+    number = 1.0
+    if update.steps and (counter := update.steps[which]) is not None:
+        counter.add_(1)
+        number = float(counter)
+    lr, root = update.lr, 1.0
+    if update.kind in (Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD):
+        lr /= 1 + (number - 1) * update.lr_decay
+    if update.kind == Kind.ADAM:
+        lr /= 1 - update.beta1**number
+        root = math.sqrt(1 - update.beta2**number)
+    return [lr, update.eps, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2, root]
 
 
 def step(
@@ -101,24 +123,23 @@ def step(
     entries: Entries,
     grad: Tensor,
     parameters: Sequence[Tensor],
-    updates: Sequence[Update | None],
+    asked: Backward,
     which: int,
-    refused: Tensor,
 ) -> None:
-    """Step on parameter ``which`` of every table whose update steps on it.
+    """Step on parameter ``which`` of every table whose update steps on it, unless the batch is refused.
 
     Args:
         grad: [E, W] float32.
         parameters: that parameter of each table, [rows, W].
-        updates: per table.
-        refused: [1] int32; nothing changes unless it is 0. Step counters are on the host and count on.
     """
-    groups: dict[_Rates, list[int]] = {}
+    updates = asked.updates
+    groups: dict[tuple[Kind, torch.dtype | None], list[int]] = {}
     for table, update in enumerate(updates):
         if update is not None and is_stepped(update, which):
-            groups.setdefault(_rates(update, which), []).append(table)
+            state = update.state[which] if update.state else None
+            groups.setdefault((update.kind, None if state is None else state.dtype), []).append(table)
     everyone = sum(map(len, groups.values())) == len(updates)
-    for rates, tables in groups.items():
+    for (kind, dtype), tables in groups.items():
         touched = entries.touched
         if len(groups) > 1 or not everyone:
             members = [int(table in tables) for table in range(len(updates))]
@@ -130,25 +151,20 @@ def step(
             [getattr(updates[owner], name) for owner in owners] for name in ("state", "state2")
         )
         own = family.addresses([parameters[owner] for owner in owners])
-        first = family.addresses([s[which] for s in states]) if rates.state else own
-        update_rows[(entries.most,)](
+        first = family.addresses([s[which] for s in states]) if dtype else own
+        constants = update_constants(kind, parameters[0].shape[1], family.dtype, dtype)
+        update_rows[(cdiv(entries.most, constants["BE"]),)](
             grad,
             entries.table,
             entries.row,
             touched,
-            refused,
+            asked.refused,
             own,
             first,
-            family.addresses([s[which] for s in states2]) if rates.kind == Kind.ADAM else first,
+            family.addresses([s[which] for s in states2]) if kind == Kind.ADAM else first,
             entries.cuts,
-            rates.lr,
-            rates.eps,
-            rates.beta1,
-            1 - rates.beta1,
-            rates.beta2,
-            1 - rates.beta2,
-            rates.root,
-            **update_constants(rates.kind, parameters[0].shape[1], family.dtype, rates.state),
+            asked.rates[which],
+            **constants,
         )
 
 
@@ -169,7 +185,7 @@ def finish(
     number = len(parameters) // len(asked.updates)
     own = parameters[which::number]
     if any(update is not None for update in asked.updates):
-        step(family, entries, grad, own, asked.updates, which, asked.refused)
+        step(family, entries, grad, own, asked, which)
     wanted = [asked.writes(t, which, number) for t in range(len(own))]
     if not any(wanted):
         return [None] * len(own)
@@ -191,20 +207,3 @@ def finish(
     return [
         dense[at : at + size] if want else None for at, size, want in zip(first, rows, wanted, strict=False)
     ]
-
-
-def _rates(update: Update, which: int) -> _Rates:
-    """The rates of this step, whose number it counts; ``hyper_at`` of ``recemb_optim.h``."""
-    number = 1.0
-    if update.steps and (counter := update.steps[which]) is not None:
-        counter.add_(1)
-        number = float(counter)
-    lr, root = update.lr, 1.0
-    if update.kind in (Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD):
-        lr /= 1 + (number - 1) * update.lr_decay
-    if update.kind == Kind.ADAM:
-        lr /= 1 - update.beta1**number
-        root = math.sqrt(1 - update.beta2**number)
-    state = update.state[which] if update.state else None
-    dtype = None if state is None else state.dtype
-    return _Rates(update.kind, dtype, lr, update.eps, update.beta1, update.beta2, root)

@@ -32,9 +32,8 @@ from recemb_kernels.triton_frame.launches import (
 from recemb_kernels.update import Kind
 
 _TYPES = {
-    **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad"), "*fp32"),
+    **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad", "rates"), "*fp32"),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
-    **dict.fromkeys(("lr", "eps", "beta1", "rest1", "beta2", "rest2", "root"), "fp32"),
     **dict.fromkeys(("touched", "refused"), "*i32"),
 }
 _ADDRESSES = {**_TYPES, "sources": "*i64"}
@@ -128,7 +127,7 @@ def _update(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | Non
         bytes_per_lookup=width * (4.0 + 2 * dtype.itemsize) + state_bytes + 20,
         min_occupancy=0.5,
         note=f"{kind.name.lower().replace('_', ' ')}, W={width}",
-        small=("refused", "parameters", "states", "states2", "cuts"),
+        small=("refused", "parameters", "states", "states2", "cuts", "rates"),
     )
 
 

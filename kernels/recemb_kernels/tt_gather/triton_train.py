@@ -236,7 +236,7 @@ class TrainFamily(Family[TrainShape]):
                     self.remembered((0, len(grad))),
                     len(grad),
                 )
-                step(self, entries, grad, parameters[k::order], asked.updates, k, asked.refused)
+                step(self, entries, grad, parameters[k::order], asked, k)
         found: list[Tensor | None] = []
         for t in range(len(asked.updates)):
             for k, grad in enumerate(grads):
