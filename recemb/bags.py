@@ -18,7 +18,6 @@ from torch import Tensor
 from recemb.errors import BatchError
 from recemb_kernels.check import Limits, bags_are_valid
 from recemb_kernels.lookup import Ahead
-from recemb_kernels.triton_frame.plan import bags_of
 from recemb_kernels.triton_frame.verdict import note, poll
 
 _MOST = 2**31 - 1
@@ -173,14 +172,12 @@ def check_on_device(bags: Bags, targets: LookupTargets) -> None:
         BatchError: of an earlier batch.
     """
     poll()
-    ids, offsets, count = bags.ids, bags.offsets, bags.ids.numel()
-    good = (offsets[0] == 0) & (offsets[-1] == count) & (offsets.diff() >= 0).all()
-    if count and bags.batch_size:
-        limits = targets.limits_on(ids.device)[bags_of(offsets, count) // bags.batch_size]
-        good = good & ((ids >= 0) & (ids < limits)).all()
-    if bags.weights is not None:
-        good = good & torch.isfinite(bags.weights.detach()).all()
-    bags.refused = (~good).to(torch.int32).view(1)
+    # Here, as importing recemb imports no Triton.
+    from recemb_kernels.triton_frame.plan import check
+
+    rows = targets.limits_on(bags.ids.device)
+    weights = None if bags.weights is None else bags.weights.detach().contiguous()
+    bags.refused = check(bags.ids.contiguous(), bags.offsets.contiguous(), weights, rows, bags.batch_size)
     note(bags.refused, lambda: _found(bags, targets))
 
 

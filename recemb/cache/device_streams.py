@@ -25,7 +25,6 @@ from recemb.cache.merge import Step
 from recemb.cache.refresh import cache_of
 from recemb.cache.streams import NO_KEY, Split, Streams, replace_by_rows
 from recemb.spec import TableSpec
-from recemb_kernels.triton_frame.plan import bags_of
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
@@ -66,7 +65,7 @@ class DeviceStreams(Streams):
         if isinstance(bags.split, DeviceSplit) and bags.split.index is self._keys:
             return bags.split
         ids, count = bags.ids, bags.ids.numel()
-        bag = bags_of(bags.offsets, count)
+        bag = _bags_of(bags.offsets, count)
         base, rows = self._constants_on(ids.device)[:, bag // max(1, bags.batch_size)]
         # A bad id, which the host learns of later, is in neither stream: it must not be counted.
         cached = (base >= 0) & (ids >= 0) & (ids < rows)
@@ -143,3 +142,12 @@ class DeviceStreams(Streams):
             rows = [table.num_embeddings for table in self.lookups]
             known = self._base_of[device] = torch.tensor([bases, rows], device=device)
         return known
+
+
+def _bags_of(offsets: Tensor, num_ids: int) -> Tensor:
+    """[L]: the bag that each position lies in."""
+    positions = torch.arange(num_ids, device=offsets.device)
+    # right=True skips the empty bags that start at the same offset. Offsets that are refused for not running
+    # from 0 to L must not lead out of bounds before the host knows.
+    bag = torch.searchsorted(offsets, positions, right=True) - 1
+    return bag.clamp(0, max(0, offsets.numel() - 2))

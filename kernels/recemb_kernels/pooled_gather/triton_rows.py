@@ -20,7 +20,8 @@ from recemb_kernels.pooled_gather.triton_variants import (
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
-from recemb_kernels.triton_frame.plan import PIECE, runs_of
+from recemb_kernels.triton_frame.launches import PIECE
+from recemb_kernels.triton_frame.plan import runs_of
 from recemb_kernels.triton_frame.pooling import pool, weigh
 from recemb_kernels.triton_frame.steps import Entries, TableKeys, finish, located
 

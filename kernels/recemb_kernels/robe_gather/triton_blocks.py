@@ -30,7 +30,8 @@ from recemb_kernels.robe_gather.triton_variants import (
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
-from recemb_kernels.triton_frame.plan import PIECE, Runs, runs_of
+from recemb_kernels.triton_frame.launches import PIECE
+from recemb_kernels.triton_frame.plan import Runs, runs_of
 from recemb_kernels.triton_frame.pooling import weigh
 from recemb_kernels.triton_frame.steps import Entries, finish
 

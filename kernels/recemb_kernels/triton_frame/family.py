@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
-from recemb_kernels.triton_frame.plan import BatchPlan, bags_of, plan_batch
+from recemb_kernels.triton_frame.plan import BatchPlan, Keys, keys_of, plan_batch
 from recemb_kernels.update import Update, is_stepped
 
 _S = TypeVar("_S")
@@ -37,21 +37,6 @@ class FamilyFeature:
     mean: bool
     table: int
     key_base: int
-
-
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """How ids become keys that are distinct over all tables; on the device.
-
-    Attributes:
-        base: [F] what each feature adds to its ids.
-        rows: [F] ids at or above this, or below 0, are skipped.
-        bounds: [families + 1] first key of each family, and one past the last.
-    """
-
-    base: Tensor
-    rows: Tensor
-    bounds: Tensor
 
 
 @dataclass(eq=False)
@@ -83,17 +68,19 @@ class Call:
             tensor.record_stream(stream)
 
     @cached_property
+    def placed(self) -> tuple[Tensor, Tensor]:
+        """[L] each: the key and the bag of each position."""
+        return keys_of(self.batch.ids, self.batch.offsets, self.keys, self.batch.size)
+
+    @property
     def bag(self) -> Tensor:
         """[L]: the bag of each position."""
-        return bags_of(self.batch.offsets, self.batch.ids.numel())
+        return self.placed[1]
 
     @cached_property
     def plan(self) -> BatchPlan:
         """The distinct rows, worked out by the first kernel that asks."""
-        ids, feature = self.batch.ids, self.bag // self.batch.size
-        stored = (ids >= 0) & (ids < self.keys.rows[feature])
-        keys = torch.where(stored, ids + self.keys.base[feature], self.keys.bounds[-1])
-        return plan_batch(keys, self.keys.bounds)
+        return plan_batch(self.placed[0], self.keys.bounds)
 
 
 @dataclass(frozen=True, eq=False)

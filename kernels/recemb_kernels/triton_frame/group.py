@@ -18,8 +18,8 @@ from recemb_kernels.triton_frame.family import (
     Call,
     Family,
     FamilyFeature,
-    Keys,
 )
+from recemb_kernels.triton_frame.plan import Keys, infinite
 from recemb_kernels.triton_frame.steps import rates_of
 from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
@@ -96,6 +96,7 @@ class TritonGroup:
             self._constant([base[f.table] + f.key_base for f in features]),
             self._constant(rows),
             self._constant(bounds),
+            bounds[-1] < 2**31,
         )
         self._families: list[tuple[Family[Any], list[int]]] = []
         for index, own in enumerate(members.values()):
@@ -181,11 +182,11 @@ class TritonGroup:
         """
         poll()
         rates = self.put_rates(updates)
-        grads, grad_weights, infinite = self.run_backward(
+        grads, grad_weights, mark = self.run_backward(
             grad_out, parameters, batch, state, Asked(updates, wanted, want_weights, rates)
         )
         if any(update is not None for update in updates):
-            note(infinite, self._refusal)
+            note(mark, self._refusal)
         return grads, grad_weights
 
     def put_rates(self, updates: Sequence[Update | None]) -> list[Tensor]:
@@ -214,10 +215,8 @@ class TritonGroup:
             # Gradients that no kernel steps on must not carry a bad batch to an optimizer outside.
             grad_out = grad_out.masked_fill(batch.refused != 0, 0)
         stepping = any(update is not None for update in updates)
-        infinite = torch.zeros(1, dtype=torch.int32, device=self.device)
-        if stepping:
-            infinite = (~torch.isfinite(grad_out)).any().to(torch.int32).view(1)
-        refused = infinite if batch.refused is None else infinite | batch.refused
+        mark = infinite(grad_out if stepping else grad_out[:0])
+        refused = mark if batch.refused is None else mark | batch.refused
         with self._on_device():
             for family, own in self._families:
                 stored = self._parameters(parameters, own)
@@ -236,7 +235,7 @@ class TritonGroup:
                     found = family.backward_without_ids(stored, own_asked)
                 for k, grad in zip(places, found, strict=True):
                     grads[k] = grad
-        return grads, grad_weights, infinite
+        return grads, grad_weights, mark
 
     def _parameters(self, parameters: Sequence[Tensor], tables: Sequence[int]) -> list[Tensor]:
         return [parameters[k] for t in tables for k in range(self._first[t], self._first[t + 1])]

@@ -14,6 +14,8 @@ import triton.language as tl
 from recemb_kernels.triton_frame.elements import ELEMENTS, tile, tile_of
 from recemb_kernels.update import Kind
 
+# Positions of one row that are summed by one program; longer rows are sums of such pieces.
+PIECE = 64
 # Most columns, and elements, of a program's tile; twice as many spill registers.
 POOL_TILE = (128, 512)
 WEIGH_TILE = (64, 512)
@@ -21,6 +23,27 @@ PIECE_TILE = (128, 512)
 # Positions of a piece, and rows of a segment, that are fetched at once.
 _AT_ONCE, _ROWS_AT_ONCE = 4, 8
 _UPDATE_TILE = 512
+
+
+def check_constants(num_bags: int, weighted: bool) -> dict[str, Any]:
+    """Of ``check_batch``."""
+    return {"WEIGHTED": weighted, "STEPS": (num_bags + 1).bit_length(), "BL": 512, "num_warps": 4}
+
+
+def mark_constants() -> dict[str, Any]:
+    """Of ``mark_infinite``."""
+    return {"BL": 2048, "num_warps": 4}
+
+
+def place_constants(num_bags: int) -> dict[str, Any]:
+    """Of ``place_ids``."""
+    return {"STEPS": (num_bags + 1).bit_length(), "BL": 512, "num_warps": 4}
+
+
+def run_constants(whole: bool, inverse: bool) -> dict[str, Any]:
+    """Of ``number_runs``; ``count_runs`` takes some of them."""
+    blocks = {"PIECE": PIECE, "BL": 1024, "BB": 1024}
+    return {"WHOLE": whole, "INVERSE": inverse, **blocks, "num_warps": 4}
 
 
 def pool_constants(width: int, weighted: bool, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -12,8 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Positions of one row that are summed by one program; longer rows are sums of such pieces.
-PIECE = 64
+from recemb_kernels.triton_frame.elements import cdiv
+from recemb_kernels.triton_frame.launches import (
+    check_constants,
+    mark_constants,
+    place_constants,
+    run_constants,
+)
+from recemb_kernels.triton_frame.plan_kernels import (
+    check_batch,
+    count_runs,
+    mark_infinite,
+    number_runs,
+    place_ids,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +56,7 @@ class Runs:
     """Equal neighbours among L sorted keys, at most L runs; padding as of :class:`BatchPlan`.
 
     Attributes:
-        number: [L] run of each place.
+        number: [L] run of each place, or of each position where the order is known.
         key: [L] key of each run.
         first: [L + 1] where each run starts.
         piece_first: [L + 1] where each piece of a run starts.
@@ -60,27 +72,93 @@ class Runs:
     cuts: Tensor
 
 
-def bags_of(offsets: Tensor, num_ids: int) -> Tensor:
-    """[L]: the bag that each position lies in."""
-    positions = torch.arange(num_ids, device=offsets.device)
-    # right=True skips the empty bags that start at the same offset. Offsets that are refused for not running
-    # from 0 to L must not lead out of bounds before the host knows.
-    bag = torch.searchsorted(offsets, positions, right=True) - 1
-    return bag.clamp(0, max(0, offsets.numel() - 2))
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """How ids become keys that are distinct over all tables; on the device.
+
+    Attributes:
+        base: [F] what each feature adds to its ids.
+        rows: [F] ids at or above this, or below 0, are skipped.
+        bounds: [families + 1] first key of each family, and one past the last: the key of what is skipped.
+        narrow: whether all keys fit in 32 bits, which sort in half the time.
+    """
+
+    base: Tensor
+    rows: Tensor
+    bounds: Tensor
+    narrow: bool
+
+
+def check(ids: Tensor, offsets: Tensor, weights: Tensor | None, rows: Tensor, batch_size: int) -> Tensor:
+    """[1] int32 on the device: not 0 when a batch is malformed.
+
+    Args:
+        ids: [L] int64.
+        offsets: [F * B + 1] int64, which should rise from 0 to L.
+        weights: [L], which should be finite, or ``None``.
+        rows: [F] int64, the rows of each feature's table, which ids should not reach.
+        batch_size: B.
+    """
+    refused = torch.zeros(1, dtype=torch.int32, device=ids.device)
+    bags, count = offsets.numel() - 1, ids.numel()
+    constants = check_constants(bags, weights is not None)
+    check_batch[(cdiv(max(bags, count) + 1, constants["BL"]),)](
+        refused,
+        ids,
+        offsets,
+        offsets if weights is None else weights,
+        rows,
+        max(1, batch_size),
+        bags,
+        count,
+        **constants,
+    )
+    return refused
+
+
+def infinite(values: Tensor) -> Tensor:
+    """[1] int32 on the device: not 0 when one of ``values``, contiguous float32, is NaN or infinite."""
+    mark = torch.zeros(1, dtype=torch.int32, device=values.device)
+    constants = mark_constants()
+    if values.numel():
+        mark_infinite[(cdiv(values.numel(), constants["BL"]),)](mark, values, values.numel(), **constants)
+    return mark
+
+
+def keys_of(ids: Tensor, offsets: Tensor, keys: Keys, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The key, int32 where that will do, and the bag of each position; [L] each, L > 0."""
+    count, bags = ids.numel(), offsets.numel() - 1
+    key = torch.empty(count, dtype=torch.int32 if keys.narrow else torch.int64, device=ids.device)
+    bag = torch.empty(count, dtype=torch.int64, device=ids.device)
+    constants = place_constants(bags)
+    place_ids[(cdiv(count, constants["BL"]),)](
+        key,
+        bag,
+        ids,
+        offsets,
+        keys.base,
+        keys.rows,
+        keys.bounds[-1:],
+        max(1, batch_size),
+        bags,
+        count,
+        **constants,
+    )
+    return key, bag
 
 
 def plan_batch(keys: Tensor, bounds: Tensor) -> BatchPlan:
     """Sort a batch that is not empty.
 
     Args:
-        keys: [L] int64; the last of ``bounds`` for a position that is skipped.
+        keys: [L] int32 or int64; the last of ``bounds`` for a position that is skipped.
         bounds: [K] int64, rising; keys below the last are rows.
     """
     sorted_keys, order = torch.sort(keys, stable=True)
-    runs = runs_of(sorted_keys, bounds)
+    runs = runs_of(sorted_keys, bounds, order=order)
     return BatchPlan(
         order=order,
-        inverse=torch.empty_like(order).scatter_(0, order, runs.number),
+        inverse=runs.number,
         row_key=runs.key,
         piece_first=runs.piece_first,
         row_piece=runs.run_piece,
@@ -88,43 +166,45 @@ def plan_batch(keys: Tensor, bounds: Tensor) -> BatchPlan:
     )
 
 
-def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False) -> Runs:
+def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False, order: Tensor | None = None) -> Runs:
     """The runs of rising keys [L], L > 0.
 
     Args:
         bounds: [K] int64, rising; the last is the key of padding.
         whole: every run is one piece, because none is long.
+        order: [L] the position of each place: runs are then numbered by position.
     """
     count, device = sorted_keys.numel(), sorted_keys.device
-    new = torch.ones(count, dtype=torch.bool, device=device)
-    torch.ne(sorted_keys[1:], sorted_keys[:-1], out=new[1:])
-    number = numbered(new)
-    first = starts(number, count)
-    if whole:
-        piece_first, run_piece = first, torch.arange(count + 1, device=device)
-    else:
-        piece_of = numbered(new | (torch.arange(count, device=device) % PIECE == 0))
-        piece_first, run_piece = starts(piece_of, count), _end(piece_of)[first]
+    constants = run_constants(whole, order is not None)
+    blocks = cdiv(count + 1, constants["BL"])
+    counts = torch.empty(2 * blocks, dtype=torch.int32, device=device)
+    number, key = torch.empty(2, count, dtype=torch.int64, device=device)
+    first, piece_first, run_piece = torch.empty(3, count + 1, dtype=torch.int64, device=device)
+    cuts = torch.empty_like(bounds)
+    counted = {name: constants[name] for name in ("PIECE", "BL", "num_warps")}
+    count_runs[(blocks,)](counts, sorted_keys, count, **counted)
+    number_runs[(blocks,)](
+        number,
+        number,
+        key,
+        first,
+        piece_first,
+        run_piece,
+        cuts,
+        counts,
+        sorted_keys,
+        first if order is None else order,
+        bounds,
+        bounds.numel(),
+        count,
+        blocks,
+        **constants,
+    )
     return Runs(
         number=number,
-        key=torch.cat((sorted_keys, bounds[-1:]))[first[:-1]],
+        key=key,
         first=first,
-        piece_first=piece_first,
+        piece_first=first if whole else piece_first,
         run_piece=run_piece,
-        cuts=_end(number)[torch.searchsorted(sorted_keys, bounds)],
+        cuts=cuts,
     )
-
-
-def numbered(new: Tensor) -> Tensor:
-    """[..., L]: running number of each entry, which rises by one wherever ``new`` is true."""
-    return torch.cumsum(new, dim=-1) - 1
-
-
-def starts(numbers: Tensor, size: int) -> Tensor:
-    """[size + 1]: first place in rising ``numbers`` [L] that holds 0, 1, ...; L for those that none holds."""
-    return torch.searchsorted(numbers, torch.arange(size + 1, device=numbers.device))
-
-
-def _end(numbers: Tensor) -> Tensor:
-    """Append one more than the last."""
-    return torch.cat((numbers, numbers[-1:] + 1))

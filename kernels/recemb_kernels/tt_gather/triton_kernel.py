@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from recemb_kernels.triton_frame.kernels import upper_bound
+from recemb_kernels.triton_frame.plan_kernels import totals
 
 
 @triton.jit
@@ -71,6 +72,129 @@ def split_digits(
         tl.store(digits + (k * total + row), entry, mask=row < total)
         tl.store(new + ((k - 1) * total + row), is_new.to(tl.int8), mask=row < total)
     tl.store(digits + row, tl.load(entry_base + table * ORDER) + key, mask=row < total)
+
+
+@triton.jit
+def count_nodes(counts, new, count, ORDER: tl.constexpr, BL: tl.constexpr):
+    """counts[p, k] = nodes of level k + 1 that begin in block p of BL rows. Grid (P)."""
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BL + tl.arange(0, BL)
+    total = tl.zeros((), tl.int64) + count
+    for k in tl.static_range(ORDER - 1):
+        begins = tl.load(new + (k * total + at), mask=at < count, other=0).to(tl.int32)
+        tl.store(counts + block * (ORDER - 1) + k, tl.sum(begins, 0))
+
+
+@triton.jit
+def place_nodes(
+    entry,
+    parent,
+    child,
+    node_cuts,
+    group_key,
+    counts,
+    digits,
+    new,
+    cuts,
+    slices,
+    count,
+    blocks,
+    num_micro_batches,
+    micro_batch_rows,
+    ORDER: tl.constexpr,
+    BL: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """The nodes of every level, numbered in the order of their rows; rows are those of the last.
+
+    ``entry`` and ``parent`` [ORDER, L], ``child`` [ORDER - 1, L + 1] and ``node_cuts`` [ORDER, S + 1] are
+    those of :class:`~recemb_kernels.tt_gather.triton_levels.Level`, S micro-batches. ``group_key``
+    [ORDER - 1, L] of levels 2 and on: micro-batch times ``slices[k]`` plus slice; S times that where there is
+    no node. ``digits`` and ``new`` come from ``split_digits``. Grid (P, P BL > L).
+    """
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BL + tl.arange(0, BL)
+    here = at < count
+    total = tl.zeros((), tl.int64) + count
+    low = tl.load(cuts)
+    high = tl.load(cuts + 1)
+    inside = (at >= low) & (at < high)
+    micro_batch = tl.where(inside, (at - low) // micro_batch_rows, 0)
+    opens = inside & ((at - low) % micro_batch_rows == 0)
+    # Rows, the nodes of the last level, are numbered from the first of the batch, not of the family.
+    above = at
+    above_end = high
+    for level in tl.static_range(ORDER):
+        digit = tl.load(digits + (level * total + at), mask=here, other=0)
+        if level < ORDER - 1:
+            begins = tl.load(new + (level * total + at), mask=here, other=0) != 0
+            before, every = totals(counts, ORDER - 1, level, block, blocks, BB)
+            node = before + tl.cumsum(begins.to(tl.int32), 0).to(tl.int64) - 1
+            end = every
+        else:
+            begins = inside
+            node = at
+            end = high
+        tl.store(entry + (level * total + node), digit, mask=begins)
+        if level > 0:
+            tl.store(parent + (level * total + node), above, mask=begins)
+            # The first node of a prefix is the first child of the one above.
+            opened = tl.load(new + ((level - 1) * total + at), mask=here, other=0) != 0
+            tl.store(child + ((level - 1) * (total + 1) + above), node, mask=opened)
+            if block == 0:
+                tl.store(child + ((level - 1) * (total + 1) + above_end), end)
+            wide = tl.load(slices + level)
+            key = micro_batch * wide + digit
+            tl.store(group_key + ((level - 1) * total + node), key, mask=begins)
+            none = here & ((at >= end) | (at < (low if level == ORDER - 1 else 0)))
+            tl.store(
+                group_key + ((level - 1) * total + at),
+                tl.zeros_like(at) + num_micro_batches * wide,
+                mask=none,
+            )
+        tl.store(node_cuts + (level * (num_micro_batches + 1) + micro_batch), node, mask=opens)
+        if block == 0:
+            for s in range(num_micro_batches + 1):
+                if low + s * micro_batch_rows >= high:
+                    tl.store(node_cuts + (level * (num_micro_batches + 1) + s), end)
+        above = node
+        above_end = end
+
+
+@triton.jit
+def group_bounds(
+    first, tiles, keys, count, num_groups, wide, STEPS: tl.constexpr, TILE: tl.constexpr, BG: tl.constexpr
+):
+    """first[g] = places of rising ``keys`` below g; tiles[g + 1] = tiles of group g, ``wide`` rows a node.
+
+    Grid (more than ``num_groups`` / BG).
+    """
+    g = tl.program_id(0).to(tl.int64) * BG + tl.arange(0, BG)
+    begin = upper_bound(keys, count, g - 1, STEPS)
+    end = upper_bound(keys, count, g, STEPS)
+    tl.store(first + g, begin, mask=g <= num_groups)
+    tl.store(tiles + g + 1, ((end - begin) * wide + (TILE - 1)) // TILE, mask=g < num_groups)
+    tl.store(tiles + g, tl.zeros_like(g), mask=g == 0)
+
+
+@triton.jit
+def find_groups(group, tile_first, num_groups, count, STEPS: tl.constexpr, BT: tl.constexpr):
+    """The group of each tile of ``count``. Grid (tiles / BT)."""
+    tile = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    of = upper_bound(tile_first, num_groups + 1, tile, STEPS) - 1
+    tl.store(group + tile, of, mask=tile < count)
+
+
+@triton.jit
+def mark_touched(touched, group_first, num_entries, num_micro_batches, BE: tl.constexpr):
+    """touched[slice] = whether any micro-batch has a node with it. Grid (slices / BE)."""
+    entry = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    here = entry < num_entries
+    found = tl.zeros((BE,), dtype=tl.int64)
+    for s in range(num_micro_batches):
+        group = group_first + (tl.zeros((), tl.int64) + s) * num_entries + entry
+        found += tl.load(group + 1, mask=here, other=0) - tl.load(group, mask=here, other=0)
+    tl.store(touched + entry, (found != 0).to(tl.int32), mask=here)
 
 
 @triton.jit

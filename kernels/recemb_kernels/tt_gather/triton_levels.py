@@ -7,13 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Call, Family
-from recemb_kernels.triton_frame.plan import numbered, starts
-from recemb_kernels.tt_gather.triton_kernel import split_digits
-from recemb_kernels.tt_gather.triton_variants import TILE_ROWS
+from recemb_kernels.tt_gather.triton_kernel import (
+    count_nodes,
+    find_groups,
+    group_bounds,
+    place_nodes,
+    split_digits,
+)
+from recemb_kernels.tt_gather.triton_variants import (
+    TILE_ROWS,
+    count_constants,
+    digit_constants,
+    find_constants,
+    group_constants,
+    node_constants,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +51,15 @@ class Level:
 
     Attributes:
         entry: [L] the core slice of each node.
-        parent: [L] its node of the level before.
-        child: [L + 1] its first child in the next level; means nothing of rows, which have none.
+        parent: [L] its node of the level before; means nothing of the first level's.
+        child: [L + 1] its first child in the next level; ``None`` of rows, which have none.
         cuts: [S + 1] first node of each micro-batch.
         groups: by slice; ``None`` of the first level, whose nodes are slices.
     """
 
     entry: Tensor
     parent: Tensor
-    child: Tensor
+    child: Tensor | None
     cuts: Tensor
     groups: Groups | None
 
@@ -62,6 +74,7 @@ class TrainTables:
         entry_base: [tables, d] first slice of each core among those of all tables.
         entry_table: per core, [G_k] the table of each slice.
         entry_row: per core, [G_k] its row in the core.
+        slices: [d] G_k.
         prefix_columns: Q before each core.
     """
 
@@ -70,20 +83,21 @@ class TrainTables:
     entry_base: Tensor
     entry_table: Sequence[Tensor]
     entry_row: Sequence[Tensor]
+    slices: Tensor
     prefix_columns: Sequence[int]
 
 
 def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Level]:
     """Levels 1 .. d of a batch with ids."""
     plan, count = call.plan, call.batch.ids.numel()
-    order, micro = tables.radices.shape[1], family.micro_batch_rows
-    device = family.device
-    entries = torch.empty(order, count, dtype=torch.int64, device=device)
+    num_tables, order = tables.radices.shape
+    micro, device = family.micro_batch_rows, family.device
+    digits = torch.empty(order, count, dtype=torch.int64, device=device)
     new = torch.empty(order - 1, count, dtype=torch.int8, device=device)
     cuts = plan.cuts[family.index :]
-    num_tables = tables.radices.shape[0]
-    split_digits[(triton.cdiv(count, 256),)](
-        entries,
+    constants = digit_constants(order, num_tables)
+    split_digits[(cdiv(count, constants["BR"]),)](
+        digits,
         new,
         plan.row_key,
         cuts,
@@ -94,47 +108,61 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
         num_tables,
         count,
         micro,
-        ORDER=order,
-        STEPS=num_tables.bit_length(),
-        BR=256,
-        num_warps=4,
+        **constants,
     )
-    node = numbered(new)
-    slices = triton.cdiv(count, micro)
-    row_cuts = (cuts[0] + torch.arange(slices + 1, device=device) * micro).clamp(max=cuts[1])
-    first_row = [torch.minimum(starts(of, count), cuts[1]) for of in node]
-    levels = []
-    for k in range(order - 1):
-        row = first_row[k][:-1].clamp(max=count - 1)
-        entry, node_cuts = entries[k][row], torch.searchsorted(first_row[k], row_cuts)
-        levels.append(
-            Level(
-                entry=entry,
-                parent=node[k - 1][row] if k else entry,
-                # Rows are the children of the last prefixes.
-                child=first_row[k] if k == order - 2 else torch.searchsorted(first_row[k + 1], first_row[k]),
-                cuts=node_cuts,
-                groups=_group(entry, node_cuts, tables, k) if k else None,
-            )
+    constants = node_constants(order)
+    blocks, slices = cdiv(count + 1, constants["BL"]), cdiv(count, micro)
+    counts = torch.empty(blocks, order - 1, dtype=torch.int32, device=device)
+    count_nodes[(blocks,)](counts, new, count, **count_constants(order))
+    entry, parent = torch.empty(2, order, count, dtype=torch.int64, device=device)
+    child = torch.empty(order - 1, count + 1, dtype=torch.int64, device=device)
+    node_cuts = torch.empty(order, slices + 1, dtype=torch.int64, device=device)
+    most = slices * max(core.numel() for core in tables.entry_row)
+    # 32-bit keys sort in half the time.
+    kind = torch.int32 if most < 2**31 else torch.int64
+    group_key = torch.empty(order - 1, count, dtype=kind, device=device)
+    place_nodes[(blocks,)](
+        entry,
+        parent,
+        child,
+        node_cuts,
+        group_key,
+        counts,
+        digits,
+        new,
+        cuts,
+        tables.slices,
+        count,
+        blocks,
+        slices,
+        micro,
+        **constants,
+    )
+    return [
+        Level(
+            entry=entry[k],
+            parent=parent[k],
+            child=child[k] if k < order - 1 else None,
+            cuts=node_cuts[k],
+            groups=_group(group_key[k - 1], slices, tables, k) if k else None,
         )
-    groups = _group(entries[-1], row_cuts, tables, order - 1)
-    return [*levels, Level(entries[-1], node[-1], row_cuts, row_cuts, groups)]
+        for k in range(order)
+    ]
 
 
-def _group(entry: Tensor, cuts: Tensor, tables: TrainTables, core: int) -> Groups:
-    """Sort a level's nodes by micro-batch and slice."""
-    count, device = entry.numel(), entry.device
-    slices, entries, wide = cuts.numel() - 1, tables.entry_row[core].numel(), tables.prefix_columns[core]
-    node = torch.arange(count, device=device)
-    # 0 before the first micro-batch, S + 1 past the last.
-    micro_batch = torch.searchsorted(cuts, node, right=True)
-    inside = (micro_batch > 0) & (micro_batch <= slices)
-    key = torch.where(inside, (micro_batch - 1) * entries + entry, slices * entries)
+def _group(key: Tensor, micro_batches: int, tables: TrainTables, core: int) -> Groups:
+    """Sort a level's nodes by micro-batch and slice, which is their key."""
+    count, device = key.numel(), key.device
+    num_groups, wide = micro_batches * tables.entry_row[core].numel(), tables.prefix_columns[core]
     sorted_key, nodes = torch.sort(key, stable=True)
-    first = starts(sorted_key, slices * entries)
-    tiles = (first.diff() * wide + (TILE_ROWS - 1)) // TILE_ROWS
-    tile_first = torch.cat((tiles.new_zeros(1), torch.cumsum(tiles, 0)))
-    most = min(slices * entries, count) + triton.cdiv(count * wide, TILE_ROWS)
-    tile = torch.arange(most, device=device)
-    tile_group = torch.searchsorted(tile_first, tile, right=True) - 1
+    first, tiles = torch.empty(2, num_groups + 1, dtype=torch.int64, device=device)
+    constants = group_constants(count)
+    group_bounds[(cdiv(num_groups + 1, constants["BG"]),)](
+        first, tiles, sorted_key, count, num_groups, wide, **constants
+    )
+    tile_first = torch.cumsum(tiles, 0)
+    most = min(num_groups, count) + cdiv(count * wide, TILE_ROWS)
+    tile_group = torch.empty(most, dtype=torch.int64, device=device)
+    constants = find_constants(num_groups)
+    find_groups[(cdiv(most, constants["BT"]),)](tile_group, tile_first, num_groups, most, **constants)
     return Groups(nodes, first, tile_first, tile_group)

@@ -16,7 +16,7 @@ from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.pooling import pool, weigh
 from recemb_kernels.triton_frame.steps import Entries, step
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices
+from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched
 from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
 from recemb_kernels.tt_gather.triton_variants import (
     TILE_ROWS,
@@ -25,6 +25,7 @@ from recemb_kernels.tt_gather.triton_variants import (
     multiply_tuned,
     slice_block,
     slice_gradient_tuned,
+    touched_constants,
 )
 
 
@@ -89,9 +90,18 @@ class TrainFamily(Family[TrainShape]):
             self._add(kept.levels[0], micro_batch, grad_node, grads[0], first_touched)
         touched = [first_touched]
         for level, grad in zip(kept.levels[1:], grads[1:], strict=True):
-            assert level.groups is not None
-            touched.append((level.groups.first.diff().view(-1, len(grad)).sum(0) > 0).to(torch.int32))
+            touched.append(self._touched(level, len(grad)))
         return self._finish(parameters, asked, grads, touched)
+
+    def _touched(self, level: Level, entries: int) -> Tensor:
+        """[G] int32: the slices of a level that the batch has."""
+        assert level.groups is not None
+        touched = torch.empty(entries, dtype=torch.int32, device=self.device)
+        constants = touched_constants()
+        mark_touched[(cdiv(entries, constants["BE"]),)](
+            touched, level.groups.first, entries, level.cuts.numel() - 1, **constants
+        )
+        return touched
 
     def _products(
         self, levels: Sequence[Level], parameters: Sequence[Tensor], micro_batch: int
@@ -99,12 +109,14 @@ class TrainFamily(Family[TrainShape]):
         """The products of a micro-batch's prefixes, level by level; those of its rows are left out."""
         capacity = min(levels[0].entry.numel(), self.micro_batch_rows)
         products = [
-            torch.empty(capacity, columns * rank, dtype=self.dtype, device=self.device)
-            for columns, rank in zip(self._tables.prefix_columns[1:], self._ranks[1:-1], strict=True)
+            torch.empty(self._most_nodes(k, capacity), columns * rank, dtype=self.dtype, device=self.device)
+            for k, (columns, rank) in enumerate(
+                zip(self._tables.prefix_columns[1:], self._ranks[1:-1], strict=True)
+            )
         ]
         width = products[0].shape[1]
         block = slice_block(width)
-        copy_slices[(capacity, cdiv(width, block["BW"]))](
+        copy_slices[(len(products[0]), cdiv(width, block["BW"]))](
             products[0],
             self._cores(parameters, 0),
             levels[0].entry,
@@ -118,6 +130,11 @@ class TrainFamily(Family[TrainShape]):
         for k in range(1, len(levels) - 1):
             self._multiply(levels, parameters, micro_batch, k, products[k - 1], products[k])
         return products
+
+    def _most_nodes(self, k: int, capacity: int) -> int:
+        """How many nodes level k has at most, of a micro-batch with ``capacity`` rows."""
+        prefixes = [math.prod(shape.row_shape[: k + 1]) for shape in self.shapes]
+        return min(capacity, sum(prefixes))
 
     def _multiply(
         self,
@@ -135,7 +152,7 @@ class TrainFamily(Family[TrainShape]):
         groups, entries = level.groups, tables.entry_table[k].numel()
         assert groups is not None
         constants = multiply_constants(self.shapes[0], k, self.dtype, forward)
-        capacity = min(level.entry.numel(), self.micro_batch_rows)
+        nodes = self._most_nodes(k, min(level.entry.numel(), self.micro_batch_rows))
         rows, own = self._zero, level.cuts[micro_batch:]
         # Rows are counted from the first of the batch, nodes from the first of the micro-batch.
         last = k == len(levels) - 1
@@ -143,7 +160,7 @@ class TrainFamily(Family[TrainShape]):
             source_base, out_base = levels[k - 1].cuts[micro_batch:], rows if last else own
         else:
             source_base, out_base = rows if last else own, own
-        tiles = min(entries, capacity) + cdiv(capacity * constants["Q"], TILE_ROWS)
+        tiles = min(entries, nodes) + cdiv(nodes * constants["Q"], TILE_ROWS)
         multiply_tuned[(tiles, cdiv(constants["N"], constants["BN"]))](
             out,
             source,
@@ -197,12 +214,15 @@ class TrainFamily(Family[TrainShape]):
                 micro_batch,
                 **constants,
             )
+            width, nodes = constants["Q"] * constants["K"], self._most_nodes(k - 1, capacity)
             shares = torch.empty(
-                capacity, constants["Q"] * constants["K"], dtype=torch.float32, device=self.device
+                self._most_nodes(k, capacity), width, dtype=torch.float32, device=self.device
             )
             self._multiply(levels, parameters, micro_batch, k, grad_node, shares, forward=False)
-            grad_node = torch.empty_like(shares)
-            sum_segments(grad_node, shares, levels[k - 1].child, before, own, capacity)
+            grad_node = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
+            child = levels[k - 1].child
+            assert child is not None
+            sum_segments(grad_node, shares, child, before, own, nodes)
         return grad_node
 
     def _add(self, level: Level, micro_batch: int, grad_node: Tensor, grad: Tensor, touched: Tensor) -> None:
@@ -291,5 +311,6 @@ class TrainFamily(Family[TrainShape]):
             entry_base=self.constant(self._entry_base),
             entry_table=[self.constant([t for t, _ in own]) for own in each],
             entry_row=[self.constant([row for _, row in own]) for own in each],
+            slices=self.constant([len(own) for own in each]),
             prefix_columns=[math.prod(self._dims[:k]) for k in cores],
         )

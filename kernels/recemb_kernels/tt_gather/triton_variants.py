@@ -102,6 +102,37 @@ def slice_block(width: int) -> dict[str, int]:
     return {"BW": block, "num_warps": 1 if block <= 64 else 4}
 
 
+def digit_constants(order: int, num_tables: int) -> dict[str, int]:
+    """Of ``split_digits``."""
+    return {"ORDER": order, "STEPS": num_tables.bit_length(), "BR": 256, "num_warps": 4}
+
+
+def count_constants(order: int) -> dict[str, int]:
+    """Of ``count_nodes``."""
+    return {"ORDER": order, "BL": _NODE_BLOCK, "num_warps": 4}
+
+
+def node_constants(order: int) -> dict[str, int]:
+    """Of ``place_nodes``."""
+    return {"ORDER": order, "BL": _NODE_BLOCK, "BB": 1024, "num_warps": 4}
+
+
+def group_constants(count: int) -> dict[str, int]:
+    """Of ``group_bounds``."""
+    return {"STEPS": count.bit_length(), "TILE": TILE_ROWS, "BG": 128, "num_warps": 4}
+
+
+def find_constants(num_groups: int) -> dict[str, int]:
+    """Of ``find_groups``."""
+    return {"STEPS": (num_groups + 1).bit_length(), "BT": 256, "num_warps": 4}
+
+
+def touched_constants() -> dict[str, int]:
+    """Of ``mark_touched``."""
+    return {"BE": 128, "num_warps": 4}
+
+
+_NODE_BLOCK = 1024
 _SHIPPED = (
     TrainShape((200, 220, 250), (2, 2, 4), (1, 4, 4, 1)),
     TrainShape((200, 220, 250), (2, 2, 4), (1, 16, 16, 1)),
