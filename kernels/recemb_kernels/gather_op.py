@@ -271,9 +271,9 @@ def make_group(
         return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
     families = [(op.family(), shape) for op, shape, _ in tables]
     # After the families, which say what is missing.
-    from recemb_kernels.triton_frame import family, group
+    from recemb_kernels.triton_frame import family, graphs, group
 
-    return group.TritonGroup(
+    made = group.TritonGroup(
         families,
         codes,
         device,
@@ -281,3 +281,4 @@ def make_group(
         refusal or group.not_finite,
         micro_batch_rows or family.MICRO_BATCH_ROWS,
     )
+    return graphs.GraphedGroup(made, graphs.GraphRecorder()) if graphs.are_wanted(device) else made

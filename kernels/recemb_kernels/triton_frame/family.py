@@ -223,6 +223,10 @@ class Family(ABC, Generic[_S]):
         self._rates = (rates, held.copy_(there, non_blocking=True))
         return held
 
+    def held(self) -> list[Tensor]:
+        """What launches read and a later one might let go of."""
+        return list(self._remembered.values())
+
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """[K] int64: where each tensor lies."""
         return self.remembered(tuple(tensor.data_ptr() for tensor in tensors))

@@ -118,12 +118,11 @@ class TritonGroup:
         if not (batch.size and batch.ids.numel()):
             return call
         if self.device.type != "cuda":
-            self._plan(call)
-            return call
+            return self.plan(batch)
         current = torch.cuda.current_stream(self.device)
         self._beside.wait_stream(current)  # the ids may still be on their way
         with torch.cuda.stream(self._beside):
-            self._plan(call)
+            call = self.plan(batch)
             call.ready = cast(Any, torch.cuda).Event()  # untyped
             call.ready.record(self._beside)
         return call
@@ -132,13 +131,20 @@ class TritonGroup:
     def _beside(self) -> torch.cuda.Stream:
         return cast(torch.cuda.Stream, cast(Any, torch.cuda).Stream(self.device))
 
-    def _on_device(self) -> AbstractContextManager[object]:
+    def on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, which may be another GPU."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _plan(self, call: Call) -> None:
+    def plan(self, batch: Batch) -> Call:
+        """What the ids of a batch that has some decide, on the current stream."""
+        call = Call(batch, self.columns, self._keys)
         for family, _ in self._families:
             family.prepare(call)
+        return call
+
+    def remembered(self) -> list[Tensor]:
+        """The device's copies of what the host knows, which launches read."""
+        return [tensor for family, _ in self._families for tensor in family.held()]
 
     def forward(
         self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Call | None = None
@@ -149,13 +155,19 @@ class TritonGroup:
         changed since.
         """
         poll()
+        return self.run_forward(parameters, batch, keep=keep, state=state)
+
+    def run_forward(
+        self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Call | None = None
+    ) -> tuple[Tensor, Call]:
+        """:meth:`forward` without what is the host's: launches alone, which a CUDA graph can hold."""
         call = Call(batch, self.columns, self._keys) if state is None else state
         call.wait()
         out = torch.empty(batch.size, self.columns, dtype=torch.float32, device=self.device)
         if not batch.ids.numel():
             return out.zero_(), call
         if batch.size:
-            with self._on_device():
+            with self.on_device():
                 for family, own in self._families:
                     family.forward(call, self._parameters(parameters, own), out, keep)
         return out, call
@@ -180,27 +192,33 @@ class TritonGroup:
             Exception: the ``refusal``; as the device alone knows, at a later call
                 (:mod:`recemb_kernels.triton_frame.verdict`).
         """
-        poll()
-        rates = self.put_rates(updates)
-        grads, grad_weights, mark = self.run_backward(
-            grad_out, parameters, batch, state, Asked(updates, wanted, want_weights, rates)
-        )
-        if any(update is not None for update in updates):
-            note(mark, self._refusal)
+        asked = Asked(updates, wanted, want_weights, self.begin_backward(updates))
+        grads, grad_weights, mark = self.run_backward(grad_out, parameters, batch, state, asked)
+        self.end_backward(updates, mark)
         return grads, grad_weights
 
-    def put_rates(self, updates: Sequence[Update | None]) -> list[Tensor]:
-        """Count the steps, and bring each family's rates to the device where they have changed."""
+    def begin_backward(self, updates: Sequence[Update | None]) -> list[Tensor]:
+        """Count the steps; each family's rates, brought to the device where they have changed.
+
+        Raises:
+            Exception: of an earlier look-up or step.
+        """
+        poll()
         held = []
         for family, own in self._families:
             number = family.num_parameters(family.shapes[0])
             held.append(family.put_rates(rates_of([updates[t] for t in own], number)))
         return held
 
+    def end_backward(self, updates: Sequence[Update | None], mark: Tensor) -> None:
+        """Have a gradient that was not finite, as ``mark`` [1] tells, raise now or later."""
+        if any(update is not None for update in updates):
+            note(mark, self._refusal)
+
     def run_backward(
         self, grad_out: Tensor, parameters: Sequence[Tensor], batch: Batch, state: Call, asked: Asked
     ) -> tuple[list[Tensor | None], Tensor | None, Tensor]:
-        """:meth:`backward` without what is the host's: launches alone, which a CUDA graph can hold.
+        """:meth:`backward` without what is the host's, as :meth:`run_forward`.
 
         Returns:
             The gradients, those of the weights, and [1] int32: not 0 when ``grad_out`` was not finite.
@@ -217,7 +235,7 @@ class TritonGroup:
         stepping = any(update is not None for update in updates)
         mark = infinite(grad_out if stepping else grad_out[:0])
         refused = mark if batch.refused is None else mark | batch.refused
-        with self._on_device():
+        with self.on_device():
             for family, own in self._families:
                 stored = self._parameters(parameters, own)
                 places = [k for t in own for k in range(self._first[t], self._first[t + 1])]

@@ -353,9 +353,13 @@ def poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def by_triton() -> Iterator[list[TritonGroup]]:
-    """Groups of tables that are looked up for the first time within are Triton's; gives all of them."""
-    made: list[TritonGroup] = []
+def by_triton(wrap: Callable[[TritonGroup], Any] = lambda group: group) -> Iterator[list[Any]]:
+    """Groups of tables that are looked up for the first time within are Triton's; gives all of them.
+
+    Args:
+        wrap: what stands for each.
+    """
+    made: list[Any] = []
 
     def make(
         tables: Sequence[tuple[GatherOp[Any], Any, Stored]],
@@ -364,12 +368,12 @@ def by_triton() -> Iterator[list[TritonGroup]]:
         dtypes: Sequence[torch.dtype],
         refusal: Callable[[], Exception],
         _: int | None,
-    ) -> TritonGroup:
+    ) -> Any:
         codes = [
             FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)
         ]
         families = [(op.family(), shape) for op, shape, _ in tables]
-        made.append(TritonGroup(families, codes, device, dtypes, refusal))
+        made.append(wrap(TritonGroup(families, codes, device, dtypes, refusal)))
         return made[-1]
 
     with patch("recemb_kernels.lookup.make_group", make):

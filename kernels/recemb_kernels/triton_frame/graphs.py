@@ -1,0 +1,294 @@
+"""Look-ups of recurring shapes as CUDA graphs: one launch in place of dozens.
+
+A look-up's kernels are launched for bounds that the host knows, and read all else on the device, so the
+same launches serve every batch with as many ids. From the fourth such batch on they are replayed from a
+graph, which reads the batch from memory of its own. Steps read their rates from the device too, so a schedule
+changes nothing about a graph. ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.family import Call
+from recemb_kernels.triton_frame.group import Asked, TritonGroup
+from recemb_kernels.triton_frame.verdict import poll
+from recemb_kernels.update import Update
+
+_T = TypeVar("_T")
+# Launches of a shape that stay eager: kernels are compiled and tuned in them.
+_EAGER = 3
+_MOST_GRAPHS, _MOST_SHAPES = 8, 256
+# Gradients that leave a graph are copied; beyond this they are computed outside of it.
+_MOST_GRADIENT_BYTES = 2**26
+
+
+def are_wanted(device: torch.device) -> bool:
+    """Whether look-ups on a device are to be captured."""
+    return device.type == "cuda" and os.environ.get("RECEMB_CUDA_GRAPHS", "1") != "0"
+
+
+class Recorder(Protocol):
+    """Records launches to be replayed."""
+
+    def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
+        """Record ``run``; its result, whose tensors each replay fills, and the replay."""
+
+
+class GraphRecorder:
+    """Captures into graphs that share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
+        """A graph of ``run``, which is not run."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate pinned memory meanwhile, as data loaders do.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = run()
+        self._pool = graph.pool()
+        return result, graph.replay
+
+
+@dataclass(eq=False)
+class _Held:
+    """One look-up through a graph, whose backward is to come.
+
+    Attributes:
+        graph: what it went through.
+        turn: the graph's number of look-ups by then.
+    """
+
+    graph: _Graph
+    turn: int
+
+    @property
+    def stale(self) -> bool:
+        """Whether a later look-up has taken the graph's memory."""
+        return self.turn != self.graph.turn
+
+
+class _Graph:
+    """The look-ups of one shape."""
+
+    def __init__(
+        self, group: TritonGroup, record: Recorder, parameters: Sequence[Tensor], batch: Batch, keep: bool
+    ) -> None:
+        self._group, self._record, self._parameters = group, record, list(parameters)
+        copies = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
+        weights, refused = copies
+        self.batch = Batch(batch.ids.clone(), batch.offsets.clone(), weights, batch.size, refused)
+
+        def run() -> tuple[Tensor, Call]:
+            # A backward must find the plan here: what it works out itself would be of its first batch.
+            call = group.plan(self.batch) if keep else None
+            return group.run_forward(self._parameters, self.batch, keep=keep, state=call)
+
+        run()  # These addresses may be aligned otherwise than the batches' before, and compile kernels anew.
+        (self._out, self._call), self._replay = record(run)
+        # The launches hold addresses: what is remembered must not be freed.
+        self._alive = group.remembered()
+        self._backwards: dict[Any, tuple[Any, Callable[[], None], list[Tensor]] | None] = {}
+        self._user: ref[_Held] | None = None
+        self._may_record = True
+        self.turn = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a look-up through this graph still waits for its backward."""
+        return self._user is not None and self._user() is not None
+
+    def forward(self, batch: Batch, keep: bool) -> tuple[Tensor, _Held]:
+        pairs = (
+            (getattr(self.batch, x), getattr(batch, x)) for x in ("ids", "offsets", "weights", "refused")
+        )
+        for own, given in pairs:
+            if own is not None:
+                own.copy_(given)
+        self.turn += 1
+        held = _Held(self, self.turn)
+        self._user = ref(held) if keep else None
+        return self.again(), held
+
+    def again(self) -> Tensor:
+        """Of the same batch, for parameters that have changed."""
+        self._replay()
+        return self._out.clone()
+
+    def backward(self, grad_out: Tensor, asked: Asked) -> tuple[list[Tensor | None], Tensor | None, Tensor]:
+        # A second backward of the same look-up, should one come, sees whether another has been in between.
+        self._user = None
+        key = (tuple(map(_address, asked.updates)), tuple(asked.wanted), asked.want_weights)
+
+        def run_eagerly() -> tuple[list[Tensor | None], Tensor | None, Tensor]:
+            return self._group.run_backward(grad_out, self._parameters, self.batch, self._call, asked)
+
+        if key not in self._backwards or self._too_large(asked) or not self._may_record:
+            self._backwards.setdefault(key, None)  # The first of a kind compiles kernels.
+            return run_eagerly()
+        known = self._backwards[key]
+        if known is None:
+            grad = torch.empty(grad_out.shape, dtype=torch.float32, device=grad_out.device)
+
+            def run() -> Any:
+                return self._group.run_backward(grad, self._parameters, self.batch, self._call, asked)
+
+            try:
+                known = self._backwards[key] = (*self._record(run), [grad, *self._group.remembered()])
+            except RuntimeError as error:
+                _stay_eager(error)
+                self._may_record = False
+                return run_eagerly()
+        (grads, weights, mark), replay, (own_grad, *_) = known
+        own_grad.copy_(grad_out)
+        replay()
+        found = [None if grad is None else grad.clone() for grad in grads]
+        return found, None if weights is None else weights.clone(), mark
+
+    def _too_large(self, asked: Asked) -> bool:
+        size = sum(
+            p.numel() * p.element_size()
+            for p, want in zip(self._parameters, asked.wanted, strict=True)
+            if want
+        )
+        return size > _MOST_GRADIENT_BYTES
+
+
+class GraphedGroup:
+    """A :class:`TritonGroup` that captures what recurs.
+
+    Args:
+        group: the tables.
+        record: how launches are recorded.
+    """
+
+    def __init__(self, group: TritonGroup, record: Recorder) -> None:
+        self._group, self._record = group, record
+        self._seen: dict[Any, int] = {}
+        self._graphs: dict[Any, _Graph] = {}
+        self._off = False
+
+    @property
+    def num_tables(self) -> int:
+        """How many tables."""
+        return self._group.num_tables
+
+    @property
+    def columns(self) -> int:
+        """Sum of D over the features."""
+        return self._group.columns
+
+    @property
+    def graphs(self) -> int:
+        """How many shapes are captured."""
+        return len(self._graphs)
+
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | None:
+        """As of the group; ``None`` where a graph will do it, with the rest of the look-up."""
+        if _shape(parameters, batch, True) in self._graphs:
+            return None
+        return self._group.prepare(parameters, batch)
+
+    def forward(
+        self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        """As of the group."""
+        poll()
+        if isinstance(state, _Held):
+            if state.stale:
+                return self._group.forward(parameters, batch, keep=keep)
+            return state.graph.again(), state
+        graph = None if state is not None else self._graph(parameters, batch, keep)
+        if graph is None:
+            return self._group.forward(parameters, batch, keep=keep, state=state)
+        with self._group.on_device():
+            return graph.forward(batch, keep)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        parameters: Sequence[Tensor],
+        batch: Batch,
+        state: Any,
+        *,
+        updates: Sequence[Update | None],
+        wanted: Sequence[bool],
+        want_weights: bool,
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """As of the group."""
+        if isinstance(state, _Held) and state.stale:
+            _, state = self._group.forward(parameters, batch, keep=True)
+        if not isinstance(state, _Held):
+            return self._group.backward(
+                grad_out,
+                parameters,
+                batch,
+                state,
+                updates=updates,
+                wanted=wanted,
+                want_weights=want_weights,
+            )
+        asked = Asked(updates, wanted, want_weights, self._group.begin_backward(updates))
+        with self._group.on_device():
+            grads, weights, mark = state.graph.backward(grad_out, asked)
+        self._group.end_backward(updates, mark)
+        return grads, weights
+
+    def _graph(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
+        """The graph of a shape that has recurred, unless an earlier look-up is not done with it."""
+        if self._off or not (batch.size and batch.ids.numel()) or _capturing():
+            return None
+        shape = _shape(parameters, batch, keep)
+        known = self._graphs.get(shape)
+        if known is not None:
+            return None if known.busy else known
+        if len(self._seen) >= _MOST_SHAPES:
+            self._seen.clear()
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] <= _EAGER:
+            return None
+        if len(self._graphs) >= _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        try:
+            with self._group.on_device():
+                known = _Graph(self._group, self._record, parameters, batch, keep)
+        except RuntimeError as error:
+            _stay_eager(error)
+            self._off = True
+            return None
+        self._graphs[shape] = known
+        return known
+
+
+def _stay_eager(error: RuntimeError) -> None:
+    message = f"recemb: look-ups stay eager, as they could not be captured in a CUDA graph ({error})"
+    warnings.warn(message, stacklevel=3)
+
+
+def _shape(parameters: Sequence[Tensor], batch: Batch, keep: bool) -> Any:
+    """What a graph is captured for: sizes, types and addresses."""
+    weights = None if batch.weights is None else batch.weights.dtype
+    sizes = (batch.ids.numel(), batch.size, weights, batch.refused is None, keep)
+    return sizes, tuple(parameter.data_ptr() for parameter in parameters)
+
+
+def _address(update: Update | None) -> Any:
+    """What the launches of a step depend on."""
+    if update is None:
+        return None
+    states = [None if s is None else s.data_ptr() for s in (*update.state, *update.state2)]
+    return update.kind, update.left, tuple(states)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
