@@ -13,6 +13,7 @@ MODULES: tuple[str, ...] = (
     "recemb_kernels.pooled_gather.triton_variants",
     "recemb_kernels.robe_gather.triton_variants",
     "recemb_kernels.triton_frame.variants",
+    "recemb_kernels.triton_frame.plan_variants",
 )
 
 # Autotuning tries every variant of a kernel at the first call of each new shape, at about half a second of

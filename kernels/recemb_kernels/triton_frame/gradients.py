@@ -9,8 +9,8 @@ from torch import Tensor
 
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Call, Family
-from recemb_kernels.triton_frame.kernels import segment_sum, sum_pieces
-from recemb_kernels.triton_frame.launches import piece_constants, segment_constants
+from recemb_kernels.triton_frame.kernels import find_gradients, segment_sum, sum_pieces
+from recemb_kernels.triton_frame.launches import find_constants, piece_constants, segment_constants
 
 
 def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -> Tensor:
@@ -24,22 +24,33 @@ def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -
     cuts = plan.cuts[family.index :]
     pieces = torch.empty(count, dim, dtype=torch.float32, device=family.device)
     rows = torch.empty_like(pieces)
+    start = torch.empty(count, dtype=torch.int64, device=family.device)
+    scale = torch.empty(count, dtype=torch.float32, device=family.device)
     weights = batch.weights
-    constants = piece_constants(dim, weights is not None)
-    grid = (cdiv(count, constants["BP"]), cdiv(dim, constants["BD"]))
-    sum_pieces[grid](
-        pieces,
-        grad_out,
+    constants = find_constants(weights is not None)
+    find_gradients[(cdiv(count, constants["BL"]),)](
+        start,
+        scale,
         plan.order,
         call.bag,
         batch.offsets if weights is None else weights,
         batch.offsets,
         family.batch_features,
+        batch.size,
+        grad_out.shape[1],
+        count,
+        **constants,
+    )
+    constants = piece_constants(dim)
+    grid = (cdiv(count, constants["BP"]), cdiv(dim, constants["BD"]))
+    sum_pieces[grid](
+        pieces,
+        grad_out,
+        start,
+        scale,
         plan.piece_first,
         plan.row_piece,
         cuts,
-        batch.size,
-        grad_out.shape[1],
         **constants,
     )
     sum_segments(rows, pieces, plan.row_piece, cuts, None, count)

@@ -154,51 +154,70 @@ def pool_rows(
 
 
 @triton.jit
-def sum_pieces(
-    out,
-    grad_out,
+def find_gradients(
+    start,
+    scale,
     order,
     bag,
     weights,
     offsets,
     features,
+    batch_size,
+    columns,
+    count,
+    WEIGHTED: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """Of the position at each place of ``order``: where its bag's gradient starts, and what multiplies it.
+
+    Grid (count / BL). ``features`` [F, 3] holds first column and whether averaged of *every* feature of the
+    batch.
+    """
+    at = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
+    here = at < count
+    position = tl.load(order + at, mask=here, other=0)
+    own = tl.load(bag + position, mask=here, other=0)
+    feature = own // batch_size
+    column = tl.load(features + 3 * feature, mask=here, other=0)
+    mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
+    begin = tl.load(offsets + own, mask=here, other=0)
+    length = tl.load(offsets + own + 1, mask=here, other=1) - begin
+    by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), tl.where(mean != 0, length, 1).to(tl.float32))
+    if WEIGHTED:
+        by *= tl.load(weights + position, mask=here, other=0.0)
+    tl.store(start + at, own % batch_size * columns + column, mask=here)
+    tl.store(scale + at, by, mask=here)
+
+
+@triton.jit
+def sum_pieces(
+    out,
+    grad_out,
+    start,
+    scale,
     piece_first,
     row_piece,
     cuts,
-    batch_size,
-    columns,
     D: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     BP: tl.constexpr,
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out[p] = sum over the positions of piece p of w * the gradient of their bag, of one family's rows.
+    """out[p] = sum over the places of piece p of ``scale`` * the gradient from ``start`` on, of one family.
 
-    Grid (pieces / BP, D / BD). ``features`` [F, 3] holds first column and whether averaged of *every* feature
-    of the batch; ``cuts`` points at the family's first row and the one after its last. BI positions are
-    fetched at once: each costs three loads that wait for one another.
+    Grid (pieces / BP, D / BD). ``cuts`` points at the family's first row and the one after its last. The
+    loads of BI places are under way at once.
     """
     piece, here, first, length = pieces_of(row_piece, piece_first, cuts, BP)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BP, BD), dtype=tl.float32)
-    for start in range(0, tl.max(length, 0), BI):
-        i = start + tl.arange(0, BI)
-        inside = i[None, :] < length[:, None]
-        position = tl.load(order + (first[:, None] + i[None, :]), mask=inside, other=0)
-        own = tl.load(bag + position, mask=inside, other=0)
-        feature = own // batch_size
-        sample = own % batch_size
-        column = tl.load(features + 3 * feature, mask=inside, other=0)
-        mean = tl.load(features + 3 * feature + 1, mask=inside, other=0)
-        begin = tl.load(offsets + own, mask=inside, other=0)
-        count = tl.load(offsets + own + 1, mask=inside, other=1) - begin
-        scale = tl.div_rn(tl.full((BP, BI), 1.0, tl.float32), tl.where(mean != 0, count, 1).to(tl.float32))
-        if WEIGHTED:
-            scale *= tl.load(weights + position, mask=inside, other=0.0)
-        address = grad_out + (sample * columns + column)[:, :, None] + d[None, None, :]
-        mask = inside[:, :, None] & (d < D)[None, None, :]
-        total += tl.sum(tl.load(address, mask=mask, other=0.0) * scale[:, :, None], 1)
+    for begin in range(0, tl.max(length, 0), BI):
+        for i in tl.static_range(BI):
+            inside = begin + i < length
+            address = grad_out + tl.load(start + (first + begin + i), mask=inside, other=0)
+            by = tl.load(scale + (first + begin + i), mask=inside, other=0.0)
+            mask = inside[:, None] & (d < D)[None, :]
+            total += tl.load(address[:, None] + d[None, :], mask=mask, other=0.0) * by[:, None]
     mask = here[:, None] & (d < D)[None, :]
     tl.store(out + piece[:, None] * D + d[None, :], total, mask=mask)
 

@@ -35,14 +35,14 @@ def mark_constants() -> dict[str, Any]:
     return {"BL": 2048, "num_warps": 4}
 
 
-def place_constants(num_bags: int) -> dict[str, Any]:
+def key_constants(num_bags: int) -> dict[str, Any]:
     """Of ``place_ids``."""
     return {"STEPS": (num_bags + 1).bit_length(), "BL": 512, "num_warps": 4}
 
 
 def run_constants(whole: bool, inverse: bool) -> dict[str, Any]:
     """Of ``number_runs``; ``count_runs`` takes some of them."""
-    blocks = {"PIECE": PIECE, "BL": 1024, "BB": 1024}
+    blocks = {"PIECE": PIECE, "BL": 256, "BB": 256}
     return {"WHOLE": whole, "INVERSE": inverse, **blocks, "num_warps": 4}
 
 
@@ -65,10 +65,15 @@ def _source(dtype: torch.dtype | None) -> dict[str, Any]:
     return {"LIMITS": 2 if indirect else 0, "INDIRECT": indirect, "ELEMENT": element}
 
 
-def piece_constants(dim: int, weighted: bool) -> dict[str, Any]:
+def find_constants(weighted: bool) -> dict[str, Any]:
+    """Of ``find_gradients``."""
+    return {"WEIGHTED": weighted, "BL": 256, "num_warps": 4}
+
+
+def piece_constants(dim: int) -> dict[str, Any]:
     """Of ``sum_pieces``."""
     pieces, block = tile_of(dim, *PIECE_TILE)
-    return {"D": dim, "WEIGHTED": weighted, "BP": pieces, "BI": _AT_ONCE, "BD": block, "num_warps": 4}
+    return {"D": dim, "BP": pieces, "BI": _AT_ONCE, "BD": block, "num_warps": 4}
 
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:

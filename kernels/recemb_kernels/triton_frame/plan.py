@@ -15,8 +15,8 @@ from torch import Tensor
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.launches import (
     check_constants,
+    key_constants,
     mark_constants,
-    place_constants,
     run_constants,
 )
 from recemb_kernels.triton_frame.plan_kernels import (
@@ -130,7 +130,7 @@ def keys_of(ids: Tensor, offsets: Tensor, keys: Keys, batch_size: int) -> tuple[
     count, bags = ids.numel(), offsets.numel() - 1
     key = torch.empty(count, dtype=torch.int32 if keys.narrow else torch.int64, device=ids.device)
     bag = torch.empty(count, dtype=torch.int64, device=ids.device)
-    constants = place_constants(bags)
+    constants = key_constants(bags)
     place_ids[(cdiv(count, constants["BL"]),)](
         key,
         bag,

@@ -17,8 +17,9 @@ def bag_at(offsets, num_bags, at, STEPS: tl.constexpr):
 
     Offsets that are refused must not lead out of bounds before the host knows.
     """
-    bag = upper_bound(offsets, num_bags + 1, at, STEPS) - 1
-    return tl.minimum(tl.maximum(bag, 0), tl.maximum(num_bags - 1, 0))
+    last = tl.zeros((), tl.int64) + num_bags
+    bag = upper_bound(offsets, last + 1, at, STEPS) - 1
+    return tl.minimum(tl.maximum(bag, 0), tl.maximum(last - 1, 0))
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def number_runs(
     key, before, new, piece = begins(keys, at, count, PIECE)
     runs_before, runs = totals(counts, 2, 0, block, blocks, BB)
     here = at < count
-    run = runs_before + tl.cumsum(new.to(tl.int32), 0).to(tl.int64) - 1
+    run = runs_before + tl.cumsum(new.to(tl.int64), 0) - 1
     if INVERSE:
         tl.store(inverse + tl.load(order + at, mask=here, other=0), run, mask=here)
     else:
@@ -179,12 +180,12 @@ def number_runs(
         tl.store(run_piece + at, at, mask=at <= count)
     else:
         pieces_before, pieces = totals(counts, 2, 1, block, blocks, BB)
-        place = pieces_before + tl.cumsum(piece.to(tl.int32), 0).to(tl.int64) - 1
+        place = pieces_before + tl.cumsum(piece.to(tl.int64), 0) - 1
         tl.store(piece_first + place, at, mask=piece)
         tl.store(run_piece + run, place, mask=new)
         tl.store(run_piece + at, tl.zeros_like(at) + pieces, mask=rest)
         tl.store(piece_first + at, tl.zeros_like(at) + count, mask=(at >= pieces) & (at <= count))
-    last = tl.load(keys + count - 1)
+    last = tl.load(keys + (tl.zeros((), tl.int64) + count - 1))
     for k in range(num_bounds):
         bound = tl.load(bounds + k)
         reached = new & (key >= bound) & ((at == 0) | (before < bound))

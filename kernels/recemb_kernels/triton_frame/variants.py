@@ -12,6 +12,7 @@ import torch
 from recemb_kernels.aot.configuration import Configuration
 from recemb_kernels.triton_frame.elements import NAMES, as_compiled
 from recemb_kernels.triton_frame.kernels import (
+    find_gradients,
     locate,
     pool_rows,
     scatter_rows,
@@ -21,6 +22,7 @@ from recemb_kernels.triton_frame.kernels import (
     weight_gradients,
 )
 from recemb_kernels.triton_frame.launches import (
+    find_constants,
     locate_constants,
     piece_constants,
     pool_constants,
@@ -32,7 +34,7 @@ from recemb_kernels.triton_frame.launches import (
 from recemb_kernels.update import Kind
 
 _TYPES = {
-    **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad", "rates"), "*fp32"),
+    **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad", "rates", "scale"), "*fp32"),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
     **dict.fromkeys(("touched", "refused"), "*i32"),
 }
@@ -50,8 +52,9 @@ def shipped() -> list[Configuration]:
         found += [_pool(width, None, weighted) for weighted in (False, True)]
         found += [_pool(width, dtype, False) for dtype in (_FLOAT, _HALF)]
         found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
-        found += [_pieces(width, weighted) for weighted in (False, True)]
+        found.append(_pieces(width))
         found += [_segments(width, relative=False)]
+    found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
     # The workspaces of a train's nodes: R = 16 and 64.
     found += [_segments(width, relative=True) for width in (32, 256)]
@@ -90,16 +93,29 @@ def _weigh(width: int, dtype: torch.dtype | None) -> Configuration:
     )
 
 
-def _pieces(width: int, weighted: bool) -> Configuration:
+def _sources(weighted: bool) -> Configuration:
+    return Configuration(
+        kernel="frame.find_gradients",
+        dtype="float32",
+        **as_compiled(find_gradients, find_constants(weighted), _TYPES),
+        flops_per_lookup=1.0 + weighted,
+        bytes_per_lookup=44.0 + 4 * weighted,
+        min_occupancy=0.5,
+        note="weighted" * weighted,
+        small=("features",),
+    )
+
+
+def _pieces(width: int) -> Configuration:
     return Configuration(
         kernel="frame.sum_pieces",
         dtype="float32",
-        **as_compiled(sum_pieces, piece_constants(width, weighted), _TYPES),
-        flops_per_lookup=2.0 * width + weighted,
-        bytes_per_lookup=8.0 * width + 32 + 4 * weighted,
+        **as_compiled(sum_pieces, piece_constants(width), _TYPES),
+        flops_per_lookup=2.0 * width,
+        bytes_per_lookup=8.0 * width + 20,
         min_occupancy=0.5,
-        note=f"D={width}" + (", weighted" if weighted else ""),
-        small=("features", "cuts"),
+        note=f"D={width}",
+        small=("cuts",),
     )
 
 

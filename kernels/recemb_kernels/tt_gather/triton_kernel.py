@@ -129,7 +129,7 @@ def place_nodes(
         if level < ORDER - 1:
             begins = tl.load(new + (level * total + at), mask=here, other=0) != 0
             before, every = totals(counts, ORDER - 1, level, block, blocks, BB)
-            node = before + tl.cumsum(begins.to(tl.int32), 0).to(tl.int64) - 1
+            node = before + tl.cumsum(begins.to(tl.int64), 0) - 1
             end = every
         else:
             begins = inside

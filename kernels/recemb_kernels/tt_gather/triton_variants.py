@@ -11,12 +11,17 @@ import torch
 import triton.language as tl
 
 from recemb_kernels.aot.configuration import Configuration
-from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, factor, precision, tile, tuned
+from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, as_compiled, factor, precision, tile, tuned
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_kernel import (
     add_slices,
     copy_slices,
+    count_nodes,
+    find_groups,
+    group_bounds,
+    mark_touched,
     multiply,
+    place_nodes,
     slice_gradient,
     split_digits,
 )
@@ -114,7 +119,7 @@ def count_constants(order: int) -> dict[str, int]:
 
 def node_constants(order: int) -> dict[str, int]:
     """Of ``place_nodes``."""
-    return {"ORDER": order, "BL": _NODE_BLOCK, "BB": 1024, "num_warps": 4}
+    return {"ORDER": order, "BL": _NODE_BLOCK, "BB": 256, "num_warps": 4}
 
 
 def group_constants(count: int) -> dict[str, int]:
@@ -132,7 +137,7 @@ def touched_constants() -> dict[str, int]:
     return {"BE": 128, "num_warps": 4}
 
 
-_NODE_BLOCK = 1024
+_NODE_BLOCK = 256
 _SHIPPED = (
     TrainShape((200, 220, 250), (2, 2, 4), (1, 4, 4, 1)),
     TrainShape((200, 220, 250), (2, 2, 4), (1, 16, 16, 1)),
@@ -256,25 +261,39 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
             **common,
         )
     if dtype is torch.float32 and shape == _SHIPPED[0]:
-        tables = ("cuts", "first_key", "table_keys", "radices", "entry_base")
-        order = len(shape.dim_shape)
+        yield from _nodes(len(shape.dim_shape))
+
+
+def _nodes(order: int) -> Iterator[Configuration]:
+    """The kernels that make a batch's tree, of 26 tables and 4,096 samples."""
+    count, groups = 26 * 4096, 26 * 250
+    types = {
+        **dict.fromkeys(("num_tables", "count", "micro_batch_rows", "blocks"), "i32"),
+        **dict.fromkeys(("num_micro_batches", "num_groups", "num_entries", "wide"), "i32"),
+        **dict.fromkeys(("counts", "keys", "group_key", "touched"), "*i32"),
+        "new": "*i8",
+    }
+    digits = 8.0 * order + order - 1
+    for kernel, constants, nbytes in (
+        (split_digits, digit_constants(order, 26), 8.0 + digits),
+        (count_nodes, count_constants(order), order - 1.0),
+        (place_nodes, node_constants(order), 2 * digits + 20.0 * (order - 1)),
+        (group_bounds, group_constants(count), 4.0),
+        (find_groups, find_constants(groups), 8.0),
+        (mark_touched, touched_constants(), 4.0),
+    ):
+        compiled = as_compiled(kernel, constants, types)
+        small = (
+            *("cuts", "first_key", "table_keys", "radices", "entry_base", "counts", "node_cuts", "slices"),
+            *("first", "tiles", "tile_first", "touched", "group_first"),
+        )
         yield Configuration(
-            kernel="tt_gather.split_digits",
-            function=split_digits,
-            dtype=name,
-            signature={
-                "digits": _INDEX,
-                "new": "*i8",
-                "row_key": _INDEX,
-                **dict.fromkeys(tables, _INDEX),
-                **dict.fromkeys(("num_tables", "count", "micro_batch_rows"), "i32"),
-            },
-            constants={"ORDER": order, "STEPS": 5, "BR": 256},
-            num_warps=4,
-            num_stages=3,
+            kernel=f"tt_gather.{kernel.__name__}",
+            dtype="float32",
+            **compiled,
             flops_per_lookup=0.0,
-            bytes_per_lookup=8.0 + 8 * order + order - 1,
-            min_occupancy=0.5,
-            note="26 tables, d=3",
-            small=tables,
+            bytes_per_lookup=nbytes,
+            min_occupancy=0.43,
+            note=f"26 tables, d={order}",
+            small=tuple(name for name in small if name in compiled["signature"]),
         )

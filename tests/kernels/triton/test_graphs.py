@@ -1,7 +1,7 @@
 """What is captured and what is not, and that a replay gives the bits of eager launches.
 
-On the CPU a recorder stands for CUDA graphs: what it records has no effect then, and a replay runs it again and
-fills the tensors that the recording gave. ``tests/gpu`` has the real ones.
+On the CPU a recorder stands for CUDA graphs: what it records has no effect then, and a replay runs it again
+and fills the tensors that the recording gave. ``tests/gpu`` has the real ones.
 """
 
 from __future__ import annotations
