@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from bench.settings import Setting
 
 _DESCRIPTION = """\
-Time a training step (forward, backward, fused row-wise Adagrad) of one look-up on the GPU. The roofline is
-the slower of its bytes at the copy bandwidth and its arithmetic at the float32 GEMM rate, both measured in
-the same run; bytes and arithmetic are those that no step can do without (bench/work.py).
+Time a training step (forward, backward, fused row-wise Adagrad) of one look-up on the GPU. A round is a burst
+of steps with no waiting in between, as in training: the slower of host and GPU decides. With --ahead 1 every
+step is waited for. The roofline is the slower of a step's bytes at the copy bandwidth and its arithmetic at
+the float32 GEMM rate, both measured in the same run; bytes and arithmetic are those that no step can do
+without (bench/work.py).
 """
 _COPY_BYTES = 2**30
 _GEMM = 4096
+# Look-ups of one shape are captured as CUDA graphs at the fourth, and their backward at the fifth.
+_WARM_UP = 6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, nargs="+", default=[4096, 65536], metavar="B")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[16, 32, 64], metavar="R")
     parser.add_argument("--ids", choices=("zipf", "permuted", "uniform"), default="zipf")
+    parser.add_argument(
+        "--ahead", type=positive, default=10, metavar="K", help="steps of a burst (default %(default)s)"
+    )
     parser.add_argument("--rounds", type=positive, default=50, metavar="K", help="default %(default)s")
     add_output(parser)
     return parser
@@ -59,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     for dim in args.dim:
         for batch in args.batch:
             setting = Setting(rows=(args.rows,), dim=dim, batch=batch, ids=args.ids)
-            own = measure(setting, args.ranks, args.rounds, "cuda")
+            own = measure(setting, args.ranks, args.rounds, "cuda", args.ahead)
             print(f"\n{setting.title()}\n{table(own)}", flush=True)
             rows += own
             if folder is not None:
@@ -67,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(setting: Setting, ranks: Sequence[int], rounds: int, device: str) -> list[Row]:
+def measure(setting: Setting, ranks: Sequence[int], rounds: int, device: str, ahead: int = 10) -> list[Row]:
     """All cases at one setting, in turns: TBE first where it runs, then ours."""
     from bench.ids import make_batches
     from bench.ours import OurTables, table_bytes, table_specs
@@ -80,7 +87,8 @@ def measure(setting: Setting, ranks: Sequence[int], rounds: int, device: str) ->
     cases: dict[str, Any] = {TBE: TBETables(setting.rows, setting.dim, setting.optimizer, device)}
     for case in (*(f"{TT}{rank}" for rank in ranks), *STORED):
         cases[case] = OurTables(case, setting.rows, setting.dim, setting.optimizer, device)
-    times = _take_turns({case: held.steps[OP] for case, held in cases.items()}, moved, rounds, device)
+    steps = {case: held.steps[OP] for case, held in cases.items()}
+    times = _take_turns(steps, moved, rounds, device, ahead)
     bandwidth, rate = _copy_rate(device), _gemm_rate(device)
     distinct, rows = distinct_ids(setting, batches), []
     for case, micros in times.items():
@@ -130,17 +138,25 @@ def _row(setting: Setting, **figures: Any) -> Row:
 
 
 def _take_turns(
-    steps: dict[str, Callable[[Batch], object]], batches: Sequence[Batch], rounds: int, device: str
+    steps: dict[str, Callable[[Batch], object]],
+    batches: Sequence[Batch],
+    rounds: int,
+    device: str,
+    ahead: int,
 ) -> dict[str, list[float]]:
-    """Microseconds of every step, round by round, after all have compiled and been tuned."""
+    """Microseconds of every step, round by round, after all have compiled, been tuned, and captured."""
     for step in steps.values():
-        for batch in batches[:3]:
-            step(batch)
+        for turn in range(_WARM_UP):
+            step(batches[turn % len(batches)])
     times: dict[str, list[float]] = {case: [] for case in steps}
+
+    def burst(step: Callable[[Batch], object], first: int) -> None:
+        for turn in range(first, first + ahead):
+            step(batches[turn % len(batches)])
+
     for turn in range(rounds):
-        batch = batches[turn % len(batches)]
         for case, step in steps.items():
-            times[case].append(_microseconds(partial(step, batch), device))
+            times[case].append(_microseconds(partial(burst, step, turn * ahead), device) / ahead)
     return times
 
 

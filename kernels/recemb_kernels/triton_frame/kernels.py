@@ -237,8 +237,8 @@ def segment_sum(
 ):
     """out[n] = sum of source[first[n] : first[n + 1]], for n from ``cuts[0]`` to ``cuts[1]``.
 
-    Grid (segments / BN, W / BW). With RELATIVE, ``out`` starts at row ``cuts[0]`` and ``source`` at row
-    ``source_base[0]``: the workspaces of one micro-batch.
+    Grid (segments / BN, W / BW). The loads of BC rows are under way at once. With RELATIVE, ``out`` starts at
+    row ``cuts[0]`` and ``source`` at row ``source_base[0]``: the workspaces of one micro-batch.
     """
     low = tl.load(cuts)
     high = tl.load(cuts + 1)
@@ -247,7 +247,6 @@ def segment_sum(
         return
     here = n < high
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    c = tl.arange(0, BC)
     begin = tl.load(first + n, mask=here, other=0)
     length = tl.load(first + n + 1, mask=here, other=0) - begin
     if RELATIVE:
@@ -255,10 +254,10 @@ def segment_sum(
         n -= low
     total = tl.zeros((BN, BW), dtype=tl.float32)
     for start in range(0, tl.max(length, 0), BC):
-        at = start + c
-        mask = (at[None, :] < length[:, None])[:, :, None] & (w < W)[None, None, :]
-        address = source + (begin[:, None] + at[None, :])[:, :, None] * W + w[None, None, :]
-        total += tl.sum(tl.load(address, mask=mask, other=0.0), 1)
+        for i in tl.static_range(BC):
+            mask = (start + i < length)[:, None] & (w < W)[None, :]
+            address = source + (begin + start + i)[:, None] * W + w[None, :]
+            total += tl.load(address, mask=mask, other=0.0)
     tl.store(out + n[:, None] * W + w[None, :], total, mask=here[:, None] & (w < W)[None, :])
 
 

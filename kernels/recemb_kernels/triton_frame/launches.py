@@ -78,7 +78,7 @@ def piece_constants(dim: int) -> dict[str, Any]:
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:
     """Of ``segment_sum``."""
-    segments, block = tile_of(width, 256, 1024 // _ROWS_AT_ONCE)
+    segments, block = tile_of(width, 256, 512)
     tiles = {"BN": segments, "BC": _ROWS_AT_ONCE, "BW": block}
     return {"RELATIVE": relative, "W": width, **tiles, "num_warps": 4}
 
