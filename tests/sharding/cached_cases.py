@@ -61,6 +61,8 @@ PLACES: dict[str, dict[str, Any]] = {
     "both": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0},
     "swapped": {"tt": 1, "qr": 0, "robe_a": 0, "robe_b": 0, "md": 1},
     "one_rank": {"tt": 1, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 1},
+    # torchrec's row-wise tables cannot go backward under a batch size per feature on gloo.
+    "variable": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "d_rw": 0, "md_rw": 1},
 }
 
 
@@ -147,14 +149,18 @@ def attach(case: CachedCase, parameters: Sequence[nn.Parameter]) -> None:
         apply_optimizer_in_backward(kind, parameters, dict(arguments))
 
 
-def sharded(case: CachedCase, state: dict[str, Tensor]) -> DistributedModelParallel:
+def sharded(
+    case: CachedCase, state: dict[str, Tensor], frozen: Sequence[str] = ()
+) -> DistributedModelParallel:
     """The model on two ranks, with the weights of an unsharded one, or fresh ones."""
     model = Model(collection(case, "meta"))
-    attach(case, list(model.ebc.parameters()))
+    for name in frozen:
+        model.ebc.embedding_bags[name].requires_grad_(False)
+    attach(case, [parameter for parameter in model.ebc.parameters() if parameter.requires_grad])
     dense = {"compute_kernel": "dense" if case.optimizer is None else "fused"}
-    ways: dict[str, Any] = {name: table_wise(rank) for name, rank in PLACES[case.place].items()}
-    ways |= {"d_rw": row_wise(**dense), "md_rw": row_wise(), "plain_dp": data_parallel()}
-    ways |= {"d_dp": data_parallel()}
+    ways: dict[str, Any] = {"d_rw": row_wise(**dense), "md_rw": row_wise()}
+    ways |= {"plain_dp": data_parallel(), "d_dp": data_parallel()}
+    ways |= {name: table_wise(rank) for name, rank in PLACES[case.place].items()}
     plan = construct_module_sharding_plan(
         model.ebc,
         {name: ways[name] for name in TABLES},
