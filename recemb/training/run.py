@@ -142,6 +142,10 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
         try:
             outcome = trainer.train()
         except NonFiniteError as error:
+            if world.size > 1 and not world.together:
+                # Found by the one rank that has the table, in a look-up that the others wait for: they cannot
+                # take part in gathering weights, and learn of it over the link.
+                raise
             kept = _keep_best(run, built.model, trainer.outcome)
             raise NonFiniteError(f"{error}\n{kept}") from error
         test = trainer.test() if outcome.interrupted is None else None

@@ -18,6 +18,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recemb.cache.optimizer_state import reset_rows
 from recemb.errors import ConfigError
+from recemb.training.distributed import Launch, World
+from recemb.training.sharded import whole_weights
 from tests.sharding.cached_cases import (
     CACHED,
     CASES,
@@ -220,6 +222,21 @@ def another_cache(rank: int) -> Found:
     return {"message": message, "moved": {key: by for key, by in moved.items() if by}}
 
 
+def gathered(rank: int) -> Found:
+    """What ``recemb train`` saves: all of the model on rank 0, ids beyond float32's integers too."""
+    case = CachedCase("lfu", "sum", "sgd")
+    reference = Model(collection(case))
+    with torch.no_grad():
+        for cache in reference.ebc.hot_row_caches().values():
+            cache.owners.copy_(torch.arange(cache.owners.numel()) + 2**24 + 1)
+    state = reference.state_dict()
+    whole = whole_weights(sharded(case, state), World(Launch(rank=rank, size=2)))
+    return {
+        "keys": sorted(whole) == (sorted(state) if rank == 0 else []),
+        "equal": all(torch.equal(value, state[key]) for key, value in whole.items()),
+    }
+
+
 def fresh(rank: int) -> Found:
     """Parameters drawn anew, and empty caches."""
     case = CachedCase("lfu", "sum", "sgd")
@@ -275,7 +292,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         str(case): (lambda case=case: parity(rank, case)) for case in CASES
     }
     runs["frozen"] = lambda: parity(rank, CachedCase("lfu", "sum", "adagrad"), ("qr", "tt"))
-    for run in (pipeline, looking_up, variable, another_cache, fresh):
+    for run in (pipeline, looking_up, variable, another_cache, gathered, fresh):
         runs[run.__name__] = lambda run=run: run(rank)
     for kind in FORMATS:
         runs[kind] = lambda kind=kind: resharded(rank, kind, folder)

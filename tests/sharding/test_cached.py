@@ -171,6 +171,12 @@ def test_a_state_with_another_cache_is_refused_on_every_rank(found: list[Found])
         assert not one["moved"]
 
 
+def test_whole_weights_are_exact(found: list[Found]) -> None:
+    for one in of_case(found, "gathered"):
+        assert one["keys"]
+        assert one["equal"]
+
+
 def test_fresh_parameters_come_with_empty_caches(found: list[Found]) -> None:
     for one in of_case(found, "fresh"):
         assert min(one["filled"].values()) > 8
