@@ -49,16 +49,25 @@ def stepper(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, features: Any) -> dict[str, Tensor]:
-    optimizer.zero_grad()
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, features: Any, *, accumulate: bool = False
+) -> dict[str, Tensor]:
+    """Forward and backward; the optimizer steps unless gradients are to be accumulated."""
     loss, columns = model(features)
     loss.backward()
-    optimizer.step()
+    if not accumulate:
+        optimizer.step()
+        optimizer.zero_grad()
     return columns
 
 
-def parity(rank: int, case: CachedCase, frozen: tuple[str, ...] = ()) -> Found:
-    """Steps beside the unsharded model on the ranks' batches together; some tables take no gradient."""
+def parity(rank: int, case: CachedCase, frozen: tuple[str, ...] = (), accumulate: int = 1) -> Found:
+    """Steps beside the unsharded model on the ranks' batches together.
+
+    Args:
+        frozen: tables that take no gradient.
+        accumulate: batches of one step of the optimizer.
+    """
     reference = Model(collection(case))
     for name in frozen:
         reference.ebc.embedding_bags[name].requires_grad_(False)
@@ -71,8 +80,9 @@ def parity(rank: int, case: CachedCase, frozen: tuple[str, ...] = ()) -> Found:
         local = [
             batch(10 * at + who, case, "f6" if at == 1 else "f2" if who == 0 else None) for who in (0, 1)
         ]
-        expected = step(reference, plain, joined(local))
-        for name, columns in step(model, own, local[rank]).items():
+        more = (at + 1) % accumulate > 0
+        expected = step(reference, plain, joined(local), accumulate=more)
+        for name, columns in step(model, own, local[rank], accumulate=more).items():
             difference = float((columns - expected[name][rank * BATCH :][:BATCH]).detach().abs().max())
             outputs[name] = max(difference, outputs.get(name, 0.0))
     after = reference.state_dict()
@@ -292,6 +302,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         str(case): (lambda case=case: parity(rank, case)) for case in CASES
     }
     runs["frozen"] = lambda: parity(rank, CachedCase("lfu", "sum", "adagrad"), ("qr", "tt"))
+    runs["accumulated"] = lambda: parity(rank, CachedCase("lfu", "sum", None), accumulate=3)
     for run in (pipeline, looking_up, variable, another_cache, gathered, fresh):
         runs[run.__name__] = lambda run=run: run(rank)
     for kind in FORMATS:

@@ -113,6 +113,17 @@ def test_frozen_tables_exchange_rows_too(found: list[Found]) -> None:
     assert (both[0]["metrics"] | both[1]["metrics"])["qr"]["evictions"] > 3
 
 
+def test_accumulated_gradients_hold_rows_back(found: list[Found]) -> None:
+    both = of_case(found, "accumulated")
+    for one in both:
+        assert {by for key, by in one["weights"].items() if key.split(".")[2] in CACHED} == {0.0, None}
+    together = both[0]["metrics"] | both[1]["metrics"]
+    assert together == both[0]["expected"]
+    # Rows are exchanged after the optimizer's two steps within nine batches, not at every second batch.
+    often = both[0]["metrics"]["tt"]["evictions"]
+    assert 3 < often < of_case(found, "lfu-sum-sgd-both")[0]["metrics"]["tt"]["evictions"]
+
+
 @pytest.mark.parametrize("name", ["TrainPipelineSparseDist", "PrefetchTrainPipelineSparseDist"])
 def test_a_pipeline_equals_the_plain_loop(found: list[Found], name: str) -> None:
     for one in of_case(found, "pipeline"):

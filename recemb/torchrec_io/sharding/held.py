@@ -32,9 +32,8 @@ class Held:
     """The compressed tables of one sharding type, as the ranks hold them.
 
     Table-wise, a table lies on one rank, with its cache. Data-parallel, on every rank: gradients are averaged
-    over them.
-    Row-wise, each rank has some rows of one parameter and the others whole, whose gradients are summed: each
-    rank has the whole batch's samples, but only its own ids.
+    over them. Row-wise, each rank has some rows of one parameter and the others whole, whose gradients are
+    summed: each rank has the whole batch's samples, but only its own ids.
 
     Attributes:
         tables: the collection's compressed tables.

@@ -54,6 +54,10 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     compressed tables are kept as they are until then, uncompressed ones follow torchrec. The other ranks,
     which wait for the batch that was refused, fail when the process group notices or times out.
 
+    A table with cached rows lies on one rank, which counts and exchanges rows over the look-ups of all ranks,
+    as one device does of the whole batch; a cached row that has become NaN is found there
+    (:class:`recemb.errors.NonFiniteError`), while the others wait as for a refused batch.
+
     Parameters start fresh, as torchrec's do: a module on the CPU or on ``meta`` gives its tables, not its
     weights; load its ``state_dict()`` for those. Weights on a GPU are taken over.
 
