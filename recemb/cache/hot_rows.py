@@ -81,7 +81,13 @@ class HotRowCache(DenseBackend):
         self.before_step = BeforeStep()
         self._known: dict[str, tuple[Tensor, int, int]] = {}
         capacity, watched = table.cache_rows, num_candidates(table) + 1
-        integers = {"ids": (capacity,), "owners": (watched,), "steps": (), "refreshed": (), "counts": (4,)}
+        integers = {
+            "ids": (capacity,),
+            "owners": (watched,),
+            "steps": (1,),
+            "refreshed": (1,),
+            "counts": (4,),
+        }
         floats = {"scores": (capacity,), "votes": (watched,), "errors": (2,)}
         for sizes, dtype in ((integers, torch.int64), (floats, torch.float32)):
             for name, shape in sizes.items():

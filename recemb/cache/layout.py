@@ -4,8 +4,10 @@
 
     ids     [C] int64     the id in each slot, -1 for none        scores [C] float32   how hot each is
     owners  [K + 1] int64 ids that are not cached, by hash        votes  [K + 1] float32, how hot each is
-    steps   [] int64      training steps so far                   refreshed [] int64, at the last exchange
+    steps   [1] int64     training steps so far                   refreshed [1] int64, at the last exchange
     counts  [4] int64     look-ups, hits, promotions, evictions   errors [2] float32, of write-backs
+
+None is a scalar: torch cannot gather a ``ShardedTensor`` without dimensions.
 """
 
 from __future__ import annotations

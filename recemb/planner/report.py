@@ -94,14 +94,14 @@ def _cut(text: str, width: int) -> str:
 def table_block(lines: Sequence[TableLine], top: int) -> list[str]:
     """The slowest ``top`` tables, and what the others add up to."""
     text = [
-        f"{'table':<20} {'method':<12} {'dense -> stored':>20} {'ratio':>7} {'sharding':<9} "
+        f"{'table':<20} {'method':<14} {'dense -> stored':>20} {'ratio':>7} {'sharding':<9} "
         f"{'ranks':<14} {'ms':>8}"
     ]
     falling = sorted(lines, key=lambda line: -line.ms)
     for line in falling[:top]:
         stored = f"{size(line.dense_bytes)} -> {size(line.num_bytes)}"
         text.append(
-            f"{_cut(line.table, 20):<20} {_cut(line.method, 12):<12} {stored:>20} "
+            f"{_cut(line.table, 20):<20} {_cut(line.method, 14):<14} {stored:>20} "
             f"{line.dense_bytes / max(1, line.num_bytes):>6.3g}x {line.sharding:<9} "
             f"{_cut(line.ranks, 14):<14} {milliseconds(line.ms):>8}"
         )

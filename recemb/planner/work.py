@@ -9,7 +9,7 @@ for those, whatever the skew.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -61,11 +61,24 @@ def forward_work(
 ) -> Work:
     """Of looking ``lookups`` ids up in a compressed table and pooling them to ``bags`` rows of D.
 
+    With cached rows a batch is looked up as two streams. The cached one counts on top, and hits are not taken
+    off the other: what they save, splitting the batch takes back.
+
     Args:
         table: a compressed table.
         micro_batch_rows: distinct rows whose products are held at once.
         skew: Zipf exponent of the ids.
     """
+    work = _compressed(table, lookups, bags, micro_batch_rows, skew)
+    if not table.cache_rows:
+        return work
+    dim = table.embedding_dim
+    rows = distinct(table.cache_rows, lookups, skew) * dim * DTYPE_BYTES[table.dtype]
+    streams = lookups * _ID + bags * dim * _FLOAT
+    return replace(work, flop=work.flop + bags * dim, num_bytes=work.num_bytes + rows + streams)
+
+
+def _compressed(table: TableSpec, lookups: float, bags: float, micro_batch_rows: int, skew: float) -> Work:
     dim, element = table.embedding_dim, DTYPE_BYTES[table.dtype]
     rows = distinct(table.num_embeddings, lookups, skew)
     compression = table.compression
@@ -119,12 +132,13 @@ def _products(table: TableSpec, train: TensorTrain) -> int:
 
 
 def parameter_shapes(tables: list[TableSpec]) -> dict[str, tuple[int, int]]:
-    """Shapes of the parameters of one storage."""
-    return backend_of(tables[0]).param_shapes(tables)
+    """Shapes of the parameters of one storage, with the cached rows of its tables."""
+    cached = {f"{t.name}.cache": (t.cache_rows, t.embedding_dim) for t in tables if t.cache_rows}
+    return backend_of(tables[0]).param_shapes(tables) | cached
 
 
 def parameter_bytes(tables: list[TableSpec]) -> int:
-    """Bytes of the parameters of one storage, exactly."""
+    """Bytes of these parameters, exactly."""
     numel = sum(map(math.prod, parameter_shapes(tables).values()))
     return numel * DTYPE_BYTES[tables[0].dtype]
 

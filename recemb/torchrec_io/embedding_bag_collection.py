@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -208,15 +208,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
             return
         if any(parameter.is_meta for parameter in self.parameters()):
             return
-        for config in self._embedding_bag_configs:
-            backend = self._backend(config.name)
-            if isinstance(backend, DenseBackend):
-                with torch.no_grad():
-                    config.init_fn(backend.weight)
-            else:
-                backend.reset_parameters()
-            if backend.cache is not None:
-                backend.cache.reset()
+        configs = self._embedding_bag_configs
+        reset_tables({config.name: self._backend(config.name) for config in configs}, configs)
 
     def _backend(self, table: str) -> Backend:
         if table not in self.embedding_bags:
@@ -224,6 +217,24 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         backend = self.embedding_bags[table]
         assert isinstance(backend, Backend)
         return backend
+
+
+def reset_tables(tables: Mapping[str, Backend], configs: Sequence[TorchrecEmbeddingBagConfig]) -> None:
+    """Draw fresh parameters, by their config's ``init_fn`` where uncompressed, and empty the caches.
+
+    Args:
+        tables: by name.
+        configs: of these tables, and of others maybe.
+    """
+    init_fns = {config.name: config.init_fn for config in configs}
+    for name, table in tables.items():
+        if isinstance(table, DenseBackend):
+            with torch.no_grad():
+                init_fns[name](table.weight)
+        else:
+            table.reset_parameters()
+        if table.cache is not None:
+            table.cache.reset()
 
 
 def _raise_what_is_pending(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:

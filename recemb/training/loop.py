@@ -6,7 +6,7 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -174,6 +174,15 @@ class Trainer:
         except _Stopped:
             return None
 
+    def cache_metrics(self) -> dict[str, CacheMetrics]:
+        """What the cached tables have done so far, by name, on whichever rank; every rank calls it."""
+        own = {name: asdict(metrics) for name, metrics in self._tables.cache_metrics().items()}
+        return {
+            name: CacheMetrics(**metrics)
+            for each in self._world.exchange(own)
+            for name, metrics in each.items()
+        }
+
     def _evaluate(self, split: str) -> MetricValues:
         metrics = ClickMetrics()
         self._model.eval()
@@ -312,7 +321,7 @@ class Trainer:
             train=self._merged(self.train_metrics).compute(),
             seconds=time.perf_counter() - started,
             best=best is None or _score(values) > _score(best.values),
-            caches=self._tables.cache_metrics(),
+            caches=self.cache_metrics(),
         )
         self.train_metrics = ClickMetrics()
         self.outcome.evaluations.append(evaluation)

@@ -34,7 +34,6 @@ from recemb.training.setup import (
 )
 from recemb.training.sharded import build_sharded, whole_weights
 from recemb.training.state import TrainerState, differing, fingerprint, settings_of
-from recemb.training.table_step import table_step
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,6 @@ def _is_complete(run: _Run) -> bool:
 
 
 def _check_world(config: RunConfig, world: World) -> None:
-    if world.size > 1 and config.hot_rows is not None:
-        raise ConfigError(
-            f"--cache_fraction {config.cache_fraction:g}: tables spread over {world.size} ranks have no "
-            "cache; remove it, or train in one process"
-        )
     if world.size == 1 and config.plan is not None:
         raise ConfigError(
             f"--plan {config.plan} spreads tables over ranks and this is one process; start several, e.g. "
@@ -148,11 +142,15 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
         try:
             outcome = trainer.train()
         except NonFiniteError as error:
+            if world.size > 1 and not world.together:
+                # Found by the one rank that has the table, in a look-up that the others wait for: they cannot
+                # take part in gathering weights, and learn of it over the link.
+                raise
             kept = _keep_best(run, built.model, trainer.outcome)
             raise NonFiniteError(f"{error}\n{kept}") from error
         test = trainer.test() if outcome.interrupted is None else None
     _save_weights(run, built.model, _checkpoint_metadata(outcome))
-    caches = table_step(built.model)[1].cache_metrics()
+    caches = trainer.cache_metrics()
     world.first(lambda: directory.write_result(_result(run, outcome, test, caches, built.sharding)))
     if outcome.interrupted is not None:
         world.together = True

@@ -45,7 +45,8 @@ def default_plan(
 
     Table-wise, each table's optimizer steps inside its backward and moves the rows of the batch only, as on
     one process. The heaviest first, each goes to the rank with the least so far (Graham's LPT); tables that
-    share a ROBE array go together. A table's weight is its share of all bytes plus its share of all lookups.
+    share a ROBE array go together. A table's weight is its share of all bytes, cached rows among them, plus
+    its share of all lookups.
 
     Args:
         tables: the model's.
@@ -58,9 +59,10 @@ def default_plan(
     """
     every = tables.tables
     total = max(1, tables.memory.total.num_bytes)
+    num_bytes = {record.table: record.num_bytes for record in tables.memory}
     groups = []
-    for backend, peers in storages(every):
-        stored = backend.num_params(peers) * 4
+    for _, peers in storages(every):
+        stored = sum(num_bytes[peer.name] for peer in peers)
         groups.append((stored / total + len(peers) / len(every), [peer.name for peer in peers]))
     load = [0.0] * world_size
     ways: dict[str, ParameterShardingGenerator] = {}
@@ -174,7 +176,8 @@ def whole_weights(model: DistributedModelParallel, world: World) -> dict[str, Te
         target = None
         if world.is_first:
             target = torch.empty(value.size(), dtype=properties.dtype, device=device)
-        value.gather(dst=0, out=target)
+        # Through float32, torch's default, ids would lose bits.
+        value.gather(dst=0, out=target, dtype=properties.dtype)
         if target is not None:
             whole[name] = target.cpu()
     return whole

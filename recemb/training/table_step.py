@@ -93,8 +93,8 @@ class TableStep:
         return self._last.leaf
 
     def cache_metrics(self) -> dict[str, CacheMetrics]:
-        """What the cached tables have done so far, by name."""
-        assert isinstance(self._collection, EmbeddingBagCollection)
+        """What the cached tables on this rank have done so far, by name."""
+        assert isinstance(self._collection, EmbeddingBagCollection | ShardedEmbeddingBagCollection)
         return self._collection.cache_metrics()
 
     def gradients(self) -> list[tuple[str, Tensor]]:
@@ -147,10 +147,6 @@ class ShardedTableStep(TableStep):
     Whether every rank's gradients are finite is for the ranks to agree on between :meth:`gradients` and
     :meth:`backward`: one that raised alone would leave the others waiting.
     """
-
-    def cache_metrics(self) -> dict[str, CacheMetrics]:
-        """None: a sharded collection has no cached tables."""
-        return {}
 
     def gradients(self) -> list[tuple[str, Tensor]]:
         """None: to find them would be the backward, exchange and steps included."""

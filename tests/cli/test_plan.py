@@ -130,6 +130,31 @@ def test_a_run_is_planned_by_its_configuration(recemb: Recemb, log_dir: Path, tm
     assert list(document["modules"]) == ["sparse_arch.embedding_bag_collection"]
 
 
+def test_a_run_with_a_cache_is_planned_with_it(recemb: Recemb, log_dir: Path, tmp_path: Path) -> None:
+    """Table-wise; and compressing further, should that be what is missing, leaves the cache its bytes."""
+    (tmp_path / "run.yaml").write_text(
+        f"data_dir: {log_dir}\nembedding_dim: 16\nmethod: qr\ncompress_rate: 2\nmethod_threshold: 200\n"
+        "cache_fraction: 0.05\noptimizer: sgd\nbatch_size: 8\n"
+    )
+    words = ("plan", "--config", str(tmp_path / "run.yaml"), "--world_size", "1", "--reserved", "0")
+    answer = recemb(*words, "--format", "json")
+    assert answer.code == 0, answer.err
+    document = json.loads(answer.out)
+    cached = [name for name, table in document["tables"].items() if "HotRows" in table["compression"]]
+    assert len(cached) > 4
+    (module,) = document["modules"].values()
+    assert {module[name]["sharding_type"] for name in cached} == {"table_wise"}
+    assert len(re.findall(r"qr c=\d+ \+hot", recemb(*words).out)) == len(cached)
+    needed = document["estimate"]["ranks"][0]["ddr"]
+    small = recemb(*words, "--ddr", str(int(0.97 * needed)))
+    assert small.code == 4
+    changes = {flags[0]: flags[1] for flags in _flags(small.err)}
+    ddr = ("--ddr", str(int(0.97 * needed)))
+    assert recemb(*words, *ddr, "--compress_rate", changes["--compress_rate"]).code == 0
+    smaller = _smaller(["--compress_rate", changes["--compress_rate"]])
+    assert recemb(*words, *ddr, "--compress_rate", smaller).code == 4
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel
 
+from recemb.cache.streams import Streams
 from recemb.checkpoint import shard_file
 from recemb.errors import DataError
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
@@ -82,6 +83,17 @@ def _overflow() -> None:
     loop.binary_cross_entropy_with_logits = lambda *args, **named: original(*args, **named) * torch.inf
 
 
+def _spoil_caches() -> None:
+    original = Streams.begin
+
+    def begin(self: Streams, tables: Any) -> bool:
+        for name in self.names:
+            tables[name].cache.weight.data.fill_(torch.nan)
+        return original(self, tables)
+
+    Streams.begin = begin  # type: ignore[method-assign]
+
+
 def _other_plan() -> None:
     original = sharded.default_plan
 
@@ -120,6 +132,7 @@ _ACTIONS: dict[str, Callable[[], None]] = {
     "data_error": _data_error,
     "defect": _defect,
     "overflow": _overflow,
+    "spoil_caches": _spoil_caches,
 }
 _AT_START: dict[str, Callable[[], None]] = {
     "other_plan": _other_plan,

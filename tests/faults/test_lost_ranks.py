@@ -114,6 +114,19 @@ def test_f21_so_does_a_defect(launcher: Launcher, tmp_path: Path, rank: int) -> 
     assert f"rank {rank} stopped: KeyError: 'a defect of the program'" in ended.logs[1 - rank]
 
 
+def test_f13_a_cached_row_that_is_not_finite_on_one_rank(launcher: Launcher, tmp_path: Path) -> None:
+    """Found in the look-up, by the rank that has the table: the others wait there, and are told."""
+    fault = {"action": "spoil_caches", "place": "forward", "step": 6}
+    cache = {"compress_rate": 4, "cache_fraction": 0.05, "cache_refresh_every": 2}
+    ended = launcher.train(tmp_path / "run", hooks={1: fault}, **cache)
+    assert ended.codes == [5, 5]
+    said = r"table 't_cat_\d+': the cached row of id \d+ is NaN or infinite and cannot be written back"
+    assert re.search(rf"error: {said}", ended.logs[1])
+    assert re.search(
+        rf"error: rank 0, computing train batch 6 of epoch 0: rank 1 stopped: {said}", ended.logs[0]
+    )
+
+
 def test_f13_a_loss_that_is_not_finite_on_one_rank(launcher: Launcher, tmp_path: Path) -> None:
     output = tmp_path / "run"
     fault = {"action": "overflow", "place": "forward", "step": 7}

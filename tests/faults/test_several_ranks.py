@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.faults.conftest import Launcher, distance, evaluations, result
+from tests.faults.conftest import Launcher, distance, evaluations, result, weights
 
 # Adam and Adagrad divide by the size of a gradient's own history, which makes a rounding of tiny ones large.
 CASES = [
@@ -54,6 +55,35 @@ def test_two_ranks_equal_one_process(
     assert {place.split()[-1] for place in both["sharding"].values()} == {"0", "1"}
     assert "2 ranks on cpu, 2 x 300 = 600 rows a step" in ended.logs[0]
     assert "AUC" not in ended.logs[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "optimizer", "policy"),
+    [("tt", 4, "adagrad", "importance"), ("robe", 8, "rowwise_adagrad", "lfu"), ("md", 3, "adam", "lru")],
+)
+def test_cached_tables(
+    launcher: Launcher, tmp_path: Path, method: str, rate: int, optimizer: str, policy: str
+) -> None:
+    """The caches of both ranks' tables hold what one process's hold, and are reported by rank 0."""
+    flags = {"method": method, "compress_rate": rate, "optimizer": optimizer, "limit_train_batches": 12}
+    flags |= {"cache_fraction": 0.05, "cache_policy": policy, "cache_refresh_every": 3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launcher.train(one, 1, batch_size=200, **flags).codes == [0]
+    ended = launcher.train(two, 2, batch_size=100, **flags)
+    assert ended.codes == [0, 0], ended.logs
+    assert distance(one, two) < 1e-5
+    mine, theirs = weights(one), weights(two)
+    ids = [name for name in mine if name.endswith("cache.ids")]
+    assert len(ids) > 4
+    assert all(torch.equal(mine[name], theirs[name]) for name in ids)
+    single, both = result(one), result(two)
+    assert single["cache_evictions"] > 30
+    assert single["caches"].keys() == both["caches"].keys()
+    for name, figures in single["caches"].items():
+        assert both["caches"][name] == pytest.approx(figures, abs=1e-4)
+    for each, other in zip(evaluations(one), evaluations(two), strict=True):
+        assert other["cache_hit_rate"] == pytest.approx(each["cache_hit_rate"])
+        assert other["cache_evictions"] == each["cache_evictions"]
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])

@@ -45,7 +45,6 @@ def test_f22_what_differs_is_named_with_both_values_on_every_rank(
     ("flags", "code", "wanted"),
     [
         ({"data_dir": "absent"}, 3, "absent: no prepared click log"),
-        ({"cache_fraction": 0.1}, 2, "--cache_fraction 0.1: tables spread over 2 ranks have no cache"),
     ],
 )
 def test_what_all_ranks_are_refused(

@@ -15,13 +15,18 @@ TERMINATE = {"action": "terminate", "place": "forward"}
 
 
 @pytest.mark.parametrize(
-    ("method", "rate", "optimizer", "stops"),
-    [("tt", 5, "adam", [3, 9]), ("robe", 20, "rowwise_adagrad", [9]), ("dense", None, "adagrad", [3])],
+    ("method", "rate", "more", "stops"),
+    [
+        ("tt", 5, {"optimizer": "adam"}, [3, 9]),
+        ("robe", 20, {"optimizer": "rowwise_adagrad"}, [9]),
+        ("dense", None, {"optimizer": "adagrad"}, [3]),
+        ("tt", 4, {"cache_fraction": 0.05, "cache_refresh_every": 2}, [3, 9]),
+    ],
 )
 def test_f31_a_signal_to_one_rank_stops_all_of_them_and_resumes_bit_for_bit(
-    launcher: Launcher, tmp_path: Path, method: str, rate: int | None, optimizer: str, stops: list[int]
+    launcher: Launcher, tmp_path: Path, method: str, rate: int | None, more: dict[str, Any], stops: list[int]
 ) -> None:
-    flags: dict[str, Any] = RUN | {"method": method, "compress_rate": rate, "optimizer": optimizer}
+    flags: dict[str, Any] = RUN | {"method": method, "compress_rate": rate} | more
     output, unbroken = tmp_path / "run", tmp_path / "unbroken"
     for step in stops:
         ended = launcher.train(output, hooks={1: TERMINATE | {"step": step}}, resume=True, **flags)
@@ -34,6 +39,8 @@ def test_f31_a_signal_to_one_rank_stops_all_of_them_and_resumes_bit_for_bit(
     assert again.codes == [0, 0], again.logs
     assert launcher.train(unbroken, **flags).codes == [0, 0]
     assert_same_run(output, unbroken)
+    assert result(output)["caches"] == result(unbroken)["caches"]
+    assert ("cache_fraction" in more) == (len(result(output)["caches"]) > 0)
 
 
 def test_a_complete_run_is_not_resumed(launcher: Launcher, unbroken: Path) -> None:
@@ -44,20 +51,23 @@ def test_a_complete_run_is_not_resumed(launcher: Launcher, unbroken: Path) -> No
     assert (unbroken / "result.json").read_bytes() == before
 
 
-def test_f32_another_number_of_ranks(launcher: Launcher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"compress_rate": 4, "cache_fraction": 0.05, "cache_refresh_every": 2}])
+def test_f32_another_number_of_ranks(launcher: Launcher, tmp_path: Path, more: dict[str, Any]) -> None:
     """Two ranks, then one, then three: each step's rows stay the same, sums are taken in another order."""
-    output, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    two = launcher.train(output, 2, hooks={0: TERMINATE | {"step": 3}}, **RUN | {"batch_size": 120})
+    output, unbroken, run = tmp_path / "run", tmp_path / "unbroken", RUN | more
+    two = launcher.train(output, 2, hooks={0: TERMINATE | {"step": 3}}, **run | {"batch_size": 120})
     assert two.codes == [75, 75], two.logs
     one = launcher.train(
-        output, 1, hooks={0: TERMINATE | {"step": 9}}, resume=True, **RUN | {"batch_size": 240}
+        output, 1, hooks={0: TERMINATE | {"step": 9}}, resume=True, **run | {"batch_size": 240}
     )
     assert one.codes == [75], one.logs
-    three = launcher.train(output, 3, resume=True, **RUN | {"batch_size": 80})
+    three = launcher.train(output, 3, resume=True, **run | {"batch_size": 80})
     assert three.codes == [0, 0, 0], three.logs
-    assert launcher.train(unbroken, 1, **RUN | {"batch_size": 240}).codes == [0]
-    assert 0 < distance(output, unbroken) < 1e-6
+    assert launcher.train(unbroken, 1, **run | {"batch_size": 240}).codes == [0]
+    assert 0 < distance(output, unbroken) < (1e-5 if more else 1e-6)
     assert abs(result(output)["auc"] - result(unbroken)["auc"]) < 1e-4
+    for name, figures in result(unbroken)["caches"].items():
+        assert result(output)["caches"][name] == pytest.approx(figures, abs=1e-4)
 
 
 def test_f32_other_settings_are_listed(launcher: Launcher, tmp_path: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -13,10 +20,50 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recemb.torchrec_io import get_sharders
+from tests.processes import run_ranks
 from tests.sharding.cases import DENSE_LR, Model, attach, collection, plan
 from tests.sharding.places import Case
 
 Found = dict[str, Any]
+TIMEOUT = timedelta(seconds=20)
+SECONDS = 150
+
+
+def join(rank: int, world: int, folder: Path) -> None:
+    """Make this process one of the ranks that have ``folder`` in common."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def run_all(rank: int, folder: Path, runs: Mapping[str, Callable[[], Found]]) -> None:
+    """Run every case, and leave what each found in a file of JSON for :func:`of_ranks`."""
+    found: dict[str, Found] = {}
+    for name, run in runs.items():
+        try:
+            found[name] = run()
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+        (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def of_ranks(module: str, world: int, folder: Path) -> list[Found]:
+    """What each rank of ``python -m module rank world folder`` has left."""
+    folder.mkdir()
+    ended = run_ranks(module, world, [world, folder], folder, SECONDS)
+    files = [folder / f"rank{rank}.json" for rank in range(world)]
+    missing = [path for path in files if not path.exists()]
+    assert not missing, "".join(ended.said)
+    return [json.loads(path.read_text()) for path in files]
+
+
+def of_case(every: list[Found], name: str) -> list[Found]:
+    """What each rank found in one case."""
+    each = [rank[name] for rank in every]
+    errors = [one["error"] for one in each if "error" in one]
+    assert not errors, "\n".join(errors)
+    return each
 
 
 def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:

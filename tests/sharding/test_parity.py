@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,14 @@ import pytest
 import torch
 from torchrec.optim.keyed import CombinedOptimizer
 
-from tests.processes import run_ranks
 from tests.sharding.cases import BAD_ID, BATCH, Model, attach, batch, collection, is_fused
 from tests.sharding.places import CASES, COMPRESSED, ROWS, Case
 from tests.sharding.saved import FORMATS, load, of_compressed, save
-from tests.sharding.shared import Found, differences
+from tests.sharding.shared import Found, differences, of_case, of_ranks
 
 # Sums over a batch are taken in another order: a few units in the last place of numbers around 1, after
 # three steps whose smallest effect on a tensor is hundreds of times that.
 OUTPUTS, GRADIENTS, WEIGHTS, MOVED = 5e-7, 1e-7, 5e-7, 2e-4
-SECONDS = 150
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +34,7 @@ def found(folder: Path) -> dict[int, list[Found]]:
     torch.save(state, folder / "reference.pt")
     for kind in FORMATS:
         save(kind, folder / f"{kind}1", state)
-    return {world: _run(world, folder / f"ranks{world}") for world in (2, 4)}
+    return {world: of_ranks("tests.sharding.worker", world, folder / f"ranks{world}") for world in (2, 4)}
 
 
 def unsharded() -> tuple[Model, CombinedOptimizer]:
@@ -48,20 +45,8 @@ def unsharded() -> tuple[Model, CombinedOptimizer]:
     return model, CombinedOptimizer([("ebc", model.ebc.fused_optimizer)])
 
 
-def _run(world: int, folder: Path) -> list[Found]:
-    folder.mkdir()
-    ended = run_ranks("tests.sharding.worker", world, [world, folder], folder, SECONDS)
-    files = [folder / f"rank{rank}.json" for rank in range(world)]
-    missing = [path for path in files if not path.exists()]
-    assert not missing, "".join(ended.said)
-    return [json.loads(path.read_text()) for path in files]
-
-
 def _of(found: dict[int, list[Found]], name: str, world: int = 2) -> list[Found]:
-    each = [rank[name] for rank in found[world]]
-    errors = [one["error"] for one in each if "error" in one]
-    assert not errors, "\n".join(errors)
-    return each
+    return of_case(found[world], name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

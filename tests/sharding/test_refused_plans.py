@@ -99,10 +99,24 @@ def test_a_robe_array_planned_apart(ways: tuple[object, object]) -> None:
         _shard(_collection([ROBE_SETTING, ROBE_SETTING]), *ways)
 
 
-def test_cached_rows() -> None:
+@pytest.mark.parametrize("way", [row_wise(), data_parallel(), column_wise([0, 1])])
+def test_cached_rows_apart_from_their_table(way: object) -> None:
+    # Without its cache this table could be planned row-wise and data-parallel.
     cached = QuotientRemainder(collisions=10, cache=HotRows(fraction=0.1))
-    with pytest.raises(ConfigError, match="'t0': cache="):
-        _shard(_collection([cached]), table_wise(0))
+    with pytest.raises(
+        ConfigError,
+        match=r"'t1' .*HotRows.*: its cached rows lie with it on one rank; plan it table_wise\(rank=...\)"
+        r".*sharding_types=\['table_wise'\]",
+    ):
+        _shard(_collection([Dense(), cached]), row_wise(), way)
+
+
+def test_a_cached_table_and_one_that_shares_its_array_planned_apart() -> None:
+    cached = ROBE(compress_rate=10, block_size=8, cache=HotRows(fraction=0.1))
+    with pytest.raises(
+        ConfigError, match=r"\['t0', 't1'\] share one array.*all of them table_wise on one rank, or"
+    ):
+        _shard(_collection([cached, ROBE_SETTING]), table_wise(0), data_parallel())
 
 
 def test_a_table_without_a_plan() -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +38,17 @@ from tests.sharding.cases import (
     variable_batch,
 )
 from tests.sharding.places import CASES, Case
-from tests.sharding.shared import Found, dense_optimizer, differences, distributed, held, local_state, sharded
-
-TIMEOUT = timedelta(seconds=20)
+from tests.sharding.shared import (
+    Found,
+    dense_optimizer,
+    differences,
+    distributed,
+    held,
+    join,
+    local_state,
+    run_all,
+    sharded,
+)
 
 
 def parity(rank: int, case: Case) -> Found:
@@ -303,10 +307,7 @@ def bad_id(rank: int) -> Found:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    join(rank, world, folder)
     runs: dict[str, Callable[[], Found]] = {
         str(case): (lambda case=case: parity(rank, case)) for case in CASES if case.world == world
     }
@@ -318,13 +319,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         runs[kind] = lambda kind=kind: saved.resharded(kind, world, folder)
     if world == 2:
         runs["bad_id"] = lambda: bad_id(rank)
-    found: dict[str, Found] = {}
-    for name, run in runs.items():
-        try:
-            found[name] = run()
-        except Exception:
-            found[name] = {"error": traceback.format_exc()}
-        (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    run_all(rank, folder, runs)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,13 @@ class Change:
 
 
 def smallest_rate(request: Request, method: str, rate: float, method_threshold: int) -> Change | None:
-    """The least compression that fits, in steps of 1 %; ``None`` when none does."""
+    """The least compression that fits, in steps of 1 %; ``None`` when none does.
+
+    Compressed tables have the cache of the first one in ``request``, if any.
+    """
     if method == "dense":
         return None
+    cache = next((table.compression.cache for table in request.tables if table.cache_rows), None)
 
     def at(step: int) -> float:
         return float(f"{rate * RATE_STEP**step:.6g}")
@@ -51,7 +55,7 @@ def smallest_rate(request: Request, method: str, rate: float, method_threshold: 
     def fits(step: int) -> bool:
         if at(step) > _MOST_RATE:
             return False
-        budget: BudgetedTables = compress(request.tables, method, at(step), method_threshold)
+        budget: BudgetedTables = compress(request.tables, method, at(step), method_threshold, cache)
         return _fits(replace(request, tables=budget.tables))
 
     found = _least(fits, 0, _MOST_STEPS)

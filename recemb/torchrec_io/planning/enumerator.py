@@ -230,11 +230,6 @@ class PlanEnumerator(EmbeddingEnumerator):  # type: ignore[misc] # torchrec ship
 
     def _own_kinds(self, table: TableSpec, allowed: Sequence[str]) -> list[str]:
         """The sharding types for a compressed table, of those that constraints and sharder allow."""
-        if table.cache_rows:
-            raise ConfigError(
-                f"table {table.name!r}: cache={table.compression.cache} is not supported in a sharded "
-                "collection; remove it, or train this model on one device"
-            )
         own = sharding_types(table)
         kinds = [kind for kind in allowed if kind in own and self._can_be_cut(table, kind)]
         if not kinds:

@@ -27,6 +27,7 @@ from torchrec.distributed.planner.utils import get_num_poolings
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingType
 
 from recemb.backends import storages
+from recemb.cache.layout import buffer_bytes
 from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
 from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes
@@ -315,8 +316,8 @@ def split_tables(table: TableSpec, kind: str, ranks: int) -> Sequence[TableSpec]
 
 
 def _stored(peers: list[TableSpec], optimizer: str | None) -> int:
-    """Bytes of parameters and optimizer state."""
-    return parameter_bytes(peers) + optimizer_bytes(peers, optimizer)
+    """Bytes of parameters, with what caches keep beside theirs, and of optimizer state."""
+    return parameter_bytes(peers) + sum(map(buffer_bytes, peers)) + optimizer_bytes(peers, optimizer)
 
 
 def optimizer_name(tensor: torch.Tensor) -> str | None:

@@ -39,12 +39,17 @@ _RULES = {
 }
 LEGEND = (
     "TW table-wise, RW row-wise, CW column-wise, TWRW row-wise in a host, DP data-parallel; +uvm in DDR,\n"
-    "+cache in DDR with rows cached in HBM. ms: forward, backward and communication of a step, estimated."
+    "+cache in DDR with rows cached in HBM; +hot with rows kept uncompressed. ms: forward, backward and\n"
+    "communication of a step, estimated."
 )
 
 
 def method_of(table: TableSpec) -> str:
-    """``tt R=32``: a table's method and its main setting."""
+    """``tt R=32 +hot``: a table's method, its main setting, and whether it has cached rows."""
+    return _setting_of(table) + (" +hot" if table.cache_rows else "")
+
+
+def _setting_of(table: TableSpec) -> str:
     compression = table.compression
     if isinstance(compression, TensorTrain):
         rank = compression.rank
@@ -187,10 +192,15 @@ def reasons(planned: Planned) -> list[str]:
     for options in groups.values():
         first = options[0]
         where = "on every rank" if isinstance(first.shards, EveryRank) else f"on rank {first.shards[0].rank}"
-        kinds = {o.sharding_type for o in planned.search_space if o.dependency == first.dependency}
+        kinds: dict[str, set[str]] = {}
+        for option in planned.search_space:
+            if option.dependency == first.dependency:
+                kinds.setdefault(option.fqn, set()).add(option.sharding_type)
+        # One with cached rows keeps the others from lying on every rank.
+        choice = len(set.intersection(*kinds.values())) > 1
         lines.append(
             f"{len(options)} tables ({first.name} ... {options[-1].name}) share one array and must lie on "
-            f"one rank or on all: planned {where}" + (", the faster" if len(kinds) > 1 else "")
+            f"one rank{' or on all' if choice else ''}: planned {where}{', the faster' if choice else ''}"
         )
     return lines
 

@@ -31,9 +31,9 @@ def row_split(table: TableSpec, ranks: int) -> RowSplit | None:
 class Held:
     """The compressed tables of one sharding type, as the ranks hold them.
 
-    Table-wise, a table lies on one rank. Data-parallel, on every rank: gradients are averaged over them.
-    Row-wise, each rank has some rows of one parameter and the others whole, whose gradients are summed: each
-    rank has the whole batch's samples, but only its own ids.
+    Table-wise, a table lies on one rank, with its cache. Data-parallel, on every rank: gradients are averaged
+    over them. Row-wise, each rank has some rows of one parameter and the others whole, whose gradients are
+    summed: each rank has the whole batch's samples, but only its own ids.
 
     Attributes:
         tables: the collection's compressed tables.
@@ -67,21 +67,19 @@ class Held:
 
     @cached_property
     def shards(self) -> dict[str, RowShards]:
-        """``<table>.<param>`` -> its ranges of rows, of the parameters that not every rank holds whole."""
+        """``<table>.<tensor>`` -> its ranges of rows, of what not every rank holds whole."""
         rank, found = dist.get_rank(self.group), {}
-        for backend, peers in self.tables.storages:
-            name = peers[0].name
+        for key, tensor in self.tables.stored.items():
+            name, _, param = key.partition(".")
             if name not in self.plan or self.kind == DATA_PARALLEL:
                 continue
             sharding = self.plan[name]
             placements = [shard.placement for shard in sharding.sharding_spec.shards]
             if self.kind == TABLE_WISE:
                 own = 0 if sharding.ranks[0] == rank else None
-                for param, (rows, _) in backend.param_shapes(peers).items():
-                    found[f"{name}.{param}"] = RowShards([rows], placements, own, self.group)
-            else:
-                split = self.splits[name]
-                found[f"{name}.{split.param}"] = RowShards(split.rows, placements, rank, self.group)
+                found[key] = RowShards([tensor.shape[0]], placements, own, self.group)
+            elif param == self.splits[name].param:
+                found[key] = RowShards(self.splits[name].rows, placements, rank, self.group)
         return found
 
     @cached_property

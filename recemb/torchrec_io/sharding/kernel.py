@@ -122,10 +122,10 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         yield from ()
 
     def flush(self) -> None:
-        """Nothing is cached outside the parameters."""
+        """Nothing: cached rows are saved as they are."""
 
     def purge(self) -> None:
-        """Nothing is cached outside the parameters."""
+        """Nothing: cached rows are no copies of others."""
 
 
 class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # torchrec ships no types

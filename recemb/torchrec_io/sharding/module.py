@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
@@ -22,11 +22,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from recemb.backends.base import Backend
-from recemb.backends.dense import DenseBackend
 from recemb.bags import LookupTarget, LookupTargets
+from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.metrics import CacheMetrics
 from recemb.errors import ConfigError
 from recemb.torchrec_io.configs import table_spec
-from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection, reset_tables
 from recemb.torchrec_io.kjt import check_kjt
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
@@ -52,6 +53,10 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     torchrec alone looks a bad id up in row 0 and trains it. On a GPU the host learns of a bad batch later;
     compressed tables are kept as they are until then, uncompressed ones follow torchrec. The other ranks,
     which wait for the batch that was refused, fail when the process group notices or times out.
+
+    A table with cached rows lies on one rank, which counts and exchanges rows over the look-ups of all ranks,
+    as one device does of the whole batch; a cached row that has become NaN is found there
+    (:class:`recemb.errors.NonFiniteError`), while the others wait as for a refused batch.
 
     Parameters start fresh, as torchrec's do: a module on the CPU or on ``meta`` gives its tables, not its
     weights; load its ``state_dict()`` for those. Weights on a GPU are taken over.
@@ -170,7 +175,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         return self._mean(ctx, super().compute_and_output_dist(ctx, input))
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters for every table; replicated ones are rank 0's."""
+        """Draw fresh parameters for every table; replicated ones are rank 0's. Caches start empty."""
         every = self._embedding_bag_configs
         # torchrec's own looks for the one ``weight`` of each table.
         self._embedding_bag_configs = [
@@ -182,14 +187,20 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             self._embedding_bag_configs = every
         if self._on_meta:
             return
-        configs = {config.name: config for config in every}
-        for name, backend in self._backends().items():
-            if isinstance(backend, DenseBackend):
-                with torch.no_grad():
-                    configs[name].init_fn(backend.weight)
-            else:
-                backend.reset_parameters()
+        reset_tables(self._backends(), every)
         self._broadcast()
+
+    def hot_row_caches(self) -> dict[str, HotRowCache]:
+        """The caches on this rank, by table name.
+
+        A table with ``cache=HotRows(...)`` is on one rank with its cache; the other ranks have no entry for
+        it. The ranks' dicts together are the unsharded collection's.
+        """
+        return {name: own.cache for name, own in self._backends().items() if own.cache is not None}
+
+    def cache_metrics(self) -> dict[str, CacheMetrics]:
+        """Figures of the caches on this rank, of look-ups by all ranks; no entry for other ranks' tables."""
+        return {name: cache.metrics() for name, cache in self.hot_row_caches().items()}
 
     def update_shards(self, *args: Any, **named: Any) -> None:
         """Refused: compressed tables do not move while training.
@@ -214,26 +225,30 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             self._register_load_state_dict_pre_hook(_before_load, with_module=True)
 
     def _register_compressed(self) -> None:
-        """Show the local parameters under torchrec's keys, and empty ones where another rank has them."""
-        local = self._backends()
+        """Show the local tensors under torchrec's keys, and empty ones where another rank has them."""
+        backends = self._backends().items()
+        local = {
+            f"{name}.{key}": tensor
+            for name, backend in backends
+            for key, tensor in backend.state_dict(keep_vars=True).items()
+        }
         layouts = {
             key: layout
             for sharding in self._embedding_shardings
             if isinstance(sharding, Compressed)
             for key, layout in sharding.held.shards.items()
         }
-        for backend, peers in self._compressed.storages:
-            name = peers[0].name
-            own = local[name].own_parameters() if name in local else {}
-            for param, (_, width) in backend.param_shapes(peers).items():
-                key, parameter = f"{name}.{param}", own.get(param)
-                holder = self.embedding_bags[name]
-                holder.register_parameter(param, self._placeholder(key) if parameter is None else parameter)
-                if key in layouts:
-                    data = None if parameter is None else parameter.data
-                    self._shards[key] = layouts[key].tensor(data, width, getattr(torch, peers[0].dtype))
+        for key, whole in self._compressed.stored.items():
+            own = local.get(key)
+            _register(self.embedding_bags, key, self._placeholder(key, whole) if own is None else own)
+            if key in layouts:
+                # Not ``.data``: what is loaded into it has to count as written to the tensor itself.
+                data = None if own is None else own.detach()
+                self._shards[key] = layouts[key].tensor(data, whole.shape[1:], whole.dtype)
 
-    def _placeholder(self, key: str) -> nn.Parameter:
+    def _placeholder(self, key: str, whole: Tensor) -> Tensor:
+        if not isinstance(whole, nn.Parameter):
+            return torch.empty(0, dtype=whole.dtype)
         empty = nn.Parameter(torch.empty(0), requires_grad=key not in self._compressed.frozen)
         if key in self._compressed.attached:
             # Keeps it out of the optimizer of the dense parameters on this rank, too.
@@ -264,6 +279,19 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         return awaitable
 
 
+def _register(holder: nn.Module, key: str, tensor: Tensor) -> None:
+    """Make ``tensor`` the parameter or buffer of a dotted key, in modules that are added where missing."""
+    *path, name = key.split(".")
+    for part in path:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        holder.register_parameter(name, tensor)
+    else:
+        holder.register_buffer(name, tensor)
+
+
 def _targets(module: EmbeddingBagCollection) -> LookupTargets:
     """Each feature with the smallest table it is looked up in."""
     found: dict[str, LookupTarget] = {}
@@ -280,7 +308,7 @@ def _check_optimizers(tables: CompressedTables, fused_params: Mapping[str, Any] 
     if not asked or not tables.specs:
         return
     owners = {peers[0].name for _, peers in tables.storages}
-    bare = sorted(owners - {key.rpartition(".")[0] for key in tables.attached})
+    bare = sorted(owners - {key.partition(".")[0] for key in tables.attached})
     if bare:
         raise ConfigError(
             f"fused_params of the sharder give {' and '.join(asked)}, which the tables {bare} would "

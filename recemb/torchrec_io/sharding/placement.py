@@ -25,7 +25,12 @@ def customized(sharding: ParameterSharding) -> ParameterSharding:
 
 
 def sharding_types(table: TableSpec) -> tuple[str, ...]:
-    """The values of torchrec's ``ShardingType`` a compressed table can be planned with."""
+    """The values of torchrec's ``ShardingType`` a compressed table can be planned with.
+
+    A cached one only whole on one rank: elsewhere ranks would see other ids hot, and exchange other rows.
+    """
+    if table.cache_rows:
+        return (TABLE_WISE,)
     whole = (TABLE_WISE, DATA_PARALLEL)
     return whole if row_split(table, 1) is None else (*whole, ROW_WISE)
 
@@ -59,16 +64,12 @@ def check_plan(
         raise ConfigError(f"the sharding plan has nothing for the tables {missing}; plan every table")
     for name, table in tables.specs.items():
         kind = plan[name].sharding_type
-        if table.cache_rows:
-            raise ConfigError(
-                f"table {name!r}: cache={table.compression.cache} is not supported in a sharded collection; "
-                "remove it, or train this model on one device"
-            )
         if kind not in sharding_types(table):
             fix = " or ".join(_WAYS[way] for way in sharding_types(table))
+            why = ": its cached rows lie with it on one rank" if table.cache_rows else ""
             raise ConfigError(
-                f"table {name!r} ({table.compression}) is planned {kind}, which it cannot be; plan it {fix}. "
-                f"For torchrec's planner: constraints={{{name!r}: "
+                f"table {name!r} ({table.compression}) is planned {kind}, which it cannot be{why}; plan it "
+                f"{fix}. For torchrec's planner: constraints={{{name!r}: "
                 f"ParameterConstraints(sharding_types={list(sharding_types(table))})}}"
             )
         beyond = [rank for rank in plan[name].ranks or () if rank >= ranks]
@@ -89,10 +90,11 @@ def _check_together(peers: Sequence[TableSpec], plan: Mapping[str, ParameterShar
     places = {peer.name: _place(plan[peer.name]) for peer in peers}
     if len(set(places.values())) > 1:
         shown = ", ".join(f"{name!r} {place}" for name, place in places.items())
+        cached = any(peer.cache_rows for peer in peers)
+        together = "table_wise on one rank" + ("" if cached else ", all data_parallel()")
         raise ConfigError(
             f"the tables {list(places)} share one array and are planned apart ({shown}); plan all of them "
-            "table_wise on one rank, all data_parallel(), or give them groups of their own: "
-            f"ROBE(group={peers[0].name!r}, ...)"
+            f"{together}, or give them groups of their own: ROBE(group={peers[0].name!r}, ...)"
         )
 
 

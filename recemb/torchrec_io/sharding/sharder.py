@@ -23,8 +23,9 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
 
     A compressed table is planned table-wise (whole, on one rank) or data-parallel (on every rank, gradients
     averaged); one with a store of rows (quotient-remainder, mixed dimensions) row-wise too, its longer
-    parameter cut over the ranks. Tables that share a ROBE array lie on one rank or are all data-parallel.
-    Uncompressed tables take every plan and kernel of torchrec's.
+    parameter cut over the ranks. One with cached rows is planned table-wise, and its cache lies with it.
+    Tables that share a ROBE array lie on one rank or are all data-parallel. Uncompressed tables take every
+    plan and kernel of torchrec's.
 
     An optimizer that ``apply_optimizer_in_backward`` attached before steps on compressed tables however they
     are planned: fused into the backward, or, on what every rank holds whole, once its gradient has been

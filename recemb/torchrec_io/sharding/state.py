@@ -20,7 +20,7 @@ from recemb.errors import ConfigError
 
 @dataclass(frozen=True)
 class RowShards:
-    """The ranges of rows that a parameter, and its optimizer state, is cut into; one range is the whole.
+    """The ranges of rows that a tensor, and its optimizer state, is cut into; one range is the whole.
 
     Attributes:
         sizes: rows of each range, in order.
@@ -34,19 +34,20 @@ class RowShards:
     own: int | None
     group: dist.ProcessGroup | None
 
-    def tensor(self, local: Tensor | None, width: int, dtype: torch.dtype) -> ShardedTensor:
-        """[sum of sizes, width] as every rank describes it.
+    def tensor(self, local: Tensor | None, row: Sequence[int], dtype: torch.dtype) -> ShardedTensor:
+        """[sum of sizes, *row] as every rank describes it.
 
         Args:
             local: this rank's rows, which are written to when a checkpoint is loaded; ``None`` without any.
+            row: the shape of one.
         """
         starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
         shards = [
-            ShardMetadata(shard_offsets=[start, 0], shard_sizes=[size, width], placement=placement)
+            ShardMetadata([start, *(0 for _ in row)], [size, *row], placement)
             for start, size, placement in zip(starts, self.sizes, self.placements, strict=True)
         ]
         metadata = EnumerableShardingSpec(shards).build_metadata(
-            torch.Size((sum(self.sizes), width)), TensorProperties(dtype=dtype)
+            torch.Size((sum(self.sizes), *row)), TensorProperties(dtype=dtype)
         )
         held = [] if self.own is None or local is None else [Shard(local, metadata.shards_metadata[self.own])]
         return ShardedTensor._init_from_local_shards_and_global_metadata(
@@ -55,7 +56,7 @@ class RowShards:
 
     def state(self, local: Tensor) -> ShardedTensor:
         """Optimizer state of this rank's rows, [rows, *], as every rank describes it."""
-        return self.tensor(local, local.shape[1], local.dtype)
+        return self.tensor(local, local.shape[1:], local.dtype)
 
 
 def save_shards(destination: dict[str, Any], prefix: str, shards: Mapping[str, ShardedTensor]) -> None:

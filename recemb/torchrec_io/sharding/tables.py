@@ -15,7 +15,7 @@ from torch.distributed.optim.apply_optimizer_in_backward import (
 )
 from torchrec.modules.embedding_configs import EmbeddingBagConfig as TorchrecEmbeddingBagConfig
 
-from recemb.backends import storages
+from recemb.backends import build, storages
 from recemb.backends.base import Backend
 from recemb.errors import ConfigError
 from recemb.id_maps.radix import ceil_div
@@ -102,7 +102,7 @@ class CompressedTables:
         specs = {spec.name: spec for spec in every if _is_ours(module, spec, device or module.device)}
         attached, frozen = {}, set()
         for name in specs:
-            for param, parameter in module.embedding_bags[name].named_parameters(recurse=False):
+            for param, parameter in module.embedding_bags[name].named_parameters():
                 key = f"{name}.{param}"
                 found = Attachment.of(key, parameter)
                 if found is not None:
@@ -115,6 +115,16 @@ class CompressedTables:
     def storages(self) -> list[tuple[type[Backend], list[TableSpec]]]:
         """The tables grouped by the storage they share; the first of each holds it."""
         return storages(self.specs.values())
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """``<table>.<tensor>`` -> a stand-in on ``meta`` for all that the tables keep, whole.
+
+        Parameters and, of a cached table, its rows (``<table>.cache.weight``) and buffers: what the state
+        dict of the collection on one device holds of them.
+        """
+        built = nn.ModuleDict(build(list(self.specs.values()), torch.device("meta")))
+        return dict(built.state_dict(keep_vars=True))
 
 
 def _is_ours(module: EmbeddingBagCollection, spec: TableSpec, device: torch.device) -> bool:

@@ -7,7 +7,16 @@ from torch import nn
 from torchrec.distributed.planner.types import Topology
 
 from recemb.planner.costs import default_costs
-from recemb.spec import ROBE, Compression, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb.spec import (
+    ROBE,
+    Compression,
+    Dense,
+    HotRows,
+    MixedDimension,
+    QuotientRemainder,
+    TableSpec,
+    TensorTrain,
+)
 from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.planning.planner import topology
@@ -21,6 +30,12 @@ MIXED: dict[str, Compression] = {
     "robe_a": ROBE(compress_rate=50, block_size=8),
     "robe_b": ROBE(compress_rate=50, block_size=8),
     "small": Dense(),
+}
+# One of two tables that share an array has a cache.
+CACHED: dict[str, Compression] = {
+    "hot_tt": TensorTrain(rank=8, cache=HotRows(rows=70)),
+    "hot_robe": ROBE(compress_rate=50, block_size=8, group="hot", cache=HotRows(fraction=0.1)),
+    "robe_c": ROBE(compress_rate=50, block_size=8, group="hot"),
 }
 ROWS = {"big": 50_000, "tt": 40_000, "qr": 9_000, "md": 7_000, "robe_a": 5_000, "robe_b": 3_000, "small": 30}
 

@@ -22,7 +22,9 @@ from recemb.planner.work import distinct, optimizer_bytes
 from recemb.spec import Compression, Dense, HotRows, QuotientRemainder, TensorTrain
 from recemb.torchrec_io import get_sharders, planner
 from recemb.torchrec_io.planning.enumerator import EveryRank
-from tests.torchrec_io.planning.models import MIXED, ROWS, Model, ranks
+from recemb.torchrec_io.sharding.placement import check_plan
+from recemb.torchrec_io.sharding.tables import CompressedTables
+from tests.torchrec_io.planning.models import CACHED, MIXED, ROWS, Model, ranks
 
 BATCH = 64
 
@@ -88,13 +90,15 @@ def test_shards_on_every_rank_are_few_objects() -> None:
 )
 def test_bytes_of_compressed_tables_are_those_of_built_ones(optimizer: type[torch.optim.Optimizer]) -> None:
     compressed = {name: c for name, c in MIXED.items() if not isinstance(c, Dense)}
-    model = Model(compressed, device="cpu")
+    model = Model(compressed | CACHED, device="cpu")
     plain = options_of(planner(ranks(), BATCH), model)
     _apply_optimizer_in_backward(optimizer, model.ebc.parameters(), {"lr": 0.1})
     with_state = options_of(planner(ranks(), BATCH), model)
     for _, peers in storages(model.tables):
-        parameters = [p for t in peers for p in model.ebc.embedding_bags[t.name].parameters(recurse=False)]
-        stored = sum(p.numel() * p.element_size() for p in parameters)
+        built = nn.ModuleList(model.ebc.embedding_bags[table.name] for table in peers)
+        parameters = list(built.parameters())
+        # Cached rows are parameters; which they are and how hot ids have been are buffers.
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in built.state_dict().values())
         # torchrec's buffers of a table-wise shard: ids and pooled rows of every rank's batch.
         buffers = BATCH * 4 * (8 + 16 * 4)
         for peer in peers:
@@ -164,10 +168,34 @@ def test_compute_grows_with_rank_and_ids() -> None:
     assert forward(8, 1, "data_parallel") < forward(8, 1) < 4.1 * forward(8, 1, "data_parallel")
 
 
-def test_a_cached_table_is_refused() -> None:
-    model = Model({"tt": TensorTrain(rank=4, cache=HotRows(rows=10))})
-    with pytest.raises(ConfigError, match=r"'tt'.*HotRows.*not supported in a sharded"):
-        planner(ranks(), BATCH).plan(model, get_sharders())
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_cached_table_is_planned_table_wise(device: str) -> None:
+    tables = MIXED | CACHED
+    own = options_of(planner(ranks(device=device), BATCH), Model(tables))
+    for name in ("hot_tt", "hot_robe"):
+        assert {kind for table, kind, _ in own if table == name} == {"table_wise"}
+    plan = planner(ranks(device=device), BATCH).plan(Model(tables), get_sharders()).plan["ebc"]
+    assert plan["hot_robe"].ranks == plan["robe_c"].ranks
+    assert {plan[name].sharding_type for name in CACHED} == {"table_wise"}
+    check_plan(CompressedTables.of(Model(tables).ebc), list(tables), plan, 4)
+
+
+def test_a_cache_costs_what_it_takes_to_look_up_in_two_places() -> None:
+    plain, cached = (
+        options_of(planner(ranks(), BATCH), Model({"tt": TensorTrain(rank=8, cache=cache)}))[
+            "tt", "table_wise", "fused"
+        ]
+        .shards[0]
+        .perf
+        for cache in (None, HotRows(rows=70))
+    )
+    assert plain.fwd_compute < cached.fwd_compute < 3 * plain.fwd_compute
+
+
+def test_constraints_that_part_a_table_from_its_cache_are_refused() -> None:
+    limits = {"hot_tt": ParameterConstraints(sharding_types=["data_parallel", "row_wise"])}
+    with pytest.raises(ConfigError, match=r"'hot_tt' .*HotRows.* can be planned table_wise, .*data_parallel"):
+        planner(ranks(), BATCH, limits).plan(Model(CACHED), get_sharders())
 
 
 def test_constraints_that_recemb_cannot_follow_are_refused() -> None:

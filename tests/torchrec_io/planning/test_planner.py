@@ -13,14 +13,17 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 
 from recemb.errors import ConfigError
+from recemb.planner.costs import default_costs
 from recemb.planner.layout import prune
 from recemb.planner.search import search
 from recemb.spec import Compression, Dense
 from recemb.torchrec_io import get_sharders, planner
+from recemb.torchrec_io.planning.planned import Ranks, Request, plan_tables
 from recemb.torchrec_io.planning.search import cluster_of, rank_loads, units_of
+from recemb.torchrec_io.planning.summary import reasons
 from recemb.torchrec_io.sharding.placement import check_plan
 from recemb.torchrec_io.sharding.tables import CompressedTables
-from tests.torchrec_io.planning.models import MIXED, ROWS, Model, ranks
+from tests.torchrec_io.planning.models import CACHED, MIXED, ROWS, Model, ranks
 
 BATCH = 256
 
@@ -112,6 +115,18 @@ def test_a_group_constrained_apart_is_refused() -> None:
     apart = {name: ParameterConstraints(sharding_types=allowed) for name, allowed in kinds.items()}
     with pytest.raises(ConfigError, match=r"\['robe_a', 'robe_b'\] share one array"):
         planner(ranks(2, 2), BATCH, apart).plan(Model(MIXED), get_sharders())
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [(MIXED, "lie on one rank or on all: "), (CACHED, "lie on one rank: planned on rank ")],
+)
+def test_why_a_group_lies_where_it_does(tables: dict[str, Compression], said: str) -> None:
+    factors, costs = (1.0,) * len(tables), default_costs("cuda")
+    asked = Ranks(4, 2, 10**9, 10**9, 0.1)
+    request = Request(tuple(Model(tables).tables), factors, BATCH, "sgd", asked, costs)
+    (reason,) = reasons(plan_tables(request))
+    assert said in reason
 
 
 def test_constraints_hold() -> None:
