@@ -12,7 +12,7 @@ from recemb.backends.dense import DenseBackend
 from recemb.cache.before_step import BeforeStep
 from recemb.cache.layout import num_candidates
 from recemb.cache.metrics import CacheMetrics
-from recemb.cache.tracker import buckets_of, see, vote
+from recemb.cache.tracker import add, buckets_of, see, vote
 from recemb.spec import Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
 
@@ -160,7 +160,7 @@ class HotRowCache(DenseBackend):
             return
         if weights is None:
             weights = (slots >= 0).float(), (misses >= 0).float()
-        self.scores.index_add_(0, slots.clamp(min=0), weights[0].to(self.scores.dtype))
+        add(self.scores, slots.clamp(min=0), weights[0].to(self.scores.dtype))
         vote(self.owners, self.votes, buckets, misses, weights[1].to(self.votes.dtype))
 
     @torch.no_grad()

@@ -33,6 +33,18 @@ def buckets_of(ids: Tensor, num_buckets: int, num_embeddings: int) -> Tensor:
     return torch.where(ids < 0, num_buckets, mixed)
 
 
+def add(counters: Tensor, index: Tensor, weights: Tensor) -> None:
+    """Add a batch's weights [L] to the counters that ``index`` [L] names.
+
+    A GPU adds in any order. That changes nothing about whole numbers, but would about sums with a counter that
+    has decayed, and two runs would then exchange different rows: there the batch is summed on its own first.
+    """
+    if counters.is_cpu:
+        counters.index_add_(0, index, weights)
+    else:
+        counters += torch.zeros_like(counters).index_add_(0, index, weights)
+
+
 def vote(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Count a batch of ids, in place.
 
@@ -47,7 +59,7 @@ def vote(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, weights: T
     """
     held = owners[buckets]
     own = held == ids
-    votes.index_add_(0, buckets, torch.where(own, weights, -weights))
+    add(votes, buckets, torch.where(own, weights, -weights))
     after = votes[buckets]
     lost = after < 0
     # Positions of one bucket write the same value, so their order does not matter.
