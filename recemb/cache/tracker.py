@@ -36,8 +36,9 @@ def buckets_of(ids: Tensor, num_buckets: int, num_embeddings: int) -> Tensor:
 def add(counters: Tensor, index: Tensor, weights: Tensor) -> None:
     """Add a batch's weights [L] to the counters that ``index`` [L] names.
 
-    A GPU adds in any order. That changes nothing about whole numbers, but would about sums with a counter that
-    has decayed, and two runs would then exchange different rows: there the batch is summed on its own first.
+    A GPU adds in any order. That changes nothing about whole numbers, but would about sums with a counter
+    that has decayed, and two runs would then exchange different rows: there the batch is summed on its own
+    first.
     """
     if counters.is_cpu:
         counters.index_add_(0, index, weights)
