@@ -146,10 +146,13 @@ def test_cached_rows(policy: str) -> None:
     for seed in range(6):
         kjt = features(seed)
         ours, theirs = gpu(kjt.to("cuda")).values(), cpu(kjt).values()
-        # Adagrad's first step divides a gradient by its own size: one near rounding may point anywhere. And
-        # gradient norms, which differ by rounding, may rank two rows of almost equal importance either way.
+        # Adagrad's first step divides a gradient by its own size: one near rounding may point anywhere, and
+        # the least squares of a write-back carry that into the rows beside it.
         apart = (ours.cpu() - theirs).abs() > 1e-3 + 1e-2 * theirs.abs()
-        assert apart.float().mean() < (5e-2 if policy == "importance" else 1e-3)
+        assert apart.float().mean() < 5e-2
+        if policy != "importance":  # whose gradient norms differ by rounding
+            held = (module.hot_row_caches()["t_tt"].ids.cpu() for module in (gpu, cpu))
+            assert torch.equal(*held)
         loss_of(ours).backward()
         loss_of(theirs).backward()
     assert cpu.cache_metrics()["t_tt"].promotions > 0
