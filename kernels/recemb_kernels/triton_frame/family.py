@@ -17,8 +17,7 @@ from recemb_kernels.update import Update, is_stepped
 
 _S = TypeVar("_S")
 # Distinct rows of a family that are computed at once, which bounds the memory of a step. Each slice costs its
-# launches whether it has rows or not: on an H200, 26 tables of rank 32 and 65,536 samples took 1.2 times as
-# long in slices of 2**17 as at once, and 1.6 times in slices of 2**15 (2026-11-26).
+# launches whether it has rows or not: see kernels/README.md for what that is on a GPU.
 MICRO_BATCH_ROWS = 2**18
 
 
