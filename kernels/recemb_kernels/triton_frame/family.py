@@ -65,7 +65,7 @@ class Call:
         stream = torch.cuda.current_stream(self.keys.base.device)
         stream.wait_event(self.ready)
         self.ready = None
-        for tensor in _tensors(self.__dict__):
+        for tensor in tensors_of(self.__dict__):
             tensor.record_stream(stream)
 
     @cached_property
@@ -233,14 +233,14 @@ class Family(ABC, Generic[_S]):
         return self.remembered(tuple(tensor.data_ptr() for tensor in tensors))
 
 
-def _tensors(held: Any) -> Iterator[Tensor]:
+def tensors_of(held: Any) -> Iterator[Tensor]:
     """Every tensor within dataclasses, lists and dictionaries."""
     if isinstance(held, Tensor):
         yield held
     elif is_dataclass(held):
-        yield from _tensors(vars(held))
+        yield from tensors_of(vars(held))
     elif isinstance(held, Mapping):
-        yield from _tensors(list(held.values()))
+        yield from tensors_of(list(held.values()))
     elif isinstance(held, list | tuple):
         for item in held:
-            yield from _tensors(item)
+            yield from tensors_of(item)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
@@ -276,9 +277,10 @@ def _stay_eager(error: RuntimeError) -> None:
 
 
 def _shape(parameters: Sequence[Tensor], batch: Batch, keep: bool) -> Any:
-    """What a graph is captured for: sizes, types and addresses."""
+    """What a graph is captured for: sizes, types, precision and addresses."""
     weights = None if batch.weights is None else batch.weights.dtype
-    sizes = (batch.ids.numel(), batch.size, weights, batch.refused is None, keep)
+    rounding = precision(torch.float32)
+    sizes = (batch.ids.numel(), batch.size, weights, batch.refused is None, keep, rounding)
     return sizes, tuple(parameter.data_ptr() for parameter in parameters)
 
 

@@ -20,7 +20,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.errors import NonFiniteError
-from recemb_kernels.triton_frame.family import _tensors
+from recemb_kernels.triton_frame.family import tensors_of
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from tests.kernels.cases import make_bags, make_engine
 from tests.kernels.triton.harness import by_triton
@@ -53,13 +53,13 @@ class FakeRecorder:
         result = run()
         for tensor, old in zip(held, before, strict=True):
             tensor.detach().copy_(old)
-        own = list(_tensors(_open(result)))
+        own = list(tensors_of(_open(result)))
         for tensor in own:
             tensor.fill_(True if tensor.dtype is torch.bool else 7)
 
         def replay() -> None:
             self.replayed += 1
-            for mine, new in zip(own, list(_tensors(_open(run()))), strict=True):
+            for mine, new in zip(own, list(tensors_of(_open(run()))), strict=True):
                 mine.copy_(new)
 
         return result, replay
