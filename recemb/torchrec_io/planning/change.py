@@ -15,7 +15,7 @@ from recemb.planner.layout import Cluster
 from recemb.planner.report import size
 from recemb.planner.search import fits as planner_fits
 from recemb.planner.search import hopeless as planner_hopeless
-from recemb.torchrec_io.planning.planned import Layouts, Request
+from recemb.torchrec_io.planning.planned import Layouts, Ranks, Request
 
 # Steps of a compression rate and of a rank's storage: 1 %, and 0.2 % in whole MB.
 RATE_STEP = 1.01
@@ -64,7 +64,11 @@ def smallest_changes(
         progress: ``False`` shows none.
     """
     with tqdm(
-        desc="smallest change that fits", unit=" tries", delay=_SILENT, disable=None if progress else True
+        desc="smallest change that fits",
+        unit=" tries",
+        delay=_SILENT,
+        leave=False,
+        disable=None if progress else True,
     ) as bar:
         looking = _Looking(request, bar)
         found = (
@@ -85,7 +89,7 @@ class _Looking:
         """The least compression that fits, in steps of 1 %; ``None`` when none does."""
         if method == "dense":
             return None
-        room = _room(Layouts(self._request).cluster())
+        room = _room(self._request.ranks)
 
         def at(step: int) -> float:
             return float(f"{rate * RATE_STEP**step:.6g}")
@@ -131,16 +135,18 @@ class _Looking:
         """The fewest ranks that fit, whole hosts, each rank with the same batch; ``None`` when none do."""
         request, local = self._request, self._request.ranks.local_world_size
         hosts = request.ranks.world_size // local
-        room = _room(Layouts(request).cluster()) / hosts
         stored = memory_report(request.tables).total.num_bytes
+
+        def with_hosts(step: int) -> Ranks:
+            return replace(request.ranks, world_size=step * local)
 
         def fits(step: int, thorough: bool) -> bool:
             self._tell("--world_size", f"{step * local}")
-            layouts = Layouts(replace(request, ranks=replace(request.ranks, world_size=step * local)))
+            layouts = Layouts(replace(request, ranks=with_hosts(step)))
             return planner_fits(layouts.units, layouts.cluster(), thorough)
 
-        # More ranks leave no more room on each: batches, and with them workspaces, grow.
-        found = _least(fits, lambda step: stored > step * room, hosts, max(_MOST_HOSTS, 8 * hosts))
+        most = max(_MOST_HOSTS, 8 * hosts)
+        found = _least(fits, lambda step: stored > _room(with_hosts(step)), hosts, most)
         beside = f" --local_world_size {local} --batch_size {request.batch_size}"
         return None if found is None else Change("--world_size", found * local, (found - 1) * local, beside)
 
@@ -149,9 +155,9 @@ class _Looking:
         self._bar.update()
 
 
-def _room(cluster: Cluster) -> int:
-    """Bytes that tables may take on all ranks together, of every kind."""
-    return int(cluster.capacity.sum())
+def _room(ranks: Ranks) -> float:
+    """Bytes of every kind on all ranks together, of which look-ups need some besides."""
+    return ranks.world_size * (ranks.hbm + ranks.ddr) * (1 - ranks.reserved)
 
 
 def _least(
