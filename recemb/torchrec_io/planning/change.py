@@ -67,6 +67,7 @@ def smallest_changes(
         desc="smallest change that fits",
         unit=" tries",
         delay=_SILENT,
+        miniters=1,
         leave=False,
         disable=None if progress else True,
     ) as bar:
