@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recemb.backends.memory import memory_report
 from recemb.cli.plan_run import costs_of
 from recemb.data.layout import read_json, write_json
 from recemb.errors import ConfigError, DataError
@@ -16,10 +16,12 @@ from recemb.planner.budget import compress
 from recemb.planner.costs import Costs
 from recemb.planner.frequencies import row_frequencies
 from recemb.planner.report import milliseconds, size
-from recemb.planner.statistical import TieredTable, TierPlan, Tiers
 from recemb.planner.statistical import place_rows as place_tiers
+from recemb.planner.statistical import unreserved
+from recemb.planner.tiers import Corners, TieredTable, TierPlan, Tiers, stored_bytes
 from recemb.planner.work import forward_work
 from recemb.spec import DTYPE_BYTES, Dense, TableSpec
+from recemb.torchrec_io.planning.planned import OPTIMIZERS
 
 _GPU_ROWS = 2**15
 
@@ -49,20 +51,50 @@ def place_rows(args: argparse.Namespace) -> str:
     hbm, ddr = args.hbm, args.ddr
     if hbm is None or ddr is None:
         raise ConfigError("--statistics needs both budgets of a rank: --hbm SIZE and --ddr SIZE")
-    if args.optimizer is not None:
-        raise ConfigError(f"--optimizer {args.optimizer}: --statistics counts weights alone; leave it out")
     tables = _tables(features, args.embedding_dim or 16)
     threshold = 200 if args.method_threshold is None else args.method_threshold
     budget = compress(tables, method, rate, threshold)
     batch = (args.batch_size or 512) * ranks
-    tiered = _tiered(features, budget.tables, stats, batch, costs)
-    plan = _uncompressed_is_hot(place_tiers(tiered, hbm, ddr, ranks), budget.tables)
-    document = _document(plan, budget.tables, hbm * ranks, ddr * ranks)
+    optimizer = args.optimizer or "rowwise_adagrad"
+    stored = stored_bytes(budget.tables, OPTIMIZERS[optimizer].__name__)
+    tiered = _tiered(features, budget.tables, stats, _Step(batch, costs, stored))
+    plan = _uncompressed_is_hot(place_tiers(tiered, hbm, ddr, ranks, args.reserved), budget.tables)
+    budgets = _Budgets(hbm, ddr, ranks, args.reserved)
+    document = _document(plan, budget.tables, budgets, optimizer)
     if args.output:
         write_json(Path(args.output), document)
     if args.format == "json":
         return json.dumps(document, indent=1)
-    return "\n".join(_text(plan, budget.tables, f"{method} at {rate:g}x", ranks, (hbm, ddr)))
+    return "\n".join(_text(plan, budget.tables, f"{method} at {rate:g}x", budgets, optimizer))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A training step: samples of all ranks, constants, and :func:`stored_bytes` of the tables."""
+
+    batch: int
+    costs: Costs
+    stored: Sequence[tuple[int, int, Corners]]
+
+
+@dataclass(frozen=True)
+class _Budgets:
+    """Bytes of HBM and DDR of a rank, and the part of them that is kept free."""
+
+    rank_hbm: int
+    rank_ddr: int
+    ranks: int
+    reserved: float
+
+    @property
+    def hbm(self) -> int:
+        """What tables may take on all ranks."""
+        return unreserved(self.rank_hbm, self.reserved) * self.ranks
+
+    @property
+    def ddr(self) -> int:
+        """What tables may take on all ranks."""
+        return unreserved(self.rank_ddr, self.reserved) * self.ranks
 
 
 def _tables(features: Sequence[Any], dim: int) -> list[TableSpec]:
@@ -82,18 +114,19 @@ def _tiered(
     features: Sequence[Any],
     tables: Sequence[TableSpec],
     stats: Any,
-    batch: int,
-    costs: Costs,
+    step: _Step,
 ) -> list[TieredTable]:
     """Each table with the times of its tiers; of a table left uncompressed, "compressed" is itself."""
+    batch, costs = step.batch, step.costs
     near, far = costs["hbm_bandwidth"], costs["hbm_to_ddr_bandwidth"]
     rows_of = stats.get("rows", {})
     train_rows = int(rows_of.get("train", 0)) if isinstance(rows_of, dict) else 0
     made = []
-    for feature, table, record in zip(features, tables, memory_report(tables), strict=True):
-        row_bytes = table.embedding_dim * DTYPE_BYTES[table.dtype]
-        hot = row_bytes / near * 1e9
-        warm = row_bytes / far * 1e9
+    for feature, table, (row_bytes, compressed, cached) in zip(features, tables, step.stored, strict=True):
+        # A look-up reads the weights alone.
+        read = table.embedding_dim * DTYPE_BYTES[table.dtype]
+        hot = read / near * 1e9
+        warm = read / far * 1e9
         cold = hot
         if not isinstance(table.compression, Dense):
             work = forward_work(table, float(batch), float(batch), _GPU_ROWS, costs["id_skew"])
@@ -103,10 +136,11 @@ def _tiered(
                 table.name,
                 row_frequencies(feature, float(batch), train_rows),
                 row_bytes,
-                record.num_bytes,
+                compressed,
                 hot,
                 warm,
                 cold,
+                cached,
             )
         )
     return made
@@ -147,12 +181,13 @@ def _runs_today(tiers: Tiers, table: TableSpec) -> str:
 
 
 def _text(
-    plan: TierPlan, tables: Sequence[TableSpec], method: str, ranks: int, budgets: tuple[int, int]
+    plan: TierPlan, tables: Sequence[TableSpec], method: str, budgets: _Budgets, optimizer: str
 ) -> list[str]:
     hbm, ddr = sum(t.hbm for t in plan.tiers), sum(t.ddr for t in plan.tiers)
     lines = [
-        f"rows of {len(tables)} tables over HBM, DDR and {method}, {ranks} rank{'s' if ranks > 1 else ''} of "
-        f"{size(budgets[0])} and {size(budgets[1])}",
+        f"rows of {len(tables)} tables over HBM, DDR and {method}, {budgets.ranks} "
+        f"rank{'s' if budgets.ranks > 1 else ''} of {size(budgets.rank_hbm)} and {size(budgets.rank_ddr)}",
+        f"{budgets.reserved:.0%} of them kept free; optimizer {optimizer}, whose state is counted",
         f"{'table':<12} {'hot rows':>10} {'warm rows':>10} {'cold rows':>11} "
         f"{'look-ups hot/warm/cold':>22}  runs today as",
     ]
@@ -163,7 +198,7 @@ def _text(
             f"{f'{hot:.1%} / {warm:.1%} / {cold:.1%}':>22}  {_runs_today(tiers, table)}"[:100]
         )
     lines += [
-        f"HBM {size(hbm)} of {size(budgets[0] * ranks)}, DDR {size(ddr)} of {size(budgets[1] * ranks)}",
+        f"HBM {size(hbm)} of {size(budgets.hbm)}, DDR {size(ddr)} of {size(budgets.ddr)}",
         f"expected access time of a step {milliseconds(plan.ns / 1e6)} ms; no placement is faster than "
         f"{milliseconds(plan.bound_ns / 1e6)} ms: within {plan.gap:.2%}",
         "HotRows keeps rows by what training looks up, in unsharded collections; recemb has no rows in DDR:",
@@ -172,12 +207,16 @@ def _text(
     return lines
 
 
-def _document(plan: TierPlan, tables: Sequence[TableSpec], hbm: int, ddr: int) -> dict[str, Any]:
+def _document(
+    plan: TierPlan, tables: Sequence[TableSpec], budgets: _Budgets, optimizer: str
+) -> dict[str, Any]:
     return {
         "format": "recemb-rows",
         "version": 1,
-        "hbm_bytes": hbm,
-        "ddr_bytes": ddr,
+        "optimizer": optimizer,
+        "reserved": budgets.reserved,
+        "hbm_bytes": budgets.hbm,
+        "ddr_bytes": budgets.ddr,
         "ns": plan.ns,
         "lower_bound_ns": plan.bound_ns,
         "gap": plan.gap,

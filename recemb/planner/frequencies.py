@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from recemb.errors import DataError
-from recemb.planner.statistical import Rows
+from recemb.planner.tiers import Rows
 
 Point = tuple[float, float]
 

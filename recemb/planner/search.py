@@ -63,7 +63,7 @@ def search(units: Sequence[Unit], cluster: Cluster, pruning: bool = True) -> Fou
             fits no empty rank are always left out.
     """
     before = sum(len(unit.options) for unit in units)
-    units = [Unit(u.name, tuple(o for o in u.options if possible(o, cluster))) for u in units]
+    units = _possible(units, cluster)
     if not all(unit.options for unit in units):
         return Found(None, np.inf, before, sum(len(unit.options) for unit in units), 0)
     units = [prune(unit) for unit in units] if pruning else units
@@ -92,6 +92,44 @@ def search(units: Sequence[Unit], cluster: Cluster, pruning: bool = True) -> Fou
     return Found(best, bound, before, after, len(tried.seen))
 
 
+def fits(units: Sequence[Unit], cluster: Cluster, thorough: bool = True) -> bool:
+    """Whether :func:`search` finds a plan; much sooner, when it does.
+
+    Args:
+        units: as for ``search``; pruned ones give the same answer, sooner.
+        cluster: the ranks.
+        thorough: whether smaller pieces are tried too, as ``search`` does when nothing else fits. Without,
+            ``False`` may be wrong, and takes a third of the time.
+    """
+    units = _possible(units, cluster)
+    if not all(unit.options for unit in units):
+        return False
+    if not units:
+        return True
+    totals = Totals.of(units, cluster)
+    bound = totals.lower_bound()
+    if np.isinf(bound):
+        return False
+    tried = _Tried(units, cluster)
+    if any(map(tried.places, _by_longest_shard(totals, bound))) or _smallest(units, cluster) is not None:
+        return True
+    pieces = _PIECES if thorough else ()
+    return any(tried.places(each) for piece in pieces for each in _by_longest_shard(totals, bound, piece))
+
+
+def hopeless(units: Sequence[Unit], cluster: Cluster) -> bool:
+    """Whether it is certain, at little cost, that no plan fits; then none fits less storage either."""
+    units = _possible(units, cluster)
+    if not all(unit.options for unit in units):
+        return True
+    return bool(units) and Totals.of(units, cluster).too_large()
+
+
+def _possible(units: Sequence[Unit], cluster: Cluster) -> list[Unit]:
+    """The units without the options of which a shard fits no empty rank."""
+    return [Unit(u.name, tuple(o for o in u.options if possible(o, cluster))) for u in units]
+
+
 class _Tried:
     """Choices of one option per unit that were placed."""
 
@@ -101,19 +139,24 @@ class _Tried:
         self.seen: set[bytes] = set()
 
     def add(self, relaxations: Iterator[Relaxation]) -> None:
-        """Place each choice that is new: LPT, or with more weight on storage where a shard finds no room."""
+        """Place each choice that is new."""
         for relaxed in relaxations:
-            key = relaxed.choice.tobytes()
-            if np.isinf(relaxed.mean) or key in self.seen:
-                continue
-            self.seen.add(key)
-            chosen = [unit.options[k] for unit, k in zip(self._units, relaxed.choice, strict=True)]
-            mean = max(sum(float(option.ms.sum()) for option in chosen) / self._cluster.world_size, 1e-9)
-            orders = (by_time, by_both(self._cluster, mean), by_storage(self._cluster))
-            tries = (place(chosen, self._cluster, order) for order in orders)
-            found = next((placed for placed in tries if placed is not None), None)
-            if found is not None:
-                self.placed.append(found)
+            self.places(relaxed)
+
+    def places(self, relaxed: Relaxation) -> bool:
+        """Whether the choice is new and finds room: by LPT, or with more weight on storage."""
+        key = relaxed.choice.tobytes()
+        if np.isinf(relaxed.mean) or key in self.seen:
+            return False
+        self.seen.add(key)
+        chosen = [unit.options[k] for unit, k in zip(self._units, relaxed.choice, strict=True)]
+        mean = max(sum(float(option.ms.sum()) for option in chosen) / self._cluster.world_size, 1e-9)
+        orders = (by_time, by_both(self._cluster, mean), by_storage(self._cluster))
+        tries = (place(chosen, self._cluster, order) for order in orders)
+        found = next((placed for placed in tries if placed is not None), None)
+        if found is not None:
+            self.placed.append(found)
+        return found is not None
 
     @property
     def least(self) -> float:

@@ -49,11 +49,16 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Built:
-    """A model on this process or over all ranks, its optimizer, and where its tables are."""
+    """A model on this process or over all ranks, its optimizer, and where its tables are.
+
+    Attributes:
+        column_shards: the widths of tables that are cut by columns.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sharding: dict[str, str] | None
+    column_shards: dict[str, list[int]]
 
 
 def train(config: RunConfig) -> list[Path]:
@@ -136,7 +141,7 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
             world,
             lambda: state.save(),
         )
-        settings = settings_of(config, run.log, world)
+        settings = settings_of(config, run.log, world, built.column_shards)
         state = TrainerState(directory.checkpoints, trainer, built.model, built.optimizer, settings, world)
         _open(run, state, trainer)
         try:
@@ -166,9 +171,9 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
 def _build(run: _Run) -> _Built:
     if run.world.size > 1:
         sharded = build_sharded(run.config, run.log, run.tables, run.world)
-        return _Built(sharded.model, sharded.optimizer, sharded.sharding)
+        return _Built(sharded.model, sharded.optimizer, sharded.sharding, sharded.column_shards)
     model = build_model(run.config, run.log, run.tables)
-    return _Built(model, build_optimizer(run.config, model), None)
+    return _Built(model, build_optimizer(run.config, model), None, {})
 
 
 def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:

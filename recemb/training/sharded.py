@@ -34,6 +34,7 @@ from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders, load
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.training.config import RunConfig
 from recemb.training.distributed import World
+from recemb.training.optimizer_state import column_shards
 from recemb.training.setup import build_model, optimizer_settings
 from recemb.training.table_step import find_collection, table_step
 
@@ -84,11 +85,16 @@ def default_plan(
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model over the ranks, its optimizer, and where each table is."""
+    """A model over the ranks, its optimizer, and where each table is.
+
+    Attributes:
+        column_shards: the widths of tables that are cut by columns.
+    """
 
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     sharding: dict[str, str]
+    column_shards: dict[str, list[int]]
 
 
 def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, world: World) -> ShardedModel:
@@ -113,7 +119,7 @@ def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, worl
     world.check_equal("sharding plans", {name: _facts(own) for name, own in plan.items()})
     with world.agreeing():
         sharded = shard_model(model, plan, torch.device(config.device))
-    return ShardedModel(sharded, build_sharded_optimizer(config, sharded), sharding)
+    return ShardedModel(sharded, build_sharded_optimizer(config, sharded), sharding, column_shards(plan))
 
 
 def shard_model(

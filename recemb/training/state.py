@@ -28,6 +28,7 @@ from recemb.training.config import RunConfig
 from recemb.training.distributed import World
 from recemb.training.loop import Evaluation, Outcome, Trainer
 from recemb.training.metrics import ClickMetrics, MetricValues
+from recemb.training.optimizer_state import as_on_one_process
 
 # What may differ between a run and its continuation. The batch is compared over all ranks.
 _FREE: Final = frozenset(
@@ -135,7 +136,9 @@ class TrainerState:
     def _tensors(self, train_metrics: torch.Tensor, best: dict[str, Any] | None) -> dict[str, Any]:
         state = {
             "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict()["state"],
+            "optimizer": as_on_one_process(
+                self._optimizer.state_dict()["state"], self._trainer.outcome.steps
+            ),
             "train_metrics": train_metrics,
         }
         return state if best is None else state | {"best_model": best}
@@ -148,15 +151,23 @@ def differing(before: RunConfig, now: RunConfig) -> list[str]:
     return [key for key in new if key not in free and old[key] != new[key]]
 
 
-def settings_of(config: RunConfig, log: ClickLog, world: World) -> dict[str, Any]:
-    """What a run and its continuation must have in common, by flag."""
+def settings_of(
+    config: RunConfig, log: ClickLog, world: World, column_shards: Mapping[str, list[int]]
+) -> dict[str, Any]:
+    """What a run and its continuation must have in common, by flag.
+
+    Args:
+        column_shards: of :func:`recemb.training.optimizer_state.column_shards`.
+    """
     fixed = {key: value for key, value in config.model_dump(mode="json").items() if key not in _FREE}
     if config.limit_val_batches is not None or config.limit_test_batches is not None:
         # Which rows are evaluated depends on it.
         fixed["test_batch_size x ranks"] = (config.test_batch_size or config.batch_size) * world.size
-    if config.optimizer in ("adagrad", "rowwise_adagrad"):
-        # fbgemm, which has them then, names and shapes the state in its own way.
-        fixed["optimizer state of uncompressed tables"] = "one process" if world.size == 1 else "ranks"
+    if config.optimizer == "rowwise_adagrad" and column_shards:
+        fixed["column shards, each with row-wise Adagrad's sums of its own"] = dict(column_shards)
+    if config.optimizer == "adam" and config.device == "cuda" and world.size > 1:
+        # fbgemm's Adam, whose state and count of steps no other configuration has.
+        fixed["adam of uncompressed tables"] = "fbgemm's, of several GPUs"
     return fixed | {
         "batch_size x ranks": config.batch_size * world.size,
         "data (features, rows, files)": fingerprint(log),

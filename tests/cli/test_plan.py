@@ -185,13 +185,13 @@ def test_wrong_flags(recemb: Recemb, words: tuple[str, ...], named: str) -> None
 
 def test_rows_by_statistics(recemb: Recemb, log_dir: Path, tmp_path: Path) -> None:
     words = ("--statistics", str(log_dir / "stats.json"), "--embedding_dim", "8", "--method", "qr")
-    rates = ("--compress_rate", "2", "--method_threshold", "20", "--hbm", "270kB", "--ddr", "4kB")
+    rates = ("--compress_rate", "2", "--method_threshold", "20", "--hbm", "360kB", "--ddr", "4kB")
     answer = recemb("plan", *words, *rates, "--output", str(tmp_path / "rows.json"))
     assert answer.code == 0, answer.err
     assert max(map(len, answer.out.splitlines())) <= 100
     assert "HotRows(rows=" in answer.out
     document = json.loads((tmp_path / "rows.json").read_text())
-    assert sum(table["hbm_bytes"] for table in document["tables"]) <= 270_000
+    assert sum(table["hbm_bytes"] for table in document["tables"]) <= 306_000
     assert document["ns"] >= document["lower_bound_ns"] * (1 - 1e-9)
     stats = json.loads((log_dir / "stats.json").read_text())
     for table, feature in zip(document["tables"], stats["features"], strict=True):
@@ -200,7 +200,19 @@ def test_rows_by_statistics(recemb: Recemb, log_dir: Path, tmp_path: Path) -> No
     assert tiny.code == 4
     assert "--hbm" in tiny.err
     assert recemb("plan", *words, "--hbm", "1MB").code == 2
-    assert recemb("plan", *words, *rates, "--optimizer", "adam").code == 2
+    adam = recemb("plan", *words, *rates, "--optimizer", "adam")
+    assert adam.code == 4
+    needed = re.search(r"--hbm (\d+)", adam.err)
+    assert needed is not None
+    more = recemb("plan", *words, *rates[:4], "--hbm", needed[1], "--ddr", "4kB", "--optimizer", "adam")
+    assert more.code == 0, more.err
+    assert "optimizer adam" in more.out
+    free = ("--hbm", "306kB", "--ddr", "3400B", "--reserved", "0")
+    assert recemb("plan", *words, *rates[:4], *free, "--output", str(tmp_path / "free.json")).code == 0
+    unreserved = json.loads((tmp_path / "free.json").read_text())
+    assert document.pop("reserved") == 0.15
+    assert unreserved.pop("reserved") == 0
+    assert unreserved == document
 
 
 def test_calibration_is_read_back(recemb: Recemb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

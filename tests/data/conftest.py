@@ -1,14 +1,21 @@
-"""Generated Criteo TSV, an oracle parser that shares no code with recemb, and small prepared logs."""
+"""Generated Criteo TSV, an oracle parser that shares no code with recemb, small prepared logs, and kills."""
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from recemb.data import criteo as reader
+from recemb.data import prepare as module
+from recemb.data import raw_log
+from recemb.data.prepare_settings import PrepareSettings
 
 NUM_INT, NUM_CAT = 13, 26
 
@@ -114,6 +121,24 @@ def epoch(log: Any, split: str, batch_size: int, **options: Any) -> np.ndarray[A
     return np.concatenate(rows) if rows else np.empty((0, 40), np.int64)
 
 
+def settings_for(tmp_path: Path, *texts: bytes, **options: Any) -> PrepareSettings:
+    paths = []
+    for index, text in enumerate(texts):
+        path = tmp_path / f"input_{index}"
+        if not path.exists():
+            path.write_bytes(text)
+        paths.append(path)
+    return PrepareSettings(inputs=tuple(paths), **{"output": tmp_path / "out", **options})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def raise_killed(*args: object) -> Iterator[None]:
+    raise Killed
+
+
 @pytest.fixture(scope="session")
 def criteo() -> SimpleNamespace:
     """The helpers above."""
@@ -125,3 +150,14 @@ def criteo() -> SimpleNamespace:
         tree=tree,
         epoch=epoch,
     )
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several raw parts, several output parts and several row groups from a few hundred rows."""
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 8000)
+    monkeypatch.setattr(raw_log, "PART_ROWS", 100)
+    monkeypatch.setattr(module, "PART_ROWS", 160)
+    monkeypatch.setattr(module, "ROW_GROUP_ROWS", 50)
+    # 170 of them a run are most of a small run's time; that they are made is tested on its own
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel
+from torchrec.distributed.sharding_plan import (
+    column_wise,
+    construct_module_sharding_plan,
+    data_parallel,
+    row_wise,
+    table_wise,
+)
 
 from recemb.cache.streams import Streams
 from recemb.checkpoint import shard_file
 from recemb.errors import DataError
+from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
 from recemb.training import loop, run, sharded, table_step
+from recemb.training.state import TrainerState
 
 
-def install(action: str | None = None, place: str = "read", step: int = 0, mark: str = "") -> None:
+def install(
+    action: str | None = None, place: str = "read", step: int = 0, mark: str = "", plan: str | None = None
+) -> None:
     """Do ``action`` when the training step after ``step`` steps reaches ``place``.
 
     Args:
@@ -27,7 +37,11 @@ def install(action: str | None = None, place: str = "read", step: int = 0, mark:
         place: ``read`` (the batch), ``forward``, ``backward`` (of the tables) or ``save`` (a checkpoint).
         step: which step.
         mark: a file that is written just before, with the time of ``time.monotonic``.
+        plan: torchrec's sharding type of uncompressed tables, and ``data_parallel`` of all; ``None`` for the
+            default plan.
     """
+    if plan is not None:
+        _plan(plan)
     if action is None:
         return
     if action in _AT_START:
@@ -105,11 +119,22 @@ def _other_plan() -> None:
     sharded.default_plan = plan
 
 
-def _replicate() -> None:
+def _plan(kind: str) -> None:
+    ways = {
+        "data_parallel": data_parallel,
+        "row_wise": lambda: row_wise(compute_kernel="fused"),
+        "column_wise": lambda: column_wise(ranks=[0, 1], compute_kernel="fused"),
+    }
+
+    def way(number: int, table: TableSpec) -> Any:
+        if kind == "data_parallel" or isinstance(table.compression, Dense):
+            return ways[kind]()
+        return table_wise(number % 2, compute_kernel="fused")
+
     def plan(tables: Any, collection: Any, world_size: int, local_size: int) -> Any:
         return construct_module_sharding_plan(
             collection,
-            {table.name: data_parallel() for table in tables.tables},
+            {table.name: way(number, table) for number, table in enumerate(tables.tables)},
             sharder=EmbeddingBagCollectionSharder(),
             local_size=local_size,
             world_size=world_size,
@@ -117,6 +142,21 @@ def _replicate() -> None:
         )
 
     sharded.default_plan = plan
+
+
+def _save_again() -> None:
+    """Save what is restored beside it, in the folder ``again``."""
+    original = TrainerState.restore
+
+    def restore(self: Any) -> Any:
+        found = original(self)
+        root, step = self._root, self.saved_step
+        self._root = root / "again"
+        self.save()
+        self._root, self.saved_step = root, step
+        return found
+
+    TrainerState.restore = restore  # type: ignore[method-assign]
 
 
 def _other_data() -> None:
@@ -137,5 +177,5 @@ _ACTIONS: dict[str, Callable[[], None]] = {
 _AT_START: dict[str, Callable[[], None]] = {
     "other_plan": _other_plan,
     "other_data": _other_data,
-    "replicate": _replicate,
+    "save_again": _save_again,
 }

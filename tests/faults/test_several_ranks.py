@@ -90,7 +90,7 @@ def test_cached_tables(
 def test_replicated_tables(launcher: Launcher, tmp_path: Path, optimizer: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     flags: dict[str, Any] = {"limit_train_batches": 6, "optimizer": optimizer}
-    replicate = {"action": "replicate"}
+    replicate = {"plan": "data_parallel"}
     ended = launcher.train(two, hooks={0: replicate, 1: replicate}, batch_size=100, **flags)
     assert ended.codes == [0, 0], ended.logs
     assert set(result(two)["sharding"].values()) == {"data_parallel on 0,1"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recemb.planner.bound import Totals
 from recemb.planner.layout import Cluster, Option, Spread, Unit, dominates, prune
 from recemb.planner.placement import by_storage, place
-from recemb.planner.search import search
+from recemb.planner.search import fits, hopeless, search
 
 LOCAL, WORLD = 2, 4
 AMPLE = 10**6
@@ -117,6 +117,21 @@ def test_a_plan_that_exists_is_found(units: list[Unit], hbm: int) -> None:
     """Packing is NP-hard, so this cannot hold for all units; it does for these."""
     if best_plan(units, [hbm, 3, 0]) < math.inf:
         assert search(units, Cluster.uniform(WORLD, LOCAL, [hbm, 3, 0])).placement is not None
+
+
+@settings(max_examples=150)
+@given(some_units(), st.integers(1, 14), st.sampled_from([0, 2, 4, 100]), st.booleans())
+def test_whether_a_plan_is_found_is_known_without_it(
+    units: list[Unit], hbm: int, ddr: int, pruned: bool
+) -> None:
+    cluster = Cluster.uniform(WORLD, LOCAL, [hbm, ddr, 0])
+    asked = [prune(unit) for unit in units] if pruned else units
+    found = search(units, cluster).placement is not None
+    assert fits(asked, cluster) == found
+    # A quick look may miss a plan and never makes one; what is hopeless is so by every plan there is.
+    assert not fits(asked, cluster, thorough=False) or found
+    if hopeless(asked, cluster):
+        assert best_plan(units, [hbm, ddr, 0]) == math.inf
 
 
 @settings(max_examples=60)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from recemb.errors import DataError, PlanError
 from recemb.planner.frequencies import row_frequencies
-from recemb.planner.statistical import Rows, TieredTable, place_rows
+from recemb.planner.statistical import place_rows
+from recemb.planner.tiers import Rows, TieredTable
 
 
 def time_of(table: TieredTable, tiers: tuple[int, ...]) -> float:
@@ -27,7 +28,11 @@ def best(tables: list[TieredTable], hbm: int, ddr: int) -> float:
     for every in product(*(product((0, 1, 2), repeat=table.num_rows) for table in tables)):
         used_hbm = used_ddr = 0
         for table, tiers in zip(tables, every, strict=True):
-            used_hbm += tiers.count(0) * table.row_bytes + (table.compressed_bytes if 2 in tiers else 0)
+            hot = tiers.count(0)
+            cached = hot and 2 in tiers and table.cached_bytes
+            # A corner for every number of rows, here.
+            used_hbm += dict(table.cached_bytes)[hot] if cached else hot * table.row_bytes
+            used_hbm += table.compressed_bytes if 2 in tiers else 0
             used_ddr += tiers.count(1) * table.row_bytes
         if used_hbm <= hbm and used_ddr <= ddr:
             least = min(least, sum(map(time_of, tables, every)))
@@ -39,18 +44,22 @@ def a_table(draw: st.DrawFn, name: str) -> TieredTable:
     lookups = sorted(draw(st.lists(st.integers(0, 20), min_size=1, max_size=3)), reverse=True)
     hot = draw(st.integers(1, 3))
     warm = hot + draw(st.integers(0, 6))
+    row_bytes = draw(st.integers(1, 4))
+    more = sorted(draw(st.lists(st.integers(0, 6), min_size=len(lookups), max_size=len(lookups))))
+    corners = tuple((n, n * row_bytes + extra) for n, extra in enumerate(more, 1))
     return TieredTable(
         name,
         tuple(Rows(1, float(n)) for n in lookups),
-        row_bytes=draw(st.integers(1, 4)),
+        row_bytes=row_bytes,
         compressed_bytes=draw(st.integers(0, 3)),
         hot_ns=float(hot),
         warm_ns=float(warm),
         cold_ns=float(draw(st.integers(1, 10))),
+        cached_bytes=draw(st.sampled_from([(), corners])),
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=150)
 @given(
     st.integers(1, 2).flatmap(lambda n: st.tuples(*(a_table(f"t{k}") for k in range(n)))),
     st.integers(0, 14),
@@ -128,6 +137,28 @@ def test_the_hbm_that_is_named_is_of_a_rank() -> None:
     with pytest.raises(PlanError, match=r"in 10 B of HBM .* --hbm 75 "):
         place_rows(tables, 10, 0, ranks=4)
     assert place_rows(tables, 75, 0, ranks=4).tiers
+
+
+@settings(max_examples=60)
+@given(st.integers(100, 10**9), st.sampled_from([0.0, 0.15, 0.3, 0.9]))
+def test_the_storage_that_is_named_is_the_least(num_bytes: int, reserved: float) -> None:
+    tables = [TieredTable("t", (Rows(num_bytes, 1.0),), 1, num_bytes, 1, 2, 9)]
+    with pytest.raises(PlanError) as refused:
+        place_rows(tables, 1, 0, 3, reserved)
+    needed = int(str(refused.value).partition("--hbm ")[2].split()[0])
+    assert place_rows(tables, needed, 0, 3, reserved).tiers
+    with pytest.raises(PlanError):
+        place_rows(tables, needed - 1, 0, 3, reserved)
+
+
+@pytest.mark.parametrize("reserved", [0.25, 0.5])
+def test_what_is_reserved_stays_free(reserved: float) -> None:
+    tables = [zipf_table("a", 600, 1000), zipf_table("b", 300, 4000)]
+    plan = place_rows(tables, 200 * 64, 300 * 64, reserved=reserved)
+    assert sum(tiers.hbm for tiers in plan.tiers) <= (1 - reserved) * 200 * 64
+    assert sum(tiers.ddr for tiers in plan.tiers) <= (1 - reserved) * 300 * 64
+    same = place_rows(tables, round((1 - reserved) * 200 * 64), round((1 - reserved) * 300 * 64))
+    assert plan == same
 
 
 FEATURE = {

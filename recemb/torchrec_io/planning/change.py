@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
+from tqdm import tqdm
+
+from recemb.backends.memory import memory_report
 from recemb.planner.budget import BudgetedTables, compress
+from recemb.planner.layout import Cluster
 from recemb.planner.report import size
-from recemb.torchrec_io.planning.planned import Planned, Request, plan_tables
+from recemb.planner.search import fits as planner_fits
+from recemb.planner.search import hopeless as planner_hopeless
+from recemb.torchrec_io.planning.planned import Layouts, Ranks, Request
 
 # Steps of a compression rate and of a rank's storage: 1 %, and 0.2 % in whole MB.
 RATE_STEP = 1.01
@@ -15,6 +23,8 @@ _STORAGE_STEPS, _MB = 500, 10**6
 _MOST_RATE, _MOST_STEPS = 10**6, 2**14
 # More than these, or 8 times the hosts there are, are not looked at.
 _MOST_HOSTS = 32
+# Seconds without a word.
+_SILENT = 3.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Change:
 
     Attributes:
         flag: as ``recemb plan`` takes it.
-        fits, smaller: values of the flag; ``smaller`` was planned too and does not fit.
+        fits, smaller: values of the flag; it is known of ``smaller`` that the planner finds no plan.
         beside: flags that were kept, where their defaults depend on this one.
     """
 
@@ -40,71 +50,155 @@ class Change:
         return f"{self.flag} {self.fits:.10g}{self.beside}"
 
 
-def smallest_rate(request: Request, method: str, rate: float, method_threshold: int) -> Change | None:
-    """The least compression that fits, in steps of 1 %; ``None`` when none does.
+def smallest_changes(
+    request: Request, method: str, rate: float, method_threshold: int, progress: bool = True
+) -> list[Change]:
+    """Each smallest change that makes a model fit that does not: at most one for each setting.
 
-    Compressed tables have the cache of the first one in ``request``, if any.
+    Values that certainly do not fit are skipped by the bytes that are stored, the others tried one by one;
+    what takes more than a few seconds shows its progress on a terminal's stderr.
+
+    Args:
+        request: whose plan does not fit.
+        method, rate, method_threshold: by which its tables were compressed.
+        progress: ``False`` shows none.
     """
-    if method == "dense":
-        return None
-    cache = next((table.compression.cache for table in request.tables if table.cache_rows), None)
-
-    def at(step: int) -> float:
-        return float(f"{rate * RATE_STEP**step:.6g}")
-
-    def fits(step: int) -> bool:
-        if at(step) > _MOST_RATE:
-            return False
-        budget: BudgetedTables = compress(request.tables, method, at(step), method_threshold, cache)
-        return _fits(replace(request, tables=budget.tables))
-
-    found = _least(fits, 0, _MOST_STEPS)
-    return None if found is None else Change("--compress_rate", at(found), at(found - 1))
-
-
-def smallest_storage(request: Request) -> Change | None:
-    """The least HBM of a rank that fits (DDR on the CPU); ``None`` when none does."""
-    kind = "hbm" if request.costs.device == "cuda" else "ddr"
-    now: int = getattr(request.ranks, kind)
-    width = max(_MB, now // _STORAGE_STEPS // _MB * _MB)
-
-    def at(step: int) -> int:
-        return now + step * width
-
-    def fits(step: int) -> bool:
-        return _fits(replace(request, ranks=replace(request.ranks, **{kind: at(step)})))
-
-    found = _least(fits, 0, _MOST_STEPS)
-    return None if found is None else Change(f"--{kind}", at(found), at(found - 1))
+    with tqdm(
+        desc="smallest change that fits",
+        unit=" tries",
+        delay=_SILENT,
+        miniters=1,
+        leave=False,
+        disable=None if progress else True,
+    ) as bar:
+        looking = _Looking(request, bar)
+        found = (
+            looking.rate(method, rate, method_threshold),
+            looking.storage(),
+            looking.world(),
+        )
+    return [change for change in found if change is not None]
 
 
-def smallest_world(request: Request) -> Change | None:
-    """The fewest ranks that fit, whole hosts, each rank with the same batch; ``None`` when none do."""
-    local = request.ranks.local_world_size
-    hosts = request.ranks.world_size // local
+class _Looking:
+    """For the smallest change to one request, with a bar of how many plans were tried."""
 
-    def fits(step: int) -> bool:
-        return _fits(replace(request, ranks=replace(request.ranks, world_size=step * local)))
+    def __init__(self, request: Request, bar: Any) -> None:
+        self._request, self._bar = request, bar
 
-    found = _least(fits, hosts, max(_MOST_HOSTS, 8 * hosts))
-    beside = f" --local_world_size {local} --batch_size {request.batch_size}"
-    return None if found is None else Change("--world_size", found * local, (found - 1) * local, beside)
+    def rate(self, method: str, rate: float, method_threshold: int) -> Change | None:
+        """The least compression that fits, in steps of 1 %; ``None`` when none does.
 
-
-def _fits(request: Request) -> bool:
-    found: Planned = plan_tables(request)
-    return found.plan is not None
-
-
-def _least(fits: Callable[[int], bool], low: int, most: int) -> int | None:
-    """The least step above ``low``, which does not fit, that does; doubling, then halving."""
-    width = 1
-    while not fits(min(low + width, most)):
-        if low + width >= most:
+        Compressed tables have the cache of the first one that has one, if any.
+        """
+        if method == "dense":
             return None
-        low, width = low + width, 2 * width
-    high = min(low + width, most)
+        hot = next((table.compression.cache for table in self._request.tables if table.cache_rows), None)
+        room = _room(self._request.ranks)
+
+        def at(step: int) -> float:
+            return float(f"{rate * RATE_STEP**step:.6g}")
+
+        @cache
+        def budget(step: int) -> BudgetedTables:
+            self._tell("--compress_rate", f"{at(step):g}")
+            return compress(self._request.tables, method, at(step), method_threshold, hot)
+
+        def hopeless(step: int) -> bool:
+            return at(step) <= _MOST_RATE and budget(step).memory.total.num_bytes > room
+
+        def fits(step: int, thorough: bool) -> bool:
+            if at(step) > _MOST_RATE:
+                return False
+            layouts = Layouts(replace(self._request, tables=budget(step).tables))
+            return planner_fits(layouts.units, layouts.cluster(), thorough)
+
+        found = _least(fits, hopeless, 0, _MOST_STEPS)
+        return None if found is None else Change("--compress_rate", at(found), at(found - 1))
+
+    def storage(self) -> Change | None:
+        """The least HBM of a rank that fits (DDR on the CPU); ``None`` when none does."""
+        kind = "hbm" if self._request.costs.device == "cuda" else "ddr"
+        now: int = getattr(self._request.ranks, kind)
+        width = max(_MB, now // _STORAGE_STEPS // _MB * _MB)
+        layouts = Layouts(self._request)
+
+        def at(step: int) -> int:
+            return now + step * width
+
+        def cluster(step: int) -> Cluster:
+            self._tell(f"--{kind}", size(at(step)))
+            return layouts.cluster(**{kind: at(step)})
+
+        def fits(step: int, thorough: bool) -> bool:
+            return planner_fits(layouts.units, cluster(step), thorough)
+
+        found = _least(fits, lambda step: planner_hopeless(layouts.units, cluster(step)), 0, _MOST_STEPS)
+        return None if found is None else Change(f"--{kind}", at(found), at(found - 1))
+
+    def world(self) -> Change | None:
+        """The fewest ranks that fit, whole hosts, each rank with the same batch; ``None`` when none do."""
+        request, local = self._request, self._request.ranks.local_world_size
+        hosts = request.ranks.world_size // local
+        stored = memory_report(request.tables).total.num_bytes
+
+        def with_hosts(step: int) -> Ranks:
+            return replace(request.ranks, world_size=step * local)
+
+        def fits(step: int, thorough: bool) -> bool:
+            self._tell("--world_size", f"{step * local}")
+            layouts = Layouts(replace(request, ranks=with_hosts(step)))
+            return planner_fits(layouts.units, layouts.cluster(), thorough)
+
+        most = max(_MOST_HOSTS, 8 * hosts)
+        found = _least(fits, lambda step: stored > _room(with_hosts(step)), hosts, most)
+        beside = f" --local_world_size {local} --batch_size {request.batch_size}"
+        return None if found is None else Change("--world_size", found * local, (found - 1) * local, beside)
+
+    def _tell(self, flag: str, value: str) -> None:
+        self._bar.set_postfix_str(f"{flag} {value}", refresh=False)
+        self._bar.update()
+
+
+def _room(ranks: Ranks) -> float:
+    """Bytes of every kind on all ranks together, of which look-ups need some besides."""
+    return ranks.world_size * (ranks.hbm + ranks.ddr) * (1 - ranks.reserved)
+
+
+def _least(
+    fits: Callable[[int, bool], bool], hopeless: Callable[[int], bool], low: int, most: int
+) -> int | None:
+    """The least step above ``low``, which does not fit, that does; ``None`` when ``most`` does not.
+
+    Args:
+        fits: of a step, and whether to look thoroughly.
+        hopeless: true only of steps of which none fits, and of all below them.
+    """
+    above = _least_above(low, _some_above(low, most, 1, lambda step: not hopeless(step)), hopeless)
+    if above is None:
+        return None
+    # From there on in strides that suit the distance, with a quick look; then thoroughly in between.
+    stride, low = max(1, (above - low) // 8), above - 1
+    some = _some_above(low, most, stride, lambda step: fits(step, False))
+    if some is None:
+        some = most if fits(most, True) else None
+    return _least_above(low, some, lambda step: not fits(step, True))
+
+
+def _some_above(low: int, most: int, stride: int, holds: Callable[[int], bool]) -> int | None:
+    """A step above ``low`` for which it holds, by strides that double; ``None`` when not even at ``most``."""
+    while not holds(min(low + stride, most)):
+        if low + stride >= most:
+            return None
+        low, stride = low + stride, 2 * stride
+    return min(low + stride, most)
+
+
+def _least_above(low: int, high: int | None, fails: Callable[[int], bool]) -> int | None:
+    """The least step above ``low`` and up to ``high``, which does not fail, that does not, by halving."""
+    if high is None:
+        return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+        low, high = (middle, high) if fails(middle) else (low, middle)
     return high

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
+from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets, placement
 from torchrec.distributed.types import (
@@ -52,6 +53,8 @@ COLUMNS_CUT = (
 )
 EVERYWHERE = (ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value)
 BY_HOST = (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
+# Which ranks share a host decides where their shards may lie.
+WITHIN_HOSTS = (*BY_HOST, ShardingType.TABLE_COLUMN_WISE.value)
 
 
 class TableEntry(BaseModel):
@@ -155,40 +158,69 @@ def save_plan(path: Path, document: PlanDocument) -> None:
 
 
 def load_plan(
-    path: str | Path, model: nn.Module | None = None, world_size: int | None = None
+    path: str | Path,
+    model: nn.Module | None = None,
+    world_size: int | None = None,
+    local_world_size: int | None = None,
 ) -> ShardingPlan:
     """The plan of a file that ``recemb plan --output`` wrote, for ``DistributedModelParallel(plan=...)``.
+
+    A plan of other hosts, as of 1 x 8 ranks for 2 x 4, is taken when its tables are sharded table-wise,
+    column-wise, row-wise or data-parallel: these lie on ranks, whatever host a rank is of, and only the
+    devices' numbers change. Table-row-wise, table-column-wise and grid shards lie on the ranks of one host:
+    such a plan is refused.
 
     Args:
         model: what is to be sharded. Its collection must have the plan's tables, compressed as planned; the
             plan is given out under that collection's own path. ``None`` skips that check and keeps the path.
         world_size: the ranks there are; ``None`` for the default process group's, unchecked without one.
+        local_world_size: those of a host; ``None`` for what the launcher says (``LOCAL_WORLD_SIZE``) with a
+            process group, and for the plan's without one.
 
     Raises:
-        ConfigError: a missing or damaged file, a plan of other tables or of another number of ranks.
+        ConfigError: a missing or damaged file, a plan of other tables, of another number of ranks, or of
+            hosts of another size where that matters.
     """
     document = _read(Path(path))
-    if world_size is None and dist.is_available() and dist.is_initialized():
-        world_size = dist.get_world_size()
+    if dist.is_available() and dist.is_initialized():
+        world_size = dist.get_world_size() if world_size is None else world_size
+        local_world_size = get_local_size(world_size) if local_world_size is None else local_world_size
+    local = document.local_world_size if local_world_size is None else local_world_size
     if world_size is not None and world_size != document.world_size:
         raise ConfigError(
             f"{path} plans {document.world_size} ranks and there are {world_size}; plan again with "
             f"recemb plan --world_size {world_size}"
         )
+    _check_hosts(Path(path), document, local)
     modules = document.modules
     if model is not None:
         modules = {_matching_path(Path(path), document, model): _all_tables(modules)}
     plan = {
         module: EmbeddingModuleShardingPlan(
-            {name: _sharding(document, entry) for name, entry in tables.items()}
+            {name: _sharding(document, entry, local) for name, entry in tables.items()}
         )
         for module, tables in modules.items()
     }
     return ShardingPlan(plan)
 
 
-def _sharding(document: PlanDocument, entry: TableEntry) -> ParameterSharding:
-    world, local, kind = document.world_size, document.local_world_size, entry.sharding_type
+def _check_hosts(path: Path, document: PlanDocument, local: int) -> None:
+    """Raise ``ConfigError`` unless the plan is valid with ``local`` ranks on each host."""
+    planned = document.local_world_size
+    bound = [name for name, own in _all_tables(document.modules).items() if own.sharding_type in WITHIN_HOSTS]
+    if local == planned or not bound:
+        return
+    kind = _all_tables(document.modules)[bound[0]].sharding_type
+    more = f" and {len(bound) - 1} more" if len(bound) > 1 else ""
+    raise ConfigError(
+        f"{path} plans {planned} ranks on each host and there are {local}: table {bound[0]!r}{more} is cut "
+        f"{kind} over the ranks of a host; plan again with recemb plan --world_size {document.world_size} "
+        f"--local_world_size {local}"
+    )
+
+
+def _sharding(document: PlanDocument, entry: TableEntry, local: int) -> ParameterSharding:
+    world, kind = document.world_size, entry.sharding_type
     ranks = list(range(world)) if entry.ranks == "all" else list(entry.ranks)
     spec = None
     if kind != ShardingType.DATA_PARALLEL.value:

@@ -6,25 +6,31 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    ShardingOption,
+    Topology,
+)
 from torchrec.distributed.types import PipelineType, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
-from recemb.planner.layout import Cluster
+from recemb.planner.layout import Cluster, prune
 from recemb.planner.search import Found
 from recemb.spec import TableSpec
 from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.planning.planner import planner, topology
-from recemb.torchrec_io.planning.search import PlanProposer, cluster_of
+from recemb.torchrec_io.planning.search import PlanProposer, cluster_of, units_of
 from recemb.torchrec_io.sharding.placement import check_plan
 from recemb.torchrec_io.sharding.sharder import get_sharders
 from recemb.torchrec_io.sharding.tables import CompressedTables
@@ -107,23 +113,8 @@ def plan_tables(request: Request) -> Planned:
     Raises:
         ConfigError: no tables, or one that cannot be sharded.
     """
-    if not request.tables:
-        raise ConfigError("there are no tables to plan; give a Request one at least")
     started = time.perf_counter()
-    ranks = request.ranks
-    cluster = topology(ranks.world_size, request.costs, ranks.local_world_size, ranks.hbm, ranks.ddr)
-    made = planner(
-        cluster,
-        request.batch_size,
-        {
-            table.name: ParameterConstraints(pooling_factors=[float(factor)] * len(table.feature_names))
-            for table, factor in zip(request.tables, request.pooling_factors, strict=True)
-        },
-        FixedPercentageStorageReservation(ranks.reserved),
-        costs=request.costs,
-        pipeline_type=PipelineType.NONE,
-    )
-    model = _model(request)
+    made, model = _prepared(request)
     plan: ShardingPlan | None = None
     with _quiet():
         try:
@@ -138,7 +129,7 @@ def plan_tables(request: Request) -> Planned:
         assert isinstance(collection, EmbeddingBagCollection)
         ours = CompressedTables.of(collection, torch.device(request.costs.device))
         names = [table.name for table in request.tables]
-        check_plan(ours, names, plan.plan[MODULE_PATH], ranks.world_size)
+        check_plan(ours, names, plan.plan[MODULE_PATH], request.ranks.world_size)
     reservation = made._storage_reservation
     return Planned(
         request,
@@ -150,6 +141,68 @@ def plan_tables(request: Request) -> Planned:
         reservation.workspace,
         time.perf_counter() - started,
     )
+
+
+class Layouts:
+    """What a request's tables could be laid out as, to see whether they fit without looking for a plan.
+
+    Args:
+        request: what would be planned.
+
+    Attributes:
+        units: without dominated options.
+
+    Raises:
+        ConfigError: as :func:`plan_tables`.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._made, self._model = _prepared(request)
+        with _quiet():
+            space = self._made._enumerator.enumerate(self._model, get_sharders())
+        self.units = [prune(unit) for unit in units_of(space)]
+
+    def cluster(self, hbm: int | None = None, ddr: int | None = None) -> Cluster:
+        """The request's ranks, or equally many of other storage, with what tables may take of it.
+
+        Args:
+            hbm, ddr: bytes of a rank; ``None`` for the request's. Neither changes how long a layout takes.
+        """
+        ranks = self._request.ranks
+        asked = replace(ranks, hbm=hbm or ranks.hbm, ddr=ddr or ranks.ddr)
+        reservation = self._made._storage_reservation
+        reserved = reservation.reserve(
+            topology=_topology(replace(self._request, ranks=asked)),
+            batch_size=self._request.batch_size,
+            module=self._model,
+            sharders=get_sharders(),
+            constraints=self._made._constraints,
+        )
+        return cluster_of(reserved)
+
+
+def _prepared(request: Request) -> tuple[EmbeddingShardingPlanner, nn.Module]:
+    """The planner of a request, and the model that it plans."""
+    if not request.tables:
+        raise ConfigError("there are no tables to plan; give a Request one at least")
+    made = planner(
+        _topology(request),
+        request.batch_size,
+        {
+            table.name: ParameterConstraints(pooling_factors=[float(factor)] * len(table.feature_names))
+            for table, factor in zip(request.tables, request.pooling_factors, strict=True)
+        },
+        FixedPercentageStorageReservation(request.ranks.reserved),
+        costs=request.costs,
+        pipeline_type=PipelineType.NONE,
+    )
+    return made, _model(request)
+
+
+def _topology(request: Request) -> Topology:
+    ranks = request.ranks
+    return topology(ranks.world_size, request.costs, ranks.local_world_size, ranks.hbm, ranks.ddr)
 
 
 def _model(request: Request) -> nn.Module:

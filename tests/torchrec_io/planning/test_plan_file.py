@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints
 
@@ -17,8 +19,10 @@ from recemb.spec import ROBE, Dense, TableSpec
 from recemb.torchrec_io import load_plan
 from recemb.torchrec_io.configs import to_configs
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.planning import planned as module
 from recemb.torchrec_io.planning.plan_file import PlanDocument, plan_document, save_plan
 from recemb.torchrec_io.planning.planned import MODULE_PATH, Planned, Ranks, Request, plan_tables
+from recemb.torchrec_io.planning.planner import planner
 from recemb.torchrec_io.planning.summary import rank_lines
 from tests.processes import run_ranks
 from tests.torchrec_io.planning.models import MIXED, Model
@@ -53,33 +57,92 @@ def test_a_file_gives_back_torchrecs_plan(world: int, local: int, device: str, t
     assert load_plan(str(tmp_path / "plan.json")) == planned.plan
 
 
-def test_every_sharding_type_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = [
-        "table_wise",
-        "row_wise",
-        "column_wise",
-        "table_row_wise",
-        "table_column_wise",
-        "grid_shard",
-        "data_parallel",
-    ]
-    tables = tuple(
-        TableSpec(name=f"t_{kind}", num_embeddings=1003, embedding_dim=64, compression=Dense())
-        for kind in kinds
-    )
-    limits = {f"t_{kind}": ParameterConstraints(sharding_types=[kind], min_partition=16) for kind in kinds}
-    from recemb.torchrec_io.planning import planned as module
+KINDS = (
+    *("table_wise", "row_wise", "column_wise", "data_parallel"),
+    *("table_row_wise", "table_column_wise", "grid_shard"),
+)
 
-    real = module.planner
 
-    def constrained(*args: object, **named: object) -> object:
-        return real(args[0], args[1], limits, args[3], **named)  # type: ignore[arg-type]
+@pytest.fixture
+def planned_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str], int, int], Planned]:
+    """A plan of one table ``t_<kind>`` for each sharding type, on so many ranks, so many of them a host."""
 
-    monkeypatch.setattr(module, "planner", constrained)
-    planned = plan_tables(replace(request(8, 2), tables=tables, pooling_factors=(1.0,) * len(kinds)))
-    assert {option.sharding_type for option in planned.options} == set(kinds)
+    def plan(kinds: Sequence[str], world: int, local: int) -> Planned:
+        tables = tuple(
+            TableSpec(name=f"t_{kind}", num_embeddings=1003, embedding_dim=64, compression=Dense())
+            for kind in kinds
+        )
+        limits = {
+            f"t_{kind}": ParameterConstraints(sharding_types=[kind], min_partition=16) for kind in kinds
+        }
+
+        def constrained(*args: object, **named: object) -> object:
+            return planner(args[0], args[1], limits, args[3], **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(module, "planner", constrained)
+        found = plan_tables(
+            replace(request(world, local), tables=tables, pooling_factors=(1.0,) * len(kinds))
+        )
+        assert {option.sharding_type for option in found.options} == set(kinds)
+        return found
+
+    return plan
+
+
+def test_every_sharding_type_survives(
+    tmp_path: Path, planned_as: Callable[[Sequence[str], int, int], Planned]
+) -> None:
+    planned = planned_as(KINDS, 8, 2)
     save(planned, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == planned.plan
+
+
+@pytest.mark.parametrize(("planned_local", "local"), [(8, 4), (4, 8)])
+def test_hosts_of_another_size(
+    tmp_path: Path,
+    planned_as: Callable[[Sequence[str], int, int], Planned],
+    planned_local: int,
+    local: int,
+) -> None:
+    """What lies on ranks is taken, on the devices of these hosts; what lies within hosts is refused."""
+    path = tmp_path / "plan.json"
+    planned = planned_as(KINDS[:4], 8, planned_local)
+    save(planned, path)
+    assert planned.plan is not None
+    before = planned.plan.plan[MODULE_PATH]
+    for name, sharding in load_plan(path, world_size=8, local_world_size=local).plan[MODULE_PATH].items():
+        assert (sharding.sharding_type, sharding.ranks) == (before[name].sharding_type, before[name].ranks)
+        if sharding.sharding_type == "data_parallel":
+            continue
+        shards, ranks = sharding.sharding_spec.shards, sharding.ranks
+        assert [str(shard.placement) for shard in shards] == [f"rank:{r}/cuda:{r % local}" for r in ranks]
+        assert [(shard.shard_offsets, shard.shard_sizes) for shard in shards] == [
+            (shard.shard_offsets, shard.shard_sizes) for shard in before[name].sharding_spec.shards
+        ]
+    for kind in KINDS[4:]:
+        planned = planned_as(("table_wise", kind), 8, planned_local)
+        save(planned, path)
+        assert load_plan(path, world_size=8, local_world_size=planned_local) == planned.plan
+        with pytest.raises(ConfigError) as refused:
+            load_plan(path, world_size=8, local_world_size=local)
+        said = str(refused.value)
+        assert f"plans {planned_local} ranks on each host and there are {local}: table 't_{kind}'" in said
+        assert f"--world_size 8 --local_world_size {local}" in said
+
+
+def test_the_launcher_says_how_many_ranks_a_host_has(
+    tmp_path: Path,
+    planned_as: Callable[[Sequence[str], int, int], Planned],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save(planned_as(("table_row_wise",), 8, 8), tmp_path / "plan.json")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    load_plan(tmp_path / "plan.json")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="8 ranks on each host and there are 4"):
+        load_plan(tmp_path / "plan.json")
 
 
 def test_uncompressed_tables_with_adam_are_planned_as_they_run_on_a_cpu() -> None:
