@@ -9,7 +9,7 @@ holds (table, is mean, key base) per feature. Eager mode takes the same kernels 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
@@ -281,4 +281,8 @@ def make_group(
         refusal or group.not_finite,
         micro_batch_rows or family.MICRO_BATCH_ROWS,
     )
-    return graphs.GraphedGroup(made, graphs.GraphRecorder()) if graphs.are_wanted(device) else made
+    return (
+        graphs.GraphedGroup(made, partial(graphs.GraphRecorder, device))
+        if graphs.are_wanted(device)
+        else made
+    )

@@ -82,6 +82,27 @@ def test_bits_of_eager_launches(
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def test_shapes_whose_steps_overlap() -> None:
+    """A replay must not touch what another shape's backward still needs."""
+    states = []
+    for graphs in ("1", "0"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+            gpu = made("adagrad")
+            for seed in range(6):
+                loss_of(gpu(batch(seed, size=64)).values()).backward()
+            for seed in range(6):
+                loss_of(gpu(batch(seed)).values()).backward()
+            for seed in range(4):
+                one, two = gpu(batch(seed)).values(), gpu(batch(seed, size=64)).values()
+                with torch.no_grad():
+                    gpu(batch(seed, size=32))
+                loss_of(one).backward()
+                loss_of(two).backward()
+            states.append([p.detach().clone() for p in gpu.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def test_prefetched_batches() -> None:
     states = []
     for ahead in (False, True):

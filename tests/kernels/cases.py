@@ -34,7 +34,7 @@ SHAPES = {
 }
 
 
-def make_engine(dims: int = 16) -> tuple[Engine, dict[str, Backend]]:
+def make_engine(dims: int = 16, methods: Sequence[str] = tuple(METHODS)) -> tuple[Engine, dict[str, Backend]]:
     torch.manual_seed(0)
     specs = [
         TableSpec(
@@ -47,6 +47,7 @@ def make_engine(dims: int = 16) -> tuple[Engine, dict[str, Backend]]:
             init_std=0.5,
         )
         for name, (rows, compression) in METHODS.items()
+        if name in methods
     ]
     tables = build(specs, torch.device("cpu"))
     for table in tables.values():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.plan import BatchPlan, Keys, keys_of, plan_batch
+from recemb_kernels.triton_frame.verdict import capturing
 from recemb_kernels.update import Update, is_stepped
 
 _S = TypeVar("_S")
@@ -138,6 +139,7 @@ class Family(ABC, Generic[_S]):
         self.num_features = num_features
         self._remembered: dict[tuple[int, ...], Tensor] = {}
         self._rates: tuple[Any, Tensor] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
     @abstractmethod
@@ -214,8 +216,14 @@ class Family(ABC, Generic[_S]):
     def put_rates(self, rates: Sequence[Sequence[Sequence[float]]]) -> Tensor:
         """[parameters, tables, 7] float32 on the device, always in one place; copied where they have changed.
 
-        Launches that are under way read the old ones: the copy is ordered after them.
+        Launches that are under way read the old ones: the copy is ordered after them. A user's own CUDA graph
+        has a place to itself, and keeps the rates of its capture.
         """
+        if capturing():
+            there = torch.tensor(rates, dtype=torch.float32, device="cpu", pin_memory=True)
+            held = torch.empty_like(there, device=self.device).copy_(there, non_blocking=True)
+            self._captured.append((there, held))
+            return held
         if self._rates is not None and self._rates[0] == rates:
             return self._rates[1]
         pinned = self.device.type == "cuda"

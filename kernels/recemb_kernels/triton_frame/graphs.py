@@ -12,7 +12,8 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from threading import get_ident
+from typing import Any, Protocol, TypeVar, cast
 from weakref import ref
 
 import torch
@@ -22,13 +23,15 @@ from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
-from recemb_kernels.triton_frame.verdict import poll
+from recemb_kernels.triton_frame.verdict import capturing, poll
 from recemb_kernels.update import Update
 
 _T = TypeVar("_T")
 # Launches of a shape that stay eager: kernels are compiled and tuned in them.
 _EAGER = 3
-_MOST_GRAPHS, _MOST_SHAPES = 8, 256
+_MOST_GRAPHS, _MOST_SHAPES, _MOST_STEPS = 8, 256, 4
+# Look-ups between two shapes that make room for others: a capture takes as long as dozens of steps.
+_PATIENCE = 256
 # Gradients that leave a graph are copied; beyond this they are computed outside of it.
 _MOST_GRADIENT_BYTES = 2**26
 
@@ -46,16 +49,21 @@ class Recorder(Protocol):
 
 
 class GraphRecorder:
-    """Captures into graphs that share one memory pool."""
+    """Captures the graphs of one shape, which share a memory pool.
 
-    def __init__(self) -> None:
+    A replay may overwrite what another graph of its pool holds for later: other shapes have their own pools.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._pool: Any = None
+        self._stream = cast(Any, torch.cuda).Stream(device)  # untyped
 
     def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
         """A graph of ``run``, which is not run."""
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate pinned memory meanwhile, as data loaders do.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             result = run()
         self._pool = graph.pool()
         return result, graph.replay
@@ -139,6 +147,8 @@ class _Graph:
             return run_eagerly()
         known = self._backwards[key]
         if known is None:
+            if len(self._backwards) > _MOST_STEPS:  # their optimizers' states have been replaced
+                self._backwards = {key: None}
             grad = torch.empty(grad_out.shape, dtype=torch.float32, device=grad_out.device)
 
             def run() -> Any:
@@ -170,13 +180,14 @@ class GraphedGroup:
 
     Args:
         group: the tables.
-        record: how launches are recorded.
+        recorder: makes what records the launches of one shape.
     """
 
-    def __init__(self, group: TritonGroup, record: Recorder) -> None:
-        self._group, self._record = group, record
+    def __init__(self, group: TritonGroup, recorder: Callable[[], Recorder]) -> None:
+        self._group, self._recorder = group, recorder
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph] = {}
+        self._patience = 0
         self._off = False
 
     @property
@@ -196,7 +207,7 @@ class GraphedGroup:
 
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | None:
         """As of the group; ``None`` where a graph will do it, with the rest of the look-up."""
-        if _shape(parameters, batch, True) in self._graphs:
+        if self._recurs(self._shape(parameters, batch, True)):
             return None
         return self._group.prepare(parameters, batch)
 
@@ -247,28 +258,64 @@ class GraphedGroup:
 
     def _graph(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
         """The graph of a shape that has recurred, unless an earlier look-up is not done with it."""
-        if self._off or not (batch.size and batch.ids.numel()) or _capturing():
+        if not (batch.size and batch.ids.numel()) or capturing():
             return None
-        shape = _shape(parameters, batch, keep)
-        known = self._graphs.get(shape)
+        shape = self._shape(parameters, batch, keep)
+        self._patience -= 1
+        if not self._recurs(shape):
+            return None
+        known = self._graphs.pop(shape, None)
         if known is not None:
+            self._graphs[shape] = known  # the last used is the last to go
             return None if known.busy else known
+        return self._capture(shape, parameters, batch, keep)
+
+    def _recurs(self, shape: Any) -> bool:
+        """Whether a shape is, or is to be, captured; counts it."""
+        if self._off or shape in self._graphs:
+            return not self._off
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
         self._seen[shape] = self._seen.get(shape, 0) + 1
-        if self._seen[shape] <= _EAGER:
-            return None
+        return self._seen[shape] > _EAGER
+
+    def _capture(self, shape: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
+        # Tables that have been replaced must not stay in memory for their graphs' sake.
+        for other in [other for other in self._graphs if other[-1] != shape[-1]]:
+            del self._graphs[other]
         if len(self._graphs) >= _MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+            if self._patience > 0:
+                return None
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest]
+            self._seen[oldest] = 0
+            self._patience = _PATIENCE
         try:
-            with self._group.on_device():
-                known = _Graph(self._group, self._record, parameters, batch, keep)
+            # The graph's memory serves look-ups in inference mode and others.
+            with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
+                made = _Graph(self._group, self._recorder(), parameters, batch, keep)
         except RuntimeError as error:
             _stay_eager(error)
             self._off = True
+            self._graphs.clear()
             return None
-        self._graphs[shape] = known
-        return known
+        self._graphs[shape] = made
+        return made
+
+    def _shape(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> tuple[Any, ...]:
+        """What a graph is captured for: sizes, types, precision, who looks up, and addresses.
+
+        Threads and streams have graphs of their own, as nothing orders what one does after the other.
+        """
+        weights = None if batch.weights is None else batch.weights.dtype
+        device = batch.ids.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return (
+            (batch.ids.numel(), batch.size, weights, batch.refused is None, keep),
+            precision(torch.float32),
+            (get_ident(), stream),
+            tuple(parameter.data_ptr() for parameter in parameters),
+        )
 
 
 def _stay_eager(error: RuntimeError) -> None:
@@ -276,21 +323,9 @@ def _stay_eager(error: RuntimeError) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _shape(parameters: Sequence[Tensor], batch: Batch, keep: bool) -> Any:
-    """What a graph is captured for: sizes, types, precision and addresses."""
-    weights = None if batch.weights is None else batch.weights.dtype
-    rounding = precision(torch.float32)
-    sizes = (batch.ids.numel(), batch.size, weights, batch.refused is None, keep, rounding)
-    return sizes, tuple(parameter.data_ptr() for parameter in parameters)
-
-
 def _address(update: Update | None) -> Any:
     """What the launches of a step depend on."""
     if update is None:
         return None
-    states = [None if s is None else s.data_ptr() for s in (*update.state, *update.state2)]
+    states = [None if s is None else (s.data_ptr(), s.dtype) for s in (*update.state, *update.state2)]
     return update.kind, update.left, tuple(states)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

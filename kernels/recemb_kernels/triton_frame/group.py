@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -19,7 +19,7 @@ from recemb_kernels.triton_frame.family import (
     Family,
     FamilyFeature,
 )
-from recemb_kernels.triton_frame.plan import Keys, infinite
+from recemb_kernels.triton_frame.plan import Keys, infinite, on_device
 from recemb_kernels.triton_frame.steps import rates_of
 from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
@@ -132,8 +132,8 @@ class TritonGroup:
         return cast(torch.cuda.Stream, cast(Any, torch.cuda).Stream(self.device))
 
     def on_device(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device, which may be another GPU."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        """For launches, which go to the current device."""
+        return on_device(self.device)
 
     def plan(self, batch: Batch) -> Call:
         """What the ids of a batch that has some decide, on the current stream."""
@@ -233,9 +233,9 @@ class TritonGroup:
             # Gradients that no kernel steps on must not carry a bad batch to an optimizer outside.
             grad_out = grad_out.masked_fill(batch.refused != 0, 0)
         stepping = any(update is not None for update in updates)
-        mark = infinite(grad_out if stepping else grad_out[:0])
-        refused = mark if batch.refused is None else mark | batch.refused
         with self.on_device():
+            mark = infinite(grad_out if stepping else grad_out[:0])
+            refused = mark if batch.refused is None else mark | batch.refused
             for family, own in self._families:
                 stored = self._parameters(parameters, own)
                 places = [k for t in own for k in range(self._first[t], self._first[t + 1])]
@@ -247,7 +247,7 @@ class TritonGroup:
                     refused,
                     asked.rates[family.index],
                 )
-                if count:
+                if count and batch.size:
                     found = family.backward(state, stored, own_asked)
                 else:
                     found = family.backward_without_ids(stored, own_asked)

@@ -27,6 +27,12 @@ def upper_bound(array, size, value, STEPS: tl.constexpr):
 
 
 @triton.jit
+def is_infinite(value):
+    """Whether float32 values are infinite, or no numbers, which compare as false."""
+    return (tl.abs(value) <= 3.4028234663852886e38) == 0
+
+
+@triton.jit
 def span_of(offsets, bags, here, num_ids):
     """First position and number of ids of bags.
 
@@ -182,9 +188,12 @@ def find_gradients(
     mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
     begin = tl.load(offsets + own, mask=here, other=0)
     length = tl.load(offsets + own + 1, mask=here, other=1) - begin
-    by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), tl.where(mean != 0, length, 1).to(tl.float32))
+    # A refused batch may have ids outside of every bag, and weights that are no numbers: its gradients are 0.
+    count_ = tl.maximum(tl.where(mean != 0, length, 1), 1).to(tl.float32)
+    by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), count_)
     if WEIGHTED:
-        by *= tl.load(weights + position, mask=here, other=0.0)
+        weight = tl.load(weights + position, mask=here, other=0.0).to(tl.float32)
+        by *= tl.where(is_infinite(weight), 0.0, weight)
     tl.store(start + at, own % batch_size * columns + column, mask=here)
     tl.store(scale + at, by, mask=here)
 
@@ -311,7 +320,7 @@ def weight_gradients(
         total += tl.sum(value.to(tl.float32) * grad, 1)
     begin = tl.load(offsets + own, mask=here, other=0)
     count = tl.load(offsets + own + 1, mask=here, other=1) - begin
-    total = tl.div_rn(total, tl.where(mean != 0, count, 1).to(tl.float32))
+    total = tl.div_rn(total, tl.maximum(tl.where(mean != 0, count, 1), 1).to(tl.float32))
     tl.store(out + position, total, mask=ours)
 
 

@@ -7,6 +7,7 @@ step never waits for the device.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,11 @@ class Keys:
     narrow: bool
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may be another GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def check(ids: Tensor, offsets: Tensor, weights: Tensor | None, rows: Tensor, batch_size: int) -> Tensor:
     """[1] int32 on the device: not 0 when a batch is malformed.
 
@@ -102,17 +108,18 @@ def check(ids: Tensor, offsets: Tensor, weights: Tensor | None, rows: Tensor, ba
     refused = torch.zeros(1, dtype=torch.int32, device=ids.device)
     bags, count = offsets.numel() - 1, ids.numel()
     constants = check_constants(bags, weights is not None)
-    check_batch[(cdiv(max(bags, count) + 1, constants["BL"]),)](
-        refused,
-        ids,
-        offsets,
-        offsets if weights is None else weights,
-        rows,
-        max(1, batch_size),
-        bags,
-        count,
-        **constants,
-    )
+    with on_device(ids.device):
+        check_batch[(cdiv(max(bags, count) + 1, constants["BL"]),)](
+            refused,
+            ids,
+            offsets,
+            offsets if weights is None else weights,
+            rows,
+            max(1, batch_size),
+            bags,
+            count,
+            **constants,
+        )
     return refused
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recemb_kernels.triton_frame.kernels import upper_bound
+from recemb_kernels.triton_frame.kernels import is_infinite, upper_bound
 
 
 @triton.jit
@@ -20,12 +20,6 @@ def bag_at(offsets, num_bags, at, STEPS: tl.constexpr):
     last = tl.zeros((), tl.int64) + num_bags
     bag = upper_bound(offsets, last + 1, at, STEPS) - 1
     return tl.minimum(tl.maximum(bag, 0), tl.maximum(last - 1, 0))
-
-
-@triton.jit
-def is_infinite(value):
-    """Whether float32 values are infinite, or no numbers, which compare as false."""
-    return (tl.abs(value) <= 3.4028234663852886e38) == 0
 
 
 @triton.jit

@@ -17,6 +17,11 @@ _Pending = tuple[Any, Tensor, Callable[[], Exception]]
 _pending: deque[_Pending] = deque()
 
 
+def capturing() -> bool:
+    """Whether launches are being recorded in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def note(mark: Tensor, error: Callable[[], Exception]) -> None:
     """Raise ``error()`` now or at a later :func:`poll` if ``mark`` [1] is not 0.
 
@@ -28,7 +33,7 @@ def note(mark: Tensor, error: Callable[[], Exception]) -> None:
         if bool(mark):
             raise error()
         return
-    if torch.cuda.is_current_stream_capturing():
+    if capturing():
         return  # A graph is replayed without the host: its marks can only forbid.
     host = torch.empty(mark.shape, dtype=mark.dtype, pin_memory=True)
     host.copy_(mark, non_blocking=True)
@@ -43,7 +48,7 @@ def poll(wait: bool = False) -> None:
     Args:
         wait: for those under way too, as a collection's ``state_dict`` does.
     """
-    if _pending and torch.cuda.is_current_stream_capturing():
+    if _pending and capturing():
         return  # Asking an event would end the capture.
     while _pending:
         arrived, host, error = _pending[0]
