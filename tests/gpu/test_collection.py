@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -161,17 +162,46 @@ def test_cached_rows(policy: str) -> None:
     )
 
 
+def trained(gpu: EmbeddingBagCollection, given: Sequence[KeyedJaggedTensor], ahead: bool) -> list[Tensor]:
+    """The weights after a step on each batch, the next one prepared between forward and backward or not."""
+    for k, kjt in enumerate(given):
+        loss = loss_of(gpu(kjt).values())
+        if ahead and k + 1 < len(given):
+            gpu.prefetch(given[k + 1])
+        loss.backward()
+    return [p.detach().clone() for p in gpu.parameters()]
+
+
+def step_without_waiting(gpu: EmbeddingBagCollection, kjt: KeyedJaggedTensor) -> None:
+    """A step that raises where the host would wait for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(gpu(kjt).values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_a_bad_id_changes_nothing(gpu: EmbeddingBagCollection, kjt: KeyedJaggedTensor) -> None:
+    """Put one into the batch, and take a step with it."""
+    before = [p.detach().clone() for p in gpu.parameters()]
+    kjt.values()[3] = 7000
+
+    def step() -> None:
+        loss_of(gpu(kjt).values()).backward()
+        poll(wait=True)
+
+    with pytest.raises(BatchError, match=r"id 7000 is outside \[0, 5000\)"):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, gpu.parameters(), strict=True))
+
+
 def test_batches_prepared_ahead_give_the_bits_of_a_plain_run() -> None:
     given, states = [features(seed).to("cuda") for seed in range(5)], []
     for ahead in (False, True):
         gpu = collection("cuda")
         apply_optimizer_in_backward(torch.optim.Adagrad, gpu.parameters(), {"lr": 0.1})
-        for k, kjt in enumerate(given):
-            loss = loss_of(gpu(kjt).values())
-            if ahead and k + 1 < len(given):
-                gpu.prefetch(given[k + 1])
-            loss.backward()
-        states.append([p.detach().clone() for p in gpu.parameters()])
+        states.append(trained(gpu, given, ahead))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
@@ -182,12 +212,7 @@ def test_a_step_never_waits_for_the_gpu() -> None:
     kjt.sync()
     for _ in range(2):  # kernels are compiled and tuned
         loss_of(gpu(kjt).values()).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_of(gpu(kjt).values()).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(gpu, kjt)
 
 
 def test_two_runs_give_the_same_bits() -> None:
@@ -203,17 +228,7 @@ def test_two_runs_give_the_same_bits() -> None:
 def test_a_bad_id_is_named_and_changes_nothing() -> None:
     gpu = collection("cuda")
     apply_optimizer_in_backward(torch.optim.SGD, gpu.parameters(), {"lr": 0.1})
-    before = [p.detach().clone() for p in gpu.parameters()]
-    kjt = features(1).to("cuda")
-    kjt.values()[3] = 7000
-
-    def step() -> None:
-        loss_of(gpu(kjt).values()).backward()
-        poll(wait=True)
-
-    with pytest.raises(BatchError, match=r"id 7000 is outside \[0, 5000\)"):
-        step()
-    assert all(torch.equal(a, b) for a, b in zip(before, gpu.parameters(), strict=True))
+    assert_a_bad_id_changes_nothing(gpu, features(1).to("cuda"))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

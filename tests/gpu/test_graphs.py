@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,17 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec import KeyedJaggedTensor
 
 from recemb import EmbeddingBagCollection
-from recemb.errors import BatchError
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.verdict import poll
-from tests.gpu.test_collection import METHODS, OPTIMIZERS, collection, loss_of
+from tests.gpu.test_collection import (
+    METHODS,
+    OPTIMIZERS,
+    assert_a_bad_id_changes_nothing,
+    collection,
+    loss_of,
+    step_without_waiting,
+    trained,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,8 +55,8 @@ def _watch(monkeypatch: pytest.MonkeyPatch) -> None:
     groups_made.clear()
     begin = GraphedGroup.__init__
 
-    def watched(self: GraphedGroup, *args: object) -> None:
-        begin(self, *args)  # type: ignore[arg-type]
+    def watched(self: GraphedGroup, *args: Any) -> None:
+        begin(self, *args)
         groups_made.append(self)
 
     monkeypatch.setattr(GraphedGroup, "__init__", watched)
@@ -104,16 +113,8 @@ def test_shapes_whose_steps_overlap() -> None:
 
 
 def test_prefetched_batches() -> None:
-    states = []
-    for ahead in (False, True):
-        gpu = made("adagrad")
-        given = [batch(seed) for seed in range(8)]
-        for k, kjt in enumerate(given):
-            loss = loss_of(gpu(kjt).values())
-            if ahead and k + 1 < len(given):
-                gpu.prefetch(given[k + 1])
-            loss.backward()
-        states.append([p.detach().clone() for p in gpu.parameters()])
+    given = [batch(seed) for seed in range(8)]
+    states = [trained(made("adagrad"), given, ahead) for ahead in (False, True)]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
@@ -124,29 +125,15 @@ def test_a_replay_never_waits_for_the_gpu() -> None:
     for _ in range(7):
         loss_of(gpu(kjt).values()).backward()
     assert sum(group.graphs for group in groups_made) == 1
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_of(gpu(kjt).values()).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(gpu, kjt)
 
 
 def test_a_bad_id_in_a_replay_is_named_and_changes_nothing() -> None:
     gpu = made("rowwise_adagrad")
     for seed in range(6):
         loss_of(gpu(batch(seed)).values()).backward()
-    before = [p.detach().clone() for p in gpu.parameters()]
-    kjt = batch(9)
-    kjt.values()[3] = 7000
-
-    def step() -> None:
-        loss_of(gpu(kjt).values()).backward()
-        poll(wait=True)
-
-    with pytest.raises(BatchError, match=r"id 7000 is outside \[0, 5000\)"):
-        step()
-    assert all(torch.equal(a, b) for a, b in zip(before, gpu.parameters(), strict=True))
+    before = next(iter(gpu.parameters())).detach().clone()
+    assert_a_bad_id_changes_nothing(gpu, batch(9))
     loss_of(gpu(batch(10)).values()).backward()
     poll(wait=True)
-    assert not torch.equal(before[0], next(iter(gpu.parameters())))
+    assert not torch.equal(before, next(iter(gpu.parameters())))

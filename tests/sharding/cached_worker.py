@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +32,7 @@ from tests.sharding.cached_cases import (
 from tests.sharding.cases import BATCH, KEYS, joined, variable_batch
 from tests.sharding.saved import FORMATS, load, save
 from tests.sharding.shared import Found, held, join, local_state, run_all
-from tests.sharding.worker import noted, prefetch_without_streams
+from tests.sharding.worker import through
 
 
 def stepper(model: nn.Module) -> torch.optim.Optimizer:
@@ -276,21 +274,11 @@ def pipeline(rank: int) -> Found:
     own, found = local_state(plain), {}
     for kind in (TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist):
         piped = sharded(case, state)
-        prepared: list[str] = []
-        for kernel in piped.module.ebc._kernels():
-            kernel._taken = partial(noted, kernel._taken, prepared)
-        runner = kind(piped, stepper(piped), torch.device("cpu"))
-        iterator = iter(batches)
-        with patch(
-            "torchrec.distributed.train_pipeline.train_pipelines.prefetch_embeddings",
-            prefetch_without_streams,
-        ):
-            for _ in batches:
-                runner.progress(iterator)
+        _, prepared = through(kind, piped, stepper(piped), batches)
         other = local_state(piped)
         found[kind.__name__] = {
             "equal": {key: torch.equal(own[key], other[key]) for key in own},
-            "prepared": len(prepared),
+            "prepared": prepared,
             "evictions": min((m.evictions for m in piped.module.ebc.cache_metrics().values()), default=None),
         }
     return found

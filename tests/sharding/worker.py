@@ -252,23 +252,32 @@ def pipeline(rank: int) -> Found:
     own, found = local_state(plain), {}
     for kind in (TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist):
         piped = sharded(case, state)
-        prepared: list[str] = []
-        for kernel in piped.module.ebc._kernels():
-            kernel._taken = partial(noted, kernel._taken, prepared)
-        runner = kind(piped, dense_optimizer(piped), torch.device("cpu"))
-        iterator = iter(batches)
-        with patch(
-            "torchrec.distributed.train_pipeline.train_pipelines.prefetch_embeddings",
-            prefetch_without_streams,
-        ):
-            shapes = [list(runner.progress(iterator).shape) for _ in batches]
+        outputs, prepared = through(kind, piped, dense_optimizer(piped), batches)
         other = local_state(piped)
         found[kind.__name__] = {
             "equal": {key: torch.equal(own[key], other[key]) for key in own},
-            "shapes": shapes,
-            "prepared": len(prepared),
+            "shapes": [list(out.shape) for out in outputs],
+            "prepared": prepared,
         }
     return found
+
+
+def through(
+    kind: type[TrainPipelineSparseDist[Any, Any]],
+    model: DistributedModelParallel,
+    optimizer: torch.optim.Optimizer,
+    batches: list[KeyedJaggedTensor],
+) -> tuple[list[Any], int]:
+    """Train through a pipeline of torchrec's: its outputs, and how many batches were prepared ahead."""
+    prepared: list[str] = []
+    for kernel in model.module.ebc._kernels():
+        kernel._taken = partial(noted, kernel._taken, prepared)
+    runner = kind(model, optimizer, torch.device("cpu"))
+    iterator = iter(batches)
+    name = "torchrec.distributed.train_pipeline.train_pipelines.prefetch_embeddings"
+    with patch(name, prefetch_without_streams):
+        outputs = [runner.progress(iterator) for _ in batches]
+    return outputs, len(prepared)
 
 
 def prefetch_without_streams(context: Any, modules: list[Any], *_: Any) -> None:

@@ -1,9 +1,9 @@
 """Look-ups of recurring shapes as CUDA graphs: one launch in place of dozens.
 
 A look-up's kernels are launched for bounds that the host knows, and read all else on the device, so the
-same launches serve every batch with as many ids. From the fourth such batch on they are replayed from a
-graph, which reads the batch from memory of its own. Steps read their rates from the device too, so a schedule
-changes nothing about a graph. ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
+same launches serve every batch with as many ids. From the fourth such batch on (the fifth for its backward)
+they are replayed from a graph, which reads the batch from memory of its own. Steps read their rates from the
+device too, so a schedule changes nothing about a graph. ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ class _Graph:
         self, group: TritonGroup, record: Recorder, parameters: Sequence[Tensor], batch: Batch, keep: bool
     ) -> None:
         self._group, self._record, self._parameters = group, record, list(parameters)
-        copies = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
-        weights, refused = copies
+        weights, refused = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
         self.batch = Batch(batch.ids.clone(), batch.offsets.clone(), weights, batch.size, refused)
 
         def run() -> tuple[Tensor, Call]:
@@ -142,11 +141,13 @@ class _Graph:
         def run_eagerly() -> tuple[list[Tensor | None], Tensor | None, Tensor]:
             return self._group.run_backward(grad_out, self._parameters, self.batch, self._call, asked)
 
-        if key not in self._backwards or self._too_large(asked) or not self._may_record:
-            self._backwards.setdefault(key, None)  # The first of a kind compiles kernels.
+        if key not in self._backwards:
+            self._backwards[key] = None  # The first of a kind compiles kernels.
             return run_eagerly()
         known = self._backwards[key]
         if known is None:
+            if not self._may_record or self._too_large(asked):
+                return run_eagerly()
             if len(self._backwards) > _MOST_STEPS:  # their optimizers' states have been replaced
                 self._backwards = {key: None}
             grad = torch.empty(grad_out.shape, dtype=torch.float32, device=grad_out.device)

@@ -114,9 +114,8 @@ class TritonGroup:
 
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call:
         """Sort and group a batch ahead of its forward, on a stream beside what runs now."""
-        call = Call(batch, self.columns, self._keys)
         if not (batch.size and batch.ids.numel()):
-            return call
+            return Call(batch, self.columns, self._keys)
         if self.device.type != "cuda":
             return self.plan(batch)
         current = torch.cuda.current_stream(self.device)

@@ -189,8 +189,8 @@ def find_gradients(
     begin = tl.load(offsets + own, mask=here, other=0)
     length = tl.load(offsets + own + 1, mask=here, other=1) - begin
     # A refused batch may have ids outside of every bag, and weights that are no numbers: its gradients are 0.
-    count_ = tl.maximum(tl.where(mean != 0, length, 1), 1).to(tl.float32)
-    by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), count_)
+    divisor = tl.maximum(tl.where(mean != 0, length, 1), 1).to(tl.float32)
+    by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), divisor)
     if WEIGHTED:
         weight = tl.load(weights + position, mask=here, other=0.0).to(tl.float32)
         by *= tl.where(is_infinite(weight), 0.0, weight)
