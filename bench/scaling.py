@@ -10,19 +10,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from bench.program import RESULTS, add_output, make_parser, positive, row_scale, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, rate, row_scale, run_program
 from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
 Time a DLRM training step on the 26 tables of Criteo Kaggle under torchrec's DistributedModelParallel (gloo,
 one process a rank, one thread each by default): uncompressed tables table-wise; the 7 largest as tensor
-trains of rank 32, on every rank or table-wise. The global batch stays. The models take turns; ratios are
-medians of the round-by-round ratios to the uncompressed model. What the tables send is counted in one step.
+trains of rank 32, on every rank or table-wise; table-wise ones in 4 slices too, whose rows travel while the
+next is looked up. The global batch stays. The models take turns; ratios are medians of the round-by-round
+ratios to the uncompressed model. What the tables send is counted in one step. With --link_gbits it takes as
+long as a link of that speed would, which one machine does not have; the CPU is free meanwhile.
 """
 _ROOT = Path(__file__).resolve().parents[1]
 _TIMEOUT = 900
@@ -36,6 +38,7 @@ class Row:
         rank_bytes: parameters of tables on the fullest rank.
         sent_bytes: what the tables of a rank send in a step, the mean over the ranks; ``expected_bytes`` says
             what the design asks for (ids, lengths, pooled rows, gradients), without the sizes of messages.
+        link_gbits: of the simulated link between ranks, Gbit/s; none when ``None``.
         speed_ratio: steps a second over the uncompressed model's on as many processes.
         speed_up: over this model's on one process.
     """
@@ -43,6 +46,7 @@ class Row:
     model: str
     processes: int
     threads: int
+    link_gbits: float | None
     global_batch: int
     table_bytes: int
     rank_bytes: int
@@ -52,6 +56,32 @@ class Row:
     p50_us: float
     speed_ratio: float
     speed_up: float | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What each rank is asked to measure.
+
+    Args:
+        batch: samples of each rank.
+        scale: of the tables' rows, a fraction as text.
+        link_gbits: speed of the simulated link, Gbit/s; none when ``None``.
+        timeout: seconds until a rank gives the others up.
+    """
+
+    world: int
+    models: list[str]
+    batch: int
+    threads: int
+    scale: str
+    rounds: int
+    link_gbits: float | None = None
+    timeout: int = _TIMEOUT
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, processes: int, models: list[str]) -> Asked:
+        batch, scale = args.batch // processes, str(args.scale)
+        return cls(processes, models, batch, args.threads, scale, args.rounds, args.link_gbits)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=positive, default=4096, metavar="B", help="of all ranks (4096)")
     parser.add_argument("--threads", type=positive, default=1, metavar="T", help="of each process (1)")
+    parser.add_argument(
+        "--link_gbits", type=rate, default=None, metavar="G", help="of each rank's simulated link, Gbit/s"
+    )
     parser.add_argument("--scale", type=row_scale, default=Fraction(1), metavar="S", help="of the rows (1)")
     parser.add_argument("--rounds", type=positive, default=15, metavar="K", help="default %(default)s")
     add_output(parser)
@@ -90,19 +123,18 @@ def _run(args: argparse.Namespace) -> int:
     folder = results_folder(args.output, RESULTS)
     print(machine.heading())
     found = {
-        processes: run_ranks(processes, list(MODELS), args.batch, args.threads, args.scale, args.rounds)
+        processes: run_ranks(processes, Asked.of(args, processes, list(MODELS)))
         for processes in args.processes
     }
-    rows = rows_of(found, args.threads, args.batch)
+    rows = rows_of(found, args.threads, args.batch, args.link_gbits)
     print(table(rows))
     if folder is not None:
-        write_csv(folder / "scaling.csv", rows, machine)
+        name = "scaling.csv" if args.link_gbits is None else "scaling_link.csv"
+        write_csv(folder / name, rows, machine)
     return 0
 
 
-def run_ranks(
-    processes: int, models: list[str], batch: int, threads: int, scale: Fraction, rounds: int
-) -> list[list[dict[str, Any]]]:
+def run_ranks(processes: int, asked: Asked) -> list[list[dict[str, Any]]]:
     """What each rank measured of each model.
 
     Raises:
@@ -110,18 +142,9 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="recemb-scaling-") as name:
         folder = Path(name)
-        asked = {
-            "world": processes,
-            "models": models,
-            "batch": batch // processes,
-            "threads": threads,
-            "scale": str(scale),
-            "rounds": rounds,
-            "timeout": _TIMEOUT,
-        }
-        (folder / "asked.json").write_text(json.dumps(asked))
+        (folder / "asked.json").write_text(json.dumps(asdict(asked)))
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(asked.threads),
             "LOCAL_WORLD_SIZE": str(processes),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
@@ -163,7 +186,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
         time.sleep(0.1)
 
 
-def rows_of(found: dict[int, list[list[dict[str, Any]]]], threads: int, batch: int) -> list[Row]:
+def rows_of(
+    found: dict[int, list[list[dict[str, Any]]]], threads: int, batch: int, link_gbits: float | None = None
+) -> list[Row]:
     """The figures; the first model of each rank is the uncompressed one."""
     import numpy as np
 
@@ -184,6 +209,7 @@ def rows_of(found: dict[int, list[list[dict[str, Any]]]], threads: int, batch: i
                     model=first["model"],
                     processes=processes,
                     threads=threads,
+                    link_gbits=link_gbits,
                     global_batch=batch,
                     table_bytes=first["table_bytes"],
                     rank_bytes=max(one["rank_bytes"] for one in own),
@@ -206,13 +232,13 @@ def _mean(own: Sequence[dict[str, Any]], name: str) -> float:
 def table(rows: Sequence[Row]) -> str:
     """The figures, within 100 columns."""
     lines = [
-        f"{'tables':<33}{'ranks':>6}{'MB a rank':>11}{'sent MB':>9}{'design':>8}"
+        f"{'tables':<39}{'ranks':>6}{'MB a rank':>11}{'sent MB':>9}{'design':>8}"
         f"{'P50 ms':>9}{'x dense':>9}{'x 1 rank':>9}"
     ]
     for row in rows:
         up = "" if row.speed_up is None else f"{row.speed_up:.2f}"
         lines.append(
-            f"{row.model:<33}{row.processes:>6}{row.rank_bytes / 1e6:>11,.1f}{row.sent_bytes / 1e6:>9.3f}"
+            f"{row.model:<39}{row.processes:>6}{row.rank_bytes / 1e6:>11,.1f}{row.sent_bytes / 1e6:>9.3f}"
             f"{row.expected_bytes / 1e6:>8.3f}{row.p50_us / 1e3:>9.1f}{row.speed_ratio:>9.2f}{up:>9}"
         )
     return "\n".join(lines)

@@ -6,11 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,9 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from bench.ids import make_batches
 from bench.ours import build_collection, table_bytes, table_specs
 from bench.peers import feature_names
+from bench.scaling import Asked
 from bench.settings import DENSE, KAGGLE, LARGEST_TT
-from bench.traffic import Traffic, counted, expected
+from bench.traffic import Traffic, counted, expected, linked
 from recemb import Dense
 from recemb.data.synthetic import scaled_cardinalities
 from recemb.models import dlrm
@@ -35,7 +36,16 @@ from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
 
 REPLICATED = f"{LARGEST_TT}, on every rank"
 TABLE_WISE = f"{LARGEST_TT}, table-wise"
-MODELS = {DENSE: DENSE, REPLICATED: LARGEST_TT, TABLE_WISE: LARGEST_TT}
+_SLICES = 4
+DENSE_SLICED, TABLE_WISE_SLICED = f"{DENSE}, {_SLICES} slices", f"{TABLE_WISE}, {_SLICES} slices"
+# Each with its tables and its slices.
+MODELS = {
+    DENSE: (DENSE, 1),
+    DENSE_SLICED: (DENSE, _SLICES),
+    REPLICATED: (LARGEST_TT, 1),
+    TABLE_WISE: (LARGEST_TT, 1),
+    TABLE_WISE_SLICED: (LARGEST_TT, _SLICES),
+}
 _DENSE_FEATURES, _WARM_UP = 13, 3
 _DENSE_ARCH, _OVER_ARCH = (512, 256, 16), (512, 512, 256, 1)
 _PATH = "sparse_arch.embedding_bag_collection"
@@ -76,7 +86,8 @@ class Model:
 
     def __init__(self, model: str, scale: Fraction, batch: int, world: int, rank: int) -> None:
         self.setting = replace(KAGGLE, rows=tuple(scaled_cardinalities(scale)), batch=batch)
-        self.specs = table_specs(MODELS[model], self.setting.rows, self.setting.dim)
+        tables, slices = MODELS[model]
+        self.specs = table_specs(tables, self.setting.rows, self.setting.dim)
         self.places = places_of(model, self.specs, world)
         collection = build_collection(self.specs, self.setting.optimizer, device="meta")
         torch.manual_seed(0)
@@ -93,7 +104,7 @@ class Model:
             device_type="cpu",
         )
         self.module = DistributedModelParallel(
-            whole, device=torch.device("cpu"), plan=ShardingPlan({_PATH: plan}), sharders=get_sharders()
+            whole, device=torch.device("cpu"), plan=ShardingPlan({_PATH: plan}), sharders=get_sharders(slices)
         )
         self.names = feature_names(len(self.specs))
         dense = dict(in_backward_optimizer_filter(self.module.named_parameters()))
@@ -117,14 +128,15 @@ class Model:
         return replicated, own + replicated
 
 
-def measure(models: Sequence[str], scale: Fraction, batch: int, rounds: int) -> list[Measured]:
+def measure(asked: Asked) -> list[Measured]:
     """Every model in turns, round by round, each from a barrier on."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    made = {name: Model(name, scale, batch, world, rank) for name in models}
+    rank, gbits = dist.get_rank(), asked.link_gbits
+    scale = Fraction(asked.scale)
+    made = {name: Model(name, scale, asked.batch, asked.world, rank) for name in asked.models}
     batches = make_batches(next(iter(made.values())).setting, seed=rank)
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[float]] = {name: [] for name in asked.models}
     traffic: dict[str, Traffic] = {}
-    for turn in range(-_WARM_UP, rounds):
+    for turn in range(-_WARM_UP, asked.rounds):
         for name, model in made.items():
             given = batches[turn % len(batches)]
             dist.barrier()
@@ -132,8 +144,9 @@ def measure(models: Sequence[str], scale: Fraction, batch: int, rounds: int) -> 
                 with counted() as traffic[name]:
                     model.step(given.ids, given.lengths)
                 continue
-            started = time.perf_counter()
-            model.step(given.ids, given.lengths)
+            with nullcontext() if gbits is None else linked(gbits):
+                started = time.perf_counter()
+                model.step(given.ids, given.lengths)
             took = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
             dist.all_reduce(took, dist.ReduceOp.MAX)
             if turn >= 0:
@@ -141,7 +154,7 @@ def measure(models: Sequence[str], scale: Fraction, batch: int, rounds: int) -> 
     found = []
     for name, model in made.items():
         replicated, own = model.bytes_of(rank)
-        design = expected(rank, world, batch, model.setting.dim, 1, model.places, replicated)
+        design = expected(rank, asked.world, asked.batch, model.setting.dim, 1, model.places, replicated)
         whole = table_bytes(model.specs)
         sent, said = asdict(traffic[name]), asdict(design)
         found.append(Measured(name, whole, own, times[name], sent, said))
@@ -149,16 +162,16 @@ def measure(models: Sequence[str], scale: Fraction, batch: int, rounds: int) -> 
 
 
 def main(rank: int, folder: Path) -> None:
-    asked: dict[str, Any] = json.loads((folder / "asked.json").read_text())
-    torch.set_num_threads(asked["threads"])
+    asked = Asked(**json.loads((folder / "asked.json").read_text()))
+    torch.set_num_threads(asked.threads)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(str(folder / "store"), asked["world"]),
+        store=dist.FileStore(str(folder / "store"), asked.world),
         rank=rank,
-        world_size=asked["world"],
-        timeout=timedelta(seconds=asked["timeout"]),
+        world_size=asked.world,
+        timeout=timedelta(seconds=asked.timeout),
     )
-    found = measure(asked["models"], Fraction(asked["scale"]), asked["batch"], asked["rounds"])
+    found = measure(asked)
     (folder / f"rank{rank}.json").write_text(json.dumps([asdict(one) for one in found]))
     dist.destroy_process_group()
 

@@ -1,10 +1,12 @@
-"""Bytes that one rank sends to the others: counted as they go, and as the design says."""
+"""Bytes that one rank sends to the others: counted, slowed down to a link's speed, and as the design says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -35,10 +37,66 @@ class Traffic:
         return self.integers + self.pooled + self.reduced
 
 
+@dataclass
+class _Sent:
+    """One exchange: its bytes from this rank to the others, of what kind, and what starts it."""
+
+    kind: str
+    size: float
+    start: Callable[[], Any]
+
+
 @contextmanager
 def counted() -> Iterator[Traffic]:
     """Count the collectives that Python starts: those of the tables. DDP starts its own in C++."""
     found = Traffic()
+
+    def count(sent: _Sent) -> Any:
+        setattr(found, sent.kind, getattr(found, sent.kind) + sent.size)
+        found.calls += 1
+        return sent.start()
+
+    with _exchanges(count):
+        yield found
+
+
+@contextmanager
+def linked(gbits: float) -> Iterator[None]:
+    """Let the tables' exchanges take as long as over a link of ``gbits`` Gbit/s from each rank, one by one.
+
+    What a rank sends is there once the link has been free for long enough; meanwhile the rank computes, or
+    sleeps when it has to wait. Real exchanges take place too, so this only adds to them.
+    """
+    free = 0.0
+
+    def travel(sent: _Sent) -> Any:
+        nonlocal free
+        work = sent.start()
+        free = max(free, time.perf_counter()) + sent.size / (gbits * 1e9 / 8)
+        travelling = _Travelling(work, free)
+        if work is None:
+            travelling.wait()
+            return None
+        return travelling
+
+    with _exchanges(travel):
+        yield
+
+
+class _Travelling:
+    """An exchange that is not there before ``at``."""
+
+    def __init__(self, work: Any, at: float) -> None:
+        self._work, self._at = work, at
+
+    def wait(self, *arguments: Any) -> Any:
+        done = None if self._work is None else self._work.wait(*arguments)
+        time.sleep(max(0.0, self._at - time.perf_counter()))
+        return done
+
+
+@contextmanager
+def _exchanges(run: Callable[[_Sent], Any]) -> Iterator[None]:
     exchange, reduce = dist.all_to_all_single, dist.all_reduce
 
     def all_to_all_single(
@@ -53,26 +111,21 @@ def counted() -> Iterator[Traffic]:
         rows = len(input)
         kept = rows // world if not input_split_sizes else input_split_sizes[rank]
         sent = (rows - kept) * (input.numel() // max(1, rows)) * input.element_size()
-        if input.is_floating_point():
-            found.pooled += sent
-        else:
-            found.integers += sent
-        found.calls += 1
-        return exchange(output, input, output_split_sizes, input_split_sizes, group, async_op)
+        start = partial(exchange, output, input, output_split_sizes, input_split_sizes, group, async_op)
+        return run(_Sent("pooled" if input.is_floating_point() else "integers", sent, start))
 
     def all_reduce(
         tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
         world = dist.get_world_size(group)
-        found.reduced += 2 * (world - 1) / world * tensor.numel() * tensor.element_size()
-        found.calls += 1
-        return reduce(tensor, op, group, async_op)
+        sent = 2 * (world - 1) / world * tensor.numel() * tensor.element_size()
+        return run(_Sent("reduced", sent, partial(reduce, tensor, op, group, async_op)))
 
     with (
         patch.object(dist, "all_to_all_single", all_to_all_single),
         patch.object(dist, "all_reduce", all_reduce),
     ):
-        yield found
+        yield
 
 
 def expected(

@@ -82,6 +82,10 @@ _FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
         ),
         "resume": (None, "go on from the newest checkpoint in --output, or start where there is none"),
         "plan": ("FILE", "where each table goes, by recemb plan (default: whole tables, spread evenly)"),
+        "communication_slices": (
+            "N",
+            "look sharded tables up in N slices and send one's rows while the next is computed (default 1)",
+        ),
         "dist_timeout_seconds": (
             "S",
             "give up when the other ranks do not answer for S seconds (default 300)",

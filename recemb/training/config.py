@@ -105,6 +105,7 @@ class RunConfig(BaseModel):
     checkpoint_freq: Annotated[int, Field(ge=0)] = 0
     resume: bool = False
     plan: str | None = None
+    communication_slices: PositiveInt = 1
     dist_timeout_seconds: PositiveInt = 300
 
     @model_validator(mode="after")

@@ -124,6 +124,11 @@ def _check_world(config: RunConfig, world: World) -> None:
             f"--plan {config.plan} spreads tables over ranks and this is one process; start several, e.g. "
             "torchrun --standalone --nproc_per_node=2 -m recemb train ..., or remove it"
         )
+    if world.size == 1 and config.communication_slices > 1:
+        raise ConfigError(
+            f"--communication_slices {config.communication_slices} is of what ranks send each other and this "
+            "is one process; start several, e.g. with --nproc_per_node 2, or remove it"
+        )
 
 
 def _train_one(run: _Run, stop: StopRequest) -> None:

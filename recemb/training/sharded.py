@@ -118,12 +118,15 @@ def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, worl
     sharding = {name: _described(plan[name]) for name in plan}
     world.check_equal("sharding plans", {name: _facts(own) for name, own in plan.items()})
     with world.agreeing():
-        sharded = shard_model(model, plan, torch.device(config.device))
+        sharded = shard_model(model, plan, torch.device(config.device), config.communication_slices)
     return ShardedModel(sharded, build_sharded_optimizer(config, sharded), sharding, column_shards(plan))
 
 
 def shard_model(
-    model: nn.Module, plan: Mapping[str, ParameterSharding], device: torch.device
+    model: nn.Module,
+    plan: Mapping[str, ParameterSharding],
+    device: torch.device,
+    communication_slices: int = 1,
 ) -> DistributedModelParallel:
     """Spread ``model`` over the default group's ranks; its weights stay those it has now.
 
@@ -132,6 +135,7 @@ def shard_model(
             afterwards.
         plan: by table name.
         device: of this rank.
+        communication_slices: of the sharder.
     """
     path, _ = find_collection(model)
     state = model.state_dict()
@@ -141,7 +145,7 @@ def shard_model(
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
         plan=ShardingPlan({path: own}),
-        sharders=get_sharders(),
+        sharders=get_sharders(communication_slices),
     )
     # torchrec draws the tables anew.
     sharded.load_state_dict(state)

@@ -33,7 +33,16 @@ from recemb.training.optimizer_state import as_on_one_process
 # What may differ between a run and its continuation. The batch is compared over all ranks.
 _FREE: Final = frozenset(
     {"output", "overwrite", "resume", "checkpoint_freq", "plan", "dist_timeout_seconds", "data_dir"}
-    | {"dataset_name", "compare", "epochs", "patience", "batch_size", "test_batch_size", "device"}
+    | {
+        "communication_slices",
+        "dataset_name",
+        "compare",
+        "epochs",
+        "patience",
+        "batch_size",
+        "test_batch_size",
+        "device",
+    }
 )
 
 

@@ -61,6 +61,12 @@ def test_a_plan_for_ranks_that_are_not_there(launcher: Launcher, tmp_path: Path)
     assert "--plan plan.json spreads tables over ranks and this is one process" in ended.logs[0]
 
 
+def test_slices_of_what_nobody_is_sent(launcher: Launcher, tmp_path: Path) -> None:
+    ended = launcher.train(tmp_path / "run", size=1, communication_slices=2)
+    assert ended.codes == [2]
+    assert "--communication_slices 2 is of what ranks send each other" in ended.logs[0]
+
+
 def test_f25_a_port_in_use(launcher: Launcher, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -66,19 +66,21 @@ def of_case(every: list[Found], name: str) -> list[Found]:
     return each
 
 
-def sharded(case: Case, state: dict[str, Tensor]) -> DistributedModelParallel:
+def sharded(case: Case, state: dict[str, Tensor], slices: int = 1) -> DistributedModelParallel:
     """The model on all ranks, with the weights of an unsharded one, or fresh ones."""
     model = Model(collection(case, "meta"))
     attach(case, list(model.ebc.parameters()))
-    return distributed(case, model, state)
+    return distributed(case, model, state, slices)
 
 
-def distributed(case: Case, model: Model, state: dict[str, Tensor]) -> DistributedModelParallel:
+def distributed(
+    case: Case, model: Model, state: dict[str, Tensor], slices: int = 1
+) -> DistributedModelParallel:
     made = DistributedModelParallel(
         model,
         device=torch.device("cpu"),
         plan=ShardingPlan({"ebc": plan(case, model.ebc)}),
-        sharders=get_sharders(),
+        sharders=get_sharders(slices),
     )
     if state:
         made.load_state_dict({key: value.clone() for key, value in state.items()})

@@ -38,6 +38,7 @@ from recemb.torchrec_io.sharding.shardings import (
     CompressedShardingInfo,
     compressed_sharding,
 )
+from recemb.torchrec_io.sharding.slices import check_slices, sliced
 from recemb.torchrec_io.sharding.state import load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
 
@@ -67,6 +68,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         env: the ranks.
         fused_params: torchrec's, for the uncompressed tables.
         device: where parameters live.
+        communication_slices: slices of the tables, whose rows travel while the next slice is looked up.
         options: further arguments of torchrec's.
 
     Raises:
@@ -82,8 +84,10 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         env: ShardingEnv,
         fused_params: dict[str, Any] | None = None,
         device: torch.device | None = None,
+        communication_slices: int = 1,
         **options: Any,
     ) -> None:
+        check_slices(communication_slices)
         tables = CompressedTables.of(module, device)
         configs = module.embedding_bag_configs()
         names = [config.name for config in configs]
@@ -97,7 +101,8 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         # Before torchrec's own, which asks for them.
         self._compressed = tables
         self._shards: dict[str, ShardedTensor] = {}
-        super().__init__(LogicalTables(module, tables), plan, env, fused_params, device, **options)
+        logical = LogicalTables(module, tables, communication_slices)
+        super().__init__(logical, plan, env, fused_params, device, **options)
         self._targets = _targets(module)
         self._means = SplitMeans(configs, plan)
         self._has_mean_pooling_callback = False
@@ -129,7 +134,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             module, *rest, **named
         )
         tables = module.tables
-        return {
+        own = {
             kind: [
                 CompressedShardingInfo.of(info, tables)
                 if info.embedding_config.name in tables.specs
@@ -138,6 +143,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             ]
             for kind, infos in by_type.items()
         }
+        return sliced(own, module.communication_slices, [peers for _, peers in tables.storages])
 
     @classmethod
     def create_embedding_bag_sharding(

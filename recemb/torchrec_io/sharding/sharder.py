@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torchrec.distributed.types import ModuleSharder, ParameterSharding, Shardin
 from recemb.errors import ConfigError
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
+from recemb.torchrec_io.sharding.slices import check_slices
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
 
 
@@ -35,6 +37,14 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
     Args:
         fused_params, qcomm_codecs_registry, sharded_module_order_overwrite: torchrec's; ``fused_params`` are
             of the uncompressed tables.
+        communication_slices: 1 looks all tables up and then sends their rows. With 2 and more, table-wise
+            and row-wise tables are looked up slice by slice; meanwhile the rows of the slice before travel,
+            and in the backward the gradients of the slices to come. The numbers stay the same (sums of
+            row-wise tables over three ranks and more to a rounding). Each slice costs its calls and
+            messages, on every rank: worth it where the links take longer than those.
+
+    Raises:
+        ConfigError: fewer than one slice.
 
     Example::
 
@@ -45,6 +55,11 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
         )
         optimizer = CombinedOptimizer([model.fused_optimizer, dense])
     """
+
+    def __init__(self, *arguments: Any, communication_slices: int = 1, **named: Any) -> None:
+        check_slices(communication_slices)
+        super().__init__(*arguments, **named)
+        self._communication_slices = communication_slices
 
     def shard(
         self,
@@ -65,6 +80,7 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
             env,
             self.fused_params,
             device,
+            self._communication_slices,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
@@ -94,10 +110,14 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
         return ShardedEmbeddingBagCollection
 
 
-def get_sharders() -> list[ModuleSharder[nn.Module]]:
+def get_sharders(communication_slices: int = 1) -> list[ModuleSharder[nn.Module]]:
     """torchrec's default sharders and recemb's: ``DistributedModelParallel(model, sharders=get_sharders())``.
 
     torchrec looks sharders up by a module's exact type: with its defaults alone, a
     :class:`recemb.EmbeddingBagCollection` is replicated on every rank without a word.
+
+    Args:
+        communication_slices: of :class:`EmbeddingBagCollectionSharder`.
     """
-    return [*get_default_sharders(), EmbeddingBagCollectionSharder()]
+    own = EmbeddingBagCollectionSharder(communication_slices=communication_slices)
+    return [*get_default_sharders(), own]

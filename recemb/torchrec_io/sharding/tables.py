@@ -140,13 +140,21 @@ class LogicalTables:
 
     A compressed table is stood in for by a proxy on ``meta`` of ceil(P / D) rows of D columns, which tells
     the stock estimators its P parameters and its D columns. Tables that share one array count it once.
+
+    Args:
+        module: the collection.
+        tables: its compressed tables.
+        communication_slices: into how many slices torchrec is to part them, which it asks a class method for.
     """
 
     device = torch.device("meta")
 
-    def __init__(self, module: EmbeddingBagCollection, tables: CompressedTables) -> None:
+    def __init__(
+        self, module: EmbeddingBagCollection, tables: CompressedTables, communication_slices: int = 1
+    ) -> None:
         self._module = module
         self.tables = tables
+        self.communication_slices = communication_slices
 
     def embedding_bag_configs(self) -> list[TorchrecEmbeddingBagConfig]:
         configs: list[TorchrecEmbeddingBagConfig] = self._module.embedding_bag_configs()
