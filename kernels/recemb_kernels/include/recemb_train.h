@@ -200,8 +200,10 @@ struct Train : Sizes<MIRRORED> {
   void multiply_level() const {
     if constexpr (l > 0 && l < LAST) {
       const Level& level = table.level[l];
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t p = level.slice_piece[slice]; p < level.slice_piece[slice + 1]; p++) {
+      const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
+      const int64_t at_once = tasks_at_once(last - first);
+#pragma omp for schedule(dynamic, at_once)
+      for (int64_t p = first; p < last; p++) {
         const float* a[PIECE * S::M(l)];
         float* c[PIECE * S::M(l)];
         const int64_t from = level.piece_start[p];

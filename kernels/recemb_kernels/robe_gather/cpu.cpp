@@ -167,6 +167,29 @@ void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int6
   }
 }
 
+// Steps on this thread's share of the touched array rows. A row's gradient is its half of the blocks that start in it
+// and the other half of those that start in the row before, which the loop has just added up and hands on.
+void add_rows(const Table* table, const Call* call, const Blocks& blocks) {
+  const int64_t rows = static_cast<int64_t>(blocks.row.size()), count = table->code->constants[0];
+  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  float sums[2][2 * Z], grad[Z];
+  for (int64_t k = rows * thread / threads; k < rows * (thread + 1) / threads; k++) {
+    const int64_t row = blocks.row[k], before = row ? row - 1 : count - 1;
+    float *own = sums[k & 1], *spilled = sums[~k & 1];
+    // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
+    const int64_t at = row ? k - 1 : rows - 1;
+    const bool joined = at >= 0 && blocks.row[at] == before;
+    if (!joined || k == rows * thread / threads) {
+      std::fill(spilled, spilled + 2 * Z, 0.0f);
+      if (joined) add_blocks(table, call, blocks, blocks.first[at], before, spilled);
+    }
+    std::fill(own, own + 2 * Z, 0.0f);
+    add_blocks(table, call, blocks, blocks.first[k], row, own);
+    for (int j = 0; j < Z; j++) grad[j] = own[j] + spilled[Z + j];
+    finish_row<Z>(table, 0, row, grad);
+  }
+}
+
 int64_t kept(const Table*, const Call*) { return 0; }
 int64_t spare(const Table* table, const Call* call) { return call->grad_out && !DIRECT ? table->rows() * D : 0; }
 
@@ -196,7 +219,7 @@ void backward(const Table* table, const Call* call) {
       });
     });
   }
-  const int64_t rows = DIRECT ? table->ids : table->rows(), count = table->code->constants[0];
+  const int64_t rows = DIRECT ? table->ids : table->rows();
   // One set of vectors a thread that ever sorts, so that their memory is used again.
   static thread_local Blocks sorted;
 #pragma omp single
@@ -228,18 +251,8 @@ void backward(const Table* table, const Call* call) {
   }
 #pragma omp single
   sort_blocks(table, blocks);
-#pragma omp for schedule(static)
-  for (int64_t k = 0; k < static_cast<int64_t>(blocks.row.size()); k++) {
-    float own[2 * Z] = {}, spilled[2 * Z] = {}, grad[Z];
-    const int64_t row = blocks.row[k];
-    add_blocks(table, call, blocks, blocks.first[k], row, own);
-    // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
-    const int64_t before = row ? row - 1 : count - 1;
-    const int64_t at = row ? k - 1 : static_cast<int64_t>(blocks.row.size()) - 1;
-    if (at >= 0 && blocks.row[at] == before) add_blocks(table, call, blocks, blocks.first[at], before, spilled);
-    for (int j = 0; j < Z; j++) grad[j] = own[j] + spilled[Z + j];
-    finish_row<Z>(table, 0, row, grad);
-  }
+  add_rows(table, call, blocks);
+#pragma omp barrier
 }
 
 }  // namespace

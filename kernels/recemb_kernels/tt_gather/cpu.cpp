@@ -50,7 +50,8 @@ struct TrainBackward : Train<MIRRORED> {
     const Level& level = table.level[l];
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
     const bool alone = table.slices == 1;
-#pragma omp for schedule(dynamic, 1) nowait
+    const int64_t at_once = tasks_at_once(last - first);
+#pragma omp for schedule(dynamic, at_once) nowait
     for (int64_t run = first; run < last; run++) {
       const int64_t group = level.run_group[run];
       float* tile = alone ? scratch(0) : tiles[l] + group * S::PACKED(l);
@@ -107,8 +108,10 @@ struct TrainBackward : Train<MIRRORED> {
   void send_up() const {
     constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l);
     const Level& level = table.level[l];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t p = level.slice_piece[slice]; p < level.slice_piece[slice + 1]; p++) {
+    const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
+    const int64_t at_once = tasks_at_once(last - first);
+#pragma omp for schedule(dynamic, at_once)
+    for (int64_t p = first; p < last; p++) {
       const int64_t from = level.piece_start[p], to = level.piece_start[p + 1];
       const float* straight = matrix(l, level.group[level.by_digit[from]]);
       if (to - from <= FEW) {  // transposing would take longer than the product
