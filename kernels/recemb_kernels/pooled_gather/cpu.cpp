@@ -57,6 +57,8 @@ void project(const Table* table, const float* narrow, float* out) {
   float sum[RIGHT] = {}, room[RIGHT];
   for (int k = 0; k < LEFT; k++) {
     const float* row = read_row<PROJECTION, RIGHT>(table->param[PROJECTION], k, room);
+    // Left to itself, the compiler makes vectors across k.
+#pragma omp simd
     for (int j = 0; j < RIGHT; j++) sum[j] += narrow[k] * row[j];
   }
   std::copy(sum, sum + RIGHT, out);
@@ -170,6 +172,7 @@ void backward_projected(const Table* table, const Call* call) {
         const float* projection = table->param[1] + i * RIGHT;
 #pragma omp simd reduction(+ : dot)
         for (int j = 0; j < RIGHT; j++) dot += g[j] * projection[j];
+#pragma omp simd
         for (int j = 0; j < RIGHT; j++) sum[i * RIGHT + j] += narrow[i] * g[j];
         to[i] = dot;
       }
