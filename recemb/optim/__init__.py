@@ -22,14 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from recemb.optim.adagrad import adagrad_update
-from recemb.optim.adam import adam_update
+from recemb.optim.adam import NOT_LAZY, adam_update
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
 from recemb_kernels.update import Step, Update
 
 _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Update]
-# These move rows that the batch does not touch, or ascend.
-_NOT_FUSED = ("momentum", "weight_decay", "amsgrad", "maximize")
 
 
 class FusedUpdate:
@@ -116,7 +114,7 @@ def _resolve(attached: Sequence[torch.optim.Optimizer]) -> _Rule | None:
     if any(len(optimizer.param_groups) != 1 for optimizer in attached):
         return None
     first = _settings(attached[0])
-    if any(_settings(other) != first for other in attached) or any(map(first[1].get, _NOT_FUSED)):
+    if any(_settings(other) != first for other in attached) or any(map(first[1].get, NOT_LAZY)):
         return None
     return _rule(attached[0])
 

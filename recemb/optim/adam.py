@@ -6,13 +6,18 @@ the cost of the whole table a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recemb.optim.state import counters, in_place
 from recemb_kernels.update import Kind, Update
+
+# These move rows that the batch does not touch, or ascend.
+NOT_LAZY = ("momentum", "weight_decay", "amsgrad", "maximize")
 
 
 def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> Update:
@@ -31,6 +36,45 @@ def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequenc
         state2=in_place(states, "exp_avg_sq", parameters),
         steps=counters(states),
     )
+
+
+class LazyAdam(torch.optim.Adam):
+    """The rule above where no kernel steps: on whole gradients, as of parameters that every rank holds.
+
+    Moves the rows whose gradient has an element other than 0. A kernel also takes those of the batch whose
+    gradient happens to be 0 throughout.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # takes no closure
+        """Step on every parameter with a gradient, [rows, width]."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                make_state(self, parameter)
+                state, grad = self.state[parameter], parameter.grad
+                state["step"] += 1
+                _step_touched(group, parameter, grad, state)
+
+
+def is_lazy_adam(kind: type[torch.optim.Optimizer], settings: Mapping[str, Any]) -> bool:
+    """Whether an optimizer is Adam without options that move untouched rows, or ascend."""
+    return kind is torch.optim.Adam and not any(map(settings.get, NOT_LAZY))
+
+
+def _step_touched(
+    group: Mapping[str, Any], parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor]
+) -> None:
+    beta1, beta2 = group["betas"]
+    mean, square, step = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
+    # Without a list of the rows, which a GPU would have to be waited for.
+    touched = grad.ne(0).any(dim=1, keepdim=True)
+    mean.copy_(torch.where(touched, torch.lerp(mean, grad, 1 - beta1), mean))
+    square.copy_(torch.where(touched, square * beta2 + (1 - beta2) * grad * grad, square))
+    root = math.sqrt(1 - beta2**step)
+    move = mean / (square.sqrt() / root + group["eps"])
+    parameter.sub_(torch.where(touched, float(group["lr"]) / (1 - beta1**step) * move, 0.0))
 
 
 def make_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:

@@ -179,7 +179,9 @@ def _groups(optimizers: _Optimizers) -> list[_Group]:
     for optimizer in optimizers.values():
         current = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         # ``defaults`` are the settings as attached: two groups stay two while a schedule makes them equal.
-        key = (type(optimizer), optimizer.defaults, current)
+        # Two ways to take Adam's step, by where a parameter lies: one group under every plan.
+        kind = torch.optim.Adam if isinstance(optimizer, torch.optim.Adam) else type(optimizer)
+        key = (kind, optimizer.defaults, current)
         members = next((members for other, members in found if other == key), None)
         if members is None:
             found.append((key, [optimizer]))

@@ -38,6 +38,7 @@ PLACES: dict[str, dict[str, Place]] = {
     "row_wise": {"tt": 0, "qr": ROWS, "robe_a": 1, "robe_b": 1, "md": ROWS, "qr_cat": ROWS},
     # fbgemm has no Adam on the CPU: our kernels step uncompressed tables too.
     "adam": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "d_rw": ROWS, "d_dp": 0, "d_cw": 0},
+    "adam_replicated": dict.fromkeys(COMPRESSED) | {"qr": ROWS, "md": ROWS, "d_rw": 1, "d_dp": 0, "d_cw": 0},
     "four": {"tt": 3, "qr": ROWS, "robe_a": 2, "robe_b": 2, "md": ROWS, "qr_cat": None, "d_tw": 3},
     "four_whole": {"tt": 3, "qr": 2, "robe_a": 2, "robe_b": 2, "md": 3, "d_rw": 3, "d_tw": 1, "d_cw": 1},
     "hosts": {"tt": 1, "qr": ROWS, "robe_a": None, "robe_b": None, "md": 3, "d_rw": HOST_ROWS, "d_cw": GRID},
@@ -129,6 +130,7 @@ CASES = [
         ),
         *product(("empty_rank", "mixed"), ("mixed_pooling",), ("rowwise_adagrad",)),
         ("adam", "mean", "adam"),
+        ("adam_replicated", "sum", "adam"),
         ("four", "mixed_pooling", "rowwise_adagrad", 4),
         ("four", "weighted", None, 4),
         ("hosts", "sum", "sgd", 4),

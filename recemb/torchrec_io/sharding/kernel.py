@@ -44,10 +44,11 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         self._engine = Engine(specs, tables.micro_batch_rows)
         self.replicas = held.replicas(self.backends)
         parameters = dict(self.tables.named_parameters())
+        replicated = {id(parameter) for parameter in self.replicas.parameters()}
         for key, parameter in parameters.items():
             parameter.requires_grad_(key not in tables.frozen)
             if key in tables.attached:
-                tables.attached[key].attach(parameter)
+                tables.attached[key].attach(parameter, id(parameter) in replicated)
         # A pipeline prepares the next batch before this one's backward; one more would never be looked up.
         self._ahead: deque[tuple[Tensor, Bags]] = deque(maxlen=2)
         attached = any(key in tables.attached for key in parameters)

@@ -31,8 +31,8 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
 
     An optimizer that ``apply_optimizer_in_backward`` attached before steps on compressed tables however they
     are planned: fused into the backward, or, on what every rank holds whole, once its gradient has been
-    exchanged there (Adam then moves every row, torch's rule, and not the touched ones alone). torchrec does
-    not let it act on data-parallel uncompressed tables: those are for the optimizer of the dense layers.
+    exchanged there (Adam is lazy there too: rows whose gradient is 0 throughout stay). torchrec does not let
+    it act on data-parallel uncompressed tables: those are for the optimizer of the dense layers.
 
     Args:
         fused_params, qcomm_codecs_registry, sharded_module_order_overwrite: torchrec's; ``fused_params`` are
