@@ -20,9 +20,10 @@ $(STAMP): requirements-cpu.txt requirements-dev.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# Passive: threads that spin while they wait make a shared machine crawl.
+# Passive: threads that spin while they wait make a shared machine crawl. Most of the time goes into kernels that are
+# compiled one by one: as many files of tests side by side as there are cores.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The speed of every operator against its targets and peers, then of a whole training step.
 bench: $(STAMP)

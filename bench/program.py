@@ -52,13 +52,25 @@ def row_scale(text: str) -> Fraction:
 
 def rate(text: str) -> float:
     """``--compress_rate``: a number from 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+    value = _number(text)
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be a number >= 1, e.g. 100")
     return value
+
+
+def speed(text: str) -> float:
+    """``--link_gbits``: a positive number."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a positive number, e.g. 10 or 0.5")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
 
 
 def run_program(

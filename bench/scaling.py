@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from bench.program import RESULTS, add_output, make_parser, positive, rate, row_scale, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, row_scale, run_program, speed
 from recemb.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -24,7 +24,8 @@ one process a rank, one thread each by default): uncompressed tables table-wise;
 trains of rank 32, on every rank or table-wise; table-wise ones in 4 slices too, whose rows travel while the
 next is looked up. The global batch stays. The models take turns; ratios are medians of the round-by-round
 ratios to the uncompressed model. What the tables send is counted in one step. With --link_gbits it takes as
-long as a link of that speed would, which one machine does not have; the CPU is free meanwhile.
+long as over a link of that speed from and to each rank, and the CPU is free meanwhile; what the dense layers
+send, the same in all models, does not.
 """
 _ROOT = Path(__file__).resolve().parents[1]
 _TIMEOUT = 900
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=4096, metavar="B", help="of all ranks (4096)")
     parser.add_argument("--threads", type=positive, default=1, metavar="T", help="of each process (1)")
     parser.add_argument(
-        "--link_gbits", type=rate, default=None, metavar="G", help="of each rank's simulated link, Gbit/s"
+        "--link_gbits", type=speed, default=None, metavar="G", help="of each rank's simulated link, Gbit/s"
     )
     parser.add_argument("--scale", type=row_scale, default=Fraction(1), metavar="S", help="of the rows (1)")
     parser.add_argument("--rounds", type=positive, default=15, metavar="K", help="default %(default)s")

@@ -39,10 +39,11 @@ class Traffic:
 
 @dataclass
 class _Sent:
-    """One exchange: its bytes from this rank to the others, of what kind, and what starts it."""
+    """One exchange: its bytes from this rank to the others and back, of what kind, and what starts it."""
 
     kind: str
     size: float
+    received: float
     start: Callable[[], Any]
 
 
@@ -64,15 +65,15 @@ def counted() -> Iterator[Traffic]:
 def linked(gbits: float) -> Iterator[None]:
     """Let the tables' exchanges take as long as over a link of ``gbits`` Gbit/s from each rank, one by one.
 
-    What a rank sends is there once the link has been free for long enough; meanwhile the rank computes, or
-    sleeps when it has to wait. Real exchanges take place too, so this only adds to them.
+    An exchange is over once the link has been free for what the rank sends or receives, whichever is more;
+    meanwhile the rank computes, or sleeps when it has to wait. The real exchange takes place too.
     """
     free = 0.0
 
     def travel(sent: _Sent) -> Any:
         nonlocal free
         work = sent.start()
-        free = max(free, time.perf_counter()) + sent.size / (gbits * 1e9 / 8)
+        free = max(free, time.perf_counter()) + max(sent.size, sent.received) / (gbits * 1e9 / 8)
         travelling = _Travelling(work, free)
         if work is None:
             travelling.wait()
@@ -108,18 +109,21 @@ def _exchanges(run: Callable[[_Sent], Any]) -> Iterator[None]:
         async_op: bool = False,
     ) -> Any:
         world, rank = dist.get_world_size(group), dist.get_rank(group)
-        rows = len(input)
-        kept = rows // world if not input_split_sizes else input_split_sizes[rank]
-        sent = (rows - kept) * (input.numel() // max(1, rows)) * input.element_size()
+        sent, received = (
+            (len(rows) - (sizes[rank] if sizes else len(rows) // world))
+            * (rows.numel() // max(1, len(rows)))
+            * rows.element_size()
+            for rows, sizes in ((input, input_split_sizes), (output, output_split_sizes))
+        )
         start = partial(exchange, output, input, output_split_sizes, input_split_sizes, group, async_op)
-        return run(_Sent("pooled" if input.is_floating_point() else "integers", sent, start))
+        return run(_Sent("pooled" if input.is_floating_point() else "integers", sent, received, start))
 
     def all_reduce(
         tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
         world = dist.get_world_size(group)
         sent = 2 * (world - 1) / world * tensor.numel() * tensor.element_size()
-        return run(_Sent("reduced", sent, partial(reduce, tensor, op, group, async_op)))
+        return run(_Sent("reduced", sent, sent, partial(reduce, tensor, op, group, async_op)))
 
     with (
         patch.object(dist, "all_to_all_single", all_to_all_single),

@@ -73,6 +73,8 @@ class Backend(nn.Module, ABC):
     compression_type: ClassVar[type[Compression]]
     # Whether column k of ``map_ids`` is a row of parameter k: a look-up can then do with the rows it touches.
     slots_are_rows: ClassVar[bool] = False
+    # Parameters of which an optimizer steps every row, whatever rows the batch looks up.
+    stepped_whole: ClassVar[frozenset[str]] = frozenset()
     # Whether training takes the native kernels only for a fused optimizer.
     native_when_fused: ClassVar[bool] = False
 

@@ -43,6 +43,7 @@ class MixedDimensionBackend(Backend):
 
     compression_type = MixedDimension
     slots_are_rows = True
+    stepped_whole = frozenset({"p"})
     e: nn.Parameter
     p: nn.Parameter
 

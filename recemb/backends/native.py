@@ -15,8 +15,8 @@ from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
 from recemb_kernels.gather_op import make_batch
-from recemb_kernels.lookup import Lookup, available
-from recemb_kernels.storage import DTYPES, Stored, StoredAs
+from recemb_kernels.lookup import Lookup, TableShape, available
+from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.update import Step
 
 if TYPE_CHECKING:
@@ -39,19 +39,30 @@ class _Prepared:
         tables: the tables, to be sure that it is still them.
         owners: position of the table that owns each storage, or of one of its peers.
         device: of the first table; the kernels serve those that lie there too.
-        available: per storage, whether a kernel serves it.
-        stored: per storage, how its parameters are stored.
+        shapes: per storage, its shape as a kernel's, or ``None`` when there is no kernel for it.
         fused: per storage, its optimizers' update.
-        lookup: the call for all of them, or ``None`` when a kernel is missing.
+        lookup: the call for all of them, or ``None`` when there is no kernel for one.
+        available: per storage, whether its kernel can be had here; ``None`` until that has been tried.
     """
 
     tables: list[ReferenceType[Backend]]
     owners: list[int]
     device: torch.device
-    available: list[bool]
-    stored: list[Stored]
+    shapes: list[TableShape | None]
     fused: list[FusedUpdate]
     lookup: Lookup | None
+    available: list[bool] | None
+
+    def serves(self, at: int) -> bool:
+        """Whether the kernel of storage ``at`` can be had.
+
+        All are compiled side by side when one is first asked for: not for tables that no kernel reads, as
+        those in float64.
+        """
+        if self.available is None:
+            found = iter(available([shape for shape in self.shapes if shape is not None], self.device))
+            self.available = [shape is not None and next(found) for shape in self.shapes]
+        return self.available[at]
 
 
 @dataclass(slots=True)
@@ -88,7 +99,7 @@ def pooled_native(
     weights = None if bags.weights is None else bags.weights.float()
     parameters = [storage.parameters for storage in storages]
     if torch.compiler.is_compiling():
-        if len({table.op.name for table in lookup.tables}) > 1 or any(prepared.stored):
+        if len({table.op.name for table in lookup.tables}) > 1 or any(t.stored for t in lookup.tables):
             return None
         return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
     steps = [storage.step for storage in storages]
@@ -124,17 +135,17 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     training = torch.is_grad_enabled()
     ask = training and not torch.compiler.is_compiling()
     found = []
-    for at, fits, stored, fused in zip(
-        prepared.owners, prepared.available, prepared.stored, prepared.fused, strict=True
-    ):
+    pairs = zip(prepared.owners, prepared.shapes, prepared.fused, strict=True)
+    for k, (at, shape, fused) in enumerate(pairs):
         owner = owner_of(tables[at])
         own = list(owner.own_parameters().values())
-        native = fits
-        kinds = stored or (StoredAs.FLOAT32,) * len(own)
+        native = shape is not None
+        kinds = (shape.stored if shape else ()) or (StoredAs.FLOAT32,) * len(own)
         for parameter, kind in zip(own, kinds, strict=True):
             # A fused update writes to the parameters: contiguous copies would take it in their place.
             readable = _fits(parameter, kind) and parameter.is_contiguous()
             native = native and readable and parameter.device == prepared.device
+        native = native and prepared.serves(k)
         step = fused.of(own) if ask and native else None
         if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
@@ -164,14 +175,12 @@ def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> 
     shapes = [owner.native_shape() for owner in owners]
     whole = tuple(shape for shape in shapes if shape is not None)
     # Under torch.compile a kernel is met, and missed, when the compiled code runs.
-    compiled = iter([True] * len(whole) if compiling else available(whole, device))
-    fits = [shape is not None and next(compiled) for shape in shapes]
+    tried = [shape is not None for shape in shapes] if compiling else None
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
-    lookup = Lookup(whole, features, refusal, micro_batch_rows) if all(fits) else None
-    stored = [() if shape is None else shape.stored for shape in shapes]
+    lookup = Lookup(whole, features, refusal, micro_batch_rows) if len(whole) == len(shapes) else None
     seen = [] if compiling else [ref(table) for table in tables]
-    made = _Prepared(seen, first, device, fits, stored, [FusedUpdate() for _ in owners], lookup)
+    made = _Prepared(seen, first, device, shapes, [FusedUpdate() for _ in owners], lookup, tried)
     if not compiling:
         memo[key] = made
     return made

@@ -6,7 +6,6 @@ the cost of the whole table a step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,39 +41,43 @@ class LazyAdam(torch.optim.Adam):
     """The rule above where no kernel steps: on whole gradients, as of parameters that every rank holds.
 
     Moves the rows whose gradient has an element other than 0. A kernel also takes those of the batch whose
-    gradient happens to be 0 throughout.
+    gradient is 0 throughout, as with sample weights of 0: they decay there, and stay here. With options that
+    move every row, or ascend, it is ``torch.optim.Adam``, as the fused step then leaves the step to torch.
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override] # takes no closure
-        """Step on every parameter with a gradient, [rows, width]."""
+    def step(self, closure: Any = None) -> Any:
+        """Step on every parameter with a gradient, [rows, width]; ``closure`` as torch's."""
+        if any(group.get(name) for group in self.param_groups for name in NOT_LAZY):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                make_state(self, parameter)
-                state, grad = self.state[parameter], parameter.grad
-                state["step"] += 1
-                _step_touched(group, parameter, grad, state)
-
-
-def is_lazy_adam(kind: type[torch.optim.Optimizer], settings: Mapping[str, Any]) -> bool:
-    """Whether an optimizer is Adam without options that move untouched rows, or ascend."""
-    return kind is torch.optim.Adam and not any(map(settings.get, NOT_LAZY))
+                if parameter.grad is not None:
+                    make_state(self, parameter)
+                    _step_touched(group, parameter, parameter.grad, self.state[parameter])
+        return loss
 
 
 def _step_touched(
     group: Mapping[str, Any], parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor]
 ) -> None:
     beta1, beta2 = group["betas"]
-    mean, square, step = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
-    # Without a list of the rows, which a GPU would have to be waited for.
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    state["step"] += 1
+    # In double: 1 - beta2**step has few digits in a float. Where the counter is: nobody waits for a GPU.
+    step = state["step"].double()
+    root, rate = (1 - beta2**step).sqrt(), group["lr"] / (1 - beta1**step)
     touched = grad.ne(0).any(dim=1, keepdim=True)
-    mean.copy_(torch.where(touched, torch.lerp(mean, grad, 1 - beta1), mean))
-    square.copy_(torch.where(touched, square * beta2 + (1 - beta2) * grad * grad, square))
-    root = math.sqrt(1 - beta2**step)
-    move = mean / (square.sqrt() / root + group["eps"])
-    parameter.sub_(torch.where(touched, float(group["lr"]) / (1 - beta1**step) * move, 0.0))
+    one = touched.to(grad.dtype)
+    mean.lerp_(grad, one * (1 - beta1))
+    square.mul_(1 - one * (1 - beta2)).addcmul_(grad, grad, value=1 - beta2)
+    move = square.sqrt().div_(root).add_(group["eps"])
+    # Not times 0: with eps = 0 rows that were never touched have 0 / 0 here.
+    parameter.sub_(torch.where(touched, torch.div(mean, move, out=move).mul_(rate), 0.0))
 
 
 def make_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:

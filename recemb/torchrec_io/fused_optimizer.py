@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.optim.fused import FusedOptimizer
 
 from recemb.errors import ConfigError
-from recemb.optim.adam import make_state
+from recemb.optim.adam import LazyAdam, make_state
 
 _Optimizers = Mapping[Tensor, torch.optim.Optimizer]
 
@@ -179,8 +179,8 @@ def _groups(optimizers: _Optimizers) -> list[_Group]:
     for optimizer in optimizers.values():
         current = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         # ``defaults`` are the settings as attached: two groups stay two while a schedule makes them equal.
-        # Two ways to take Adam's step, by where a parameter lies: one group under every plan.
-        kind = torch.optim.Adam if isinstance(optimizer, torch.optim.Adam) else type(optimizer)
+        # Adam's step is taken in two ways, by where a parameter lies.
+        kind = torch.optim.Adam if type(optimizer) is LazyAdam else type(optimizer)
         key = (kind, optimizer.defaults, current)
         members = next((members for other, members in found if other == key), None)
         if members is None:

@@ -32,9 +32,15 @@ from recemb.training.optimizer_state import as_on_one_process
 
 # What may differ between a run and its continuation. The batch is compared over all ranks.
 _FREE: Final = frozenset(
-    {"output", "overwrite", "resume", "checkpoint_freq", "plan", "dist_timeout_seconds", "data_dir"}
-    | {
+    {
+        "output",
+        "overwrite",
+        "resume",
+        "checkpoint_freq",
+        "plan",
         "communication_slices",
+        "dist_timeout_seconds",
+        "data_dir",
         "dataset_name",
         "compare",
         "epochs",

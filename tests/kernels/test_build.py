@@ -40,6 +40,8 @@ def test_constants_and_sources_make_the_key(cache: Path, source: Path) -> None:
     source.write_text(SOURCE.replace("ANSWER;", "ANSWER + 1;"))
     assert build.load("answer", [source], {"ANSWER": 42}).answer() == 43
     assert len(list(cache.glob("*.so"))) == 3
+    assert build.load("answer", [source], {"ANSWER": 42}, build.QUICK).answer() == 43
+    assert len(list(cache.glob("*.so"))) == 4
 
 
 def test_second_load_does_not_compile(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +53,7 @@ def test_second_load_does_not_compile(cache: Path, source: Path, monkeypatch: py
 
 def test_damaged_entry_is_rebuilt(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
-    key = build._key([source], {"ANSWER": 5})
+    key = build._key([source], {"ANSWER": 5}, (*build.FULL, *build.FLAGS))
     (cache / f"answer-{key}.so").write_bytes(b"\x7fELF then nothing")
     with pytest.warns(UserWarning, match="damaged kernel cache entry"):
         assert build.load("answer", [source], {"ANSWER": 5}).answer() == 5
@@ -202,9 +204,8 @@ def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
         [path, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert Path(library).is_absolute(), "the compiler has no AddressSanitizer runtime"
-    program = (
-        f"import recemb_kernels.build as b; b.FLAGS = (*b.FLAGS, '-fsanitize=address', '-g')\n{_SANITIZED}"
-    )
+    flags = ("-O1", "-fsanitize=address", "-g")
+    program = f"import recemb_kernels.build as b; b.FLAGS = (*b.FLAGS, *{flags})\n{_SANITIZED}"
     environment = {
         **os.environ,
         "RECEMB_CACHE_DIR": str(tmp_path),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from recemb.optim.adam import LazyAdam, is_lazy_adam
+from recemb.optim.adam import LazyAdam
 
 SETTINGS = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
 
@@ -56,8 +58,42 @@ def test_other_rows_neither_move_nor_decay() -> None:
     assert float(state["step"]) == 2
 
 
-def test_only_plain_adam_is_lazy() -> None:
-    assert is_lazy_adam(torch.optim.Adam, {"weight_decay": 0.0, "amsgrad": False, "maximize": False})
-    assert not is_lazy_adam(torch.optim.Adam, {"weight_decay": 0.1})
-    assert not is_lazy_adam(torch.optim.Adam, {"amsgrad": True})
-    assert not is_lazy_adam(torch.optim.AdamW, {})
+@pytest.mark.parametrize("option", ["weight_decay", "maximize"])
+def test_an_option_that_moves_every_row_is_torchs_step_from_then_on(option: str) -> None:
+    torch.manual_seed(0)
+    weight, grads = torch.randn(4, 3), [torch.randn(4, 3), torch.zeros(4, 3)]
+    found = []
+    for kind in (LazyAdam, torch.optim.Adam):
+        parameter = nn.Parameter(weight.clone())
+        optimizer = kind([parameter], **SETTINGS)
+        for grad in grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+            optimizer.param_groups[0][option] = 0.1
+        found.append(parameter.detach())
+    torch.testing.assert_close(*found, rtol=0, atol=3e-7)
+    assert not torch.equal(found[0], run(LazyAdam, weight, grads)[0])
+
+
+def test_state_moves_between_both() -> None:
+    torch.manual_seed(0)
+    parameter, grads = nn.Parameter(torch.randn(4, 3)), [torch.randn(4, 3) for _ in range(3)]
+    wanted, _ = run(torch.optim.Adam, parameter.detach(), grads)
+    state: dict[str, Any] | None = None
+    for kind, grad in zip((LazyAdam, torch.optim.Adam, LazyAdam), grads, strict=True):
+        optimizer = kind([parameter], **SETTINGS)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        parameter.grad = grad.clone()
+        optimizer.step()
+        state = optimizer.state_dict()
+    torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=3e-7)
+
+
+def test_rows_that_were_never_touched_stay_without_an_eps() -> None:
+    weight, grad = torch.ones(3, 2), torch.tensor([[1.0, -2.0], [0.0, 0.0], [0.5, 0.5]])
+    parameter = nn.Parameter(weight.clone())
+    optimizer = LazyAdam([parameter], lr=0.1, eps=0.0)
+    parameter.grad = grad
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), weight - 0.1 * grad.sign())

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.torchrec_io import EmbeddingBagCollectionSharder
 from recemb.torchrec_io.sharding.kernel import CompressedKernel
-from tests.sharding.cases import STEPS, Model, batch, collection, variable_batch
+from tests.sharding.cases import STEPS, Model, batch, collection, plan, variable_batch
 from tests.sharding.places import Case
 from tests.sharding.shared import Found, dense_optimizer, held, join, local_state, run_all, sharded
 from tests.sharding.worker import through
@@ -27,6 +29,7 @@ CASES = [
     Case("row_wise", "mean", "sgd"),
     Case("mixed", "mixed_pooling", None),
     Case("empty_rank", "sum", "sgd"),
+    Case("adam_replicated", "sum", "adam"),
     Case("four_whole", "sum", "rowwise_adagrad", 4),
     Case("four", "mixed_pooling", "rowwise_adagrad", 4),
 ]
@@ -58,9 +61,10 @@ def equal(rank: int, case: Case) -> Found:
         model = sharded(case, state, slices)
         own = train(model, batches)
         found[str(slices)] = {
-            "kinds": model.module.ebc._sharding_types,
+            "kinds": list(model.module.ebc.sharding_type_to_sharding_infos),
+            "types": model.module.ebc._sharding_types,
             "tables": sorted(name for kernel in model.module.ebc._kernels() for name in kernel.backends),
-            "outputs": max(float((a - b).abs().max()) for a, b in zip(own, outputs, strict=True)),
+            "outputs": float((torch.cat(own) - torch.cat(outputs)).abs().max()),
             "different": different(model, plain),
             "keys": sorted(model.state_dict()) == sorted(plain.state_dict()),
             "moved": moved(model, state),
@@ -105,6 +109,35 @@ def pipelines(rank: int) -> Found:
         _, prepared = through(kind, piped, dense_optimizer(piped), batches)
         found[kind.__name__] = {"different": different(piped, plain), "prepared": prepared}
     return found
+
+
+def resumed(rank: int) -> Found:
+    """Weights and optimizer state of one slice go on in three."""
+    case = CASES[0]
+    batches = [batch(10 * step + rank, case) for step in range(2 * STEPS)]
+    plain, other = sharded(case, Model(collection(case)).state_dict()), sharded(case, {}, 3)
+    train(plain, batches[:STEPS])
+    other.load_state_dict(plain.state_dict())
+    other.fused_optimizer.load_state_dict(plain.fused_optimizer.state_dict())
+    train(plain, batches[STEPS:])
+    train(other, batches[STEPS:])
+    return {"different": different(other, plain)}
+
+
+def ordered(rank: int) -> Found:
+    """The order of look-ups that a user asks for, with slices."""
+    case = CASES[1]
+    model = Model(collection(case, "meta"))
+    sharder = EmbeddingBagCollectionSharder(
+        sharded_module_order_overwrite=["table_wise", "data_parallel", "row_wise"], communication_slices=2
+    )
+    made = DistributedModelParallel(
+        model,
+        device=torch.device("cpu"),
+        plan=ShardingPlan({"ebc": plan(case, model.ebc)}),
+        sharders=[sharder],
+    )
+    return {"types": made.module.ebc._sharding_types}
 
 
 def variable(rank: int) -> Found:
@@ -176,7 +209,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         str(case): (lambda case=case: equal(rank, case)) for case in CASES if case.world == world
     }
     if world == 2:
-        for run in (pipelines, variable, order):
+        for run in (pipelines, resumed, ordered, variable, order):
             runs[run.__name__] = lambda run=run: run(rank)
     run_all(rank, folder, runs)
 

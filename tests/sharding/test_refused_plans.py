@@ -170,7 +170,7 @@ def test_an_attachment_survives_what_torchrec_does_to_its_arguments() -> None:
     attachment = Attachment.of("t.p", parameter)
     assert attachment is not None
     other = torch.nn.Parameter(torch.zeros(3, 2))
-    attachment.attach(other)
+    attachment.attach(other, lazy=False)
     (group,) = other._in_backward_optimizers[0].param_groups
     assert (group["lr"], group["eps"]) == (0.3, 1e-3)
     assert len(group["params"]) == 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from recemb_kernels.build import load
+from recemb_kernels.build import QUICK, load
 from recemb_kernels.digit_tree.group import Plan, TableKernel
 from recemb_kernels.gather_op import GatherOp
 from recemb_kernels.storage import Stored, constants_of
@@ -105,7 +105,7 @@ def _kernel(shape: RobeShape, stored: Stored = ()) -> TableKernel:
 def _library(dim: int, block_size: int, signed: bool, stored: Stored) -> ctypes.CDLL:
     sizes = {"DIM": dim, "BLOCK": block_size, "SIGNED": int(signed)}
     constants: dict[str, int | str] = {**sizes, **constants_of(stored)}
-    return load("robe_table", [Path(__file__).parent / "cpu.cpp"], constants)
+    return load("robe_table", [Path(__file__).parent / "cpu.cpp"], constants, QUICK)
 
 
 robe_gather = GatherOp(

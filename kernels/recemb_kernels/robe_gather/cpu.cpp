@@ -172,14 +172,15 @@ void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int6
 void add_rows(const Table* table, const Call* call, const Blocks& blocks) {
   const int64_t rows = static_cast<int64_t>(blocks.row.size()), count = table->code->constants[0];
   const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const int64_t first = rows * thread / threads, past = rows * (thread + 1) / threads;
   float sums[2][2 * Z], grad[Z];
-  for (int64_t k = rows * thread / threads; k < rows * (thread + 1) / threads; k++) {
+  for (int64_t k = first; k < past; k++) {
     const int64_t row = blocks.row[k], before = row ? row - 1 : count - 1;
     float *own = sums[k & 1], *spilled = sums[~k & 1];
     // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
     const int64_t at = row ? k - 1 : rows - 1;
     const bool joined = at >= 0 && blocks.row[at] == before;
-    if (!joined || k == rows * thread / threads) {
+    if (!joined || k == first) {
       std::fill(spilled, spilled + 2 * Z, 0.0f);
       if (joined) add_blocks(table, call, blocks, blocks.first[at], before, spilled);
     }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from recemb_kernels.build import load
+from recemb_kernels.build import QUICK, load
 from recemb_kernels.digit_tree.group import MAX_ORDER, Plan, TableKernel
 from recemb_kernels.gather_op import GatherOp
 from recemb_kernels.storage import Stored, constants_of
@@ -83,7 +83,7 @@ def _library(dim_shape: tuple[int, ...], ranks: tuple[int, ...], stored: Stored)
         "RANKS": ",".join(map(str, ranks)),
         **constants_of(stored),
     }
-    return load("tt_table", [Path(__file__).parent / "cpu.cpp"], constants)
+    return load("tt_table", [Path(__file__).parent / "cpu.cpp"], constants, QUICK)
 
 
 tt_gather = GatherOp(

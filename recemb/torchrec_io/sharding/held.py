@@ -1,4 +1,4 @@
-"""How the ranks hold the compressed tables of one sharding type."""
+"""How the ranks hold the compressed tables of one sharding type and slice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def row_split(table: TableSpec, ranks: int) -> RowSplit | None:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """The compressed tables of one sharding type, as the ranks hold them.
+    """The compressed tables of one sharding type and slice, as the ranks hold them.
 
     Table-wise, a table lies on one rank, with its cache. Data-parallel, on every rank: gradients are averaged
     over them. Row-wise, each rank has some rows of one parameter and the others whole, whose gradients are

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.backends import build
 from recemb.backends.base import Backend
+from recemb.backends.native import served_natively
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import padded_offsets
 from recemb.torchrec_io.sharding.held import Held
+from recemb.torchrec_io.sharding.replicas import Replicas
 
 
 class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc] # torchrec ships no types
-    """All compressed tables of one rank and one sharding type: one call of the engine a batch.
+    """The compressed tables of one rank, sharding type and slice: one call of the engine a batch.
 
     The optimizers attached to the collection step in the backward here; those of replicated parameters once
     their gradients have been exchanged.
@@ -44,11 +46,11 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         self._engine = Engine(specs, tables.micro_batch_rows)
         self.replicas = held.replicas(self.backends)
         parameters = dict(self.tables.named_parameters())
-        replicated = {id(parameter) for parameter in self.replicas.parameters()}
+        lazy = {id(parameter) for parameter in _stepped_lazily(self.backends, self.replicas)}
         for key, parameter in parameters.items():
             parameter.requires_grad_(key not in tables.frozen)
             if key in tables.attached:
-                tables.attached[key].attach(parameter, id(parameter) in replicated)
+                tables.attached[key].attach(parameter, id(parameter) in lazy)
         # A pipeline prepares the next batch before this one's backward; one more would never be looked up.
         self._ahead: deque[tuple[Tensor, Bags]] = deque(maxlen=2)
         attached = any(key in tables.attached for key in parameters)
@@ -179,6 +181,17 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
             ranks = len(by_rank)
             pieces.append(flat.reshape(-1).split(sizes))
         return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
+
+
+def _stepped_lazily(backends: Mapping[str, Backend], replicas: Replicas) -> Iterator[Tensor]:
+    """The replicated parameters of which a kernel, in one process, would step the batch's rows alone."""
+    if replicas.on_meta:
+        return
+    with torch.no_grad():
+        served = dict(zip(backends, served_natively(list(backends.values())), strict=True))
+    for name, param, parameter in replicas.named_parameters():
+        if served[name] and param not in backends[name].stepped_whole:
+            yield parameter
 
 
 def kernels_of(lookup: nn.Module) -> Iterator[CompressedKernel]:

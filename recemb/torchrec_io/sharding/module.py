@@ -38,7 +38,7 @@ from recemb.torchrec_io.sharding.shardings import (
     CompressedShardingInfo,
     compressed_sharding,
 )
-from recemb.torchrec_io.sharding.slices import check_slices, sliced
+from recemb.torchrec_io.sharding.slices import check_slices, sliced, sliced_order
 from recemb.torchrec_io.sharding.state import load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
 
@@ -48,7 +48,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
 
     With B samples on a rank and table dimensions D_f, it maps each rank's ``KeyedJaggedTensor`` to that
     rank's ``KeyedTensor`` of values [B, sum of D_f]. Keys are the unsharded collection's, their order is
-    torchrec's (by sharding type, then by rank): select columns by name.
+    torchrec's (by sharding type and slice, then by rank): select columns by name.
 
     Every rank checks its own batch before it sends anything: keys, lengths, weights and, of every table, ids.
     torchrec alone looks a bad id up in row 0 and trains it. On a GPU the host learns of a bad batch later;
@@ -68,7 +68,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         env: the ranks.
         fused_params: torchrec's, for the uncompressed tables.
         device: where parameters live.
-        communication_slices: slices of the tables, whose rows travel while the next slice is looked up.
+        communication_slices: of the sharder.
         options: further arguments of torchrec's.
 
     Raises:
@@ -76,6 +76,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     """
 
     _embedding_bag_configs: list[TorchrecEmbeddingBagConfig]
+    _sharding_types: list[str]
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         env: ShardingEnv,
         fused_params: dict[str, Any] | None = None,
         device: torch.device | None = None,
+        *,
         communication_slices: int = 1,
         **options: Any,
     ) -> None:
@@ -101,8 +103,13 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         # Before torchrec's own, which asks for them.
         self._compressed = tables
         self._shards: dict[str, ShardedTensor] = {}
+        order = options.get("sharded_module_order_overwrite")
+        if order is not None:
+            options["sharded_module_order_overwrite"] = sliced_order(order, communication_slices)
         logical = LogicalTables(module, tables, communication_slices)
         super().__init__(logical, plan, env, fused_params, device, **options)
+        # torchrec reads them as its own sharding types.
+        self._sharding_types = [kind.partition(":")[0] for kind in self._sharding_types]
         self._targets = _targets(module)
         self._means = SplitMeans(configs, plan)
         self._has_mean_pooling_callback = False

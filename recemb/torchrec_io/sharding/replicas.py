@@ -35,9 +35,19 @@ class Replicas:
         group: dist.ProcessGroup | None,
         divisor: int,
     ) -> None:
-        places = [key.split(".") for key in keys]
-        self._places = [(backends[name], param) for name, param in places]
+        self._names = [(name, param) for name, _, param in (key.partition(".") for key in keys)]
+        self._places = [(backends[name], param) for name, param in self._names]
         self.group, self.divisor = group, divisor
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether the parameters have no values yet."""
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Table, parameter's name, parameter."""
+        for (name, param), parameter in zip(self._names, self.parameters(), strict=True):
+            yield name, param, parameter
 
     def parameters(self) -> Iterator[Tensor]:
         for backend, param in self._places:

@@ -40,8 +40,9 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
         communication_slices: 1 looks all tables up and then sends their rows. With 2 and more, table-wise
             and row-wise tables are looked up slice by slice; meanwhile the rows of the slice before travel,
             and in the backward the gradients of the slices to come. The numbers stay the same (sums of
-            row-wise tables over three ranks and more to a rounding). Each slice costs its calls and
-            messages, on every rank: worth it where the links take longer than those.
+            row-wise tables over three ranks and more to a rounding), their keys come in another order, and
+            ``fused_optimizer`` has groups for each slice. Each costs its calls and messages, on every rank:
+            worth it where the links take longer than those. Alike on every rank.
 
     Raises:
         ConfigError: fewer than one slice.
@@ -80,7 +81,7 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
             env,
             self.fused_params,
             device,
-            self._communication_slices,
+            communication_slices=self._communication_slices,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,

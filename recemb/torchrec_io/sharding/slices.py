@@ -13,9 +13,9 @@ from recemb.torchrec_io.sharding.held import ROW_WISE, TABLE_WISE
 
 def check_slices(count: int) -> None:
     """Raise :class:`ConfigError` for a number of slices that there cannot be."""
-    if count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ConfigError(
-            f"communication_slices={count} must be an int >= 1: 1 sends all rows at once, 2 or 4 overlap"
+            f"communication_slices={count!r} must be an int >= 1: 1 sends all rows at once, 2 or 4 overlap"
         )
 
 
@@ -29,8 +29,8 @@ def sliced(
     torchrec looks sharding types up one after the other and sends the rows of each while it goes on with the
     next; in the backward, all gradients are under way before the first is awaited. Slices are further
     shardings of the same type, so that a table is still looked up and stepped once, over the whole batch, and
-    results keep their bits; only partial sums of row-wise tables over three ranks and more are added up in
-    another order. (EcoRec, SC 2024, slices samples; a table would then take several steps a batch, or wait
+    results keep their bits; only sums over three ranks and more, of row-wise tables, are taken in another
+    order. (EcoRec, SC 2024, slices samples; a table would then take several steps a batch, or wait
     for all of its gradients.)
 
     Every rank takes part in each slice's exchange: a rank's columns, D for each feature, are spread evenly.
@@ -47,8 +47,17 @@ def sliced(
     found: dict[str, list[EmbeddingShardingInfo]] = {}
     for kind, infos in by_type.items():
         parts = _parts(infos, count, together) if kind in (TABLE_WISE, ROW_WISE) else [list(infos)]
-        found.update({f"{kind}:{k}" if k else kind: part for k, part in enumerate(parts)})
+        found.update(dict(zip(_names(kind, len(parts)), parts, strict=True)))
     return found
+
+
+def sliced_order(kinds: Sequence[str], count: int) -> list[str]:
+    """An order of sharding types as one of their slices, of up to ``count`` each."""
+    return [name for kind in kinds for name in _names(kind, count)]
+
+
+def _names(kind: str, count: int) -> list[str]:
+    return [kind, *(f"{kind}:{k}" for k in range(1, count))]
 
 
 def _parts(

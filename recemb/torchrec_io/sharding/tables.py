@@ -19,7 +19,7 @@ from recemb.backends import build, storages
 from recemb.backends.base import Backend
 from recemb.errors import ConfigError
 from recemb.id_maps.radix import ceil_div
-from recemb.optim.adam import LazyAdam, is_lazy_adam
+from recemb.optim.adam import LazyAdam
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.configs import table_spec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
@@ -63,14 +63,14 @@ class Attachment:
         settings = {name: value for name, value in attached[0].param_groups[0].items() if name != "params"}
         return cls(type(attached[0]), arguments, settings)
 
-    def attach(self, parameter: nn.Parameter, replicated: bool) -> None:
+    def attach(self, parameter: nn.Parameter, lazy: bool) -> None:
         """Attach an optimizer of this kind and these settings, with fresh state.
 
         Args:
-            replicated: every rank holds the parameter, and no kernel steps on it: Adam is lazy all the same.
+            lazy: whether Adam is to move the rows with a gradient alone where no kernel takes its step.
         """
-        lazy = replicated and is_lazy_adam(self.kind, self.settings)
-        apply_optimizer_in_backward(LazyAdam if lazy else self.kind, [parameter], dict(self.arguments))
+        kind = LazyAdam if lazy and self.kind is torch.optim.Adam else self.kind
+        apply_optimizer_in_backward(kind, [parameter], dict(self.arguments))
         (optimizer,) = parameter._in_backward_optimizers  # type: ignore[attr-defined] # torch's idiom
         optimizer.param_groups[0].update(self.settings)
 
