@@ -162,16 +162,18 @@ def write_csv(path: Path, rows: Sequence[Any], machine: Machine) -> None:
         writer = csv.DictWriter(handle, columns(type(rows[0])))
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: _cell(value) for name, value in (asdict(row) | asdict(machine)).items()})
+            values = asdict(row) | asdict(machine)
+            writer.writerow({name: _cell(name, value) for name, value in values.items()})
     # A run of hours that is stopped in the middle leaves the rows that it has.
     partial.replace(path)
 
 
-def _cell(value: object) -> object:
+def _cell(name: str, value: object) -> object:
     if value is None:
         return ""
     if isinstance(value, bool):
-        return "met" if value else "missed"
+        words = ("missed", "met") if name == "met" else ("no", "yes")
+        return words[value]
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

@@ -84,10 +84,11 @@ def linked(gbits: float) -> Iterator[None]:
         yield
 
 
-class _Travelling:
-    """An exchange that is not there before ``at``."""
+class _Travelling(dist.Work):
+    """An exchange that is not there before ``at``. torchrec waits for what is a ``Work`` alone."""
 
     def __init__(self, work: Any, at: float) -> None:
+        super().__init__()
         self._work, self._at = work, at
 
     def wait(self, *arguments: Any) -> Any:

@@ -192,10 +192,11 @@ def logged() -> Iterator[list[str]]:
         yield events
 
 
-class _Noted:
+class _Noted(dist.Work):
     """An exchange under way."""
 
     def __init__(self, work: Any, events: list[str]) -> None:
+        super().__init__()
         self._work, self._events = work, events
 
     def wait(self, *arguments: Any) -> Any:
