@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recemb.backends.base import Backend
-from recemb.backends.native import owner_of, pooled_native, prepare_native, served_natively
+from recemb.backends.native import pooled_native, prepare_native, served_natively
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.cache.device_streams import DeviceStreams
 from recemb.cache.streams import Streams
@@ -94,7 +94,7 @@ class Engine:
         """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""
         served = [tables[target.table] for target in self.targets]
         if served:
-            device = next(owner_of(served[0]).parameters(recurse=False)).device
+            device = served[0].device
             if device != bags.ids.device and "meta" not in (device.type, bags.ids.device.type):
                 raise BatchError(
                     f"the batch is on {bags.ids.device} and table {self.targets[0].table!r} on {device}; "

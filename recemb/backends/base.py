@@ -202,6 +202,11 @@ class Backend(nn.Module, ABC):
         return {name: parameter for name, parameter in own.items() if parameter is not None}
 
     @property
+    def device(self) -> torch.device:
+        """Where this table's storage lies."""
+        return next(iter(self.own_parameters().values())).device
+
+    @property
     def row_dtype(self) -> torch.dtype:
         """Of what :meth:`rows` gives."""
         return next(iter(self.own_parameters().values())).dtype

@@ -155,7 +155,7 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
 
 def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> _Prepared:
     """What is fixed about these tables; remembered by the first of them."""
-    device = next(owner_of(tables[0]).parameters(recurse=False)).device
+    device = tables[0].device
     key, memo = (device, micro_batch_rows, *map(id, tables)), tables[0].memo
     compiling = torch.compiler.is_compiling()
     if not compiling:
