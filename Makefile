@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # Passive: threads that spin while they wait make a shared machine crawl. Most of the time goes into kernels that are
-# compiled one by one: as many files of tests side by side as there are cores.
+# compiled one by one: files of tests run side by side, on up to four cores.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 

@@ -93,7 +93,10 @@ class Machine:
 
 def columns(kind: type) -> list[str]:
     """The CSV columns of rows of one kind: their own, then the machine's."""
-    return [field.name for part in (kind, Machine) for field in fields(part)]
+    names = [field.name for part in (kind, Machine) for field in fields(part)]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"{kind.__name__} and Machine both have {sorted(twice)}: one would hide the other"
+    return names
 
 
 def this_machine(sources: str) -> Machine:

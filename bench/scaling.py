@@ -46,7 +46,7 @@ class Row:
 
     model: str
     processes: int
-    threads: int
+    rank_threads: int
     link_gbits: float | None
     global_batch: int
     table_bytes: int
@@ -209,7 +209,7 @@ def rows_of(
                 Row(
                     model=first["model"],
                     processes=processes,
-                    threads=threads,
+                    rank_threads=threads,
                     link_gbits=link_gbits,
                     global_batch=batch,
                     table_bytes=first["table_bytes"],

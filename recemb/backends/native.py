@@ -56,8 +56,8 @@ class _Prepared:
     def serves(self, at: int) -> bool:
         """Whether the kernel of storage ``at`` can be had.
 
-        All are compiled side by side when one is first asked for: not for tables that no kernel reads, as
-        those in float64.
+        All are compiled side by side when one is first asked for, which tables that no kernel reads, as those
+        in float64, do not.
         """
         if self.available is None:
             found = iter(available([shape for shape in self.shapes if shape is not None], self.device))

@@ -6,6 +6,7 @@ the cost of the whole table a step.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ class LazyAdam(torch.optim.Adam):
     def step(self, closure: Any = None) -> Any:
         """Step on every parameter with a gradient, [rows, width]; ``closure`` as torch's."""
         if any(group.get(name) for group in self.param_groups for name in NOT_LAZY):
-            return super().step(closure)
+            # Without torch's wrapper, whose hooks have been run around this one.
+            return inspect.unwrap(torch.optim.Adam.step)(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():

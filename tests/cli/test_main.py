@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,11 +45,16 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_help_takes_at_most_100_ms() -> None:
     times = []
     for _ in range(7):
-        start = time.perf_counter()
+        start = cpu_seconds()
         subprocess.run([sys.executable, "-m", "recemb", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    # The fastest: on a shared machine the others measure their neighbours.
+        times.append(cpu_seconds() - start)
+    # Its own time, and the fastest: on a shared machine the clock measures the neighbours.
     assert min(times) <= 0.100
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_help_lists_the_verbs_that_exist(recemb: Recemb) -> None:

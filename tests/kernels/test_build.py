@@ -44,6 +44,13 @@ def test_constants_and_sources_make_the_key(cache: Path, source: Path) -> None:
     assert len(list(cache.glob("*.so"))) == 4
 
 
+def test_clang_is_given_no_options_of_gcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build._known(build.QUICK) == list(build.QUICK)
+    monkeypatch.setattr(build, "_compiler_version", lambda path: "Debian clang version 14.0.6")
+    assert build._known(build.QUICK) == ["-O2"]
+    assert build._known(build.FULL) == ["-O3"]
+
+
 def test_second_load_does_not_compile(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.load("answer", [source], {"ANSWER": 1})
     monkeypatch.setattr(build, "_libraries", {})

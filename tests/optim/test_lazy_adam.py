@@ -75,6 +75,18 @@ def test_an_option_that_moves_every_row_is_torchs_step_from_then_on(option: str)
     assert not torch.equal(found[0], run(LazyAdam, weight, grads)[0])
 
 
+def test_hooks_of_a_step_run_once() -> None:
+    parameter, counted = nn.Parameter(torch.ones(2, 2)), []
+    optimizer = LazyAdam([parameter], **SETTINGS)
+    torch.optim.Adam([nn.Parameter(torch.ones(1, 1))])  # wraps torch's own step
+    optimizer.register_step_post_hook(lambda *_: counted.append(1))
+    for decay in (0.0, 0.1):
+        optimizer.param_groups[0]["weight_decay"] = decay
+        parameter.grad = torch.ones(2, 2)
+        optimizer.step()
+    assert len(counted) == 2
+
+
 def test_state_moves_between_both() -> None:
     torch.manual_seed(0)
     parameter, grads = nn.Parameter(torch.randn(4, 3)), [torch.randn(4, 3) for _ in range(3)]

@@ -24,6 +24,7 @@ from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import padded_offsets
 from recemb.torchrec_io.sharding.held import Held
 from recemb.torchrec_io.sharding.replicas import Replicas
+from recemb.torchrec_io.sharding.tables import CompressedTables
 
 
 class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc] # torchrec ships no types
@@ -46,7 +47,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         self._engine = Engine(specs, tables.micro_batch_rows)
         self.replicas = held.replicas(self.backends)
         parameters = dict(self.tables.named_parameters())
-        lazy = {id(parameter) for parameter in _stepped_lazily(self.backends, self.replicas)}
+        lazy = {id(parameter) for parameter in _stepped_lazily(self.backends, self.replicas, tables)}
         for key, parameter in parameters.items():
             parameter.requires_grad_(key not in tables.frozen)
             if key in tables.attached:
@@ -183,14 +184,21 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
         return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
 
 
-def _stepped_lazily(backends: Mapping[str, Backend], replicas: Replicas) -> Iterator[Tensor]:
-    """The replicated parameters of which a kernel, in one process, would step the batch's rows alone."""
-    if replicas.on_meta:
+def _stepped_lazily(
+    backends: Mapping[str, Backend], replicas: Replicas, tables: CompressedTables
+) -> Iterator[Tensor]:
+    """The replicated parameters of which a kernel, in one process, would step the batch's rows alone.
+
+    Every rank calls it: where a kernel is missing on one, all step every row, as it does.
+    """
+    own = list(replicas.named_parameters())
+    if not own or replicas.on_meta:
         return
     with torch.no_grad():
-        served = dict(zip(backends, served_natively(list(backends.values())), strict=True))
-    for name, param, parameter in replicas.named_parameters():
-        if served[name] and param not in backends[name].stepped_whole:
+        served = served_natively(list(backends.values()))
+    alike = dict(zip(backends, replicas.agree(served), strict=True))
+    for name, param, parameter in own:
+        if alike[name] and tables.stepped_together(name) and param not in backends[name].stepped_whole:
             yield parameter
 
 

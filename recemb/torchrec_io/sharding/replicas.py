@@ -53,6 +53,13 @@ class Replicas:
         for backend, param in self._places:
             yield cast(Tensor, backend._parameters[param])
 
+    def agree(self, facts: Sequence[bool]) -> list[bool]:
+        """Those of these facts that hold on every rank; each calls it."""
+        device = next(self.parameters()).device
+        found = torch.tensor(facts, dtype=torch.int32, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        return [bool(fact) for fact in found.tolist()]
+
     def broadcast(self) -> None:
         """Take rank 0's weights, on every rank."""
         for parameter in self.parameters():
