@@ -47,7 +47,7 @@ def _draw_hits(axes: Axes, steps: Sequence[StepRow]) -> None:
         axes.plot(sizes, [100 * row.hit_rate for row in rows], marker, ls="-", color=colour, label=policy)
         axes.plot(sizes, [100 * row.ideal_hit_rate for row in rows], ":", color="#666666")
     axes.set_title("hit rate, %  (dotted: the C most frequent ids)", fontsize=9, loc="left")
-    _finish(axes, "rows cached, %")
+    _finish(axes, "rows cached, %", [100 * row.fraction for row in steps if row.policy])
 
 
 def _draw_times(axes: Axes, steps: Sequence[StepRow]) -> None:
@@ -60,7 +60,7 @@ def _draw_times(axes: Axes, steps: Sequence[StepRow]) -> None:
     axes.axhline(1, color="#000000", lw=1)
     axes.set_title("step time, × without a cache  (dashed: with exchanges)", fontsize=9, loc="left")
     axes.set_ylim(bottom=0)
-    _finish(axes, "rows cached, %")
+    _finish(axes, "rows cached, %", [100 * row.fraction for row in steps if row.policy])
 
 
 def _draw_auc(axes: Axes, rows: Sequence[AucRow]) -> None:
@@ -81,11 +81,15 @@ def _draw_auc(axes: Axes, rows: Sequence[AucRow]) -> None:
             capsize=3,
         )
     axes.set_title("AUC against bytes of all tables", fontsize=9, loc="left")
-    _finish(axes, "kB")
+    _finish(axes, "kB", [r.embedding_bytes / 1e3 for r in plain])
 
 
-def _finish(axes: Axes, label: str) -> None:
+def _finish(axes: Axes, label: str, sizes: Sequence[float]) -> None:
     axes.set_xscale("log")
+    # What was measured, in plain numbers; powers of ten say little of sizes so close.
+    ticks = sorted({float(f"{size:.2g}") for size in sizes})
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel(label, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(True, color="#dddddd", linewidth=0.8)
