@@ -23,7 +23,7 @@ demo: $(STAMP)
 # Passive: threads that spin while they wait make a shared machine crawl. Most of the time goes into kernels that are
 # compiled one by one: files of tests run side by side, on up to four cores.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The speed of every operator against its targets and peers, then of a whole training step.
 bench: $(STAMP)
