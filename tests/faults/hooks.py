@@ -156,7 +156,8 @@ def _save_again() -> None:
         self._root, self.saved_step = root, step
         return found
 
-    TrainerState.restore = restore  # type: ignore[method-assign]
+    # For good: the process is a fork that ends with its run.
+    TrainerState.restore = restore
 
 
 def _other_data() -> None:

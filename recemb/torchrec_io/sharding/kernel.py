@@ -196,9 +196,13 @@ def _stepped_lazily(
         return
     with torch.no_grad():
         served = served_natively(list(backends.values()))
-    alike = dict(zip(backends, replicas.agree(served), strict=True))
+    lazy = {
+        name
+        for (name, backend), everywhere in zip(backends.items(), replicas.agree(served), strict=True)
+        if everywhere and tables.stepped_together([f"{name}.{param}" for param in backend.own_parameters()])
+    }
     for name, param, parameter in own:
-        if alike[name] and tables.stepped_together(name) and param not in backends[name].stepped_whole:
+        if name in lazy and param not in backends[name].stepped_whole:
             yield parameter
 
 

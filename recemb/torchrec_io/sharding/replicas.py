@@ -35,8 +35,8 @@ class Replicas:
         group: dist.ProcessGroup | None,
         divisor: int,
     ) -> None:
-        self._names = [(name, param) for name, _, param in (key.partition(".") for key in keys)]
-        self._places = [(backends[name], param) for name, param in self._names]
+        places = [key.split(".") for key in keys]
+        self._places = [(backends[name], param) for name, param in places]
         self.group, self.divisor = group, divisor
 
     @property
@@ -46,12 +46,12 @@ class Replicas:
 
     def named_parameters(self) -> Iterator[tuple[str, str, Tensor]]:
         """Table, parameter's name, parameter."""
-        for (name, param), parameter in zip(self._names, self.parameters(), strict=True):
-            yield name, param, parameter
+        for backend, param in self._places:
+            yield backend.table.name, param, cast(Tensor, backend._parameters[param])
 
     def parameters(self) -> Iterator[Tensor]:
-        for backend, param in self._places:
-            yield cast(Tensor, backend._parameters[param])
+        for _, _, parameter in self.named_parameters():
+            yield parameter
 
     def agree(self, facts: Sequence[bool]) -> list[bool]:
         """Those of these facts that hold on every rank; each calls it."""

@@ -117,15 +117,14 @@ class CompressedTables:
                     frozen.add(key)
         return cls(specs, attached, frozenset(frozen), module.micro_batch_rows)
 
-    def stepped_together(self, name: str) -> bool:
-        """Whether a kernel could take the steps of all parameters of a table.
+    def stepped_together(self, keys: Sequence[str]) -> bool:
+        """Whether a kernel could take the steps of these ``<table>.<param>``, those of one storage.
 
         Not with one of them frozen, or their optimizers unlike: torch then steps each.
         """
-        own = [key for key in self.attached if key.partition(".")[0] == name]
-        frozen = any(key.partition(".")[0] == name for key in self.frozen)
-        kinds = [(self.attached[key].kind, self.attached[key].settings) for key in own]
-        return not frozen and all(kind == kinds[0] for kind in kinds)
+        own = [self.attached[key] for key in keys if key in self.attached]
+        kinds = [(attachment.kind, attachment.settings) for attachment in own]
+        return self.frozen.isdisjoint(keys) and all(kind == kinds[0] for kind in kinds)
 
     @cached_property
     def storages(self) -> list[tuple[type[Backend], list[TableSpec]]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def planned_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str], int,
             f"t_{kind}": ParameterConstraints(sharding_types=[kind], min_partition=16) for kind in kinds
         }
 
-        def constrained(*args: object, **named: object) -> object:
-            return planner(args[0], args[1], limits, args[3], **named)  # type: ignore[arg-type]
+        def constrained(ranks: Any, batch: Any, constraints: Any, *rest: Any, **named: Any) -> object:
+            return planner(ranks, batch, limits, *rest, **named)
 
         monkeypatch.setattr(module, "planner", constrained)
         found = plan_tables(
