@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from recemb.errors import BatchError
-from recemb_kernels.check import Limits, bags_are_valid
+from recemb_kernels.check import MOST, Limits, bags_are_valid
 from recemb_kernels.lookup import Ahead
 from recemb_kernels.triton_frame.verdict import note, poll
-
-_MOST = 2**31 - 1
 
 
 # Not frozen: torch.compile cannot hand a frozen dataclass over a graph break.
@@ -153,12 +151,14 @@ def check_bags(bags: Bags, targets: Sequence[LookupTarget], *, later: bool = Fal
         BatchError: names feature, table, sample, position and value. Nothing has been computed by then.
     """
     known = targets if isinstance(targets, LookupTargets) else LookupTargets(targets)
-    _check_shapes(bags, known)
-    if later and bags.ids.is_cuda and known:
-        check_on_device(bags, known)
-        return
     # One native pass says that all is well; only a bad batch, or another device, takes the long way.
-    if _valid(bags, known.limits):
+    if bags.num_features == len(known) and bags_are_valid(
+        bags.ids, bags.offsets, bags.weights, bags.num_features, known.limits
+    ):
+        return
+    if later and bags.ids.is_cuda and known:
+        _check_shapes(bags, known)
+        check_on_device(bags, known)
         return
     check_structure(bags, known)
     _check_weights(bags, known)
@@ -195,7 +195,7 @@ def _found(bags: Bags, targets: LookupTargets) -> BatchError:
 def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
     """Raise :class:`BatchError` unless ids are int64, offsets rise from 0 to their number, weights match."""
     _check_shapes(bags, targets)
-    if _valid(bags, None):
+    if bags_are_valid(bags.ids, bags.offsets, bags.weights, bags.num_features, None):
         return
     lengths = bags.lengths()
     if bool((lengths < 0).any()):
@@ -211,12 +211,6 @@ def check_structure(bags: Bags, targets: Sequence[LookupTarget]) -> None:
             f"offsets run from {first} to {last} but there are {bags.ids.numel()} ids: lengths must sum to "
             "the number of values, and offsets must start at 0"
         )
-
-
-def _valid(bags: Bags, limits: Limits | None) -> bool:
-    if not bags.num_features or not bags.offsets.numel():
-        return False
-    return bags_are_valid(bags.ids, bags.offsets, bags.weights, bags.num_features, bags.batch_size, limits)
 
 
 def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
@@ -238,10 +232,10 @@ def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
         )
     if bags.num_features != len(targets):
         raise BatchError(f"batch has {bags.num_features} features, the tables expect {len(targets)}")
-    if max(bags.ids.numel(), bags.offsets.numel()) > _MOST:
+    if max(bags.ids.numel(), bags.offsets.numel()) > MOST:
         raise BatchError(
             f"a batch of {bags.ids.numel()} ids in {bags.offsets.numel() - 1} bags is too large: positions "
-            f"are counted in 32 bits, so at most {_MOST} of each; split the batch"
+            f"are counted in 32 bits, so at most {MOST} of each; split the batch"
         )
     if bags.num_features and (bags.offsets.numel() - 1) % bags.num_features:
         raise BatchError(

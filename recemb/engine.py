@@ -57,10 +57,11 @@ class Engine:
         Raises:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
+        served = [tables[target.table] for target in self.targets]
         if not bags.checked:
-            self._check(tables, bags)
+            self._check(served, bags)
         if self._streams is None:
-            return self._pool([tables[target.table] for target in self.targets], bags)
+            return self._pool(served, bags)
         streams = self._choose(self._streams, tables, bags)
         training = streams.begin(tables)
         split = streams.split(tables, bags)
@@ -80,19 +81,18 @@ class Engine:
         Raises:
             BatchError: as in the look-up.
         """
-        self._check(tables, bags)
+        served = [tables[target.table] for target in self.targets]
+        self._check(served, bags)
         bags.checked = True
         if self._streams is None:
-            served = [tables[target.table] for target in self.targets]
             prepare_native(served, bags, self.micro_batch_rows)
         else:
             streams = self._choose(self._streams, tables, bags)
             bags.split = streams.split(tables, bags)
             prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
 
-    def _check(self, tables: Mapping[str, Backend], bags: Bags) -> None:
+    def _check(self, served: Sequence[Backend], bags: Bags) -> None:
         """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""
-        served = [tables[target.table] for target in self.targets]
         if served:
             device = served[0].device
             if device != bags.ids.device and "meta" not in (device.type, bags.ids.device.type):

@@ -11,6 +11,7 @@ from recemb_kernels.digit_tree.group import driver
 from recemb_kernels.native import attempt
 
 Limits = ctypes.Array[ctypes.c_int64]
+MOST = 2**31 - 1  # ids, or bags and one: positions are counted in 32 bits
 
 
 def bags_are_valid(
@@ -18,36 +19,39 @@ def bags_are_valid(
     offsets: Tensor,
     weights: Tensor | None,
     num_features: int,
-    batch_size: int,
     limits: Limits | None,
 ) -> bool:
-    """Whether offsets rise from 0 to L, ids lie in [0, limits[f]) and weights are finite.
+    """Whether a batch is well formed: offsets rise from 0 to L, ids lie below limits[f], weights are finite.
 
     Args:
         ids: [L] int64.
         offsets: [F * B + 1] int64.
         weights: [L] float32, or ``None``.
         num_features: F.
-        batch_size: B.
         limits: F numbers, or ``None`` to leave the ids alone.
 
     Returns:
         ``False`` also where the pass cannot be made: other devices and dtypes, no compiler, torch.compile.
     """
-    if torch.compiler.is_compiling() or not (ids.is_cpu and ids.is_contiguous() and offsets.is_contiguous()):
+    if torch.compiler.is_compiling() or not (_reads(ids, torch.int64) and _reads(offsets, torch.int64)):
         return False
-    if not offsets.is_cpu or (weights is not None and not weights.is_cpu):
+    num_ids, bags = ids.numel(), offsets.numel() - 1
+    if not num_features or bags < 0 or bags % num_features or max(num_ids, bags + 1) > MOST:
         return False
-    if weights is not None and not (weights.dtype is torch.float32 and weights.is_contiguous()):
+    if weights is not None and not (_reads(weights, torch.float32) and weights.numel() == num_ids):
         return False
     library = attempt("check_bags", driver)
     return library is not None and not library.recemb_tree_check(
         ids.data_ptr(),
         offsets.data_ptr(),
         None if weights is None else weights.data_ptr(),
-        ids.numel(),
+        num_ids,
         num_features,
-        batch_size,
+        bags // num_features,
         None if limits is None else ctypes.addressof(limits),
         torch.get_num_threads(),
     )
+
+
+def _reads(given: Tensor, dtype: torch.dtype) -> bool:
+    return given.is_cpu and given.dtype is dtype and given.dim() == 1 and given.is_contiguous()

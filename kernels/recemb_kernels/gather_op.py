@@ -9,7 +9,7 @@ holds (table, is mean, key base) per feature. Eager mode takes the same kernels 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
@@ -35,7 +35,14 @@ _INPUTS = (
 
 def opaque(function: _F) -> _F:
     """Keep torch.compile from tracing into Python that only prepares calls of the kernels."""
-    return cast(_F, cast(Any, torch.compiler).disable(function))
+    hidden = cast(Any, torch.compiler).disable(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # To be disabled costs an eager call more than to ask.
+        return (hidden if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return cast(_F, call)
 
 
 class Shape(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import compress
 from typing import Any, cast
 
 import torch
@@ -81,52 +82,22 @@ class Lookup:
             self._groups[device, dtypes] = known
         return known
 
-    def __call__(
-        self,
-        parameters: Sequence[Sequence[Tensor]],
-        batch: Batch,
-        weights: Tensor | None,
-        steps: Sequence[Step | None],
-        ahead: Ahead | None = None,
-    ) -> Tensor:
-        """Pool a batch of F features, [B, sum of D over the features].
+    def bind(self, parameters: Sequence[Sequence[Tensor]], steps: Sequence[Step | None]) -> Bound:
+        """The look-up of such parameters with these steps.
 
         Args:
             parameters: each table's, contiguous: float32 or as ``stored`` says on CPU, float32, bfloat16 or
                 float16 on GPU.
-            batch: the bags, their ids already checked against the tables' rows.
-            weights: the batch's weights as autograd knows them.
             steps: per table, the optimizer step to take in the backward in place of gradients.
-            ahead: what :meth:`prepare` has made of this batch.
 
         Raises:
             KernelUnavailableError: no native kernel can be compiled here.
         """
-        group = self.group(parameters)
-        state = None if ahead is None else ahead.state_for(group)
-        stored = [parameter for table in parameters for parameter in table]
-        if not torch.is_grad_enabled():
-            return group.forward(stored, batch, keep=False, state=state)[0]
-        stepped = [
-            is_stepped(step, k)
-            for table, step in zip(parameters, steps, strict=True)
-            for k in range(len(table))
-        ]
-        wanted = [p.requires_grad and not step for p, step in zip(stored, stepped, strict=True)]
-        free = [parameter for parameter, want in zip(stored, wanted, strict=True) if want]
-        # Without an update, whether a gradient is wanted is for the parameters and weights to say.
-        anchor = _ANCHOR if any(stepped) else None
-        call = _Call(group, self.refusal, batch, stored, steps, stepped, wanted, state)
-        return cast(Tensor, cast(Any, _Pool).apply(call, anchor, weights, *free))
-
-    def prepare(self, parameters: Sequence[Sequence[Tensor]], batch: Batch) -> Ahead:
-        """Sort and group a batch beside what runs now: in a thread, or on a stream of the GPU's own."""
-        group = self.group(parameters)
-        stored = [parameter for table in parameters for parameter in table]
-        if stored[0].is_cpu:
-            return Ahead(group, _beside().submit(group.prepare, stored, batch).result)
-        made = group.prepare(stored, batch)
-        return Ahead(group, lambda: made)
+        pairs = zip(parameters, steps, strict=True)
+        stepped = [is_stepped(step, k) for table, step in pairs for k in range(len(table))]
+        asking = [parameter.requires_grad for table in parameters for parameter in table]
+        wanted = [ask and not step for ask, step in zip(asking, stepped, strict=True)]
+        return Bound(self.group(parameters), self.refusal, list(steps), stepped, wanted)
 
     def compiled(
         self,
@@ -141,6 +112,63 @@ class Lookup:
         flat = [parameter for table in parameters for parameter in table]
         code = op.encode([table.shape for table in self.tables])
         return op(flat, ids, offsets, weights, batch, code, self.features)
+
+
+@dataclass(slots=True, eq=False)
+class Bound:
+    """A look-up of parameters on one device and of one type, with or without gradients and steps.
+
+    Args:
+        group: the tables.
+        refusal: as of the look-up.
+        steps: per table.
+        stepped: per parameter, whether it takes its table's step.
+        wanted: per parameter, whether its gradient is written out.
+    """
+
+    group: PooledGroup
+    refusal: Callable[[], Exception]
+    steps: list[Step | None]
+    stepped: list[bool]
+    wanted: list[bool]
+
+    def __call__(
+        self, stored: Sequence[Tensor], batch: Batch, weights: Tensor | None, ahead: Ahead | None = None
+    ) -> Tensor:
+        """Pool a batch of F features, [B, sum of D over the features].
+
+        Args:
+            stored: the parameters, table by table.
+            batch: the bags, their ids already checked against the tables' rows.
+            weights: the batch's weights as autograd knows them.
+            ahead: what :meth:`prepare` has made of this batch.
+        """
+        state = None if ahead is None else ahead.state_for(self.group)
+        if not torch.is_grad_enabled():
+            return self.group.forward(stored, batch, keep=False, state=state)[0]
+        changing = list(compress(stored, self.stepped))
+        # Without an update, whether a gradient is wanted is for the parameters and weights to say.
+        anchor = _ANCHOR if changing else None
+        call = _Call(self, stored, batch, changing, state)
+        return _pool(call, anchor, weights, *compress(stored, self.wanted))
+
+    def prepare(self, stored: Sequence[Tensor], batch: Batch) -> Ahead:
+        """Sort and group a batch beside what runs now: in a thread, or on a stream of the GPU's own."""
+        if stored[0].is_cpu:
+            return Ahead(self.group, _beside().submit(self.group.prepare, stored, batch).result)
+        made = self.group.prepare(stored, batch)
+        return Ahead(self.group, lambda: made)
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One look-up: its parameters, those that its backward changes, and what is known of its batch."""
+
+    bound: Bound
+    stored: Sequence[Tensor]
+    batch: Batch
+    changing: list[Tensor]
+    state: Any
 
 
 @dataclass(slots=True, eq=False)
@@ -166,25 +194,6 @@ def _beside() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="recemb-prefetch")
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One look-up: what is known of it before it runs, per parameter whether a kernel steps it, or its
-    gradient is wanted."""
-
-    group: PooledGroup
-    refusal: Callable[[], Exception]
-    batch: Batch
-    stored: Sequence[Tensor]
-    steps: Sequence[Step | None]
-    stepped: Sequence[bool]
-    wanted: Sequence[bool]
-    state: Any
-
-    def versions(self) -> list[int]:
-        """How often each stepped parameter has been changed in place."""
-        return [p._version for p, step in zip(self.stored, self.stepped, strict=True) if step]
-
-
 class _Pool(torch.autograd.Function):
     """One autograd node for all tables.
 
@@ -199,41 +208,47 @@ class _Pool(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, anchor: Tensor | None, weights: Tensor | None, *free: Tensor
     ) -> Tensor:
-        out, ctx.state = call.group.forward(call.stored, call.batch, keep=True, state=call.state)
-        ctx.call, ctx.versions = call, call.versions()
-        # Read again in the backward: autograd then complains when one was changed in place.
         batch = call.batch
+        out, call.state = call.bound.group.forward(call.stored, batch, keep=True, state=call.state)
+        ctx.call, ctx.versions = call, [parameter._version for parameter in call.changing]
+        # Read again in the backward: autograd then complains when one was changed in place.
         ctx.save_for_backward(
             batch.ids, batch.offsets, *(() if batch.weights is None else (batch.weights,)), *free
         )
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
+        # With `create_graph` alone: torch's guard costs a step more than the rest of this.
+        return _once_differentiable(ctx, grad_out) if torch.is_grad_enabled() else _Pool.step(ctx, grad_out)
+
+    @staticmethod
+    def step(ctx: Any, grad_out: Tensor) -> Any:
+        """The backward, of which there is no derivative."""
         _ = ctx.saved_tensors
         call: _Call = ctx.call
-        updates = [None if step is None else step.make() for step in call.steps]
-        if ctx.versions != call.versions():
+        bound, stored, batch = call.bound, call.stored, call.batch
+        updates = [None if step is None else step.make() for step in bound.steps]
+        if ctx.versions != [parameter._version for parameter in call.changing]:
             # A step has been taken since the forward: its products belong to weights that are gone.
-            call.group.forward(call.stored, call.batch, keep=True, state=ctx.state)
+            bound.group.forward(stored, batch, keep=True, state=call.state)
         try:
-            grads, grad_weights = call.group.backward(
+            grads, grad_weights = bound.group.backward(
                 grad_out,
-                call.stored,
-                call.batch,
-                ctx.state,
+                stored,
+                batch,
+                call.state,
                 updates=updates,
-                wanted=call.wanted,
+                wanted=bound.wanted,
                 want_weights=ctx.needs_input_grad[2],
             )
         except FloatingPointError:
-            raise call.refusal() from None
-        stepped = [p for p, step in zip(call.stored, call.stepped, strict=True) if step]
-        if stepped:
-            torch.autograd.graph.increment_version(stepped)
-        free = [grad for grad, want in zip(grads, call.wanted, strict=True) if want]
-        return None, None, grad_weights, *free
+            raise bound.refusal() from None
+        if call.changing:
+            torch.autograd.graph.increment_version(call.changing)
+        return None, None, grad_weights, *compress(grads, bound.wanted)
 
 
+_pool = cast(Callable[..., Tensor], cast(Any, _Pool).apply)
+_once_differentiable = once_differentiable(_Pool.step)
 _ANCHOR = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")

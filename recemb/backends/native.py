@@ -15,7 +15,7 @@ from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
 from recemb_kernels.gather_op import make_batch
-from recemb_kernels.lookup import Lookup, TableShape, available
+from recemb_kernels.lookup import Bound, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.update import Step
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _B = TypeVar("_B", bound="Backend")
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNED = 16  # bytes that a GPU's kernels read at once
 
 
 def owner_of(table: _B) -> _B:
@@ -43,6 +44,7 @@ class _Prepared:
         fused: per storage, its optimizers' update.
         lookup: the call for all of them, or ``None`` when there is no kernel for one.
         available: per storage, whether its kernel can be had here; ``None`` until that has been tried.
+        found: what was found out last.
     """
 
     tables: list[ReferenceType[Backend]]
@@ -52,6 +54,7 @@ class _Prepared:
     fused: list[FusedUpdate]
     lookup: Lookup | None
     available: list[bool] | None
+    found: _Found | None = None
 
     def serves(self, at: int) -> bool:
         """Whether the kernel of storage ``at`` can be had.
@@ -63,6 +66,23 @@ class _Prepared:
             found = iter(available([shape for shape in self.shapes if shape is not None], self.device))
             self.available = [shape is not None and next(found) for shape in self.shapes]
         return self.available[at]
+
+
+@dataclass(slots=True)
+class _Found:
+    """What can be done with tables as long as these facts of their parameters and optimizers hold.
+
+    Holds no parameter that no optimizer holds: a table may be lent its weights for one look-up.
+
+    Attributes:
+        facts: what it depends on.
+        native: per storage, whether the kernels can serve it.
+        bound: the look-up, or ``None`` where a kernel is missing.
+    """
+
+    facts: list[object]
+    native: list[bool]
+    bound: Bound | None
 
 
 @dataclass(slots=True)
@@ -92,19 +112,14 @@ def pooled_native(
         NonFiniteError: in the backward of a fused update, before any weight changes.
     """
     prepared = _prepare(tables, micro_batch_rows)
-    storages = _storages(tables, prepared)
-    lookup = prepared.lookup
-    if lookup is None or not all(storage.native for storage in storages):
+    if torch.compiler.is_compiling():
+        return _compiled(_storages(tables, prepared), prepared.lookup, bags)
+    found, stored = _now(tables, prepared)
+    if found.bound is None:
         return None
     weights = None if bags.weights is None else bags.weights.float()
-    parameters = [storage.parameters for storage in storages]
-    if torch.compiler.is_compiling():
-        if len({table.op.name for table in lookup.tables}) > 1 or any(t.stored for t in lookup.tables):
-            return None
-        return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
-    steps = [storage.step for storage in storages]
     batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
-    return lookup(parameters, batch, weights, steps, bags.ahead)
+    return found.bound(stored, batch, weights, bags.ahead)
 
 
 def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None) -> None:
@@ -112,23 +127,69 @@ def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int 
 
     Sets ``bags.ahead``; :func:`pooled_native` of the same tables then finds it done.
     """
-    prepared = _prepare(tables, micro_batch_rows)
-    storages = _storages(tables, prepared)
-    if prepared.lookup is None or not bags.batch_size or not all(storage.native for storage in storages):
+    found, stored = _now(tables, _prepare(tables, micro_batch_rows))
+    if found.bound is None or not bags.batch_size:
         return
     weights = None if bags.weights is None else bags.weights.float()
     batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
-    bags.ahead = prepared.lookup.prepare([storage.parameters for storage in storages], batch)
+    bags.ahead = found.bound.prepare(stored, batch)
 
 
 def served_natively(tables: Sequence[Backend]) -> list[bool]:
     """Per feature, whether :meth:`pooled_native` could serve its table in this step."""
     native = {
-        owner_of(tables[at]): storage.native
+        owner_of(tables[at]): native
         for prepared in [_prepare(tables)]
-        for at, storage in zip(prepared.owners, _storages(tables, prepared), strict=True)
+        for at, native in zip(prepared.owners, _now(tables, prepared)[0].native, strict=True)
     }
     return [native[owner_of(table)] for table in tables]
+
+
+def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[Tensor]]:
+    """What can be done with the tables in this step, and their parameters.
+
+    A step costs more to ask every parameter what can be done with it than to see that nothing has changed.
+    """
+    facts: list[object] = [torch.is_grad_enabled()]
+    stored: list[Tensor] = []
+    for at in prepared.owners:
+        table = tables[at]
+        for parameter in (table._owner[0] if table._owner else table)._parameters.values():
+            if parameter is None:
+                continue
+            stored.append(parameter)
+            facts += (
+                parameter.dtype,
+                parameter.device,
+                parameter.data_ptr() % _ALIGNED,
+                parameter.is_contiguous(),
+                parameter.requires_grad,
+            )
+            for optimizer in getattr(parameter, "_in_backward_optimizers", ()):
+                facts += (id(parameter), optimizer)
+                facts += optimizer.param_groups
+    found = prepared.found
+    if found is None or found.facts != facts:
+        storages, bound = _storages(tables, prepared), None
+        native = [storage.native for storage in storages]
+        if prepared.lookup is not None and all(native):
+            parameters = [storage.parameters for storage in storages]
+            bound = prepared.lookup.bind(parameters, [storage.step for storage in storages])
+        # Settings are changed in place.
+        facts = [dict(fact) if isinstance(fact, dict) else fact for fact in facts]
+        found = prepared.found = _Found(facts, native, bound)
+    return found, stored
+
+
+def _compiled(storages: Sequence[_Storage], lookup: Lookup | None, bags: Bags) -> Tensor | None:
+    """The look-up as an op that torch.compile knows: for tables of one method."""
+    if lookup is None or not all(storage.native for storage in storages):
+        return None
+    if len({table.op.name for table in lookup.tables}) > 1 or any(table.stored for table in lookup.tables):
+        return None
+    weights = None if bags.weights is None else bags.weights.float()
+    parameters = [storage.parameters for storage in storages]
+    return lookup.compiled(parameters, bags.ids, bags.offsets, weights, bags.batch_size)
 
 
 def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
@@ -187,10 +248,10 @@ def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> 
 
 
 def _fits(parameter: Tensor, kind: StoredAs) -> bool:
-    """Whether the kernels of its device read its type, and can read 16 bytes at once."""
+    """Whether the kernels of its device can read it."""
     if parameter.is_cpu:
         return parameter.dtype is DTYPES[kind]
-    return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % 16 == 0
+    return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % _ALIGNED == 0
 
 
 def _refusal(names: Sequence[str]) -> NonFiniteError:

@@ -78,21 +78,27 @@ class FusedUpdate:
         parameters: Sequence[nn.Parameter],
         left: frozenset[int],
     ) -> Update:
-        settings = [optimizer.param_groups[0] for optimizer in optimizers]
         # Of these very optimizers: settings of others hold other parameters, which do not compare.
         if self._made is not None and self._made[0] is optimizers:
             _, update, unchanged, held = self._made
-            state = _tensors(optimizers, parameters)
+            settings, state = _what_a_step_reads(optimizers, parameters)
             if settings == unchanged and len(state) == len(held) and all(map(is_, state, held)):
                 return update
         update = _spread(rule(optimizers, parameters), left)
-        self._made = optimizers, update, [dict(group) for group in settings], _tensors(optimizers, parameters)
+        settings, state = _what_a_step_reads(optimizers, parameters)
+        self._made = optimizers, update, [dict(group) for group in settings], state
         return update
 
 
-def _tensors(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> list[object]:
-    pairs = zip(optimizers, parameters, strict=True)
-    return [value for optimizer, parameter in pairs for value in optimizer.state[parameter].values()]
+def _what_a_step_reads(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
+) -> tuple[list[dict[str, Any]], list[object]]:
+    settings: list[dict[str, Any]] = []
+    state: list[object] = []
+    for optimizer, parameter in zip(optimizers, parameters, strict=True):
+        settings.append(optimizer.param_groups[0])
+        state += optimizer.state[parameter].values()
+    return settings, state
 
 
 def _spread(update: Update, left: frozenset[int]) -> Update:

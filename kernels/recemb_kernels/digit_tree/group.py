@@ -155,6 +155,10 @@ class Group:
             feature.table, feature.column = code.table, self.columns
             feature.mean, feature.key_base = int(code.mean), code.key_base
             self.columns += kernels[code.table].dim
+        parameters = sum(kernel.parameters for kernel in kernels)
+        # ctypes makes an array's type anew, slowly, whenever nobody holds it.
+        self._list, self._four_lists = (ctypes.c_void_p * (k * parameters) for k in (1, 4))
+        self._rules = _Rule * len(kernels)
         self._template = _Call(
             num_tables=self.num_tables,
             num_features=len(features),
@@ -226,26 +230,28 @@ class Group:
         call.keep = 1
         call.grad_out = grad_out.data_ptr()
         call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
-        grads: list[Tensor | None] = []
-        states: list[Tensor | None] = []
-        states2: list[Tensor | None] = []
-        steps: list[Tensor | None] = []
-        rules = (_Rule * len(self._codes))()
+        grads: list[Tensor | None] = [None] * len(parameters)
+        # Of each parameter its gradient, states and number of steps, in lists one after the other.
+        held, rules, each, at = self._four_lists(), self._rules(), len(parameters), 0
         for kernel, rule, update in zip(self._kernels, rules, updates, strict=True):
-            nothing: list[Tensor | None] = [None] * kernel.parameters
-            for k in range(kernel.parameters):
-                at = len(grads)
-                written = wanted[at] and not is_stepped(update, k)
-                grads.append(torch.zeros_like(parameters[at]) if written else None)
+            for k in range(at, at + kernel.parameters):
+                if wanted[k] and not is_stepped(update, k - at):
+                    grads[k] = grad = torch.zeros_like(parameters[k])
+                    held[k] = grad.data_ptr()
             if update is not None:
-                rule.left = sum(1 << k for k in update.left)
+                for left in update.left:
+                    rule.left |= 1 << left
                 rule.optimizer, rule.lr, rule.eps = update.kind, update.lr, update.eps
                 rule.beta1, rule.beta2, rule.lr_decay = update.beta1, update.beta2, update.lr_decay
-            states += update.state if update and update.state else nothing
-            states2 += update.state2 if update and update.state2 else nothing
-            steps += update.steps if update and update.steps else nothing
-        held = [_pointers(tensors) for tensors in (grads, states, states2, steps)]
-        call.grad, call.state, call.state2, call.steps = map(ctypes.addressof, held)
+                if update.state:
+                    _place(held, each + at, update.state)
+                if update.state2:
+                    _place(held, 2 * each + at, update.state2)
+                if update.steps:
+                    _place(held, 3 * each + at, update.steps)
+            at += kernel.parameters
+        call.grad = base = ctypes.addressof(held)
+        call.state, call.state2, call.steps = base + 8 * each, base + 16 * each, base + 24 * each
         call.rules = ctypes.addressof(rules)
         threads = torch.get_num_threads()
         if self.driver.recemb_tree_backward(ctypes.addressof(call), state.pointer, threads):
@@ -273,9 +279,8 @@ class Group:
 
     def _call(self, parameters: Sequence[Tensor], batch: Batch) -> _Call:
         call = _Call.from_buffer_copy(self._template)
-        call.held = _pointers(
-            parameters
-        )  # a plain attribute: lives as long as the structure that points to it
+        # A plain attribute: lives as long as the structure that points to it.
+        call.held = self._list(*[parameter.data_ptr() for parameter in parameters])
         call.param = ctypes.addressof(call.held)
         call.batch, call.num_ids = batch.size, batch.ids.numel()
         call.ids, call.offsets = batch.ids.data_ptr(), batch.offsets.data_ptr()
@@ -289,8 +294,10 @@ def _floats(*size: int) -> Tensor:
     return torch.empty(*size, dtype=torch.float32, device="cpu")
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+def _place(held: ctypes.Array[ctypes.c_void_p], at: int, tensors: Sequence[Tensor | None]) -> None:
+    for k, tensor in enumerate(tensors, at):
+        if tensor is not None:
+            held[k] = tensor.data_ptr()
 
 
 @cache

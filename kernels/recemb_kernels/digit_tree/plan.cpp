@@ -29,14 +29,21 @@ struct Arrays {
   }
 };
 
+// x / by. Most keys are below 2^53, where a division of doubles gives the same and takes a fraction of the time.
+uint64_t quotient(uint64_t x, uint64_t by) {
+  if (x >> 53) return x / by;
+  return static_cast<uint64_t>(static_cast<double>(static_cast<int64_t>(x)) / static_cast<double>(by));
+}
+
 // Number of an id with its digits in reverse: the last digit becomes the most significant.
 struct Mirror {
   const TableCode& code;
   uint64_t operator()(uint64_t key) const {
     uint64_t digits[MAX_ORDER], mirrored = 0;
     for (int64_t l = code.order - 1; l > 0; l--) {
-      digits[l] = key % code.radix[l];
-      key /= code.radix[l];
+      const uint64_t upper = quotient(key, code.radix[l]);
+      digits[l] = key - upper * code.radix[l];
+      key = upper;
     }
     digits[0] = key;
     for (int64_t l = code.order - 1; l >= 0; l--) mirrored = mirrored * code.radix[l] + digits[l];
@@ -48,45 +55,46 @@ int64_t radix_of(const Table& table, int64_t level) {
   return table.code->radix[table.mirrored ? table.order - 1 - level : level];
 }
 
-// The nodes of every level, from sorted keys.
+// The nodes of every level, from sorted records, whose memory it takes. Which key starts a node cannot be predicted:
+// ends and numbers are written for every key, and those of a node's last one stay.
 template <class Record>
-void grow_tree(Table& table, const Record* records, int64_t* keys, int32_t* perm) {
-  const int64_t order = table.order;
-  uint64_t span[MAX_ORDER], end[MAX_ORDER], start[MAX_ORDER];
-  int32_t *parent[MAX_ORDER], *first[MAX_ORDER], *digit[MAX_ORDER];
-  int64_t nodes[MAX_ORDER] = {};
-  span[order - 1] = 1;
-  for (int64_t l = order - 1; l > 0; l--) span[l - 1] = span[l] * radix_of(table, l);
-  for (int64_t l = 0; l < order; l++) {
-    parent[l] = const_cast<int32_t*>(table.level[l].parent), first[l] = const_cast<int32_t*>(table.level[l].first);
-    // Digits go where the nodes' groups will be; level 0 keeps them.
-    digit[l] = const_cast<int32_t*>(l ? table.level[l].group : table.level[l].digit);
-    end[l] = 0;
-  }
-  uint64_t last = ~uint64_t{0};
+void grow_tree(Table& table, Record* records, int64_t* keys, int32_t* perm) {
+  const int64_t last = table.order - 1;
+  int32_t* end = const_cast<int32_t*>(table.level[last].first);
+  uint64_t before = ~uint64_t{0};
+  int64_t nodes = 0;
+  end[0] = 0;
   for (int64_t i = 0; i < table.ids; i++) {
     const uint64_t key = records[i].key();
+    nodes += key != before, before = key;
     perm[i] = records[i].value();
-    if (key == last) continue;
-    last = key;
-    int64_t changed = order - 1;
-    while (changed > 0 && key >= end[changed - 1]) changed--;
-    for (int64_t l = changed; l < order; l++) {
-      const int64_t here = nodes[l]++;
-      const uint64_t base = l ? start[l - 1] : 0;
-      const uint64_t d = l + 1 < order ? (key - base) / span[l] : key - base;
-      start[l] = base + d * span[l], end[l] = start[l] + span[l];
-      parent[l][here] = static_cast<int32_t>(l ? nodes[l - 1] - 1 : 0);
-      first[l][here] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : i);
-      // The digit of a table of one level is its key, which may not fit.
-      if (order > 1) digit[l][here] = static_cast<int32_t>(d);
+    keys[nodes - 1] = static_cast<int64_t>(key), end[nodes] = static_cast<int32_t>(i + 1);
+  }
+  table.level[last].nodes = table.level[last].touched = nodes;
+  // Of a level's nodes, their digits read as one number.
+  const uint64_t* numbers = reinterpret_cast<uint64_t*>(keys);
+  uint64_t* room = reinterpret_cast<uint64_t*>(records);
+  for (int64_t l = last; l > 0; l--) {
+    const uint64_t radix = radix_of(table, l);
+    int32_t* parent = const_cast<int32_t*>(table.level[l].parent);
+    int32_t* digit = const_cast<int32_t*>(table.level[l].group);  // where the digits' groups will be
+    end = const_cast<int32_t*>(table.level[l - 1].first);
+    before = ~uint64_t{0};
+    int64_t above = 0;
+    end[0] = 0;
+    for (int64_t node = 0; node < nodes; node++) {
+      const uint64_t upper = quotient(numbers[node], radix);
+      digit[node] = static_cast<int32_t>(numbers[node] - upper * radix);
+      above += upper != before, before = upper;
+      parent[node] = static_cast<int32_t>(above - 1);
+      room[above - 1] = upper, end[above] = static_cast<int32_t>(node + 1);
     }
-    keys[nodes[order - 1] - 1] = static_cast<int64_t>(key);
+    nodes = above, numbers = room;
+    table.level[l - 1].nodes = table.level[l - 1].touched = nodes;
   }
-  for (int64_t l = 0; l < order; l++) {
-    first[l][nodes[l]] = static_cast<int32_t>(l + 1 < order ? nodes[l + 1] : table.ids);
-    table.level[l].nodes = table.level[l].touched = nodes[l];
-  }
+  // The digit of a table of one level is its key, which may not fit.
+  int32_t* digit = const_cast<int32_t*>(table.level[0].digit);
+  for (int64_t node = 0; node < nodes && last > 0; node++) digit[node] = static_cast<int32_t>(numbers[node]);
 }
 
 // Cuts the tree into slices of whole subtrees, of at most `most` rows where a subtree is not larger itself.
@@ -127,13 +135,17 @@ void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow*
     return radix_sort(a, b, to - from, bits_of(most));
   };
   const Narrow* sorted = sort_slice(0, level.nodes, radix - 1);
+  uint64_t before = ~uint64_t{0};
   level.touched = 0;
   for (int64_t i = 0; i < level.nodes; i++) {
-    if (i == 0 || sorted[i].key() != sorted[i - 1].key()) digit[level.touched++] = static_cast<int32_t>(sorted[i].key());
+    const uint64_t key = sorted[i].key();
+    level.touched += key != before, before = key;
+    digit[level.touched - 1] = static_cast<int32_t>(key);
     group[sorted[i].value()] = static_cast<int32_t>(level.touched - 1);
     by_digit[i] = sorted[i].value();
   }
   int64_t runs = 0, pieces = 0;
+  run_start[0] = 0;
   for (int64_t s = 0; s < slices; s++) {
     const int64_t from = level.slice_node[s], to = level.slice_node[s + 1];
     const_cast<int32_t*>(level.slice_run)[s] = static_cast<int32_t>(runs);
@@ -142,13 +154,17 @@ void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow*
       sorted = sort_slice(from, to, level.touched - 1);
       for (int64_t i = from; i < to; i++) by_digit[i] = sorted[i - from].value();
     }
+    int32_t of = -1;
+    int64_t run = runs;
     for (int64_t i = from; i < to; i++) {
-      const bool fresh = i == from || group[by_digit[i]] != group[by_digit[i - 1]];
-      if (fresh) run_start[runs] = static_cast<int32_t>(i), run_group[runs++] = group[by_digit[i]];
-      if (fresh || i - piece_start[pieces - 1] == PIECE) piece_start[pieces++] = static_cast<int32_t>(i);
+      const int32_t own = group[by_digit[i]];
+      runs += own != of, of = own;
+      run_group[runs - 1] = own, run_start[runs] = static_cast<int32_t>(i + 1);
     }
+    for (; run < runs; run++)
+      for (int32_t at = run_start[run]; at < run_start[run + 1]; at += PIECE) piece_start[pieces++] = at;
   }
-  run_start[runs] = piece_start[pieces] = static_cast<int32_t>(level.nodes);
+  piece_start[pieces] = static_cast<int32_t>(level.nodes);
   const_cast<int32_t*>(level.slice_run)[slices] = static_cast<int32_t>(runs);
   const_cast<int32_t*>(level.slice_piece)[slices] = static_cast<int32_t>(pieces);
 }
@@ -178,7 +194,8 @@ bool mirror_is_cheaper(const Table& table, const int64_t* keys) {
     span *= code.radix[levels - 1 - l];
     seen.assign(std::min(span, MOST) / 64 + 1, 0);
     for (int64_t u = 0; u < table.rows(); u++) {
-      uint64_t suffix = static_cast<uint64_t>(keys[u]) % span;
+      uint64_t suffix = static_cast<uint64_t>(keys[u]);
+      suffix -= quotient(suffix, span) * span;
       if (span > MOST) suffix = suffix * 0x9E3779B97F4A7C15u >> 44;
       const uint64_t bit = uint64_t{1} << (suffix % 64);
       mirrored[l] += !(seen[suffix / 64] & bit);

@@ -26,16 +26,19 @@ struct Wide {
 
 inline int bits_of(uint64_t most) { return most ? 64 - __builtin_clzll(most) : 0; }
 
-constexpr int SORT_BITS = 11;  // of one pass at most
+constexpr int SORT_BITS = 12;  // of one pass at most
 
 // Sorts a[n], whose keys have at most `bits` bits, in passes of at most SORT_BITS; returns where the result is, `a` or
 // `b`. By one thread alone, or by all threads of a parallel region, each on its share of the records: `counts` then has
 // room for threads << SORT_BITS numbers, and every thread returns the same.
 template <class Record>
 Record* radix_sort(Record* a, Record* b, int64_t n, int bits, int32_t* counts = nullptr, int thread = 0, int threads = 1) {
-  const int passes = (bits + SORT_BITS - 1) / SORT_BITS;
+  int passes = (bits + SORT_BITS - 1) / SORT_BITS;
   if (n < 2 || passes == 0) return a;
-  const int width = (bits + passes - 1) / passes;
+  const auto width_of = [bits](int p) { return (bits + p - 1) / p; };
+  // A pass takes longer over its counters than over few records.
+  while (width_of(passes) > 6 && int64_t{1} << width_of(passes) > n) passes++;
+  const int width = width_of(passes);
   const int64_t buckets = int64_t{1} << width, begin = n * thread / threads, end = n * (thread + 1) / threads;
   const uint64_t mask = buckets - 1;
   for (int p = 0; p < passes; p++) {

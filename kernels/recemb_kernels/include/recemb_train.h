@@ -229,14 +229,14 @@ struct Train : Sizes<MIRRORED> {
 #pragma omp for schedule(dynamic, NODES)
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
-        float raw[D], turned[D];
-        const float* row = raw;
-        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]), raw);
-        if constexpr (MIRRORED) {
-          for (int j = 0; j < D; j++) turned[COLUMN[j]] = raw[j];
-          row = turned;
-        }
-        if (call.bag) std::copy(row, row + D, rows + u * D);
+        float room[D], raw[D];
+        // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
+        // whole waits for its way to the cache.
+        float* row = call.bag ? rows + u * D : call.weights ? room : out_of(f, table.perm[last.first[u]]);
+        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]),
+                                                      MIRRORED ? raw : row);
+        if constexpr (MIRRORED)
+          for (int j = 0; j < D; j++) row[COLUMN[j]] = raw[j];
         for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
           const int64_t i = table.perm[k];
           if (call.bag) {
@@ -247,7 +247,7 @@ struct Train : Sizes<MIRRORED> {
           float* out = out_of(f, i);
           if (call.weights)
             for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
-          else
+          else if (out != row)
             std::copy(row, row + D, out);
         }
       }

@@ -95,7 +95,10 @@ struct TrainBackward : Train<MIRRORED> {
       int64_t rows = 0;
       for (int64_t k = from; k < to; k++) {
         const int64_t u = last.by_digit[k];
-        if (k + 4 < last.nodes) prefetch_row(product(LAST - 1, last.parent[last.by_digit[k + 4]]), M * KP);
+        if (k + 4 < last.nodes) {
+          const int64_t next = last.by_digit[k + 4];
+          prefetch_row(product(LAST - 1, last.parent[next]), M * KP), prefetch_row(grad_row(next), D);
+        }
         const float *grad = grad_row(u), *above = product(LAST - 1, last.parent[u]);
         for (int m = 0; m < M; m++, rows++) a[rows] = grad + m * Q, c[rows] = above + m * KP;
       }
