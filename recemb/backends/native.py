@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from weakref import ReferenceType, ref
@@ -39,33 +39,33 @@ class _Prepared:
     Attributes:
         tables: the tables, to be sure that it is still them.
         owners: position of the table that owns each storage, or of one of its peers.
-        device: of the first table; the kernels serve those that lie there too.
         shapes: per storage, its shape as a kernel's, or ``None`` when there is no kernel for it.
         fused: per storage, its optimizers' update.
         lookup: the call for all of them, or ``None`` when there is no kernel for one.
-        available: per storage, whether its kernel can be had here; ``None`` until that has been tried.
+        available: per device where it has been tried, and per storage, whether its kernel can be had.
         found: what was found out last.
     """
 
     tables: list[ReferenceType[Backend]]
     owners: list[int]
-    device: torch.device
     shapes: list[TableShape | None]
     fused: list[FusedUpdate]
     lookup: Lookup | None
-    available: list[bool] | None
+    available: dict[torch.device, list[bool]] = field(default_factory=dict)
     found: _Found | None = None
 
-    def serves(self, at: int) -> bool:
-        """Whether the kernel of storage ``at`` can be had.
+    def serves(self, at: int, device: torch.device) -> bool:
+        """Whether the kernel of storage ``at`` can be had for a device.
 
         All are compiled side by side when one is first asked for, which tables that no kernel reads, as those
         in float64, do not.
         """
-        if self.available is None:
-            found = iter(available([shape for shape in self.shapes if shape is not None], self.device))
-            self.available = [shape is not None and next(found) for shape in self.shapes]
-        return self.available[at]
+        if torch.compiler.is_compiling():  # It is met, and missed, when the compiled code runs.
+            return True
+        if device not in self.available:
+            found = iter(available([shape for shape in self.shapes if shape is not None], device))
+            self.available[device] = [shape is not None and next(found) for shape in self.shapes]
+        return self.available[device][at]
 
 
 @dataclass(slots=True)
@@ -195,7 +195,7 @@ def _compiled(storages: Sequence[_Storage], lookup: Lookup | None, bags: Bags) -
 def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     training = torch.is_grad_enabled()
     ask = training and not torch.compiler.is_compiling()
-    found = []
+    device, found = tables[0].device, []
     pairs = zip(prepared.owners, prepared.shapes, prepared.fused, strict=True)
     for k, (at, shape, fused) in enumerate(pairs):
         owner = owner_of(tables[at])
@@ -205,8 +205,8 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
         for parameter, kind in zip(own, kinds, strict=True):
             # A fused update writes to the parameters: contiguous copies would take it in their place.
             readable = _fits(parameter, kind) and parameter.is_contiguous()
-            native = native and readable and parameter.device == prepared.device
-        native = native and prepared.serves(k)
+            native = native and readable and parameter.device == device
+        native = native and prepared.serves(k, device)
         step = fused.of(own) if ask and native else None
         if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
@@ -216,15 +216,12 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
 
 def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> _Prepared:
     """What is fixed about these tables; remembered by the first of them."""
-    device = tables[0].device
-    key, memo = (device, micro_batch_rows, *map(id, tables)), tables[0].memo
+    key, memo = (micro_batch_rows, *map(id, tables)), tables[0].memo
     compiling = torch.compiler.is_compiling()
     if not compiling:
         known: _Prepared | None = memo.get(key)
         # Another table may have taken the place of one that is gone.
-        if known is not None and all(
-            seen() is table for seen, table in zip(known.tables, tables, strict=True)
-        ):
+        if known is not None and [seen() for seen in known.tables] == list(tables):
             return known
     owners = list(dict.fromkeys(owner_of(table) for table in tables))
     index = {owner: k for k, owner in enumerate(owners)}
@@ -235,13 +232,11 @@ def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> 
     )
     shapes = [owner.native_shape() for owner in owners]
     whole = tuple(shape for shape in shapes if shape is not None)
-    # Under torch.compile a kernel is met, and missed, when the compiled code runs.
-    tried = [shape is not None for shape in shapes] if compiling else None
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
     lookup = Lookup(whole, features, refusal, micro_batch_rows) if len(whole) == len(shapes) else None
     seen = [] if compiling else [ref(table) for table in tables]
-    made = _Prepared(seen, first, device, shapes, [FusedUpdate() for _ in owners], lookup, tried)
+    made = _Prepared(seen, first, shapes, [FusedUpdate() for _ in owners], lookup)
     if not compiling:
         memo[key] = made
     return made
