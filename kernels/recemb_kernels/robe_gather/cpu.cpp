@@ -154,6 +154,10 @@ void sort_blocks(const Table* table, Blocks& blocks) {
 void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int64_t at, int64_t from, float* sum) {
   const int64_t n = static_cast<int64_t>(blocks.start.size()), end = (from + 1) * Z;
   for (int64_t k = at; k < n && blocks.start[k] < end; k++) {
+    if (DIRECT && k + AHEAD < n) {
+      const int64_t next = blocks.piece[k + AHEAD];
+      prefetch_row(sender_of(table, call, next).grad, Z), __builtin_prefetch(&blocks.sign[next]);
+    }
     const int64_t piece = blocks.piece[k];
     const int b = static_cast<int>(piece % BLOCKS);
     const Sender sender = DIRECT ? sender_of(table, call, piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
