@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, Protocol, TypeVar, cast
 from weakref import ref
 
@@ -29,7 +29,9 @@ from recemb_kernels.update import Update
 _T = TypeVar("_T")
 # Launches of a shape that stay eager: kernels are compiled and tuned in them.
 _EAGER = 3
-_MOST_GRAPHS, _MOST_SHAPES, _MOST_STEPS = 8, 256, 4
+_MOST_GRAPHS, _MOST_SHAPES, _MOST_STEPS, _MOST_FAILURES = 8, 256, 4, 3
+# Of a device's memory, what the graphs of one group of tables may hold.
+_MOST_MEMORY = 1 / 16
 # Look-ups between two shapes that make room for others: a capture takes as long as dozens of steps.
 _PATIENCE = 256
 # Gradients that leave a graph are copied; beyond this they are computed outside of it.
@@ -42,7 +44,15 @@ def are_wanted(device: torch.device) -> bool:
 
 
 class Recorder(Protocol):
-    """Records launches to be replayed."""
+    """Records launches to be replayed.
+
+    Attributes:
+        num_bytes: of memory that what it has recorded holds.
+        most_bytes: what all recorders of a group may hold.
+    """
+
+    num_bytes: int
+    most_bytes: int
 
     def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
         """Record ``run``; its result, whose tensors each replay fills, and the replay."""
@@ -55,18 +65,50 @@ class GraphRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._pool: Any = None
+        self._device, self._pool = device, cast(Any, None)
         self._stream = cast(Any, torch.cuda).Stream(device)  # untyped
+        self.num_bytes = 0
+        self.most_bytes = int(_MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
 
     def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        """A graph of ``run``, which is not run."""
+        """A graph of ``run``, which is not run.
+
+        Raises:
+            RuntimeError: it cannot be captured.
+        """
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
         # Other threads may allocate pinned memory meanwhile, as data loaders do.
         mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
-            result = run()
+        with _capturing:
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+                    before = torch.cuda.memory_reserved(self._device)
+                    result = run()
+                    self.num_bytes += torch.cuda.memory_reserved(self._device) - before
+            finally:
+                # torch stays on the capture's stream when a capture fails.
+                torch.cuda.set_stream(current)
         self._pool = graph.pool()
         return result, graph.replay
+
+
+# A process captures one graph at a time: a capture begins with a wait that breaks another thread's.
+_capturing = Lock()
+_Gradients = tuple[list[Tensor | None], Tensor | None, Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class _Backward:
+    """One kind of backward of a shape.
+
+    Attributes:
+        grad: where it reads the gradient.
+        recorded: what it gives, its replay, and tensors that its launches read.
+    """
+
+    grad: Tensor
+    recorded: tuple[_Gradients, Callable[[], None], list[Tensor]] | None = None
 
 
 @dataclass(eq=False)
@@ -93,7 +135,7 @@ class _Graph:
     def __init__(
         self, group: TritonGroup, record: Recorder, parameters: Sequence[Tensor], batch: Batch, keep: bool
     ) -> None:
-        self._group, self._record, self._parameters = group, record, list(parameters)
+        self._group, self.record, self._parameters = group, record, list(parameters)
         weights, refused = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
         self.batch = Batch(batch.ids.clone(), batch.offsets.clone(), weights, batch.size, refused)
 
@@ -106,7 +148,7 @@ class _Graph:
         (self._out, self._call), self._replay = record(run)
         # The launches hold addresses: what is remembered must not be freed.
         self._alive = group.remembered()
-        self._backwards: dict[Any, tuple[Any, Callable[[], None], list[Tensor]] | None] = {}
+        self._backwards: dict[Any, _Backward] = {}
         self._user: ref[_Held] | None = None
         self._may_record = True
         self.turn = 0
@@ -133,36 +175,35 @@ class _Graph:
         self._replay()
         return self._out.clone()
 
-    def backward(self, grad_out: Tensor, asked: Asked) -> tuple[list[Tensor | None], Tensor | None, Tensor]:
+    def backward(self, grad_out: Tensor, asked: Asked) -> _Gradients:
         # A second backward of the same look-up, should one come, sees whether another has been in between.
         self._user = None
         key = (tuple(map(_address, asked.updates)), tuple(asked.wanted), asked.want_weights)
-
-        def run_eagerly() -> tuple[list[Tensor | None], Tensor | None, Tensor]:
+        known = self._backwards.get(key)
+        if not self._may_record or (known is None and self._too_large(asked)):
             return self._group.run_backward(grad_out, self._parameters, self.batch, self._call, asked)
-
-        if key not in self._backwards:
-            self._backwards[key] = None  # The first of a kind compiles kernels.
-            return run_eagerly()
-        known = self._backwards[key]
+        fresh = known is None
         if known is None:
-            if not self._may_record or self._too_large(asked):
-                return run_eagerly()
             if len(self._backwards) > _MOST_STEPS:  # their optimizers' states have been replaced
-                self._backwards = {key: None}
-            grad = torch.empty(grad_out.shape, dtype=torch.float32, device=grad_out.device)
+                self._backwards.clear()
+            own = torch.empty(grad_out.shape, dtype=torch.float32, device=grad_out.device)
+            known = self._backwards[key] = _Backward(own)
+        grad = known.grad
+        grad.copy_(grad_out)
 
-            def run() -> Any:
-                return self._group.run_backward(grad, self._parameters, self.batch, self._call, asked)
+        def run() -> _Gradients:
+            return self._group.run_backward(grad, self._parameters, self.batch, self._call, asked)
 
+        if fresh:
+            return run()  # The first of a kind compiles kernels, for these very addresses.
+        if known.recorded is None:
             try:
-                known = self._backwards[key] = (*self._record(run), [grad, *self._group.remembered()])
+                known.recorded = (*self.record(run), self._group.remembered())
             except RuntimeError as error:
                 _stay_eager(error)
                 self._may_record = False
-                return run_eagerly()
-        (grads, weights, mark), replay, (own_grad, *_) = known
-        own_grad.copy_(grad_out)
+                return run()
+        (grads, weights, mark), replay, _ = known.recorded
         replay()
         found = [None if grad is None else grad.clone() for grad in grads]
         return found, None if weights is None else weights.clone(), mark
@@ -186,10 +227,12 @@ class GraphedGroup:
 
     def __init__(self, group: TritonGroup, recorder: Callable[[], Recorder]) -> None:
         self._group, self._recorder = group, recorder
+        self._lock = Lock()  # of what follows
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
-        self._off = False
+        self._left_eager: set[Any] = set()
+        self._failures = 0
 
     @property
     def num_tables(self) -> int:
@@ -208,8 +251,9 @@ class GraphedGroup:
 
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | None:
         """As of the group; ``None`` where a graph will do it, with the rest of the look-up."""
-        if self._recurs(self._shape(parameters, batch, True)):
-            return None
+        with self._lock:
+            if self._recurs(self._shape(parameters, batch, True)):
+                return None
         return self._group.prepare(parameters, batch)
 
     def forward(
@@ -262,61 +306,79 @@ class GraphedGroup:
         if not (batch.size and batch.ids.numel()) or capturing():
             return None
         shape = self._shape(parameters, batch, keep)
-        self._patience -= 1
-        if not self._recurs(shape):
-            return None
-        known = self._graphs.pop(shape, None)
-        if known is not None:
-            self._graphs[shape] = known  # the last used is the last to go
-            return None if known.busy else known
-        return self._capture(shape, parameters, batch, keep)
+        key = (*shape, _who(batch.ids.device))
+        with self._lock:
+            self._patience -= 1
+            if not self._recurs(shape):
+                return None
+            known = self._graphs.pop(key, None)
+            if known is None:
+                return self._capture(key, parameters, batch, keep)
+            self._graphs[key] = known  # the last used is the last to go
+            return known if self._fits(key) and not known.busy else None
 
     def _recurs(self, shape: Any) -> bool:
-        """Whether a shape is, or is to be, captured; counts it."""
-        if self._off or shape in self._graphs:
-            return not self._off
+        """Whether look-ups of a shape go through graphs by now; counts them."""
+        if shape in self._left_eager or self._failures >= _MOST_FAILURES:
+            return False
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
         self._seen[shape] = self._seen.get(shape, 0) + 1
         return self._seen[shape] > _EAGER
 
-    def _capture(self, shape: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
+    def _capture(self, key: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
         # Tables that have been replaced must not stay in memory for their graphs' sake.
-        for other in [other for other in self._graphs if other[-1] != shape[-1]]:
+        for other in [other for other in self._graphs if other[-2] != key[-2]]:
             del self._graphs[other]
         if len(self._graphs) >= _MOST_GRAPHS:
             if self._patience > 0:
                 return None
-            oldest = next(iter(self._graphs))
-            del self._graphs[oldest]
-            self._seen[oldest] = 0
-            self._patience = _PATIENCE
+            self._let_go()
+        recorder = self._recorder()
         try:
             # The graph's memory serves look-ups in inference mode and others.
             with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
-                made = _Graph(self._group, self._recorder(), parameters, batch, keep)
+                made = _Graph(self._group, recorder, parameters, batch, keep)
         except RuntimeError as error:
             _stay_eager(error)
-            self._off = True
-            self._graphs.clear()
+            self._failures += 1
+            self._left_eager.add(key[:-1])
             return None
-        self._graphs[shape] = made
-        return made
+        self._graphs[key] = made
+        return made if self._fits(key) else None
+
+    def _fits(self, key: Any) -> bool:
+        """Whether the graph used last may stay; others make room for it."""
+        most = self._graphs[key].record.most_bytes
+        while sum(graph.record.num_bytes for graph in self._graphs.values()) > most:
+            if len(self._graphs) == 1:
+                del self._graphs[key]
+                self._left_eager.add(key[:-1])
+                return False
+            self._let_go()
+        return True
+
+    def _let_go(self) -> None:
+        """Drop the graph that has not been used for longest, and capture none in its place for a while."""
+        oldest = next(iter(self._graphs))
+        del self._graphs[oldest]
+        self._seen[oldest[:-1]] = 0
+        self._patience = _PATIENCE
 
     def _shape(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> tuple[Any, ...]:
-        """What a graph is captured for: sizes, types, precision, who looks up, and addresses.
-
-        Threads and streams have graphs of their own, as nothing orders what one does after the other.
-        """
+        """What a graph is captured for: sizes, types, precision, and addresses."""
         weights = None if batch.weights is None else batch.weights.dtype
-        device = batch.ids.device
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return (
             (batch.ids.numel(), batch.size, weights, batch.refused is None, keep),
             precision(torch.float32),
-            (get_ident(), stream),
             tuple(parameter.data_ptr() for parameter in parameters),
         )
+
+
+def _who(device: torch.device) -> tuple[int, int]:
+    """Thread and stream, which have graphs of their own: nothing orders what one does after the other."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return get_ident(), stream
 
 
 def _stay_eager(error: RuntimeError) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _Pending = tuple[Any, Tensor, Callable[[], Exception]]
 _pending: deque[_Pending] = deque()
+_lock = Lock()  # of looking at the first one and taking it away
 
 
 def capturing() -> bool:
@@ -50,12 +52,15 @@ def poll(wait: bool = False) -> None:
     """
     if _pending and capturing():
         return  # Asking an event would end the capture.
-    while _pending:
-        arrived, host, error = _pending[0]
+    while True:
+        with _lock:
+            if not _pending:
+                return
+            arrived, host, error = _pending[0]
+            if not wait and not arrived.query():
+                return
+            _pending.popleft()
         if wait:
             arrived.synchronize()
-        elif not arrived.query():
-            return
-        _pending.popleft()
         if bool(host):
             raise error()

@@ -6,11 +6,12 @@ and fills the tensors that the recording gave. ``tests/gpu`` has the real ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import Thread
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Barrier, Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.errors import NonFiniteError
+from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
 from recemb_kernels.triton_frame.family import tensors_of
 from recemb_kernels.triton_frame.graphs import GraphedGroup
@@ -48,6 +50,7 @@ class FakeRecorder:
 
     def __init__(self, persistent: Callable[[], list[Tensor]]) -> None:
         self._persistent, self.recorded, self.replayed = persistent, 0, 0
+        self.num_bytes, self.most_bytes = 0, 1
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         self.recorded += 1
@@ -115,6 +118,34 @@ class Model:
 
     def look_up(self, bags: Bags) -> Tensor:
         return self.engine(self.tables, bags)
+
+
+class StubGroup:
+    """Launches nothing."""
+
+    def on_device(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def plan(self, batch: Batch) -> None:
+        return None
+
+    def remembered(self) -> list[Tensor]:
+        return []
+
+    def run_forward(self, parameters: Any, batch: Batch, *, keep: bool, state: Any) -> tuple[Tensor, None]:
+        return torch.zeros(batch.size), None
+
+    def forward(self, parameters: Any, batch: Batch, *, keep: bool, state: Any = None) -> tuple[Tensor, None]:
+        return torch.zeros(batch.size), None
+
+
+class StubRecorder:
+    """Replays nothing."""
+
+    num_bytes, most_bytes = 0, 1
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        return run(), lambda: None
 
 
 def at_once(run: Callable[..., Any], *args: Any) -> Any:
@@ -246,6 +277,62 @@ def test_many_shapes_do_not_take_turns_in_being_captured(monkeypatch: pytest.Mon
     # Two fit; one of the others takes the place of one, and the next exchange is far off.
     assert [group.graphs for group in groups] == [2]
     assert recorder.recorded == 3
+
+
+def test_graphs_stay_within_their_memory() -> None:
+    model = Model("sgd")
+    made: list[FakeRecorder] = []
+
+    def recorder() -> FakeRecorder:
+        made.append(FakeRecorder(model.persistent))
+        made[-1].num_bytes, made[-1].most_bytes = (1, 2) if len(made) < 4 else (3, 2)
+        return made[-1]
+
+    with by_triton(lambda group: GraphedGroup(group, recorder)) as groups, torch.no_grad():
+        for size in (2, 3):
+            for _ in range(4):
+                model.look_up(model.bags(0, size=size))
+        assert groups[0].graphs == 2
+        for _ in range(4):
+            model.look_up(model.bags(0, size=4))
+        assert groups[0].graphs == 2  # the one of size 2 had to go
+        made[1].num_bytes = 2  # as when its backward is recorded
+        model.look_up(model.bags(0, size=3))
+        assert groups[0].graphs == 1
+        for _ in range(6):  # too large alone
+            model.look_up(model.bags(0, size=5))
+        assert groups[0].graphs == 0
+    assert len(made) == 4
+
+
+def test_threads_that_look_up_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes come and go in one thread while another looks its own up."""
+    monkeypatch.setattr(graphs, "_PATIENCE", 1)
+    group = GraphedGroup(cast(Any, StubGroup()), lambda: StubRecorder())
+    parameters, failed, start = [torch.zeros(1)], [], Barrier(4)
+
+    def look_up() -> None:
+        start.wait()
+        try:
+            for k in range(3000):
+                size = 1 + k % 12
+                batch = Batch(torch.zeros(size, dtype=torch.int64), torch.arange(size + 1), None, size)
+                group.forward(parameters, batch, keep=False)
+        except Exception as error:  # whatever it is
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [Thread(target=look_up) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert group.graphs <= graphs._MOST_GRAPHS
 
 
 def test_inference_mode_and_others_share_a_graph() -> None:
