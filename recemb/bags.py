@@ -18,6 +18,7 @@ from torch import Tensor
 from recemb.errors import BatchError
 from recemb_kernels.check import MOST, Limits, bags_are_valid
 from recemb_kernels.lookup import Ahead
+from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import note, poll
 
 
@@ -34,6 +35,7 @@ class Bags:
         refused: [1] int32 on a GPU, set by the check of ids and offsets that are there: not 0 when the batch
             is bad, of which the host learns later. No weight changes then, and bad ids give 0.
         checked: whether the batch has been checked already.
+        handed: on a GPU, the work of the stream that has prepared this batch, which may be another one.
         ahead: the kernels' preparation of this batch, when it was asked for before its look-up.
         split: the same of the cache's streams.
     """
@@ -44,6 +46,7 @@ class Bags:
     weights: Tensor | None = None
     refused: Tensor | None = None
     checked: bool = False
+    handed: HandOver | None = None
     ahead: Ahead | None = None
     split: Any = None
 

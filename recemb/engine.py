@@ -19,6 +19,7 @@ from recemb.cache.streams import Streams
 from recemb.errors import BatchError
 from recemb.spec import TableSpec
 from recemb_kernels.gather_op import opaque
+from recemb_kernels.triton_frame.streams import HandOver
 
 
 class Engine:
@@ -60,6 +61,9 @@ class Engine:
         served = [tables[target.table] for target in self.targets]
         if not bags.checked:
             self._check(served, bags)
+        if bags.handed is not None:
+            bags.handed.take(bags)
+            bags.handed = None
         if self._streams is None:
             return self._pool(served, bags)
         streams = self._choose(self._streams, tables, bags)
@@ -90,6 +94,8 @@ class Engine:
             streams = self._choose(self._streams, tables, bags)
             bags.split = streams.split(tables, bags)
             prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
+        if bags.ids.is_cuda:
+            bags.handed = HandOver.of(torch.cuda.current_stream(bags.ids.device))
 
     def _check(self, served: Sequence[Backend], bags: Bags) -> None:
         """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""

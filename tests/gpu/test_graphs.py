@@ -12,6 +12,7 @@ from torchrec import KeyedJaggedTensor
 
 from recemb import EmbeddingBagCollection
 from recemb_kernels.triton_frame.graphs import GraphedGroup
+from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
 from tests.gpu.test_collection import (
     METHODS,
@@ -116,6 +117,56 @@ def test_prefetched_batches() -> None:
     given = [batch(seed) for seed in range(8)]
     states = [trained(made("adagrad"), given, ahead) for ahead in (False, True)]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_batches_prepared_on_a_stream_of_their_own(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrec's prefetching pipeline does it, while the step before is far from done."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    given, states = [batch(seed) for seed in range(10)], []
+    beside = torch.cuda.Stream()
+    for ahead in (False, True):
+        gpu = made("adagrad")
+        for k, kjt in enumerate(given):
+            torch.cuda._sleep(5_000_000)
+            loss = loss_of(gpu(kjt).values())
+            with torch.cuda.stream(beside):
+                if ahead and k + 1 < len(given):
+                    gpu.prefetch(given[k + 1])
+            loss.backward()
+            with torch.cuda.stream(beside):
+                # What the look-up has not kept is overwritten here.
+                for count in (1, kjt.values().numel(), 2 * kjt.values().numel(), kjt.offsets().numel()):
+                    _ = [
+                        torch.full((count,), -1, dtype=kind, device="cuda")
+                        for kind in (torch.int32, torch.int64)
+                    ]
+        states.append([p.detach().clone() for p in gpu.parameters()])
+    poll(wait=True)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_failed_capture_leaves_the_look_up_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, gpu = made("adagrad"), made("adagrad")
+    capture = TritonGroup.run_forward
+
+    def waits(self: TritonGroup, *args: Any, **kwargs: Any) -> Any:
+        found = capture(self, *args, **kwargs)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return found
+
+    monkeypatch.setattr(TritonGroup, "run_forward", waits)
+    stream = torch.cuda.current_stream()
+    given = [batch(seed) for seed in range(8)]
+    with pytest.warns(UserWarning, match="stay eager"):
+        trained(gpu, given, False)
+    assert torch.cuda.current_stream() == stream
+    assert not sum(group.graphs for group in groups_made)
+    monkeypatch.undo()
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", "0")
+    trained(plain, given, False)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), gpu.parameters(), strict=True))
 
 
 def test_a_replay_never_waits_for_the_gpu() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.plan import BatchPlan, Keys, keys_of, plan_batch
+from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import capturing
 from recemb_kernels.update import Update, is_stepped
 
@@ -50,24 +51,20 @@ class Call:
         columns: width of the output.
         keys: how its ids become keys.
         kept: what each family's forward leaves for its backward.
-        ready: when another stream has prepared it.
+        ready: what another stream has prepared of it.
     """
 
     batch: Batch
     columns: int
     keys: Keys
     kept: dict[int, Any] = field(default_factory=dict)
-    ready: torch.cuda.Event | None = None
+    ready: HandOver | None = None
 
     def wait(self) -> None:
         """Have the current stream wait for what another one has prepared, and keep its memory until then."""
-        if self.ready is None:
-            return
-        stream = torch.cuda.current_stream(self.keys.base.device)
-        stream.wait_event(self.ready)
-        self.ready = None
-        for tensor in tensors_of(self.__dict__):
-            tensor.record_stream(stream)
+        if self.ready is not None:
+            self.ready.take(self)
+            self.ready = None
 
     @cached_property
     def placed(self) -> tuple[Tensor, Tensor]:
@@ -239,16 +236,3 @@ class Family(ABC, Generic[_S]):
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """[K] int64: where each tensor lies."""
         return self.remembered(tuple(tensor.data_ptr() for tensor in tensors))
-
-
-def tensors_of(held: Any) -> Iterator[Tensor]:
-    """Every tensor within dataclasses, lists and dictionaries."""
-    if isinstance(held, Tensor):
-        yield held
-    elif is_dataclass(held):
-        yield from tensors_of(vars(held))
-    elif isinstance(held, Mapping):
-        yield from tensors_of(list(held.values()))
-    elif isinstance(held, list | tuple):
-        for item in held:
-            yield from tensors_of(item)

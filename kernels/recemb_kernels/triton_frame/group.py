@@ -21,6 +21,7 @@ from recemb_kernels.triton_frame.family import (
 )
 from recemb_kernels.triton_frame.plan import Keys, infinite, on_device
 from recemb_kernels.triton_frame.steps import rates_of
+from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
 
@@ -122,8 +123,7 @@ class TritonGroup:
         self._beside.wait_stream(current)  # the ids may still be on their way
         with torch.cuda.stream(self._beside):
             call = self.plan(batch)
-            call.ready = cast(Any, torch.cuda).Event()  # untyped
-            call.ready.record(self._beside)
+            call.ready = HandOver.of(self._beside)
         return call
 
     @cached_property

@@ -25,8 +25,8 @@ from recemb.engine import Engine
 from recemb.errors import NonFiniteError
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
-from recemb_kernels.triton_frame.family import tensors_of
 from recemb_kernels.triton_frame.graphs import GraphedGroup
+from recemb_kernels.triton_frame.streams import tensors_of
 from tests.kernels.cases import make_bags, make_engine
 from tests.kernels.triton.harness import by_triton
 

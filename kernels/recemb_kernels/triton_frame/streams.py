@@ -1,0 +1,57 @@
+"""Work that one CUDA stream hands to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HandOver:
+    """What a stream has been given to do so far, for another one to wait for.
+
+    Attributes:
+        stream: the one that works.
+        done: when it has.
+    """
+
+    stream: torch.cuda.Stream
+    done: torch.cuda.Event
+
+    @classmethod
+    def of(cls, stream: torch.cuda.Stream) -> HandOver:
+        """What ``stream`` has been given by now."""
+        done = cast(Any, torch.cuda).Event()  # untyped
+        done.record(stream)
+        return cls(stream, done)
+
+    def take(self, held: Any) -> None:
+        """Have the current stream wait, and keep the memory of what it reads until it has read it.
+
+        Args:
+            held: tensors, in dataclasses, lists or dictionaries, whose memory is the other stream's.
+        """
+        own = torch.cuda.current_stream(self.stream.device)
+        if own == self.stream:
+            return
+        own.wait_event(self.done)
+        for tensor in tensors_of(held):
+            tensor.record_stream(own)
+
+
+def tensors_of(held: Any) -> Iterator[Tensor]:
+    """Every tensor within dataclasses, lists and dictionaries."""
+    if isinstance(held, Tensor):
+        yield held
+    elif is_dataclass(held):
+        # Those with slots refer to no tensors of a batch.
+        yield from tensors_of(getattr(held, "__dict__", {}))
+    elif isinstance(held, Mapping):
+        yield from tensors_of(list(held.values()))
+    elif isinstance(held, list | tuple):
+        for item in held:
+            yield from tensors_of(item)
