@@ -87,6 +87,8 @@ class FusedUpdate:
         update = _spread(rule(optimizers, parameters), left)
         settings, state = _what_a_step_reads(optimizers, parameters)
         self._made = optimizers, update, [dict(group) for group in settings], state
+        if any(isinstance(value, Tensor) for group in settings for value in group.values()):
+            self._made = None  # A rate that is a tensor changes in place, as schedules do it.
         return update
 
 

@@ -142,6 +142,24 @@ def test_a_parameter_without_an_optimizer_gets_its_gradient_beside_stepped_ones(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_a_rate_that_is_a_tensor_is_read_in_every_step(name: str) -> None:
+    kind, settings = OPTIMIZERS[name]
+    ours, torchs = _collection(COMPRESSIONS["tt"]), _collection(COMPRESSIONS["tt"])
+    rates = torch.tensor(0.1), torch.tensor(0.1)
+    apply_optimizer_in_backward(kind, ours.parameters(), {**settings, "lr": rates[0]})
+    optimizer = kind(torchs.parameters(), **{**settings, "lr": rates[1]})
+    for batch in _batches():
+        _loss(ours, batch).backward()
+        optimizer.zero_grad()
+        _loss(torchs, batch).backward()
+        optimizer.step()
+        for rate in rates:
+            rate.mul_(0.3)
+        for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_is_worked_out_once_whatever_tensor_stands_for_what_is_left() -> None:
     (table, *_) = _collection(COMPRESSIONS["md"]).embedding_bags.values()
     rows, projection = table.parameters()
