@@ -11,29 +11,54 @@ from torch import Tensor, nn
 class BeforeStep:
     """Parameters as they were at a backward, to see later whether an optimizer has stepped since.
 
-    A gradient that is still there says nothing: many loops clear it after the forward. Neither does a
-    tensor's version: torch's fused optimizers do not raise it. So the values are kept, of parameters without
-    an optimizer in their backward, from every backward: between one and an exchange of rows there may be
-    nothing but graphs that are dropped.
+    A gradient that is still there says nothing: many loops clear it after the forward. Values that have
+    changed do, but a copy of them is as large as the parameters: it is made at a backward that an exchange of
+    rows is due after. From any other an exchange is parted by a look-up at least, whose own backward makes
+    the copy; where that graph is dropped, the version of each tensor has to do. torch's fused optimizers do
+    not raise it: if one has stepped then and its gradients are still there, the exchange waits for the next
+    backward and step, never the other way round.
+
+    Parameters with an optimizer in their backward accumulate nothing, and frozen ones are not stepped.
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[nn.Parameter, Tensor]] = []
+        self._seen: list[tuple[nn.Parameter, int, Tensor | None]] = []
 
     def __getstate__(self) -> dict[str, object]:
         # Gradients do not go into copies either.
         return {"_seen": []}
 
-    def note(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Keep the values of some parameters, and forget others."""
-        stepped_outside = [p for p in parameters if not getattr(p, "_in_backward_optimizers", None)]
-        self._seen = [(p, p.detach().clone()) for p in stepped_outside]
+    def note(self, parameters: Sequence[nn.Parameter], copies: dict[nn.Parameter, Tensor] | None) -> None:
+        """Keep what some parameters are, and forget others.
+
+        Args:
+            parameters: of one table; those that no optimizer steps outside of their backward are left out.
+            copies: values of parameters as they are now, to which those that are missing are added; ``None``
+                where no exchange of rows is due, which makes none.
+        """
+        self._seen = []
+        for parameter in parameters:
+            if not parameter.requires_grad or getattr(parameter, "_in_backward_optimizers", None):
+                continue
+            values = None
+            if copies is not None:
+                if parameter not in copies:
+                    copies[parameter] = parameter.detach().clone()
+                values = copies[parameter]
+            self._seen.append((parameter, parameter._version, values))
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._seen = []
 
     def pending(self) -> bool:
         """Whether one of them has a gradient, and none has moved; reads from the device."""
-        held = [
-            (parameter, before)
-            for parameter, before in self._seen
-            if parameter.grad is not None and bool(parameter.grad.any())
-        ]
-        return bool(held) and all(torch.equal(parameter, before) for parameter, before in held)
+        held = False
+        for parameter, version, values in self._seen:
+            if parameter.grad is None or not bool(parameter.grad.any()):
+                continue
+            same = parameter._version == version if values is None else torch.equal(parameter, values)
+            if not same:
+                return False
+            held = True
+        return held

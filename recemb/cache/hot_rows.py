@@ -225,7 +225,7 @@ class HotRowCache(DenseBackend):
             vote(self.owners, self.votes, buckets, evicted, scores)
             self.scores.mul_(self.settings.decay)
             self.votes.mul_(self.settings.decay)
-        self.before_step.note([])
+        self.before_step.forget()
         moved = torch.tensor([exchange.ids.numel(), evicted.numel()], device=self.counts.device)
         self.counts[2:] += moved
         now = self.host_value("steps")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recemb.cache.hot_rows import HotRowCache
@@ -130,8 +130,10 @@ class Merge(torch.autograd.Function):
             )
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         step.token = None
-        for cache, table in zip(step.caches, step.tables, strict=True):
-            cache.before_step.note([cache.weight, *table.own_parameters().values()])
+        # One of each parameter, which several features and tables may share.
+        copies: dict[nn.Parameter, Tensor] | None = {} if any(cache.due for cache in step.caches) else None
+        for cache, table in dict(zip(step.caches, step.tables, strict=True)).items():
+            cache.before_step.note([cache.weight, *table.own_parameters().values()], copies)
         both = None if streams.merger is None else streams.merger.spread(grad)
         if both is None:
             both = torch.cat(Merge._parts(streams, step, grad), dim=1)

@@ -11,10 +11,11 @@ import torchrec
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
+from recemb.bags import Bags
 from recemb.cache.optimizer_state import reset_rows
 from recemb.cache.refresh import refresh
 from recemb.errors import NonFiniteError, RecembError
-from recemb.spec import HotRows, MixedDimension, TensorTrain
+from recemb.spec import ROBE, HotRows, MixedDimension, TensorTrain
 from tests.cache.cases import Collection, forever, hold, one_id_bags, spec
 
 
@@ -101,6 +102,69 @@ def test_accumulated_gradients_hold_them_until_the_step(name: str) -> None:
     # The gradient is there still, but has been stepped on: many loops clear it after the forward.
     assert collection.cache().weight.grad is not None
     collection(one_id_bags([3]))
+    assert cached(collection) == {3, 4}
+
+
+def copies(collection: Collection, name: str = "t") -> dict[Tensor, Tensor]:
+    """Parameters of a table and what is kept of their values."""
+    seen = collection.cache(name).before_step._seen
+    return {parameter: values for parameter, _, values in seen if values is not None}
+
+
+def test_values_are_copied_only_before_an_exchange() -> None:
+    hot = HotRows(rows=2, warmup=2, refresh_every=3, track_every=1)
+    collection = Collection([spec(TensorTrain(rank=4, cache=hot), 40)])
+    optimizer, due = sgd(collection), []
+    for taken in range(1, 11):
+        step(collection, [1, 2, taken], optimizer)
+        kept = copies(collection)
+        assert set(kept) in (set(), set(collection.parameters()))
+        if kept:
+            due.append(taken)
+    # Exchanges take place at the look-ups that follow, and drop them.
+    assert due == [2, 5, 8]
+    assert collection.cache().exchanges
+
+
+def test_what_no_optimizer_steps_outside_is_not_copied() -> None:
+    collection = every_step()
+    cores = list(collection.backend().own_parameters().values())
+    apply_optimizer_in_backward(torch.optim.SGD, cores[:1], {"lr": 0.01})
+    cores[1].requires_grad_(False)
+    step(collection, [1, 1, 2])
+    assert set(copies(collection)) == {collection.cache().weight, *cores[2:]}
+
+
+def test_a_parameter_of_several_features_and_tables_is_copied_once() -> None:
+    shared = ROBE(compress_rate=4, block_size=8, cache=HotRows(rows=2, warmup=1))
+    tables = [spec(shared, 40, name="a", features=("f", "g")), spec(shared, 40, name="b")]
+    collection = Collection(tables)
+    collection(Bags(torch.tensor([1, 2, 3]), torch.arange(4), 3)).sum().backward()
+    (array,) = collection.backend("b").own_parameters().values()
+    assert copies(collection, "a")[array] is copies(collection, "b")[array]
+
+
+@pytest.mark.parametrize("cleared", [True, False], ids=["cleared", "kept"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_of_long_before_an_exchange_hold_it(name: str, cleared: bool) -> None:
+    hot = HotRows(rows=2, warmup=3, refresh_every=1, track_every=1)
+    collection = Collection([spec(TensorTrain(rank=4, cache=hot), 40)])
+    optimizer = OPTIMIZERS[name](collection.parameters())
+    collection(one_id_bags([3, 3, 4, 4])).sum().backward()
+    assert not copies(collection)
+    for _ in range(3):
+        # Graphs that are dropped: nothing says what values were when it falls due.
+        collection(one_id_bags([3]))
+        assert not cached(collection)
+    optimizer.step()
+    if cleared:
+        optimizer.zero_grad()
+    collection(one_id_bags([3]))
+    if name == "fused-adam" and not cleared:
+        # It cannot be seen to have stepped; the exchange is late by one step of the loop.
+        assert not cached(collection)
+        step(collection, [3], optimizer)
+        collection(one_id_bags([3]))
     assert cached(collection) == {3, 4}
 
 
