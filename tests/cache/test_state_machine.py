@@ -1,28 +1,39 @@
 """F17: a cached table against a dict of rows and a dict of counts, step by step.
 
-The compressed parameters are E [N, D] times a frozen P = 1, which loses nothing, so training must equal that
-of a plain dict of rows whatever is cached: capacity 1, capacity of the whole working set, more distinct rows
-in a batch than capacity, and evictions in every step. N is small enough that every id outside has a counter
-of its own, so which rows are cached, and in which slot, is foretold too.
+The compressed parameters are E [N, D] times a constant P = 1, which loses nothing, so training must equal
+that of a plain dict of rows whatever is cached: capacity 1, capacity of the whole working set, more distinct
+rows in a batch than capacity, and evictions in every step. N is small enough that every id outside has a
+counter of its own, so which rows are cached, and in which slot, is foretold too.
+
+Once in float64 by plain torch, with an optimizer outside; once in float32 by the native kernels, which take
+the optimizer's step in the backward, and with rows that are hot by their gradients.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
-from recemb.spec import HotRows, MixedDimension
+from recemb.backends.native import served_natively
+from recemb.spec import HotRows, MixedDimension, TableSpec
+from recemb_kernels.build import compiler
 from tests.backends.cases import bags_of
 from tests.cache.cases import Collection, spec
 
 ROWS, DIM, RATE, DECAY = 12, 3, 0.25, 0.5
+CAPACITIES, REFRESHES = st.sampled_from([1, 2, 5, ROWS]), st.sampled_from([1, 2, 3])
+WARMUPS, POOLINGS = st.sampled_from([0, 1, 3]), st.sampled_from(["sum", "mean"])
 BAGS = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=5), min_size=1, max_size=4)
 
 
@@ -63,7 +74,7 @@ class CountModel:
         for i in entering:
             self.inside[i] = scores[i]
             self.outside.pop(i, None)
-        if self.hot.policy == "lfu":
+        if self.hot.policy != "lru":
             self.outside.update(evicted)
             for side in (self.inside, self.outside):
                 for i in side:
@@ -72,21 +83,51 @@ class CountModel:
         return len(leaving)
 
     def see(self, ids: list[int]) -> None:
-        for i in ids:
-            side = self.inside if i in self.inside else self.outside
-            side[i] = self.steps if self.hot.policy == "lru" else side.get(i, 0.0) + 1
+        if self.hot.policy != "importance":
+            for i in ids:
+                side = self.inside if i in self.inside else self.outside
+                side[i] = self.steps if self.hot.policy == "lru" else side.get(i, 0.0) + 1
         self.steps += 1
+
+    def weigh(self, ids: list[int], norms: list[np.float32]) -> None:
+        """Sum up in float32, in the order of the batch: which of two scores is larger is then foretold."""
+        for i, norm in zip(ids, norms, strict=True):
+            side = self.inside if i in self.inside else self.outside
+            side[i] = float(np.float32(side.get(i, 0.0)) + norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A forward, and what the model says of its backward.
+
+    Attributes:
+        loss: what goes backward.
+        gradient: [N, D] of each row.
+        ids: those of the batch, feature by feature.
+        norms: per id, that of the gradient which reaches the row through it.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    ids: list[int]
+    norms: list[np.float32]
 
 
 class CachedTable(RuleBasedStateMachine):
+    dtype = torch.float64
+    rtol, atol = 1e-9, 1e-11
+
     @initialize(
-        capacity=st.sampled_from([1, 2, 5, ROWS]),
+        capacity=CAPACITIES,
         policy=st.sampled_from(["lfu", "lru"]),
-        refresh_every=st.sampled_from([1, 2, 3]),
-        warmup=st.sampled_from([0, 1, 3]),
-        pooling=st.sampled_from(["sum", "mean"]),
+        refresh_every=REFRESHES,
+        warmup=WARMUPS,
+        pooling=POOLINGS,
     )
     def build(self, capacity: int, policy: Any, refresh_every: int, warmup: int, pooling: Any) -> None:
+        self._build(capacity, policy, refresh_every, warmup, pooling)
+
+    def _build(self, capacity: int, policy: Any, refresh_every: int, warmup: int, pooling: Any) -> None:
         hot = HotRows(
             rows=capacity,
             policy=policy,
@@ -98,17 +139,31 @@ class CachedTable(RuleBasedStateMachine):
         torch.manual_seed(0)
         self.pooling = pooling
         table = spec(MixedDimension(dim=DIM, cache=hot), ROWS, DIM, features=("f", "g"), pooling=pooling)
-        self.collection = Collection([table]).double()
+        self.collection = self._collection(table)
         backend = self.collection.backend()
         with torch.no_grad():
             backend.p.copy_(torch.eye(DIM))
-        backend.p.requires_grad_(False)
-        self.rows = backend.e.detach().clone()
+        self._prepare()
+        self.rows = backend.e.detach().double().clone()
         self.counts = CountModel(capacity, hot)
         self.evictions = 0
-        # (pooled, per row the gradient that the model expects): graphs that have not gone backward.
-        self.open: list[tuple[Tensor, Tensor]] = []
+        # Graphs that have not gone backward.
+        self.open: list[Graph] = []
         self.gradient: Tensor | None = None
+
+    def _collection(self, table: TableSpec) -> Collection:
+        return Collection([table]).to(self.dtype)
+
+    def _prepare(self) -> None:
+        """What is not part of a state: how parameters are trained."""
+        self.collection.backend().p.requires_grad_(False)
+
+    def _target(self, batch_size: int) -> Tensor:
+        """[B, 2 D]: the gradient of the output."""
+        return torch.linspace(-1, 1, batch_size * 2 * DIM, dtype=self.dtype).view(batch_size, 2 * DIM)
+
+    def _close(self, ours: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(ours.detach().double(), expected, rtol=self.rtol, atol=self.atol)
 
     def _expected(self, bags: list[list[int]]) -> tuple[Tensor, Tensor]:
         """What a plain table gives [B, 2 D], and how often each row goes into each bag [bags, N]."""
@@ -120,7 +175,7 @@ class CachedTable(RuleBasedStateMachine):
         size = len(bags) // 2
         return torch.cat([pooled[:size], pooled[size:]], dim=1), share
 
-    def _forward(self, bags: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _forward(self, bags: list[list[int]]) -> Graph:
         # Two features of one table: the same bags, in the order given and backwards.
         both = bags + bags[::-1]
         flat = [i for bag in both for i in bag]
@@ -130,10 +185,17 @@ class CachedTable(RuleBasedStateMachine):
             self.counts.see(flat)
         pooled = self.collection(bags_of(flat, [len(bag) for bag in both], 2))
         expected, share = self._expected(both)
-        torch.testing.assert_close(pooled.detach(), expected, rtol=1e-9, atol=1e-11)
-        target = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
+        self._close(pooled, expected)
+        target = self._target(len(bags))
         direction = torch.cat([target[:, :DIM], target[:, DIM:]])
-        return (pooled * target).sum(), share.T @ direction
+        # Of float32 numbers, rounded as the counters are.
+        norms = [np.float32(norm) for norm in direction.norm(dim=1).tolist()]
+        each = [
+            norm / np.float32(len(bag)) if self.pooling == "mean" else norm
+            for bag, norm in zip(both, norms, strict=True)
+            for _ in bag
+        ]
+        return Graph((pooled * target).sum(), share.T @ direction.double(), flat, each)
 
     @rule(bags=BAGS)
     def forward(self, bags: list[list[int]]) -> None:
@@ -143,9 +205,11 @@ class CachedTable(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule()
     def backward(self) -> None:
-        loss, gradient = self.open.pop(0)
-        loss.backward()
-        total = gradient if self.gradient is None else self.gradient + gradient
+        self._backward(self.open.pop(0))
+
+    def _backward(self, graph: Graph) -> None:
+        graph.loss.backward()
+        total = graph.gradient if self.gradient is None else self.gradient + graph.gradient
         # Nothing has been accumulated where all bags were empty: an exchange of rows need not wait for that.
         self.gradient = total if bool(total.any()) else None
 
@@ -166,19 +230,17 @@ class CachedTable(RuleBasedStateMachine):
             optimizer.zero_grad()
             return
         # Gradients that stay until the next forward are not taken for accumulated ones; then they go.
-        loss, gradient = self._forward([[0, 1, 1], [ROWS - 1]])
+        graph = self._forward([[0, 1, 1], [ROWS - 1]])
         optimizer.zero_grad()
-        loss.backward()
-        self.gradient = gradient
+        self._backward(graph)
 
     @rule(bags=BAGS)
     def train_step(self, bags: list[list[int]]) -> None:
         if self.open or self.gradient is not None:
             return
-        loss, gradient = self._forward(bags)
-        loss.backward()
-        self.gradient = gradient
-        self.step(clear_before=False)
+        self._backward(self._forward(bags))
+        if self.gradient is not None:
+            self.step(clear_before=False)
 
     @rule(bags=BAGS, inference=st.booleans())
     def evaluate(self, bags: list[list[int]], inference: bool) -> None:
@@ -195,15 +257,16 @@ class CachedTable(RuleBasedStateMachine):
     def save_and_load(self, how: str) -> None:
         if how == "copy":
             self.collection = copy.deepcopy(self.collection)
+            self._prepare()
             return
         stream = io.BytesIO()
         torch.save(self.collection.state_dict(), stream)
         stream.seek(0)
         table = self.collection.backend().table
-        fresh = Collection([table]).double()
+        fresh = self._collection(table)
         fresh.load_state_dict(torch.load(stream), assign=how == "assign")
-        fresh.backend().p.requires_grad_(False)
         self.collection = fresh
+        self._prepare()
 
     @invariant()
     def holds_what_was_foretold(self) -> None:
@@ -215,10 +278,46 @@ class CachedTable(RuleBasedStateMachine):
             if i is not None:
                 assert float(cache.scores[slot]) == self.counts.inside[i]
         assert cache.metrics().evictions == self.evictions
-        torch.testing.assert_close(self.collection.backend().to_dense(), self.rows, rtol=1e-9, atol=1e-11)
+        self._close(self.collection.backend().to_dense(), self.rows)
+
+
+class FusedTable(CachedTable):
+    """Float32 and native kernels, SGD in the backward, and rows that are hot by the norms of gradients."""
+
+    dtype = torch.float32
+    # Rows of up to some hundred; what is lost or done twice is a twentieth at least.
+    rtol, atol = 1e-5, 1e-4
+
+    @initialize(capacity=CAPACITIES, refresh_every=REFRESHES, warmup=WARMUPS, pooling=POOLINGS)
+    def build(self, capacity: int, refresh_every: int, warmup: int, pooling: Any) -> None:
+        self._build(capacity, "importance", refresh_every, warmup, pooling)
+
+    def _prepare(self) -> None:
+        # P gets gradients that nothing steps on: the kernel makes no step where a parameter is frozen.
+        backend, cache = self.collection.backend(), self.collection.cache()
+        apply_optimizer_in_backward(torch.optim.SGD, [backend.e, cache.weight], {"lr": RATE})
+        assert served_natively([cache, backend]) == [True, True]
+
+    def _target(self, batch_size: int) -> Tensor:
+        # One whole number for each sample and feature, whose norm no order of sums can round in two ways.
+        target = torch.zeros(batch_size, 2, DIM)
+        for at in range(2 * batch_size):
+            target[at // 2, at % 2, at % DIM] = (1 + at % 4) * (-1) ** at
+        return target.flatten(1)
+
+    def _backward(self, graph: Graph) -> None:
+        backend = self.collection.backend()
+        graph.loss.backward()
+        assert backend.e.grad is None
+        assert self.collection.cache().weight.grad is None
+        backend.p.grad = None
+        self.rows -= RATE * graph.gradient
+        self.counts.weigh(graph.ids, graph.norms)
 
 
 # Explaining a failure takes minutes and says nothing about tensors.
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
 CachedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30, phases=PHASES)
 TestCachedTable = CachedTable.TestCase
+FusedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30, phases=PHASES)
+TestFusedTable = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")(FusedTable.TestCase)
