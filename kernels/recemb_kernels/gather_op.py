@@ -278,7 +278,8 @@ def make_group(
         return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
     families = [(op.family(), shape) for op, shape, _ in tables]
     # After the families, which say what is missing.
-    from recemb_kernels.triton_frame import family, graphs, group
+    from recemb_kernels.triton_frame import MICRO_BATCH_ROWS as GPU_ROWS
+    from recemb_kernels.triton_frame import graphs, group
 
     made = group.TritonGroup(
         families,
@@ -286,7 +287,7 @@ def make_group(
         device,
         dtypes,
         refusal or group.not_finite,
-        micro_batch_rows or family.MICRO_BATCH_ROWS,
+        micro_batch_rows or GPU_ROWS,
     )
     return (
         graphs.GraphedGroup(made, partial(graphs.GraphRecorder, device))

@@ -33,7 +33,8 @@ class Work:
         ids: look-ups.
         flop: floating-point operations.
         num_bytes: of parameters, read once per distinct row or core slice, ids, and pooled rows written.
-        workspace: bytes that the products and rows of a micro-batch take, with their gradients.
+        workspace: bytes that the products and rows of a micro-batch take on a CPU, with their gradients;
+            :mod:`recemb.planner.gpu_workspace` counts a GPU's.
     """
 
     ids: float

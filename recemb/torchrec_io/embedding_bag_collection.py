@@ -41,7 +41,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         is_weighted: whether the input carries per-sample weights.
         device: where the parameters live; ``meta`` allocates nothing.
         micro_batch_rows: distinct rows of a table whose products of cores are computed at once, which bounds
-            the workspace whatever the batch; ``None`` for 2**14 on the CPU and 2**15 on a GPU.
+            the workspace whatever the batch; ``None`` for 2**14 on the CPU and 2**18 on a GPU.
 
     Raises:
         ConfigError: a table that cannot be stored as asked, before anything is allocated.

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.plan import BatchPlan, Keys, keys_of, plan_batch
 from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import capturing
 from recemb_kernels.update import Update, is_stepped
 
 _S = TypeVar("_S")
-# Distinct rows of a family that are computed at once, which bounds the memory of a step. Each slice costs its
-# launches whether it has rows or not: see kernels/README.md for what that is on a GPU.
-MICRO_BATCH_ROWS = 2**18
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
-from recemb_kernels.triton_frame.family import (
-    MICRO_BATCH_ROWS,
-    Backward,
-    Call,
-    Family,
-    FamilyFeature,
-)
+from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
+from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
 from recemb_kernels.triton_frame.plan import Keys, infinite, on_device
 from recemb_kernels.triton_frame.steps import rates_of
 from recemb_kernels.triton_frame.streams import HandOver

@@ -30,15 +30,18 @@ from recemb.backends import storages
 from recemb.cache.layout import buffer_bytes
 from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
+from recemb.planner.gpu_workspace import Load, gpu_workspace
 from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.sharding.held import DATA_PARALLEL, row_split
 from recemb.torchrec_io.sharding.placement import ROWS_SPLIT
 from recemb.torchrec_io.sharding.tables import CompressedTables
+from recemb_kernels.digit_tree.group import MICRO_BATCH_ROWS as CPU_ROWS
+from recemb_kernels.triton_frame import MICRO_BATCH_ROWS as GPU_ROWS
 
 # Distinct rows whose products are held at once unless the collection says otherwise.
-_MICRO_BATCH_ROWS = {"cpu": 2**14, "cuda": 2**15}
+_MICRO_BATCH_ROWS = {"cpu": CPU_ROWS, "cuda": GPU_ROWS}
 
 Constraints = Mapping[str, ParameterConstraints]
 
@@ -248,7 +251,10 @@ class StorageEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships n
 class WorkspaceReservation(StorageReservation):  # type: ignore[misc] # torchrec ships no types
     """Another reservation, its part of DDR too, and the workspace in which compressed tables are looked up.
 
-    Tables take turns in it, so it is the largest that any one needs, were all its ids distinct.
+    On a CPU tables take turns in it, so it is the largest that any one needs, were all its ids distinct. On a
+    GPU it is what the kernels hold of a whole step, of one shape of batch
+    (:func:`recemb.planner.gpu_workspace.gpu_workspace`): each further shape that recurs, evaluation's say, is
+    captured with as much again, from what the other reservation keeps free.
 
     Args:
         inner: torchrec's reservation.
@@ -278,14 +284,20 @@ class WorkspaceReservation(StorageReservation):  # type: ignore[misc] # torchrec
         self.workspace = 0
         for child in module.modules():
             rows = self._compressed.micro_batch_rows(child) or _MICRO_BATCH_ROWS[device]
+            loads = []
             for table in self._compressed.tables(child):
                 if isinstance(table.compression, Dense):
                     continue
                 given = (constraints or {}).get(table.name)
                 bags = float(batch_size * topology.world_size * len(table.feature_names))
-                ids = bags * max(given.pooling_factors if given else [1.0])
-                work = forward_work(table, ids, bags, rows)
-                self.workspace = max(self.workspace, work.workspace)
+                loads.append(Load(table, bags * max(given.pooling_factors if given else [1.0]), bags))
+            if device == "cuda":
+                weighted = isinstance(child, EmbeddingBagCollection) and bool(child.is_weighted())
+                # Collections' forwards all come before their backwards, and graphs share no memory.
+                self.workspace += gpu_workspace(loads, topology.world_size, rows, weighted=weighted)
+                continue
+            works = (forward_work(load.table, load.ids, load.bags, rows) for load in loads)
+            self.workspace = max([self.workspace, *(work.workspace for work in works)])
         for rank in reserved.devices:
             # torchrec keeps its part of HBM free, and none of DDR, in which the tables of a CPU lie.
             if self._percentage is not None:

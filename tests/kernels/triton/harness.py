@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
 from recemb_kernels.gather_op import GatherOp
 from recemb_kernels.storage import Stored
-from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
+from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
 from recemb_kernels.update import Kind, Update

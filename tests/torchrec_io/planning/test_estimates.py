@@ -18,12 +18,14 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from recemb.backends import storages
 from recemb.errors import ConfigError
 from recemb.planner.costs import default_costs
+from recemb.planner.gpu_workspace import Load, gpu_workspace
 from recemb.planner.work import distinct, optimizer_bytes
 from recemb.spec import Compression, Dense, HotRows, QuotientRemainder, TensorTrain
 from recemb.torchrec_io import get_sharders, planner
 from recemb.torchrec_io.planning.enumerator import EveryRank
 from recemb.torchrec_io.sharding.placement import check_plan
 from recemb.torchrec_io.sharding.tables import CompressedTables
+from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 from tests.torchrec_io.planning.models import CACHED, MIXED, ROWS, Model, ranks
 
 BATCH = 64
@@ -202,6 +204,16 @@ def test_constraints_that_recemb_cannot_follow_are_refused() -> None:
     limits = {"qr": ParameterConstraints(sharding_types=["column_wise"])}
     with pytest.raises(ConfigError, match=r"'qr'.*column_wise"):
         planner(ranks(), BATCH, limits).plan(Model({"qr": QuotientRemainder(collisions=4)}), get_sharders())
+
+
+def test_a_gpu_keeps_a_whole_steps_workspace_free() -> None:
+    model, cluster = Model({"tt": TensorTrain(rank=8), "qr": QuotientRemainder(collisions=4)}), ranks(1, 1)
+    reservation = planner(cluster, BATCH)._storage_reservation
+    free = reservation.reserve(cluster, BATCH, model, get_sharders()).devices[0].storage.hbm
+    loads = [Load(table, BATCH, BATCH) for table in model.tables]
+    assert reservation.workspace == gpu_workspace(loads, 1, MICRO_BATCH_ROWS)
+    without = FixedPercentageStorageReservation(0.15).reserve(cluster, BATCH, model, get_sharders())
+    assert without.devices[0].storage.hbm - free == reservation.workspace
 
 
 def test_distinct_rows() -> None:

@@ -1,0 +1,241 @@
+"""Memory of a GPU that looking compressed tables up takes, forward and backward, above what is stored.
+
+Counted as the Triton kernels allocate it (``kernels/recemb_kernels/triton_frame``). They size every array by
+what the host knows: with L ids in a call of all tables, arrays of each family (tables of one op, equal
+constants and one dtype) have L entries, whatever part of the ids is the family's. Plans are held from the
+forward to the backward; what else a family needs is given back before the next one's turn.
+
+A shape that recurs is captured as a CUDA graph, which keeps the memory of its step and copies of the batch
+and of both sides' pooled rows. One such shape is counted, the training step's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from recemb.backends import storages
+from recemb.backends.tt_shapes import core_sizes, table_shapes
+from recemb.id_maps.radix import ceil_div
+from recemb.planner.work import parameter_shapes
+from recemb.spec import DTYPE_BYTES, ROBE, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+
+_FLOAT = 4
+_INT64 = 8
+_INT32 = 4
+# Rows of a tile of the products, positions of a piece of a run; the kernels' modules would import Triton.
+_TILE_ROWS = 32
+_PIECE = 64
+# Of each id: its key and bag, the order, row and key of the plan, and three starts of runs.
+_PLAN = 8 * _INT64
+# cub sorts pairs from one pair of buffers to another, besides what goes in and comes out.
+_SORT = 3 * _INT64
+# Of each run of equal keys: its number, its key, and three starts.
+_RUNS = 5 * _INT64
+# Of each row that is stepped: its table, its row and whether it is touched.
+_ENTRIES = 2 * _INT64 + _INT32
+# Pooled rows [B, sum of D]: the graph's, its copy of their gradient, and that with a refused batch's out.
+# What the caller is given, and gives back, is the model's: torchrec counts it among its outputs.
+_POOLED = 3
+
+
+@dataclass(frozen=True)
+class Load:
+    """A table and what is looked up in it.
+
+    Args:
+        table: a compressed table.
+        ids: of a step, over all ranks.
+        bags: of all its features, over all ranks.
+    """
+
+    table: TableSpec
+    ids: float
+    bags: float
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What a family finds on a rank.
+
+    Args:
+        ids: L, of all tables.
+        micro_batch_rows: distinct rows of a family at once.
+        world: ranks over which tables are spread.
+        weighted: whether ids have weights, and those gradients.
+    """
+
+    ids: float
+    micro_batch_rows: int
+    world: int
+    weighted: bool
+
+    def share(self, sizes: Sequence[float]) -> float:
+        """The most on a rank of sizes that are dealt out to the rank that has least."""
+        return _share(sizes, self.world)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes of one family: from its forward to its backward, and within either."""
+
+    held: float
+    forward: float
+    backward: float
+
+
+def gpu_workspace(loads: Sequence[Load], world: int, micro_batch_rows: int, *, weighted: bool = False) -> int:
+    """Bytes that a rank needs to look the tables of one collection up, an upper bound.
+
+    On one rank it counts all tables. On more, a rank is taken to have what it would if tables were dealt out
+    by their ids, each to the rank with the fewest: their mean over the ranks and, but for its part of that,
+    the largest table's. Plans that give a rank more ids than that need more.
+
+    Args:
+        loads: of the compressed tables.
+        world: number of ranks.
+        micro_batch_rows: distinct rows of a family that are computed at once.
+        weighted: whether the bags carry per-sample weights.
+    """
+    if not loads:
+        return 0
+    streams = [*loads, *filter(None, map(_cached, loads))]
+    ids = _share([load.ids for load in streams], world)
+    rank = _Rank(ids, micro_batch_rows, world, weighted)
+    needs = [_family(own, rank) for own in _families(streams)]
+    pooled = _share([load.bags * load.table.embedding_dim * _FLOAT for load in streams], world)
+    batch = ids * (_INT64 + (2 * _FLOAT if weighted else 0)) + _INT64 * _share(
+        [x.bags for x in streams], world
+    )
+    within = max(_SORT * ids, *(max(need.forward, need.backward) for need in needs))
+    return math.ceil(_PLAN * ids + batch + _POOLED * pooled + sum(need.held for need in needs) + within)
+
+
+def _share(sizes: Sequence[float], world: int) -> float:
+    return sum(sizes) / world + (1 - 1 / world) * max(sizes)
+
+
+def _cached(load: Load) -> Load | None:
+    """The stream of a table's cached rows: as many ids again, as the host does not know how many are hits."""
+    if not load.table.cache_rows:
+        return None
+    plain = replace(load.table, num_embeddings=load.table.cache_rows, compression=Dense())
+    return replace(load, table=plain)
+
+
+def _families(loads: Sequence[Load]) -> list[list[Load]]:
+    families: dict[Hashable, list[Load]] = {}
+    for load in loads:
+        families.setdefault(_constants(load.table), []).append(load)
+    return list(families.values())
+
+
+def _constants(table: TableSpec) -> Hashable:
+    """What tables of one family have in common."""
+    compression, dim = table.compression, table.embedding_dim
+    own: tuple[Hashable, ...] = ()
+    if isinstance(compression, TensorTrain):
+        own = table_shapes(table)[1], compression.ranks
+    elif isinstance(compression, QuotientRemainder):
+        own = dim, compression.operation
+    elif isinstance(compression, MixedDimension):
+        own = dim, compression.dim
+    elif isinstance(compression, ROBE):
+        own = dim, compression.block_size, compression.use_sign
+    else:
+        own = (dim,)
+    return compression.method, table.dtype, own
+
+
+def _family(loads: Sequence[Load], rank: _Rank) -> _Needs:
+    compression = loads[0].table.compression
+    if isinstance(compression, TensorTrain):
+        return _trains([load.table for load in loads], compression, rank)
+    if isinstance(compression, QuotientRemainder):
+        return _pairs([load.table for load in loads], rank)
+    if isinstance(compression, MixedDimension):
+        bags = rank.share([load.bags for load in loads]) * compression.dim * _FLOAT
+        return _Needs(bags, 0, bags + _row_gradients(rank, compression.dim, _stepped(rank)))
+    if isinstance(compression, ROBE):
+        return _blocks([load.table for load in loads], compression, rank)
+    return _Needs(0, _INT64 * rank.ids, _row_gradients(rank, loads[0].table.embedding_dim, _stepped(rank)))
+
+
+def _row_gradients(rank: _Rank, dim: int, then: float) -> float:
+    """Gradients of distinct rows [L, D], with those of their pieces as long as they are summed.
+
+    Args:
+        then: bytes that are needed when the pieces are done with.
+    """
+    rows = rank.ids * dim * _FLOAT
+    # Where each position's bag starts, and its scale.
+    return rows + max(rows + rank.ids * (_INT64 + _FLOAT), then)
+
+
+def _stepped(rank: _Rank) -> float:
+    """Rows located for the step, and which of them take part in it where tables differ."""
+    return rank.ids * (_ENTRIES + _INT64 + _INT32)
+
+
+def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Needs:
+    dim, element, ids = tables[0].embedding_dim, DTYPE_BYTES[tables[0].dtype], rank.ids
+    shapes = [table_shapes(table) for table in tables]
+    rows, dims, ranks = [p for p, _ in shapes], shapes[0][1], train.ranks
+    order, widths = len(dims), core_sizes(dims, ranks)
+    columns = [math.prod(dims[:k]) for k in range(order)]
+    slices = [rank.share([p[k] for p in rows]) for k in range(order)]
+    micro_batches = max(1, math.ceil(ids / rank.micro_batch_rows))
+    capacity = min(ids, float(rank.micro_batch_rows))
+    nodes = [min(capacity, sum(math.prod(p[: k + 1]) for p in rows)) for k in range(order)]
+
+    # Of each node, by level: its slice, parent and first child; their order by slice, and tiles of that.
+    levels = ids * _INT64 * (2 * order + 2 * (order - 1) + sum(columns[1:]) / _TILE_ROWS)
+    groups = 3 * _INT64 * micro_batches * sum(slices[1:])
+    products = sum(nodes[k] * columns[k + 1] * ranks[k + 1] for k in range(order - 1)) * element
+    pooled = ids * dim * _FLOAT
+    # Digits, whether they open a node, and keys of the groups.
+    planning = ids * (_INT64 * order + (1 + _INT64) * (order - 1) + _SORT)
+
+    # On the way back: each child's share of its parent's gradient, and that gradient, by level.
+    back = sum((nodes[k] + nodes[k - 1]) * columns[k] * ranks[k] for k in range(1, order)) * _FLOAT
+    gradients = sum(share * width for share, width in zip(slices, widths, strict=True)) * _FLOAT
+    whole = micro_batches == 1
+    # The products of a micro-batch are made before those of the one before it are given back.
+    again = 0.0 if whole else products + max(products, back)
+    return _Needs(
+        held=levels + groups + (products if whole else 0) + (pooled if rank.weighted else 0),
+        forward=max(planning, pooled + (0 if whole else 2 * products)),
+        backward=_row_gradients(rank, dim, gradients + (back if whole else again)),
+    )
+
+
+def _pairs(tables: Sequence[TableSpec], rank: _Rank) -> _Needs:
+    ids, dim = rank.ids, tables[0].embedding_dim
+    shapes = [list(parameter_shapes([table]).values())[:2] for table in tables]
+    sides = 0.0
+    for which in (0, 1):
+        # Runs are summed by pieces, and those once more.
+        rows = min(ids, sum(shape[which][0] for shape in shapes) + 1.0)
+        sums = min(ids, rows + ids / _PIECE) + rows
+        sides += sums * shapes[0][which][1] * _FLOAT + ids * _ENTRIES
+    split = 4 * _INT64 * ids
+    weighing = ids * dim * _FLOAT if rank.weighted else 0.0
+    # By remainder rows are sorted once more.
+    then = sides + ids * (_RUNS + _SORT + 2 * _INT64)
+    return _Needs(0, 0, split + weighing + _row_gradients(rank, dim, then))
+
+
+def _blocks(tables: Sequence[TableSpec], robe: ROBE, rank: _Rank) -> _Needs:
+    dim, size = tables[0].embedding_dim, robe.block_size
+    blocks = rank.ids * ceil_div(dim, size)
+    arrays = [parameter_shapes(peers)["array"][0] for _, peers in storages(tables)]
+    rows = min(blocks, float(sum(arrays)))
+    pieces = min(blocks, rows + blocks / _PIECE)
+    # Starts and signs; sorted with their order, the row each starts in, and what reaches beyond it.
+    placed = blocks * (_INT64 + 1)
+    then = blocks * (_SORT + 3 * _INT64 + _RUNS + 2 * _INT64)
+    # Of an array row: pieces and sums two rows wide, its gradient and that of the next, and where they go.
+    then += 2 * size * _FLOAT * (pieces + 2 * rows) + 2 * rows * (4 * _INT64 + _INT32)
+    weighing = rank.ids * dim * _FLOAT if rank.weighted else 0.0
+    return _Needs(0, 0, placed + weighing + _row_gradients(rank, dim, then))

@@ -1,0 +1,159 @@
+"""What the planner takes a GPU's workspace to be is at least what the launches' arrays take."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import InterpretedFunction
+
+from recemb.backends import build, storages
+from recemb.planner.gpu_workspace import Load, gpu_workspace
+from recemb.spec import ROBE, Compression, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb_kernels.digit_tree.group import Batch, FeatureCode
+from recemb_kernels.triton_frame.group import Asked, TritonGroup
+from recemb_kernels.update import Kind, Update
+
+CPU = torch.device("cpu")
+CASES: dict[str, list[tuple[int, int, int, Compression]]] = {
+    # Tables, rows, D, compression.
+    "tt": [(3, 100_000, 16, TensorTrain(rank=8))],
+    "wide tt": [(2, 1_000_000, 64, TensorTrain(rank=16))],
+    "qr": [(3, 1_000_000, 16, QuotientRemainder(collisions=4))],
+    "concat": [(3, 100_000, 64, QuotientRemainder(collisions=400, operation="concat"))],
+    "md": [(3, 100_000, 64, MixedDimension(dim=4))],
+    "robe": [(3, 100_000, 64, ROBE(compress_rate=2, block_size=8, use_sign=True))],
+    "small blocks": [(3, 10_000, 16, ROBE(compress_rate=100, block_size=1))],
+    "all": [
+        (3, 100_000, 16, TensorTrain(rank=8)),
+        (2, 100_000, 32, TensorTrain(rank=8)),
+        (2, 100_000, 16, QuotientRemainder(collisions=4)),
+        (2, 100_000, 16, ROBE(compress_rate=100, block_size=16)),
+        (1, 10_000, 16, Dense()),
+    ],
+}
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of all arrays that are made and not yet given back, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {id_of(tensor) for tensor in tensors((args, kwargs))}
+        for tensor in tensors(result):
+            key = id_of(tensor)
+            if key in given or key in self.held:
+                continue
+            self.held[key] = tensor.untyped_storage().nbytes()
+            self.now += self.held[key]
+            self.most = max(self.most, self.now)
+            weakref.finalize(tensor.untyped_storage(), self._give_back, key)
+        return result
+
+    def _give_back(self, key: int) -> None:
+        self.now -= self.held.pop(key)
+
+
+def tensors(held: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class NoKernel:
+    """Stands for a kernel, whose arrays alone are of interest."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **constants: None
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def replace() -> None:
+        for name, module in list(sys.modules.items()):
+            if not name.startswith("recemb_kernels."):
+                continue
+            for attribute, held in list(vars(module).items()):
+                if isinstance(held, InterpretedFunction) or attribute.endswith("_tuned"):
+                    monkeypatch.setattr(module, attribute, NoKernel())
+
+    return replace
+
+
+def group_of(
+    specs: Sequence[TableSpec], micro_batch_rows: int
+) -> tuple[TritonGroup, list[list[torch.Tensor]]]:
+    built, stored = build(specs, CPU), storages(specs)
+    pairs, place = [], {}
+    for t, (_, peers) in enumerate(stored):
+        native = built[peers[0].name].native_shape()
+        assert native is not None
+        pairs.append((native.op.family(), native.shape))
+        for k, peer in enumerate(peers):
+            place[peer.name] = t, native.shape.key_bases[k] if len(peers) > 1 else 0
+    features = [FeatureCode(place[spec.name][0], False, place[spec.name][1]) for spec in specs]
+    dtypes = [torch.float32] * len(pairs)
+    parameters = [[p.detach() for p in built[peers[0].name].parameters()] for _, peers in stored]
+    return TritonGroup(pairs, features, CPU, dtypes, micro_batch_rows=micro_batch_rows), parameters
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the arrays of launches that are not made")
+@pytest.mark.parametrize(
+    ("pooling", "micro_batch_rows", "weighted"), [(1, 2**18, False), (6, 2**12, False), (6, 2**30, True)]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_a_bound_and_no_idle_one(
+    case: str,
+    pooling: int,
+    micro_batch_rows: int,
+    weighted: bool,
+    no_kernels: Callable[[], None],
+) -> None:
+    size = 2048
+    specs = [
+        TableSpec(
+            name=f"t_{k}_{t}",
+            num_embeddings=rows,
+            embedding_dim=dim,
+            feature_names=(f"f_{k}_{t}",),
+            compression=compression,
+        )
+        for k, (count, rows, dim, compression) in enumerate(CASES[case])
+        for t in range(count)
+    ]
+    group, parameters = group_of(specs, micro_batch_rows)
+    no_kernels()
+    ids = torch.zeros(size * pooling * len(specs), dtype=torch.int64)
+    offsets = pooling * torch.arange(size * len(specs) + 1)
+    weights = torch.ones(len(ids)) if weighted else None
+    batch = Batch(ids, offsets, weights, size, torch.zeros(1, dtype=torch.int32))
+    updates = [
+        Update(Kind.ROWWISE_ADAGRAD, 0.1, 1e-8, state=[torch.zeros(len(p)) for p in own])
+        for own in parameters
+    ]
+    flat = [parameter for own in parameters for parameter in own]
+    asked = Asked(updates, [True] * len(flat), weighted, group.begin_backward(updates))
+    gradient = torch.zeros(size, group.columns)
+    with Counted() as counted:
+        out, call = group.run_forward(flat, batch, keep=True)
+        group.run_backward(gradient, flat, batch, call, asked)
+    del out
+    loads = [Load(spec, float(size * pooling), float(size)) for spec in specs]
+    estimate = gpu_workspace(loads, 1, micro_batch_rows, weighted=weighted)
+    # A graph keeps a copy of the pooled rows' gradient too.
+    copies = gradient.numel() * gradient.element_size()
+    assert counted.most <= estimate - copies
+    assert estimate <= 1.6 * (counted.most + copies)
