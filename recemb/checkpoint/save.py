@@ -28,6 +28,7 @@ from recemb.checkpoint.tree import FlatState, flatten, plain
 from recemb.errors import CheckpointError
 from recemb.files import sync_directory
 from recemb.stack import versions
+from recemb_kernels.triton_frame.verdict import poll
 
 # `extra` is read whole by every rank, before anything else is known of a checkpoint.
 _MAX_EXTRA_BYTES = 2**24
@@ -74,6 +75,7 @@ def save_checkpoint(
             intact, and nothing is left of this one.
         CheckpointError: something that a checkpoint cannot hold, ranks that do not fit together, a directory
             that cannot be written or that another run uses.
+        BatchError, NonFiniteError: of an earlier look-up or step, which a GPU has found by now.
     """
     ranks, root = Ranks(group), Path(root)
     told = ranks.together(lambda: _describe(step, keep, state, extra))
@@ -100,6 +102,8 @@ def save_checkpoint(
 
 def _describe(step: int, keep: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """What this rank was given, as JSON and without the tensors' elements."""
+    # A step that a GPU has refused by now, of which the host has not heard, must not be counted as taken.
+    poll(wait=True)
     for name, number, least in (("step", step, 0), ("keep", keep, 1)):
         if not isinstance(number, int) or isinstance(number, bool) or not least <= number < 10**18:
             raise CheckpointError(f"{name}={number!r} must be an int >= {least}")

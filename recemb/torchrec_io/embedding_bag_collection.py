@@ -88,8 +88,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         self._device = target
         self._engine = Engine(specs, micro_batch_rows)
         self._ahead = Memo()
-        # What the GPU has found wrong by then must not end up in a checkpoint unsaid.
-        self.register_state_dict_pre_hook(_raise_what_is_pending)
+        self.register_state_dict_pre_hook(raise_what_is_pending)
         self._specs = tuple(specs)
         self.reset_parameters()
 
@@ -237,7 +236,12 @@ def reset_tables(tables: Mapping[str, Backend], configs: Sequence[TorchrecEmbedd
             table.cache.reset()
 
 
-def _raise_what_is_pending(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+def raise_what_is_pending(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a ``state_dict``: what the GPU has found wrong must not end up in a checkpoint unsaid.
+
+    Raises:
+        Exception: of an earlier look-up or step.
+    """
     poll(wait=True)
 
 

@@ -27,7 +27,11 @@ from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.metrics import CacheMetrics
 from recemb.errors import ConfigError
 from recemb.torchrec_io.configs import table_spec
-from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection, reset_tables
+from recemb.torchrec_io.embedding_bag_collection import (
+    EmbeddingBagCollection,
+    raise_what_is_pending,
+    reset_tables,
+)
 from recemb.torchrec_io.kjt import check_kjt
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
@@ -234,6 +238,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         super()._initialize_torch_state(skip_registering)
         self._register_compressed()
         if not skip_registering:
+            self.register_state_dict_pre_hook(raise_what_is_pending)
             self._register_state_dict_hook(_after_state_dict)
             self._register_load_state_dict_pre_hook(_before_load, with_module=True)
 
