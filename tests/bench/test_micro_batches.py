@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bench.micro_batches import measure, table
+from bench.ids import make_batches
+from bench.micro_batches import Steps, measure, table
+from bench.settings import Setting
 
 
 def test_smaller_micro_batches_take_less_workspace() -> None:
@@ -19,3 +21,16 @@ def test_smaller_micro_batches_take_less_workspace() -> None:
     text = table(rows)
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("yes") == 1
+
+
+def test_slices_of_an_eighth_of_the_rows_take_a_quarter_of_the_workspace() -> None:
+    tables = (50_000, 100)
+    batches = make_batches(Setting(rows=tables, batch=8192, ids="uniform"))
+    # Some 7,700 distinct rows of the first table.
+    taken = []
+    for micro_batch_rows in (2**30, 1024):
+        steps = Steps(tables, 32, 16, micro_batch_rows, ahead=False)
+        steps.step(batches, batches[0])
+        taken.append(steps.workspace_bytes())
+    whole, slices = taken
+    assert 0 < 4 * slices <= whole

@@ -18,8 +18,8 @@ from recemb_kernels.update import Update, is_stepped
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
 # A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, and
-# its products of cores are computed once more in the backward instead of being kept. At B = 65,536 and rank
-# 32 a step took 1.09 x the time with Zipf ids and 0.79 x with uniform ones, whose slices then fit the cache.
+# its products of cores are computed once more in the backward instead of being kept: figures of both in
+# bench/results/micro_batches.csv.
 MICRO_BATCH_ROWS = 2**14
 
 
