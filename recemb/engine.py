@@ -63,7 +63,6 @@ class Engine:
             self._check(served, bags)
         if bags.handed is not None:
             bags.handed.take(bags)
-            bags.handed = None
         if self._streams is None:
             return self._pool(served, bags)
         streams = self._choose(self._streams, tables, bags)

@@ -160,6 +160,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
             stored.append(parameter)
             facts += (
                 parameter.dtype,
+                parameter.shape,
                 parameter.device,
                 parameter.data_ptr() % _ALIGNED,
                 parameter.is_contiguous(),

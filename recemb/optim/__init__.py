@@ -34,8 +34,13 @@ class FusedUpdate:
     """What update one storage's in-backward optimizers ask for; asked anew every step, so remembered."""
 
     def __init__(self) -> None:
-        self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]]] = [], [], []
-        self._step: Step | None = None
+        # In one piece, as threads may ask side by side.
+        self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]], Step | None] = (
+            [],
+            [],
+            [],
+            None,
+        )
         self._made: tuple[object, Update, list[dict[str, Any]], list[object]] | None = None
 
     def of(self, parameters: Sequence[nn.Parameter]) -> Step | None:
@@ -57,19 +62,20 @@ class FusedUpdate:
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
         # What is left out may be another tensor each step: a view through which gradients are exchanged.
         own = [p for p, optimizer in zip(parameters, optimizers, strict=True) if optimizer is not None]
-        known, same, unchanged = self._seen
+        known, same, unchanged, step = self._seen
+        self._made = None  # asked again, as something has changed: the states have to be looked at once more
         if not (
             len(known) == len(own)
             and all(map(is_, known, own))
             and optimizers == same
             and settings == unchanged
         ):
-            self._seen = own, optimizers, [dict(group) for group in settings]
             attached = [optimizer for optimizer in optimizers if optimizer is not None]
             rule = _resolve(attached)
             left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
-            self._step = None if rule is None else Step(partial(self._make, rule, attached, own, left), left)
-        return self._step
+            step = None if rule is None else Step(partial(self._make, rule, attached, own, left), left)
+            self._seen = own, optimizers, [dict(group) for group in settings], step
+        return step
 
     def _make(
         self,

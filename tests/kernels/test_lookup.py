@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from recemb.bags import Bags, LookupTarget, check_bags
 from recemb.errors import BatchError
 from recemb.spec import TableSpec, TensorTrain
 from recemb_kernels import check
-from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
+from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
     METHODS,
@@ -29,6 +30,14 @@ from tests.kernels.cases import (
     run_trains,
     train_batch,
 )
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Workspaces hold NaN wherever they have not been written."""
+    driver().recemb_tree_poison(1)
+    yield
+    driver().recemb_tree_poison(0)
 
 
 @pytest.mark.parametrize("longest", [1, 4])
@@ -44,6 +53,30 @@ def test_tables_of_all_methods_go_through_one_call(longest: int) -> None:
             tables[t.table].pooled([tables[t.table]], bags.feature(f)) for f, t in enumerate(engine.targets)
         ]
     assert torch.equal(whole, torch.cat(alone, dim=1))
+
+
+@pytest.mark.parametrize(("batch", "methods"), [(37, tuple(METHODS)), (9000, ("qr", "dense"))])
+@pytest.mark.parametrize("longest", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_backward_of_one_look_up_can_be_repeated(
+    batch: int, methods: Sequence[str], longest: int, weighted: bool, poisoned: None
+) -> None:
+    engine, tables = make_engine(methods=methods)
+    bags = make_bags(engine, batch, longest, seed=2)
+    leaves = [p for table in tables.values() for p in table.parameters()]
+    if weighted:
+        bags.weights = torch.rand(bags.ids.numel()).requires_grad_()
+        leaves.append(bags.weights)
+    out = engine(tables, bags)
+    upstream = torch.randn(out.shape)
+    first, second, third = (torch.autograd.grad(out, leaves, upstream, retain_graph=True) for _ in range(3))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+    if weighted:
+        return  # torch's bags do not average weighted rows
+    reference = torch.autograd.grad(plain(engine, tables, bags), leaves, upstream)
+    for found, right in zip(first, reference, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)

@@ -142,6 +142,22 @@ def test_a_parameter_without_an_optimizer_gets_its_gradient_beside_stepped_ones(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+def test_states_are_looked_at_again_when_parameters_have_changed() -> None:
+    """A module that is moved keeps its parameters and states as objects, whatever becomes of their memory."""
+    collection = _collection(COMPRESSIONS["tt"])
+    apply_optimizer_in_backward(torch.optim.Adagrad, collection.parameters(), {"lr": 0.1})
+    (batch, *_) = _batches()
+    _loss(collection, batch).backward()
+    for parameter in collection.parameters():
+        (optimizer,) = parameter._in_backward_optimizers
+        optimizer.state[parameter]["sum"].data = optimizer.state[parameter]["sum"].double()
+    collection.requires_grad_(False)
+    _loss(collection, batch)
+    collection.requires_grad_(True)
+    with pytest.raises(ConfigError, match="sum"):
+        _loss(collection, batch).backward()
+
+
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
 def test_a_rate_that_is_a_tensor_is_read_in_every_step(name: str) -> None:
     kind, settings = OPTIMIZERS[name]

@@ -270,6 +270,7 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
     place(call, state, false);
     run_kernels(call, &Functions::backward);
   }
+  state->complete = true;  // for another backward of the same look-up
   return 0;
 }
 }

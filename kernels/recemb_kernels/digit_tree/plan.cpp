@@ -327,6 +327,7 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
     collect(call, table, 0, table.ids, Mirror{*table.code}, a);
     grow_tree(table, radix_sort(a, a + table.ids, table.ids, bits_of(table.most)), keys, perm);
   });
+  table.sorted = nullptr;  // the tree has taken the records' memory
   cut_slices(table, table.code->plan == FORWARD ? call->slice_rows : table.ids);
 }
 

@@ -62,7 +62,6 @@ class Call:
         """Have the current stream wait for what another one has prepared, and keep its memory until then."""
         if self.ready is not None:
             self.ready.take(self)
-            self.ready = None
 
     @cached_property
     def placed(self) -> tuple[Tensor, Tensor]:

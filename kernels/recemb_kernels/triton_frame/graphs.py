@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from typing import Any, Protocol, TypeVar, cast
 from weakref import ref
 
@@ -85,7 +85,8 @@ class GraphRecorder:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                     before = torch.cuda.memory_reserved(self._device)
                     result = run()
-                    self.num_bytes += torch.cuda.memory_reserved(self._device) - before
+                    # Of all that is allocated meanwhile; there may be other threads.
+                    self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
             finally:
                 # torch stays on the capture's stream when a capture fails.
                 torch.cuda.set_stream(current)
@@ -133,9 +134,16 @@ class _Graph:
     """The look-ups of one shape."""
 
     def __init__(
-        self, group: TritonGroup, record: Recorder, parameters: Sequence[Tensor], batch: Batch, keep: bool
+        self,
+        group: TritonGroup,
+        record: Recorder,
+        failed: Callable[[RuntimeError], None],
+        parameters: Sequence[Tensor],
+        batch: Batch,
+        keep: bool,
     ) -> None:
-        self._group, self.record, self._parameters = group, record, list(parameters)
+        self._group, self.record, self._failed = group, record, failed
+        self._parameters = list(parameters)
         weights, refused = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
         self.batch = Batch(batch.ids.clone(), batch.offsets.clone(), weights, batch.size, refused)
 
@@ -176,8 +184,13 @@ class _Graph:
         return self._out.clone()
 
     def backward(self, grad_out: Tensor, asked: Asked) -> _Gradients:
-        # A second backward of the same look-up, should one come, sees whether another has been in between.
-        self._user = None
+        try:
+            return self._backward(grad_out, asked)
+        finally:
+            # A second backward of the same look-up sees whether another has been in between.
+            self._user = None
+
+    def _backward(self, grad_out: Tensor, asked: Asked) -> _Gradients:
         key = (tuple(map(_address, asked.updates)), tuple(asked.wanted), asked.want_weights)
         known = self._backwards.get(key)
         if not self._may_record or (known is None and self._too_large(asked)):
@@ -200,7 +213,7 @@ class _Graph:
             try:
                 known.recorded = (*self.record(run), self._group.remembered())
             except RuntimeError as error:
-                _stay_eager(error)
+                self._failed(error)
                 self._may_record = False
                 return run()
         (grads, weights, mark), replay, _ = known.recorded
@@ -227,12 +240,13 @@ class GraphedGroup:
 
     def __init__(self, group: TritonGroup, recorder: Callable[[], Recorder]) -> None:
         self._group, self._recorder = group, recorder
-        self._lock = Lock()  # of what follows
+        self._lock = RLock()  # of what follows
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._left_eager: set[Any] = set()
-        self._failures = 0
+        self._too_large: set[Any] = set()
+        self._failures = 0  # since a capture has last succeeded
 
     @property
     def num_tables(self) -> int:
@@ -330,32 +344,40 @@ class GraphedGroup:
         # Tables that have been replaced must not stay in memory for their graphs' sake.
         for other in [other for other in self._graphs if other[-2] != key[-2]]:
             del self._graphs[other]
+        if self._patience > 0:
+            return None
         if len(self._graphs) >= _MOST_GRAPHS:
-            if self._patience > 0:
-                return None
             self._let_go()
         recorder = self._recorder()
         try:
             # The graph's memory serves look-ups in inference mode and others.
             with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
-                made = _Graph(self._group, recorder, parameters, batch, keep)
+                made = _Graph(self._group, recorder, self._fail, parameters, batch, keep)
         except RuntimeError as error:
-            _stay_eager(error)
-            self._failures += 1
+            self._fail(error)
             self._left_eager.add(key[:-1])
             return None
+        self._failures = 0
         self._graphs[key] = made
         return made if self._fits(key) else None
+
+    def _fail(self, error: RuntimeError) -> None:
+        """Count a capture that has failed; after a few there are no graphs any more."""
+        _stay_eager(error)
+        with self._lock:
+            self._failures += 1
+            if self._failures >= _MOST_FAILURES:
+                self._graphs.clear()
 
     def _fits(self, key: Any) -> bool:
         """Whether the graph used last may stay; others make room for it."""
         most = self._graphs[key].record.most_bytes
         while sum(graph.record.num_bytes for graph in self._graphs.values()) > most:
-            if len(self._graphs) == 1:
-                del self._graphs[key]
-                self._left_eager.add(key[:-1])
-                return False
+            alone = len(self._graphs) == 1
             self._let_go()
+            if alone:  # the second time it is no chance
+                (self._left_eager if key[:-1] in self._too_large else self._too_large).add(key[:-1])
+                return False
         return True
 
     def _let_go(self) -> None:
