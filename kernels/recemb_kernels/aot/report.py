@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from recemb_kernels.aot.addresses import narrow_offsets
-from recemb_kernels.aot.compile import compile_one, for_all
+from recemb_kernels.aot.compile import Binary, compile_one, for_all
 from recemb_kernels.aot.configuration import Configuration
 from recemb_kernels.aot.occupancy import Occupancy, occupancy
 from recemb_kernels.aot.roofline import Roofline, roofline
 from recemb_kernels.aot.sass import MachineCode, read
+
+# Kernels that are disassembled together.
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,48 @@ class Row:
         }
 
 
-def examine(configuration: Configuration, arch: str) -> Row:
-    """Compile one configuration for one architecture and read what came out.
+def report(
+    configurations: Sequence[Configuration],
+    archs: Sequence[str],
+    threads: int = 2,
+    done: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """A row for every configuration and architecture, in the given order.
+
+    Args:
+        configurations: what to examine.
+        archs: ``"sm_80"``, ``"sm_90"``.
+        threads: compilations at once.
+        done: called after each compilation.
 
     Raises:
-        CompileError: it does not compile, or the disassemblers do not run.
+        CompileError: a configuration does not compile, or the disassemblers do not run.
     """
+    compiled = for_all(_compile, configurations, archs, threads, done)
+    # By architecture, some at once: (architecture, places in ``compiled``).
+    parts = [
+        (arch, range(first + k, len(compiled), len(archs))[:_AT_ONCE])
+        for k, arch in enumerate(archs)
+        for first in range(0, len(compiled), _AT_ONCE * len(archs))
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda part: read([compiled[i][0].cubin for i in part[1]], part[0]), parts)
+        codes = {
+            i: code
+            for (_, own), each in zip(parts, found, strict=True)
+            for i, code in zip(own, each, strict=True)
+        }
+    return [_row(binary, narrow, codes[i]) for i, (binary, narrow) in enumerate(compiled)]
+
+
+def _compile(configuration: Configuration, arch: str) -> tuple[Binary, list[str]]:
+    """A configuration's binary, and its narrow offsets."""
     binary = compile_one(configuration, arch)
-    code = read(binary.cubin)
+    return binary, narrow_offsets(binary.ttir, configuration.small)
+
+
+def _row(binary: Binary, narrow: list[str], code: MachineCode) -> Row:
+    configuration, arch = binary.configuration, binary.arch
     return Row(
         configuration,
         arch,
@@ -106,25 +144,5 @@ def examine(configuration: Configuration, arch: str) -> Row:
             configuration.bytes_per_lookup,
             code.instructions["tensor_core"] > 0,
         ),
-        narrow_offsets(binary.ttir, configuration.small),
+        narrow,
     )
-
-
-def report(
-    configurations: Sequence[Configuration],
-    archs: Sequence[str],
-    threads: int = 2,
-    done: Callable[[], None] = lambda: None,
-) -> list[Row]:
-    """A row for every configuration and architecture, in the given order.
-
-    Args:
-        configurations: what to examine.
-        archs: ``"sm_80"``, ``"sm_90"``.
-        threads: compilations at once.
-        done: called after each row.
-
-    Raises:
-        CompileError: a configuration does not compile.
-    """
-    return for_all(examine, configurations, archs, threads, done)

@@ -6,21 +6,29 @@ Counts are static, instructions in the code, not executed ones. The disassembler
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from triton import knobs
 
 from recemb_kernels.aot.compile import CompileError
 
-# "/*0110*/  @!P0 LDG.E.128.CONSTANT R4, ..." -> "LDG.E.128.CONSTANT"
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
+# "/*0110*/  @!P0 LDG.E.128.CONSTANT R4, ..." -> "0110", "LDG.E.128.CONSTANT"
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
 _REGISTERS = re.compile(r"\bREG:(\d+)")
 _WIDTH = re.compile(r"\.[US]?(8|16|32|64|128)\b")
 _WORD_BITS = 32
+# nvdisasm's names of what Triton compiles for; sm_90's has the instructions that only an H100 has.
+_MACHINES = {"sm_80": "SM80", "sm_90": "SM90a"}
+# Of a 64-bit ELF file: place in the header and format of the section table, and of each section's header.
+_TABLE, _SIZES, _SECTION = (40, "<Q"), (58, "<HHH"), "<IIQQQQ"
 _TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "DMMA", "QGMMA", "BMMA", "BGMMA")
 # Opcodes by the name under which they are counted. LDGSTS copies global to shared memory (cp.async).
 _KINDS = {
@@ -55,27 +63,51 @@ class MachineCode:
     instructions: dict[str, int]
 
 
-def read(cubin: bytes) -> MachineCode:
-    """Disassemble a cubin that holds one kernel.
+def read(cubins: Sequence[bytes], arch: str) -> list[MachineCode]:
+    """Disassemble cubins that hold one kernel each, in one run: its start takes as long as twenty kernels.
+
+    Args:
+        cubins: ELF files.
+        arch: what they were compiled for, ``"sm_80"`` or ``"sm_90"``.
 
     Raises:
         CompileError: a disassembler is missing or fails.
     """
+    codes = [b"".join(_code(cubin)) for cubin in cubins]
+    ends = list(accumulate(map(len, codes)))
+    opcodes: list[list[str]] = [[] for _ in cubins]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
+        registers = [_registers(cubin, path) for cubin in cubins]
+        path.write_bytes(b"".join(codes))
         # Data flow, which takes a quarter of the time, only adds marks of last uses.
-        text = _run("nvdisasm", "--no-dataflow", str(path))
+        text = _run("nvdisasm", "--no-dataflow", "--binary", _MACHINES[arch], str(path))
+    for at, opcode in _INSTRUCTION.findall(text):
+        opcodes[bisect_right(ends, int(at, 16))].append(opcode)
+    return [count(own, number) for own, number in zip(opcodes, registers, strict=True)]
+
+
+def _code(cubin: bytes) -> Iterator[bytes]:
+    """The sections of a cubin that hold machine code."""
+    (table,) = struct.unpack_from(_TABLE[1], cubin, _TABLE[0])
+    size, number, names = struct.unpack_from(_SIZES[1], cubin, _SIZES[0])
+    headers = [struct.unpack_from(_SECTION, cubin, table + k * size) for k in range(number)]
+    for name, _, _, _, offset, length in headers:
+        if cubin.startswith(b".text.", headers[names][4] + name):
+            yield cubin[offset : offset + length]
+
+
+def _registers(cubin: bytes, path: Path) -> int:
+    path.write_bytes(cubin)
+    usage = _run("cuobjdump", "--dump-resource-usage", str(path))
     found = _REGISTERS.search(usage)
     if found is None:
         raise CompileError(f"cuobjdump names no register count: {usage.strip()[:200]!r}")
-    return count(text, int(found[1]))
+    return int(found[1])
 
 
-def count(text: str, registers: int) -> MachineCode:
-    """Count the instructions in nvdisasm's output."""
-    opcodes = _INSTRUCTION.findall(text)
+def count(opcodes: Sequence[str], registers: int) -> MachineCode:
+    """Count the instructions of one kernel."""
     kinds = {name: kind for kind, names in _KINDS.items() for name in names}
     counts: Counter[str] = Counter({"total": len(opcodes)})
     spill_bytes = 0
