@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -71,6 +72,7 @@ def test_float32_on_tensor_cores_is_a_problem() -> None:
         row = Row(_configuration(dtype=dtype), "sm_90", code, 0, enough, Roofline(1.0, "memory"), [])
         assert len(row.problems) == expected
         assert all("TF32" in problem for problem in row.problems)
+        assert replace(row, configuration=_configuration(dtype=dtype, rounds=True)).problems == []
 
 
 def test_tensor_cores_decide_the_roofline(rows: list[dict[str, Any]]) -> None:

@@ -32,6 +32,8 @@ class Configuration:
             offsets may be 32-bit.
         aligned: pointer arguments that are multiples of 16 bytes, as torch's allocations are; all when
             ``None``.
+        rounds: it multiplies float32 in TF32 because the user has allowed that.
+        listed: a README's table has a line for it; the laws hold for all, and the command prints all.
     """
 
     kernel: str
@@ -47,6 +49,8 @@ class Configuration:
     note: str = ""
     small: tuple[str, ...] = ()
     aligned: tuple[str, ...] | None = None
+    rounds: bool = False
+    listed: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later, in the compiler, with a message about something else."""

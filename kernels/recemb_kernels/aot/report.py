@@ -44,7 +44,7 @@ class Row:
     def problems(self) -> list[str]:
         """What breaks the laws of a shipped kernel.
 
-        No spills, the stated occupancy, 64-bit addresses, and float32 that is not rounded to TF32.
+        No spills, the stated occupancy, 64-bit addresses, and float32 that is not rounded to TF32 unasked.
         """
         found = []
         if self.code.spill_bytes:
@@ -54,7 +54,8 @@ class Row:
                 f"occupancy {self.occupancy.fraction:.1%} is below the stated "
                 f"{self.configuration.min_occupancy:.1%}, limited by {self.occupancy.limited_by}"
             )
-        if self.configuration.dtype == "float32" and self.code.instructions["tensor_core"]:
+        exact = self.configuration.dtype == "float32" and not self.configuration.rounds
+        if exact and self.code.instructions["tensor_core"]:
             found.append("multiplies float32 on the tensor cores, which round it to TF32")
         return [*found, *self.narrow]
 
@@ -85,6 +86,7 @@ class Row:
             "blocks_per_sm": self.occupancy.blocks,
             "i32_offsets": len(self.narrow),
             "instructions": self.code.instructions,
+            "rounds": self.configuration.rounds,
             "problems": self.problems,
         }
 

@@ -90,7 +90,8 @@ def markdown(rows: Sequence[Row]) -> str:
     """One table for the text between the markers of a README, shorter than the terminal's two."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((_heading(row), row.configuration.dtype), []).append(row)
+        if row.configuration.listed:
+            groups.setdefault((_heading(row), row.configuration.dtype), []).append(row)
     columns = [*_WORST, *(_least(arch) for arch in dict.fromkeys(row.arch for row in rows))]
     return "\n".join(
         [
@@ -108,8 +109,21 @@ def markdown(rows: Sequence[Row]) -> str:
                 "| " + " | ".join(read(group).replace("|", "\\|") for _, read in columns) + " |"
                 for group in groups.values()
             ),
+            *_unlisted([row for row in rows if not row.configuration.listed]),
         ]
     )
+
+
+def _unlisted(rows: Sequence[Row]) -> list[str]:
+    """What the Markdown says of the rows that it leaves out."""
+    if not rows:
+        return []
+    return [
+        "",
+        f"Of {len(rows)} compilations more, which have no line here, the lowest occupancy is "
+        f"{min(row.occupancy.fraction for row in rows):.0%}, the most spilled "
+        f"{max(row.code.spill_bytes for row in rows)} B.",
+    ]
 
 
 def _least(arch: str) -> tuple[str, Callable[[Sequence[Row]], str]]:

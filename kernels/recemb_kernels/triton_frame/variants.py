@@ -54,10 +54,13 @@ def shipped() -> list[Configuration]:
         found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
         found.append(_pieces(width))
         found += [_segments(width, relative=False)]
+    # D = 32 of a train.
+    found += [_pool(32, None, weighted) for weighted in (False, True)]
+    found += [_weigh(32, None), _pieces(32), _segments(32, relative=False)]
     found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
-    # The workspaces of a train's nodes: R = 16 and 64.
-    found += [_segments(width, relative=True) for width in (32, 256)]
+    # The workspaces of a train's nodes: R = 16 and 64, of the first core and of D = 64's second.
+    found += [_segments(width, relative=True) for width in (32, 256, 1024)]
     for kind in _STEPS:
         # A row of a table, and a slice of a core at R = 64.
         found += [_update(kind, width, _FLOAT, None) for width in (64, 8192)]

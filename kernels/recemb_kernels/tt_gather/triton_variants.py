@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,9 @@ def slice_block(width: int) -> dict[str, int]:
 
 def digit_constants(order: int, num_tables: int) -> dict[str, int]:
     """Of ``split_digits``."""
-    return {"ORDER": order, "STEPS": num_tables.bit_length(), "BR": 256, "num_warps": 4}
+    # Two rows a thread spill registers from four cores on.
+    rows = 256 if order < 4 else 128
+    return {"ORDER": order, "STEPS": num_tables.bit_length(), "BR": rows, "num_warps": 4}
 
 
 def count_constants(order: int) -> dict[str, int]:
@@ -138,27 +140,65 @@ def touched_constants() -> dict[str, int]:
 
 
 _NODE_BLOCK = 256
-_SHIPPED = (
-    TrainShape((200, 220, 250), (2, 2, 4), (1, 4, 4, 1)),
-    TrainShape((200, 220, 250), (2, 2, 4), (1, 16, 16, 1)),
-    TrainShape((200, 220, 250), (2, 2, 4), (1, 32, 32, 1)),
-    TrainShape((200, 220, 250), (2, 2, 4), (1, 64, 64, 1)),
-    TrainShape((200, 220, 250), (4, 4, 8), (1, 128, 128, 1)),
+# The splits of D = 16, 32 and 64 into two to four, and of 128 into three, that recemb's default takes; the
+# README's table shows the first.
+_SPLITS = ((2, 2, 4), (2, 4, 4), (4, 4, 4))
+_UNLISTED = (
+    *((4, 4), (2, 2, 2, 2)),
+    *((4, 2, 4), (4, 8), (2, 2, 2, 4)),
+    *((8, 8), (2, 2, 4, 4), (4, 2, 2, 4)),
+    (4, 4, 8),
 )
+_RANKS = (16, 32, 64)
 _INDEX = "*i64"
 _PLAN = ("nodes", "parent", "group_first", "tile_first", "tile_group")
 _DESCRIPTORS = ("cores", "entry_table", "entry_row", "source_base", "out_base")
 
 
 def shipped() -> list[Configuration]:
-    """What is compiled ahead of time in CI. A look-up is a distinct row that shares no prefix: most work."""
+    """What is compiled ahead of time in CI. A look-up is a distinct row that shares no prefix: most work.
+
+    What several shapes launch with equal constants stands once, under the first of them.
+    """
+    few, some, most = _shape((2, 2, 4), 4), _shape((2, 2, 4), 32), _shape((4, 4, 8), 128)
     found = []
-    for shape in _SHIPPED:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            # float16 differs from bfloat16 in nothing but the name of an instruction.
-            if dtype is not torch.float16 or shape.ranks[1] == 32:
-                found += list(_of_shape(shape, dtype))
-    return found
+    for shape in (few, *_shapes(_SPLITS), most):
+        found += _of_dtypes(shape)
+    # float16 differs from bfloat16 in nothing but the name of an instruction.
+    found += _of_shape(some, torch.float16)
+    for shape in (some, most):
+        found += _rounded(shape)
+    for order in (3, 2, 4):
+        found += _nodes(order)
+    for shape in _shapes(_UNLISTED):
+        found += [replace(c, listed=False) for c in _of_dtypes(shape)]
+    once: dict[tuple[object, ...], Configuration] = {}
+    for c in found:
+        values = (repr(dict(part)) for part in (c.signature, c.constants))
+        once.setdefault((c.kernel, c.dtype, c.num_warps, c.num_stages, *values), c)
+    return list(once.values())
+
+
+def _of_dtypes(shape: TrainShape) -> list[Configuration]:
+    return [c for dtype in (torch.float32, torch.bfloat16) for c in _of_shape(shape, dtype)]
+
+
+def _shapes(splits: Sequence[tuple[int, ...]]) -> list[TrainShape]:
+    return [_shape(split, rank) for split in splits for rank in _RANKS]
+
+
+def _shape(split: tuple[int, ...], rank: int) -> TrainShape:
+    """A shape whose bonds all have one rank; no constant depends on its rows."""
+    order = len(split)
+    return TrainShape((220,) * order, split, (1, *[rank] * (order - 1), 1))
+
+
+def _rounded(shape: TrainShape) -> Iterator[Configuration]:
+    """The products of float32 tables for a user who has allowed torch to round them to TF32."""
+    for c in _of_shape(shape, torch.float32):
+        if c.constants.get("DOT"):
+            constants = {**c.constants, "PRECISION": "tf32"}
+            yield replace(c, constants=constants, note=f"{c.note}, TF32", rounds=True)
 
 
 def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
@@ -260,8 +300,6 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
             small=("cuts",),
             **common,
         )
-    if dtype is torch.float32 and shape == _SHIPPED[0]:
-        yield from _nodes(len(shape.dim_shape))
 
 
 def _nodes(order: int) -> Iterator[Configuration]:
