@@ -252,7 +252,11 @@ def assert_near(
 
 
 def assert_same_steps(
-    tables: Tables, batch: Batch, kinds: Sequence[Kind | None], left: frozenset[int] = frozenset()
+    tables: Tables,
+    batch: Batch,
+    kinds: Sequence[Kind | None],
+    left: frozenset[int] = frozenset(),
+    micro_batch_rows: int = MICRO_BATCH_ROWS,
 ) -> None:
     """Parameters, states and gradients after a backward by Triton are those after the CPU's."""
     theirs = tables.parameters()
@@ -261,7 +265,7 @@ def assert_same_steps(
     mine = [moved(update, torch.device("cpu"), copy=True) for update in updates]
     grad = upstream(tables, batch)
     expected = run(tables.cpu(), theirs, batch, grad, updates)
-    group = tables.triton()
+    group = tables.triton(micro_batch_rows=micro_batch_rows)
     with poisoned():
         found = run(group, ours, batch, grad, mine)
     for x, y in zip([*found, *ours], [*expected, *theirs], strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recemb.id_maps.radix import mixed_radix
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
+from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from recemb_kernels.update import Kind
 from tests.kernels.triton.harness import (
@@ -112,12 +113,15 @@ def test_any_shape(data: st.DataObject) -> None:
         weighted=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 2**20)),
     )
-    assert_near(tables, batch, torch.float32, data.draw(st.sampled_from([2, 5, 2**15])))
+    assert_near(tables, batch, data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([2, 5, 2**15])))
 
 
+@pytest.mark.parametrize("micro_batch_rows", [5, MICRO_BATCH_ROWS])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_table_steps_as_on_cpu(kind: Kind) -> None:
-    assert_same_steps(ALL, make_batch(ALL, 6, 3), [kind] * 3)
+def test_every_table_steps_as_on_cpu(kind: Kind, micro_batch_rows: int) -> None:
+    """Once, though each family's distinct rows, 15 and 13, come in three slices."""
+    batch = make_batch(ALL, 6, 3)
+    assert_same_steps(ALL, batch, [kind] * 3, micro_batch_rows=micro_batch_rows)
 
 
 def test_tables_with_their_own_rules_and_without() -> None:
@@ -127,14 +131,22 @@ def test_tables_with_their_own_rules_and_without() -> None:
     assert_same_steps(ALL, make_batch(ALL, 4, 3), [Kind.ADAM, None, Kind.SGD], frozenset({1}))
 
 
-def test_half_precision_steps_in_float32() -> None:
-    batch, grad = make_batch(ALL, 6, 3), upstream(ALL, make_batch(ALL, 6, 3))
-    ours = ALL.parameters(torch.bfloat16)
+@pytest.mark.parametrize("kinds", [[Kind.ADAGRAD] * 3, [Kind.ADAM, Kind.SGD, Kind.ROWWISE_ADAGRAD]])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision_steps_in_float32(dtype: torch.dtype, kinds: list[Kind]) -> None:
+    """In several slices."""
+    batch = make_batch(ALL, 6, 3)
+    ours, grad = ALL.parameters(dtype), upstream(ALL, batch)
     theirs = [p.float() for p in ours]
-    run(ALL.triton(torch.bfloat16), ours, batch, grad, make_updates(ALL, ours, [Kind.ADAGRAD] * 3))
-    run(ALL.cpu(), theirs, batch, grad, make_updates(ALL, theirs, [Kind.ADAGRAD] * 3))
-    for mine, cpu in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.float(), cpu, rtol=2**-7, atol=2**-7)
+    mine, updates = (make_updates(ALL, ours, kinds) for _ in range(2))
+    run(ALL.triton(dtype, micro_batch_rows=5), ours, batch, grad, mine)
+    run(ALL.cpu(), theirs, batch, grad, updates)
+    unit = torch.finfo(dtype).eps
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.float(), y, rtol=unit, atol=unit)
+    for own, other in zip(mine, updates, strict=True):
+        for x, y in zip(getattr(own, "state", ()), getattr(other, "state", ()), strict=True):
+            torch.testing.assert_close(x, y, rtol=4 * unit, atol=4 * unit)
 
 
 def test_micro_batches_give_the_bits_of_the_whole() -> None:
