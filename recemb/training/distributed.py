@@ -245,6 +245,11 @@ def joined(config: RunConfig) -> Iterator[World]:
         world._part(None)
     except RecembError as error:
         world._part(error)
+        if world.together:
+            # A group that outlives the interpreter has aborted processes now and then, exit code and all. Of
+            # ranks that are not in step its end could wait for others.
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
         raise
     except RuntimeError as error:
         loss = world._lost(error)
