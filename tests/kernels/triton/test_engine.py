@@ -7,27 +7,18 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torchrec
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
-from recemb.backends.base import Backend
 from recemb.backends.native import prepare_native
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_on_device
 from recemb.engine import Engine
 from recemb.errors import BatchError, NonFiniteError
 from recemb_kernels.tt_gather import TrainShape, encode
 from tests.kernels.cases import METHODS, make_bags, make_engine
+from tests.kernels.triton.graph_cases import OPTIMIZERS, Tables
 from tests.kernels.triton.harness import by_triton
-
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.5}),
-    "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.1}),
-    "adam": (torch.optim.Adam, {"lr": 0.1}),
-}
-Tables = dict[str, Backend]
 
 
 def _bags(engine: Engine, seed: int, weighted: bool = False) -> Bags:
