@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
@@ -153,8 +153,8 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
     facts: list[object] = [torch.is_grad_enabled()]
     stored: list[Tensor] = []
     for at in prepared.owners:
-        table = tables[at]
-        for parameter in (table._owner[0] if table._owner else table)._parameters.values():
+        rates: list[object] = []
+        for parameter in owner_of(tables[at])._parameters.values():
             if parameter is None:
                 continue
             stored.append(parameter)
@@ -169,8 +169,10 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
             for optimizer in getattr(parameter, "_in_backward_optimizers", ()):
                 facts += (id(parameter), optimizer)
                 facts += optimizer.param_groups
+                rates.append(optimizer.param_groups[0].get("lr"))
+        facts.append(rates.count(rates[0]) == len(rates) if rates else None)
     found = prepared.found
-    if found is None or found.facts != facts:
+    if found is None or not (found.facts == facts or _rates_alone_differ(found.facts, facts)):
         storages, bound = _storages(tables, prepared), None
         native = [storage.native for storage in storages]
         if prepared.lookup is not None and all(native):
@@ -180,6 +182,23 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
         facts = [dict(fact) if isinstance(fact, dict) else fact for fact in facts]
         found = prepared.found = _Found(facts, native, bound)
     return found, stored
+
+
+def _rates_alone_differ(known: list[object], facts: list[object]) -> bool:
+    """Whether only learning rates have changed, which a step reads anew; brings ``known`` up to date."""
+    if len(known) != len(facts):
+        return False
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for old, new in zip(known, facts, strict=True):
+        if old is new or old == new:
+            continue
+        # An optimizer stands before its settings: another one's hold parameters, which do not compare.
+        if not (isinstance(old, dict) and isinstance(new, dict)) or {**old, "lr": new.get("lr")} != new:
+            return False
+        changed.append((old, new))
+    for old, new in changed:
+        old["lr"] = new["lr"]
+    return True
 
 
 def _compiled(storages: Sequence[_Storage], lookup: Lookup | None, bags: Bags) -> Tensor | None:

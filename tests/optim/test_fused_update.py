@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -156,6 +157,29 @@ def test_states_are_looked_at_again_when_parameters_have_changed() -> None:
     collection.requires_grad_(True)
     with pytest.raises(ConfigError, match="sum"):
         _loss(collection, batch).backward()
+
+
+def test_a_rate_of_every_step_asks_the_tables_nothing_anew() -> None:
+    ours, torchs = _collection(COMPRESSIONS["tt"]), _collection(COMPRESSIONS["tt"])
+    apply_optimizer_in_backward(torch.optim.SGD, ours.parameters(), {"lr": 0.5})
+    optimizer = torch.optim.SGD(torchs.parameters(), lr=0.5)
+    first = next(iter(ours.parameters()))
+    # Rates of a table that differ among its parameters are torch's to apply.
+    rates = [(0.5, 0.5), (0.4, 0.4), (0.3, 0.3), (0.2, 0.1), (0.1, 0.1)]
+    for batch, (rate, own) in zip(_batches(), rates, strict=False):
+        for parameter in ours.parameters():
+            (attached,) = parameter._in_backward_optimizers
+            attached.param_groups[0]["lr"] = own if parameter is first else rate
+        with patch.object(FusedUpdate, "of", autospec=True, side_effect=FusedUpdate.of) as asked:
+            _loss(ours, batch).backward()
+        assert bool(asked.call_count) == (rate == 0.5 or rate != own or rate == 0.1)
+        optimizer.zero_grad()
+        _loss(torchs, batch).backward()
+        for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+            assert theirs.grad is not None
+            with torch.no_grad():
+                theirs -= (own if mine is first else rate) * theirs.grad
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])

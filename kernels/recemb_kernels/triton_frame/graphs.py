@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock, RLock, get_ident
@@ -244,8 +245,7 @@ class GraphedGroup:
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
-        self._left_eager: set[Any] = set()
-        self._too_large: set[Any] = set()
+        self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
         self._failures = 0  # since a capture has last succeeded
 
     @property
@@ -333,7 +333,7 @@ class GraphedGroup:
 
     def _recurs(self, shape: Any) -> bool:
         """Whether look-ups of a shape go through graphs by now; counts them."""
-        if shape in self._left_eager or self._failures >= _MOST_FAILURES:
+        if self._refused[shape] > 1 or self._failures >= _MOST_FAILURES:
             return False
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
@@ -355,7 +355,7 @@ class GraphedGroup:
                 made = _Graph(self._group, recorder, self._fail, parameters, batch, keep)
         except RuntimeError as error:
             self._fail(error)
-            self._left_eager.add(key[:-1])
+            self._refused[key[:-1]] += 2
             return None
         self._failures = 0
         self._graphs[key] = made
@@ -375,8 +375,8 @@ class GraphedGroup:
         while sum(graph.record.num_bytes for graph in self._graphs.values()) > most:
             alone = len(self._graphs) == 1
             self._let_go()
-            if alone:  # the second time it is no chance
-                (self._left_eager if key[:-1] in self._too_large else self._too_large).add(key[:-1])
+            if alone:  # another thread's memory may have been taken for its own, once
+                self._refused[key[:-1]] += 1
                 return False
         return True
 
