@@ -42,7 +42,9 @@ struct Sizes {
   static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
   // A slice as multiplied: [K, q, padded R], the last one transposed, [q, padded K].
   static constexpr int PACKED(int l) { return l == LAST ? Q(l) * KP(l) : K(l) * N(l); }
-  static constexpr bool AS_STORED(int l) { return !MIRRORED && l < LAST && R(l) % PAD == 0; }
+  static constexpr bool AS_STORED(int l) {
+    return l == LAST ? (MIRRORED || Q(l) == 1) && K(l) % PAD == 0 : !MIRRORED && R(l) % PAD == 0;
+  }
   static constexpr bool IN_PLACE(int l) { return AS_STORED(l) && stored_as(core(l)) == FLOAT32; }
 };
 constexpr int D = Sizes<false>::M(ORDER);
@@ -67,15 +69,34 @@ constexpr int WIDEST_SLICE = [] {
   return most;
 }();
 
-// Nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
+// Ungrouped nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
 constexpr int64_t NODES = 8;
-// Nodes of a piece up to which a slice is not worth transposing.
+// Nodes of a run up to which a slice is not worth transposing.
 constexpr int64_t FEW = 3;
+// The last core's rows and slices ahead of which what they read is asked for.
+constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;
 
-// Per-thread room for one slice, off the stack: a slice of rank 256 is over a megabyte.
-float* scratch(int which) {
-  static thread_local std::vector<float> room[2];
-  if (room[which].empty()) room[which].resize(WIDEST_SLICE);
+// Nodes of level l whose gradients are held at once: as fit the first cache beside a slice, and no fewer rows than a
+// product needs to be fast.
+template <class S>
+constexpr int nodes_at_once(int l) {
+  return std::max((CHAIN + S::M(l) - 1) / S::M(l), std::min(PIECE, 4096 / S::PRODUCT(l)));
+}
+
+template <class S>
+constexpr int widest_gradients() {
+  int most = S::PRODUCT(0);
+  for (int l = 1; l < LAST; l++) most = std::max(most, nodes_at_once<S>(l) * S::PRODUCT(l));
+  return most;
+}
+
+// Per-thread room, off the stack: a slice of rank 256 is over a megabyte.
+enum Room { TILE, TURNED, GRADIENTS, ROOMS };
+float* scratch(Room which) {
+  constexpr int GRADIENT = std::max(widest_gradients<Sizes<false>>(), widest_gradients<Sizes<true>>());
+  constexpr int SIZE[] = {WIDEST_SLICE, WIDEST_SLICE, GRADIENT};
+  static thread_local std::vector<float> room[ROOMS];
+  if (room[which].empty()) room[which].resize(SIZE[which]);
   return room[which].data();
 }
 
@@ -125,7 +146,7 @@ struct Train : Sizes<MIRRORED> {
     int64_t total = keeps_products(table) ? 0 : all_products_size(table);
     if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
     total += most_nodes(table, LAST) * D;
-    for (int l = 0; l < LAST; l++) total += most_nodes(table, l) * S::PRODUCT(l);
+    if (ORDER == 2) total += most_nodes(table, 0) * S::PRODUCT(0);
     for (int l = 1; l < LAST; l++) total += most_nodes(table, l) * S::M(l) * S::KP(l);
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
@@ -139,17 +160,28 @@ struct Train : Sizes<MIRRORED> {
   static constexpr int stored(int l, int k, int e, int r) {
     return MIRRORED ? (r * S::Q(l) + e) * S::K(l) + k : (k * S::Q(l) + e) * S::R(l) + r;
   }
+  // Moves between a slice as stored and as multiplied. The last core's columns lie interleaved: one iteration moves all
+  // of them, which compilers make shuffles of vectors.
   template <int l, class Move>
   static void each_element(Move move) {
     constexpr int K = S::K(l), Q = S::Q(l), R = S::R(l), RP = round_up(R), KP = S::KP(l);
     if constexpr (l == LAST) {
-      for (int e = 0; e < Q; e++)
-        for (int k = 0; k < K; k++) move(e * KP + k, stored(l, k, e, 0));
+      for (int k = 0; k < K; k++)
+#pragma GCC unroll 16
+        for (int e = 0; e < Q; e++) move(e * KP + k, stored(l, k, e, 0));
     } else {
       for (int k = 0; k < K; k++)
         for (int e = 0; e < Q; e++)
           for (int r = 0; r < R; r++) move((k * Q + e) * RP + r, stored(l, k, e, r));
     }
+  }
+  template <int l>
+  static void unpack(const float* __restrict slice, float* __restrict to) {
+    each_element<l>([&](int p, int s) { to[p] = slice[s]; });
+  }
+  template <int l>
+  static void repack(const float* __restrict from, float* __restrict slice) {
+    each_element<l>([&](int p, int s) { slice[s] = from[p]; });
   }
 
   template <int l>
@@ -159,20 +191,23 @@ struct Train : Sizes<MIRRORED> {
 #pragma omp for schedule(static) nowait
       for (int64_t g = 0; g < level.touched; g++) {
         float* to = packed[l] + g * S::PACKED(l);
-        float* room = S::AS_STORED(l) ? to : scratch(0);
+        float* room = S::AS_STORED(l) ? to : scratch(TILE);
         const float* slice = read_row<S::core(l), S::WIDTH(l)>(table.param[S::core(l)], level.digit[g], room);
         if (S::AS_STORED(l)) continue;
         if (S::PACKED(l) > S::WIDTH(l)) std::fill(to, to + S::PACKED(l), 0.0f);
-        each_element<l>([&](int p, int s) { to[p] = slice[s]; });
+        unpack<l>(slice, to);
       }
     }
     if constexpr (l < LAST) pack_touched<l + 1>();
   }
 
-  // The slice of core l of a group of nodes (level 0: of a node), as multiplied.
+  // The slice of core l of a group of nodes (level 0: of a node), as stored.
+  const float* slice_of(int l, int64_t group) const {
+    return table.param[S::core(l)] + int64_t{table.level[l].digit[group]} * S::WIDTH(l);
+  }
+  // The same as multiplied.
   const float* matrix(int l, int64_t group) const {
-    if (S::IN_PLACE(l)) return table.param[S::core(l)] + int64_t{table.level[l].digit[group]} * S::WIDTH(l);
-    return packed[l] + group * S::PACKED(l);
+    return S::IN_PLACE(l) ? slice_of(l, group) : packed[l] + group * S::PACKED(l);
   }
   // The product of cores 0 .. l at a node: [M(l + 1), padded R].
   const float* product(int l, int64_t node) const {
@@ -196,9 +231,10 @@ struct Train : Sizes<MIRRORED> {
     return rows;
   }
 
+  // The products of levels l .. d - 2.
   template <int l>
   void multiply_level() const {
-    if constexpr (l > 0 && l < LAST) {
+    if constexpr (l < LAST) {
       const Level& level = table.level[l];
       const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
       const int64_t at_once = tasks_at_once(last - first);
@@ -212,27 +248,26 @@ struct Train : Sizes<MIRRORED> {
             [&](int64_t node) { return products[l] + product_at(l, node); }, a, c);
         multiply_rows<S::K(l), S::N(l), false>(rows, a, matrix(l, level.group[level.by_digit[from]]), c);
       }
+      multiply_level<l + 1>();
     }
-    if constexpr (l < LAST - 1) multiply_level<l + 1>();
   }
 
   // Where position i is pooled to when every bag holds one id.
-  float* out_of(int64_t f, int64_t i) const {
-    const int64_t g = table.num_features == 1 ? f : i / call.batch;
+  float* out_of(int64_t i) const {
+    const int64_t f = table.features[0], g = table.num_features == 1 ? f : i / call.batch;
     return call.out + (i - g * call.batch) * call.columns + call.features[g].column;
   }
 
   void forward_rows() const {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
-    const int64_t f = table.features[0];
 #pragma omp for schedule(dynamic, NODES)
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
         float room[D], raw[D];
         // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
         // whole waits for its way to the cache.
-        float* row = call.bag ? rows + u * D : call.weights ? room : out_of(f, table.perm[last.first[u]]);
+        float* row = call.bag ? rows + u * D : call.weights ? room : out_of(table.perm[last.first[u]]);
         dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]),
                                                       MIRRORED ? raw : row);
         if constexpr (MIRRORED)
@@ -243,8 +278,8 @@ struct Train : Sizes<MIRRORED> {
             call.slot[i] = static_cast<int32_t>(u);
             continue;
           }
-          if (k + AHEAD < table.ids) prefetch_row<true>(out_of(f, table.perm[k + AHEAD]), D);
-          float* out = out_of(f, i);
+          if (k + AHEAD < table.ids) prefetch_row<true>(out_of(table.perm[k + AHEAD]), D);
+          float* out = out_of(i);
           if (call.weights)
             for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
           else if (out != row)
@@ -258,7 +293,7 @@ struct Train : Sizes<MIRRORED> {
     pack_touched<0>();
 #pragma omp barrier
     for (slice = 0; slice < table.slices; slice++) {
-      multiply_level<0>();
+      multiply_level<1>();
       forward_rows();
     }
     if (!call.bag) return;

@@ -14,179 +14,184 @@ struct TrainBackward : Train<MIRRORED> {
   using Base = Train<MIRRORED>;
   using Base::begin, Base::end, Base::call, Base::matrix, Base::product, Base::slice, Base::table;
   float* grad_rows;
-  float* grads[ORDER];  // of the products, levels 0 .. d - 2
+  float* grads;         // of core 0's slices, which a train of two cores steps on last
   float* sent[ORDER];   // what each node of levels 1 .. d - 2 sends to the level above: [M, padded K]
   float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
 
   TrainBackward(const Table* t, const Call* c) : Base(t, c) {
     float* at = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
     grad_rows = at, at += Base::most_nodes(table, LAST) * D;
-    for (int l = 0; l < LAST; l++) grads[l] = at, at += Base::most_nodes(table, l) * S::PRODUCT(l);
+    if (ORDER == 2) grads = at, at += Base::most_nodes(table, 0) * S::PRODUCT(0);
     for (int l = 1; l < LAST; l++) sent[l] = at, at += Base::most_nodes(table, l) * S::M(l) * S::KP(l);
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
   }
 
-  float* grad(int l, int64_t node) const { return grads[l] + (node - begin(l)) * S::PRODUCT(l); }
   float* grad_row(int64_t u) const { return grad_rows + (u - begin(LAST)) * D; }
   float* sent_at(int l, int64_t node) const { return sent[l] + (node - begin(l)) * (S::M(l) * S::KP(l)); }
 
+  // A slice whose gradient is complete: stepped on, or its gradient written out. `room` is for one slice.
   template <int l>
-  void finish(int64_t group, const float* tile) const {
-    constexpr int core = S::core(l);
-    const int64_t digit = table.level[l].digit[group];
-    const float* grad = tile;
-    if constexpr (!S::IN_PLACE(l)) {
-      float* slice_grad = scratch(1);
-      Base::template each_element<l>([&](int p, int s) { slice_grad[s] = tile[p]; });
-      grad = slice_grad;
-    }
-    finish_row<S::WIDTH(l)>(&table, core, digit, grad);
+  void finish(int64_t group, const float* tile, float* room) const {
+    if constexpr (!S::AS_STORED(l)) Base::template repack<l>(tile, room);
+    finish_row<S::WIDTH(l)>(&table, S::core(l), table.level[l].digit[group], S::AS_STORED(l) ? tile : room);
   }
 
-  // Gradients of the slices of core l: each run of nodes with one digit adds to that digit's tile.
-  template <int l, class Add>
-  void each_tile(Add add) const {
+  // The tile of a group of nodes, to add to.
+  template <int l>
+  float* tile_of(int64_t group, float* room) const {
+    if (table.slices > 1) return tiles[l] + group * S::PACKED(l);
+    std::fill(room, room + S::PACKED(l), 0.0f);
+    return room;
+  }
+
+  // Gradient of the product at a node of level d - 2, and of the rows below it.
+  void gradient_of_rows(int64_t node, float* to) const {
+    const Level& level = table.level[LAST - 1];
+    constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
+    const float* a[M];
+    float* c[M];
+    std::fill(to, to + M * KP, 0.0f);
+    for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
+      float* row = grad_row(u);
+      if constexpr (MIRRORED) {
+        float straight[D];
+        row_gradient<D>(&table, &call, u, straight);
+        for (int j = 0; j < D; j++) row[j] = straight[COLUMN[j]];
+      } else {
+        row_gradient<D>(&table, &call, u, row);
+      }
+      for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
+      multiply_rows<Q, KP, true>(M, a, matrix(LAST, table.level[LAST].group[u]), c);
+    }
+  }
+
+  // Gradient of the product at a node of level l: what its rows or its children send.
+  template <int l>
+  void node_gradient(int64_t node, float* to) const {
+    if constexpr (l == LAST - 1) {
+      gradient_of_rows(node, to);
+    } else {
+      constexpr int WIDTH = S::M(l + 1) * S::KP(l + 1);
+      static_assert(WIDTH == S::PRODUCT(l), "the products of level l");
+      std::fill(to, to + WIDTH, 0.0f);
+      for (int64_t child = table.level[l].first[node]; child < table.level[l].first[node + 1]; child++) {
+        const float* from = sent_at(l + 1, child);
+        for (int j = 0; j < WIDTH; j++) to[j] += from[j];
+      }
+    }
+  }
+
+  // Run by run, the nodes of level l that share a slice: their gradients, what they send to the level above (their
+  // gradient times the transposed slice), and the gradient of the slice, which is stepped on at once.
+  template <int l>
+  void level_gradients() const {
+    constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l), AT_ONCE = nodes_at_once<S>(l);
     const Level& level = table.level[l];
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
-    const bool alone = table.slices == 1;
     const int64_t at_once = tasks_at_once(last - first);
-#pragma omp for schedule(dynamic, at_once) nowait
+    float *const room = scratch(TILE), *const turned = scratch(TURNED), *const grads = scratch(GRADIENTS);
+#pragma omp for schedule(dynamic, at_once)
     for (int64_t run = first; run < last; run++) {
-      const int64_t group = level.run_group[run];
-      float* tile = alone ? scratch(0) : tiles[l] + group * S::PACKED(l);
-      if (alone) std::fill(tile, tile + S::PACKED(l), 0.0f);
-      for (int64_t from = level.run_start[run]; from < level.run_start[run + 1]; from += PIECE)
-        add(from, std::min<int64_t>(from + PIECE, level.run_start[run + 1]), tile);
-      if (alone) finish<l>(group, tile);
-    }
-  }
-
-  // Row gradients, and those of the last products.
-  void send_rows() const {
-    const Level& level = table.level[LAST - 1];
-    const Level& last = table.level[LAST];
-    constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
-#pragma omp for schedule(dynamic, NODES)
-    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
-      const float* a[M];
-      float *c[M], *to = grad(LAST - 1, node);
-      std::fill(to, to + M * KP, 0.0f);
-      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
-        float* row = grad_row(u);
-        if constexpr (MIRRORED) {
-          float straight[D];
-          row_gradient<D>(&table, &call, u, straight);
-          for (int j = 0; j < D; j++) row[j] = straight[COLUMN[j]];
-        } else {
-          row_gradient<D>(&table, &call, u, row);
-        }
-        for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
-        multiply_rows<Q, KP, true>(M, a, matrix(LAST, last.group[u]), c);
+      const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
+      const float* straight = matrix(l, group);
+      const bool few = past - start <= FEW;  // transposing would take longer than the product
+      if (!few) {
+        if (KP > K) std::fill(turned, turned + N * KP, 0.0f);
+        transpose<K, N, KP>(straight, turned);
       }
+      float* tile = tile_of<l>(group, room);
+      for (int64_t from = start; from < past; from += AT_ONCE) {
+        const int64_t to = std::min<int64_t>(from + AT_ONCE, past);
+        const float *above[AT_ONCE * M], *own[AT_ONCE * M];
+        float* sends[AT_ONCE * M];
+        int64_t rows = 0;
+        for (int64_t k = from; k < to; k++) {
+          const int64_t node = level.by_digit[k];
+          float* grad = grads + (k - from) * (M * N);
+          node_gradient<l>(node, grad);
+          const float* product_above = product(l - 1, level.parent[node]);
+          for (int m = 0; m < M; m++, rows++)
+            above[rows] = product_above + m * KP, own[rows] = grad + m * N, sends[rows] = sent_at(l, node) + m * KP;
+        }
+        if (few) {
+          for (int64_t r = 0; r < rows; r += M) {
+            if (KP > K) std::fill(sends[r], sends[r] + M * KP, 0.0f);
+            dot_rows<M, N, K, KP>(own[r], straight, sends[r]);
+          }
+        } else {
+          multiply_rows<N, KP, false>(rows, own, turned, sends);
+        }
+        add_outer<K, N>(rows, above, own, tile);
+      }
+      if (table.slices == 1) finish<l>(group, tile, turned);
     }
   }
 
   void last_tiles() const {
     const Level& last = table.level[LAST];
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
-    each_tile<LAST>([&](int64_t from, int64_t to, float* tile) {
-      const float *a[PIECE * M], *c[PIECE * M];
-      int64_t rows = 0;
-      for (int64_t k = from; k < to; k++) {
-        const int64_t u = last.by_digit[k];
-        if (k + 4 < last.nodes) {
-          const int64_t next = last.by_digit[k + 4];
-          prefetch_row(product(LAST - 1, last.parent[next]), M * KP), prefetch_row(grad_row(next), D);
+    const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
+    const int64_t at_once = tasks_at_once(past - first);
+    float *const room = scratch(TILE), *const turned = scratch(TURNED);
+#pragma omp for schedule(dynamic, at_once) nowait
+    for (int64_t run = first; run < past; run++) {
+      const int64_t group = last.run_group[run];
+      if (run + SLICES_AHEAD < past)
+        prefetch_row<true>(Base::slice_of(LAST, last.run_group[run + SLICES_AHEAD]), S::WIDTH(LAST));
+      float* tile = tile_of<LAST>(group, room);
+      for (int64_t from = last.run_start[run]; from < last.run_start[run + 1]; from += PIECE) {
+        const float *a[PIECE * M], *c[PIECE * M];
+        int64_t rows = 0;
+        for (int64_t k = from; k < std::min<int64_t>(from + PIECE, last.run_start[run + 1]); k++) {
+          const int64_t u = last.by_digit[k];
+          if (k + ROWS_AHEAD < last.nodes) {
+            const int64_t next = last.by_digit[k + ROWS_AHEAD];
+            prefetch_row(product(LAST - 1, last.parent[next]), M * KP), prefetch_row(grad_row(next), D);
+          }
+          const float *grad = grad_row(u), *above = product(LAST - 1, last.parent[u]);
+          for (int m = 0; m < M; m++, rows++) a[rows] = grad + m * Q, c[rows] = above + m * KP;
         }
-        const float *grad = grad_row(u), *above = product(LAST - 1, last.parent[u]);
-        for (int m = 0; m < M; m++, rows++) a[rows] = grad + m * Q, c[rows] = above + m * KP;
+        add_outer<Q, KP>(rows, a, c, tile);
       }
-      add_outer<Q, KP>(rows, a, c, tile);
-    });
-  }
-
-  // What the nodes of level l send to the products above them: their gradient times the transposed slice.
-  template <int l>
-  void send_up() const {
-    constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l);
-    const Level& level = table.level[l];
-    const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
-    const int64_t at_once = tasks_at_once(last - first);
-#pragma omp for schedule(dynamic, at_once)
-    for (int64_t p = first; p < last; p++) {
-      const int64_t from = level.piece_start[p], to = level.piece_start[p + 1];
-      const float* straight = matrix(l, level.group[level.by_digit[from]]);
-      if (to - from <= FEW) {  // transposing would take longer than the product
-        for (int64_t k = from; k < to; k++) {
-          const int64_t node = level.by_digit[k];
-          float* sends = sent_at(l, node);
-          if (KP > K) std::fill(sends, sends + M * KP, 0.0f);
-          dot_rows<M, N, K, KP>(grad(l, node), straight, sends);
-        }
-        continue;
-      }
-      float* transposed = scratch(1);
-      if (KP > K) std::fill(transposed, transposed + N * KP, 0.0f);
-      transpose<K, N, KP>(straight, transposed);
-      const float* a[PIECE * M];
-      float* c[PIECE * M];
-      int64_t rows = 0;
-      for (int64_t k = from; k < to; k++) {
-        const int64_t node = level.by_digit[k];
-        for (int m = 0; m < M; m++, rows++) a[rows] = grad(l, node) + m * N, c[rows] = sent_at(l, node) + m * KP;
-      }
-      multiply_rows<N, KP, false>(rows, a, transposed, c);
+      if (table.slices == 1) finish<LAST>(group, tile, turned);
     }
   }
 
+  // Levels l .. 0.
   template <int l>
-  void middle_tiles() const {
-    const Level& level = table.level[l];
-    each_tile<l>([&](int64_t from, int64_t to, float* tile) {
-      const float* a[PIECE * S::M(l)];
-      float* c[PIECE * S::M(l)];
-      const int64_t rows = Base::template pointers<l>(
-          from, to, [&](int64_t node) { return product(l - 1, level.parent[node]); },
-          [&](int64_t node) { return grad(l, node); }, a, c);
-      add_outer<S::K(l), S::N(l)>(rows, a, c, tile);
-    });
-  }
-
-  // Gradient of the product of cores 0 .. l - 1: the sum of what its children sent.
-  template <int l>
-  void gather_children() const {
-    constexpr int WIDTH = S::M(l) * S::KP(l);
-    static_assert(WIDTH == S::PRODUCT(l - 1), "the products of level l - 1");
-    const Level& above = table.level[l - 1];
-#pragma omp for schedule(static)
-    for (int64_t node = begin(l - 1); node < end(l - 1); node++) {
-      float* to = grad(l - 1, node);
-      std::fill(to, to + WIDTH, 0.0f);
-      for (int64_t child = above.first[node]; child < above.first[node + 1]; child++) {
-        const float* from = sent_at(l, child);
-        for (int j = 0; j < WIDTH; j++) to[j] += from[j];
-      }
-    }
-  }
-
-  template <int l>
-  void backward_level() const {
+  void levels_below() const {
     if constexpr (l > 0) {
-      send_up<l>();  // reads the slices that the tiles then update
-      middle_tiles<l>();
-      gather_children<l>();
-      backward_level<l - 1>();
+      level_gradients<l>();
+      levels_below<l - 1>();
     } else {
+      float *const room = scratch(TILE), *const grad = scratch(GRADIENTS);
 #pragma omp for schedule(static)
-      for (int64_t node = begin(0); node < end(0); node++) finish<0>(node, grad(0, node));
+      for (int64_t node = begin(0); node < end(0); node++) {
+        node_gradient<0>(node, grad);
+        finish<0>(node, grad, room);
+      }
     }
+  }
+
+  // Core 0 is read by the gradients of core 1, and stepped on after them.
+  void two_cores() const {
+#pragma omp for schedule(dynamic, NODES)
+    for (int64_t node = begin(0); node < end(0); node++)
+      gradient_of_rows(node, grads + (node - begin(0)) * S::PRODUCT(0));
+    last_tiles();
+#pragma omp barrier
+    float* const room = scratch(TILE);
+#pragma omp for schedule(static)
+    for (int64_t node = begin(0); node < end(0); node++)
+      finish<0>(node, grads + (node - begin(0)) * S::PRODUCT(0), room);
   }
 
   template <int l>
   void finish_tiles() const {
 #pragma omp for schedule(static) nowait
-    for (int64_t g = 0; g < table.level[l].touched; g++) finish<l>(g, tiles[l] + g * S::PACKED(l));
+    for (int64_t g = 0; g < table.level[l].touched; g++)
+      finish<l>(g, tiles[l] + g * S::PACKED(l), scratch(TURNED));
     if constexpr (l < LAST) finish_tiles<l + 1>();
   }
 
@@ -229,14 +234,15 @@ struct TrainBackward : Train<MIRRORED> {
     }
     if (call.grad_weights && call.bag) weight_gradient();
     for (slice = 0; slice < table.slices; slice++) {
-      if (several) Base::template multiply_level<0>();
+      if (several) Base::template multiply_level<1>();
       if (call.grad_weights && !call.bag) weight_gradient();
-      send_rows();
-      last_tiles();
-      if (ORDER == 2) {  // core 0 is read by the tiles, and updated next
-#pragma omp barrier
+      if constexpr (ORDER == 2) {
+        two_cores();
+      } else {
+        level_gradients<LAST - 1>();  // reads the last core's slices, which its tiles then update
+        last_tiles();
+        levels_below<LAST - 2>();
       }
-      backward_level<LAST - 1>();
     }
     if (several) finish_tiles<1>();
   }
