@@ -6,6 +6,7 @@
 // then the chains, because the rounding error of one long chain grows with its length.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -125,6 +126,11 @@ static inline void multiply_panel(int64_t rows, const float* const* a, const flo
   constexpr int MB = BLOCK / NV;
   int64_t m = 0;
   for (; m + MB <= rows; m += MB) multiply_chains<MB, NV, L, K, N, ADD>(a + m, B, c + m, column);
+  // Few rows at once leave the multipliers waiting for each other's sums.
+  if constexpr (MB > 6)
+    for (; m + 6 <= rows; m += 6) multiply_chains<6, NV, L, K, N, ADD>(a + m, B, c + m, column);
+  if constexpr (MB > 4)
+    for (; m + 4 <= rows; m += 4) multiply_chains<4, NV, L, K, N, ADD>(a + m, B, c + m, column);
   for (; m + 2 <= rows; m += 2) multiply_chains<2, NV, L, K, N, ADD>(a + m, B, c + m, column);
   if (m < rows) multiply_chains<1, NV, L, K, N, ADD>(a + m, B, c + m, column);
 }
@@ -137,7 +143,7 @@ static inline void multiply_rows(int64_t rows, const float* const* a, const floa
   if constexpr (REST > 0) multiply_panel<REST, L, K, N, ADD>(rows, a, B, c, (V - REST) * L);
 }
 
-template <int KB, int NV, int L, int N>
+template <int KB, int NV, int L, int N, bool ADD>
 static inline void outer_block(int64_t rows, const float* const* a, const float* const* c, float* T, int k, int column) {
   typename Vector<L>::type s[KB][NV] = {};
   for (int64_t r = 0; r < rows; r++) {
@@ -156,25 +162,33 @@ static inline void outer_block(int64_t rows, const float* const* a, const float*
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
       float* to = T + (k + i) * N + column + v * L;
-      store<L>(to, load<L>(to) + s[i][v]);
+      store<L>(to, ADD ? load<L>(to) + s[i][v] : s[i][v]);
     }
 }
 
-template <int NV, int L, int K, int N>
+template <int NV, int L, int K, int N, bool ADD>
 static inline void outer_panel(int64_t rows, const float* const* a, const float* const* c, float* T, int column) {
   constexpr int KB = smaller(K, OUTER / NV), REST = K % KB;
-  for (int k = 0; k + KB <= K; k += KB) outer_block<KB, NV, L, N>(rows, a, c, T, k, column);
-  if constexpr (REST > 0) outer_block<REST, NV, L, N>(rows, a, c, T, K - REST, column);
+  for (int k = 0; k + KB <= K; k += KB) outer_block<KB, NV, L, N, ADD>(rows, a, c, T, k, column);
+  if constexpr (REST > 0) outer_block<REST, NV, L, N, ADD>(rows, a, c, T, K - REST, column);
 }
 
-// T[K][N] += sum over r of a[r][0..K)^T c[r][0..N), N a multiple of PAD
-template <int K, int N>
-static inline void add_outer(int64_t rows, const float* const* a, const float* const* c, float* T) {
+template <int K, int N, bool ADD>
+static inline void outer_chain(int64_t rows, const float* const* a, const float* const* c, float* T) {
   constexpr int L = lanes_of(N), V = N / L, NV = smaller(V, PANEL), REST = V % NV;
+  for (int v = 0; v + NV <= V; v += NV) outer_panel<NV, L, K, N, ADD>(rows, a, c, T, v * L);
+  if constexpr (REST > 0) outer_panel<REST, L, K, N, ADD>(rows, a, c, T, (V - REST) * L);
+}
+
+// T[K][N] = or, with `add`, += the sum over r of a[r][0..K)^T c[r][0..N), N a multiple of PAD
+template <int K, int N>
+static inline void add_outer(int64_t rows, const float* const* a, const float* const* c, float* T, bool add) {
   for (int64_t r = 0; r < rows; r += CHAIN) {
     const int64_t chain = rows - r < CHAIN ? rows - r : CHAIN;
-    for (int v = 0; v + NV <= V; v += NV) outer_panel<NV, L, K, N>(chain, a + r, c + r, T, v * L);
-    if constexpr (REST > 0) outer_panel<REST, L, K, N>(chain, a + r, c + r, T, (V - REST) * L);
+    if (r || add)
+      outer_chain<K, N, true>(chain, a + r, c + r, T);
+    else
+      outer_chain<K, N, false>(chain, a, c, T);
   }
 }
 
@@ -212,9 +226,58 @@ static inline void transpose(const float* from, float* to) {
     for (int i = REST; i < ROWS; i++) to[j * STRIDE + i] = from[i * COLUMNS + j];
 }
 
+#if defined(__AVX512F__)
+// The sums of sixteen vectors, in their order.
+static inline Vector<16>::type sum16(const Vector<16>::type* s) {
+  __m512 fours[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m512 a = (__m512)s[4 * j], b = (__m512)s[4 * j + 1], c = (__m512)s[4 * j + 2], d = (__m512)s[4 * j + 3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    fours[j] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  }
+  const auto halve = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+  };
+  return (Vector<16>::type)halve(halve(fours[0], fours[1]), halve(fours[2], fours[3]));
+}
+#endif
+
+// MB rows of P with QB rows of T, sixteen sums at once: to[m * STRIDE + q].
+template <int MB, int QB, int K, int STRIDE>
+static inline void dot_block(const float* P, const float* T, float* out) {
+  constexpr int L = 16;
+  Vector<L>::type s[MB * QB] = {};
+#pragma GCC unroll 2
+  for (int k = 0; k < K; k += L) {
+    Vector<L>::type x[MB];
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; m++) x[m] = load<L>(P + m * K + k);
+#pragma GCC unroll 16
+    for (int q = 0; q < QB; q++) {
+      const Vector<L>::type t = load<L>(T + q * K + k);
+#pragma GCC unroll 4
+      for (int m = 0; m < MB; m++) s[m * QB + q] = multiply_add(s[m * QB + q], x[m], t);
+    }
+  }
+  float sums[MB * QB];
+  store<L>(STRIDE == QB ? out : sums, sum16(s));
+  if constexpr (STRIDE != QB)
+    for (int m = 0; m < MB; m++) std::memcpy(out + m * STRIDE, sums + m * QB, QB * sizeof(float));
+}
+
 // out[M][STRIDE] = P[M][K] T[Q][K]^T, K a multiple of PAD
 template <int M, int K, int Q, int STRIDE = Q>
 static inline void dot_rows(const float* P, const float* T, float* out) {
+#if defined(__AVX512F__)
+  constexpr int MB = M % 4 == 0 ? 4 : M % 2 == 0 ? 2 : 1, QB = 16 / MB;
+  if constexpr (K % 16 == 0 && Q % QB == 0) {
+    for (int m = 0; m < M; m += MB)
+      for (int q = 0; q < Q; q += QB) dot_block<MB, QB, K, STRIDE>(P + m * K, T + q * K, out + m * STRIDE + q);
+    return;
+  }
+#endif
   constexpr int L = lanes_of(K), FOURS = (Q + 3) / 4 * 4;
   float four[4];
   for (int m = 0; m < M; m++)

@@ -37,12 +37,10 @@ struct TrainBackward : Train<MIRRORED> {
     finish_row<S::WIDTH(l)>(&table, S::core(l), table.level[l].digit[group], S::AS_STORED(l) ? tile : room);
   }
 
-  // The tile of a group of nodes, to add to.
+  // The gradient of a group's slice: in `room` while one pass completes it.
   template <int l>
   float* tile_of(int64_t group, float* room) const {
-    if (table.slices > 1) return tiles[l] + group * S::PACKED(l);
-    std::fill(room, room + S::PACKED(l), 0.0f);
-    return room;
+    return table.slices > 1 ? tiles[l] + group * S::PACKED(l) : room;
   }
 
   // Gradient of the product at a node of level d - 2, and of the rows below it.
@@ -122,7 +120,7 @@ struct TrainBackward : Train<MIRRORED> {
         } else {
           multiply_rows<N, KP, false>(rows, own, turned, sends);
         }
-        add_outer<K, N>(rows, above, own, tile);
+        add_outer<K, N>(rows, above, own, tile, table.slices > 1 || from > start);
       }
       if (table.slices == 1) finish<l>(group, tile, turned);
     }
@@ -152,7 +150,7 @@ struct TrainBackward : Train<MIRRORED> {
           const float *grad = grad_row(u), *above = product(LAST - 1, last.parent[u]);
           for (int m = 0; m < M; m++, rows++) a[rows] = grad + m * Q, c[rows] = above + m * KP;
         }
-        add_outer<Q, KP>(rows, a, c, tile);
+        add_outer<Q, KP>(rows, a, c, tile, table.slices > 1 || from > last.run_start[run]);
       }
       if (table.slices == 1) finish<LAST>(group, tile, turned);
     }
