@@ -268,6 +268,7 @@ struct Train : Sizes<MIRRORED> {
         // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
         // whole waits for its way to the cache.
         float* row = call.bag ? rows + u * D : call.weights ? room : out_of(table.perm[last.first[u]]);
+        if (u + ROWS_AHEAD < last.nodes) prefetch_row(matrix(LAST, last.group[u + ROWS_AHEAD]), S::PACKED(LAST));
         dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]),
                                                       MIRRORED ? raw : row);
         if constexpr (MIRRORED)
