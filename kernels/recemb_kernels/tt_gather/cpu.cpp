@@ -49,7 +49,6 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const float* a[M];
     float* c[M];
-    std::fill(to, to + M * KP, 0.0f);
     for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
       float* row = grad_row(u);
       if constexpr (MIRRORED) {
@@ -60,7 +59,11 @@ struct TrainBackward : Train<MIRRORED> {
         row_gradient<D>(&table, &call, u, row);
       }
       for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
-      multiply_rows<Q, KP, true>(M, a, matrix(LAST, table.level[LAST].group[u]), c);
+      const float* last = matrix(LAST, table.level[LAST].group[u]);
+      if (u == level.first[node])
+        multiply_rows<Q, KP, false>(M, a, last, c);
+      else
+        multiply_rows<Q, KP, true>(M, a, last, c);
     }
   }
 
