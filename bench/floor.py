@@ -14,6 +14,9 @@ _COPY_NUMEL = 2**26
 _GATHER_BYTES = 2**29
 _GATHERED = 2**17
 _REPEATS = 7
+# More than the second caches of a few cores, less than a large third one.
+_BEYOND_CACHES = 2**24
+_UPDATES = 51
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ def floor(dim: int) -> Floor:
     """The floor for rows of ``dim`` columns."""
     gemm, copy = _gemm_and_copy()
     return Floor(gemm, copy, _gather(dim))
+
+
+def update_seconds(nbytes: int) -> float:
+    """Reading and writing one block once, when the cores' caches hold something else: the median of some."""
+    block, other = torch.zeros(nbytes // 4), torch.zeros(_BEYOND_CACHES // 4)
+    times = []
+    for _ in range(_UPDATES):
+        other.add_(1)
+        started = time.perf_counter()
+        block.add_(1)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[_UPDATES // 2]
 
 
 @lru_cache(maxsize=1)

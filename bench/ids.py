@@ -9,8 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bench.settings import Setting
+from bench.settings import BASE, TREE_OF_1G, G, Setting
+from recemb.backends.tt_shapes import tt_shapes
 from recemb.data.zipf import BoundedZipf
+from recemb.spec import TensorTrain
 
 EXPONENT = 1.05
 # An odd multiplier with well spread bits (Steele, Lea and Flood's SplitMix64), and an offset that moves 0.
@@ -63,8 +65,31 @@ def draw(kind: str, rows: int, size: int, generator: np.random.Generator) -> npt
     """``size`` ids in [0, rows): 0 is the most frequent one of ``zipf``."""
     if kind == "uniform":
         return generator.integers(rows, size=size)
+    if kind == TREE_OF_1G:
+        wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=32))[0][-1] for n in (G, rows))
+        return lay_tree(draw("zipf", G, size, generator), wide, rows, narrow, generator)
     ids = BoundedZipf(rows, EXPONENT).sample(generator, size) - 1
     return permute(ids, rows) if kind == "permuted" else ids
+
+
+def lay_tree(
+    ids: npt.NDArray[np.int64], wide: int, rows: int, narrow: int, generator: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Ids of a table of ``rows`` rows with as many distinct prefixes as ``ids``, each as often.
+
+    A prefix is an id without its last digit, which has ``wide`` values in ``ids`` and ``narrow`` in the result. The
+    distinct rows below a prefix stay distinct as far as ``narrow`` has room for them.
+
+    Raises:
+        ValueError: the table has fewer prefixes than ``ids``.
+    """
+    distinct, row = np.unique(ids, return_inverse=True)
+    prefixes, first, above = np.unique(distinct // wide, return_index=True, return_inverse=True)
+    places = np.sort(generator.choice(rows // narrow, size=len(prefixes), replace=False))
+    starts = generator.integers(narrow, size=len(prefixes))
+    digits = (starts[above] + np.arange(len(distinct)) - first[above]) % narrow
+    laid: npt.NDArray[np.int64] = (places[above] * narrow + digits)[row]
+    return laid
 
 
 def permute(ids: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.int64]:

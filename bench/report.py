@@ -83,8 +83,8 @@ def run_comparisons(
             absent |= {case.case: case.reason for case in skipped if "not installed" in case.reason}
     tables.clear()
     if with_scale:
-        rows, memory = measure_scale(rounds)
-        report.add("a billion rows against a million, D=16 B=4,096 (x like = 1G / 1M)", rows, [memory])
+        rows, notes = measure_scale(rounds)
+        report.add("a billion rows against a million, D=16 B=4,096 (x like = over N=1M)", rows, notes)
     report.finish()
     for reason in dict.fromkeys(absent.values()):
         names = ", ".join(case for case in absent if absent[case] == reason)

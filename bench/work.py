@@ -41,21 +41,31 @@ def distinct_ids(setting: Setting, batches: Sequence[Batch]) -> float:
 
 def work(case: str, path: str, setting: Setting, batches: Sequence[Batch]) -> Work:
     """What a case does at a setting, the mean over a few of the batches."""
-    sample = batches[:_SAMPLED_BATCHES]
-    specs = _specs(case, setting)
-    flop = touched = 0.0
-    for batch in sample:
-        for spec, ids in zip(specs, _per_table(setting, batch), strict=True):
-            weights, arithmetic = _forward(spec, ids)
-            touched += weights / len(sample)
-            flop += arithmetic / len(sample)
-    lookups = setting.batch * setting.hots * len(specs)
-    outputs = setting.batch * setting.dim * len(specs)
+    touched, flop = _touched_and_flop(case, setting, batches)
+    lookups = setting.batch * setting.hots * len(setting.rows)
+    outputs = setting.batch * setting.dim * len(setting.rows)
     # Adding up the rows of a bag.
     flop += lookups * setting.dim
     passes = 1 if path == FORWARD else 3
     nbytes = _FLOAT * (passes * touched + min(passes, 2) * outputs) + _ID * lookups
     return Work(passes * flop, nbytes)
+
+
+def touched_weights(case: str, setting: Setting, batches: Sequence[Batch]) -> float:
+    """Weights that a step reads, each counted once: the mean over a few of the batches."""
+    return _touched_and_flop(case, setting, batches)[0]
+
+
+def _touched_and_flop(case: str, setting: Setting, batches: Sequence[Batch]) -> tuple[float, float]:
+    sample = batches[:_SAMPLED_BATCHES]
+    specs = _specs(case, setting)
+    touched = flop = 0.0
+    for batch in sample:
+        for spec, ids in zip(specs, _per_table(setting, batch), strict=True):
+            weights, arithmetic = _forward(spec, ids)
+            touched += weights / len(sample)
+            flop += arithmetic / len(sample)
+    return touched, flop
 
 
 def _specs(case: str, setting: Setting) -> list[TableSpec]:

@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.ids import draw, make_batches, number_of_batches, permute
-from bench.settings import BASE, IDS
+from bench.ids import draw, lay_tree, make_batches, number_of_batches, permute
+from bench.settings import BASE, IDS, TREE_OF_1G, G, M
+from recemb.backends.tt_shapes import tt_shapes
+from recemb.spec import TensorTrain
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 1000, 4097])
@@ -50,6 +52,26 @@ def test_permuted_ids_are_the_zipf_ids_elsewhere() -> None:
     zipf, permuted = (draw(kind, 1000, 5000, np.random.default_rng(3)) for kind in ("zipf", "permuted"))
     assert np.array_equal(permuted, permute(zipf, 1000))
     assert not np.array_equal(permuted, zipf)
+
+
+def test_a_tree_laid_on_a_smaller_table_keeps_its_prefixes_and_how_often_each_comes() -> None:
+    wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=32))[0][-1] for n in (G, M))
+    zipf, laid = (draw(kind, n, 4096, np.random.default_rng(5)) for kind, n in (("zipf", G), (TREE_OF_1G, M)))
+    assert laid.min() >= 0
+    assert laid.max() < M
+    counts = [np.unique(ids // last, return_counts=True)[1] for ids, last in ((zipf, wide), (laid, narrow))]
+    assert len(counts[0]) > 1000
+    assert np.array_equal(*counts)
+
+
+def test_rows_of_a_laid_tree_stay_distinct_while_there_is_room() -> None:
+    # 7 prefixes of up to 30 rows, onto digits of 50 values.
+    ids = np.random.default_rng(0).integers(7 * 30, size=500)
+    laid = lay_tree(ids, 30, 10_000, 50, np.random.default_rng(1))
+    assert len(np.unique(laid)) == len(np.unique(ids))
+    assert len(np.unique(np.stack([ids, laid]), axis=1).T) == len(np.unique(ids))
+    with pytest.raises(ValueError, match="larger sample"):
+        lay_tree(ids, 30, 300, 50, np.random.default_rng(1))
 
 
 def test_batches_are_distinct_and_repeatable() -> None:

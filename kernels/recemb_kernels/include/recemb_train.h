@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <vector>
 
 #include "recemb_bags.h"
@@ -46,6 +47,12 @@ struct Sizes {
     return l == LAST ? (MIRRORED || Q(l) == 1) && K(l) % PAD == 0 : !MIRRORED && R(l) % PAD == 0;
   }
   static constexpr bool IN_PLACE(int l) { return AS_STORED(l) && stored_as(core(l)) == FLOAT32; }
+  // The last core's slice is turned for each row that reads it where the compiler can move vectors: of a large table
+  // most slices have one or two, and copies of all would take as much of the caches again.
+  static constexpr bool TURNED(int l) {
+    return l == LAST && !AS_STORED(l) && stored_as(core(l)) == FLOAT32 && Q(l) <= 16 && (Q(l) & (Q(l) - 1)) == 0;
+  }
+  static constexpr bool COPIED(int l) { return !IN_PLACE(l) && !TURNED(l); }
 };
 constexpr int D = Sizes<false>::M(ORDER);
 
@@ -72,7 +79,7 @@ constexpr int WIDEST_SLICE = [] {
 // Ungrouped nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
 constexpr int64_t NODES = 8;
 // Nodes of a run up to which a slice is not worth transposing.
-constexpr int64_t FEW = 3;
+constexpr int64_t FEW = WIDEST == 16 ? 8 : 3;
 // The last core's rows and slices ahead of which what they read is asked for.
 constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;
 
@@ -91,7 +98,7 @@ constexpr int widest_gradients() {
 }
 
 // Per-thread room, off the stack: a slice of rank 256 is over a megabyte.
-enum Room { TILE, TURNED, GRADIENTS, ROOMS };
+enum Room { TILE, SLICE, GRADIENTS, ROOMS };
 float* scratch(Room which) {
   constexpr int GRADIENT = std::max(widest_gradients<Sizes<false>>(), widest_gradients<Sizes<true>>());
   constexpr int SIZE[] = {WIDEST_SLICE, WIDEST_SLICE, GRADIENT};
@@ -119,7 +126,7 @@ struct Train : Sizes<MIRRORED> {
   }
 
   static int64_t packed_size(const Table& table, int l) {
-    return S::IN_PLACE(l) ? 0 : table.level[l].touched * S::PACKED(l);
+    return S::COPIED(l) ? table.level[l].touched * S::PACKED(l) : 0;
   }
   static bool keeps_products(const Table& table) { return table.slices == 1; }
   static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
@@ -186,7 +193,7 @@ struct Train : Sizes<MIRRORED> {
 
   template <int l>
   void pack_touched() const {
-    if constexpr (!S::IN_PLACE(l)) {
+    if constexpr (S::COPIED(l)) {
       const Level& level = table.level[l];
 #pragma omp for schedule(static) nowait
       for (int64_t g = 0; g < level.touched; g++) {
@@ -208,6 +215,23 @@ struct Train : Sizes<MIRRORED> {
   // The same as multiplied.
   const float* matrix(int l, int64_t group) const {
     return S::IN_PLACE(l) ? slice_of(l, group) : packed[l] + group * S::PACKED(l);
+  }
+  // Where row u finds its slice of the last core.
+  const float* last_slice(int64_t u) const {
+    const int64_t group = table.level[LAST].group[u];
+    return S::TURNED(LAST) ? slice_of(LAST, group) : matrix(LAST, group);
+  }
+  // Room for that slice as multiplied; what pads it stays zero.
+  struct Turned {
+    alignas(64) float slice[S::TURNED(LAST) ? S::PACKED(LAST) : 1];
+    Turned() {
+      if (S::KP(LAST) > S::K(LAST)) std::fill(std::begin(slice), std::end(slice), 0.0f);
+    }
+  };
+  const float* last_matrix(int64_t u, Turned& room) const {
+    if constexpr (!S::TURNED(LAST)) return last_slice(u);
+    unpack<LAST>(last_slice(u), room.slice);
+    return room.slice;
   }
   // The product of cores 0 .. l at a node: [M(l + 1), padded R].
   const float* product(int l, int64_t node) const {
@@ -261,6 +285,7 @@ struct Train : Sizes<MIRRORED> {
   void forward_rows() const {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
+    Turned turned;
 #pragma omp for schedule(dynamic, NODES)
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
@@ -268,8 +293,8 @@ struct Train : Sizes<MIRRORED> {
         // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
         // whole waits for its way to the cache.
         float* row = call.bag ? rows + u * D : call.weights ? room : out_of(table.perm[last.first[u]]);
-        if (u + ROWS_AHEAD < last.nodes) prefetch_row(matrix(LAST, last.group[u + ROWS_AHEAD]), S::PACKED(LAST));
-        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]),
+        if (u + ROWS_AHEAD < last.nodes) prefetch_row(last_slice(u + ROWS_AHEAD), S::PACKED(LAST));
+        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), last_matrix(u, turned),
                                                       MIRRORED ? raw : row);
         if constexpr (MIRRORED)
           for (int j = 0; j < D; j++) row[COLUMN[j]] = raw[j];

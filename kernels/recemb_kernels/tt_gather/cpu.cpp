@@ -49,6 +49,7 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const float* a[M];
     float* c[M];
+    typename Base::Turned room;
     for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
       float* row = grad_row(u);
       if constexpr (MIRRORED) {
@@ -59,7 +60,7 @@ struct TrainBackward : Train<MIRRORED> {
         row_gradient<D>(&table, &call, u, row);
       }
       for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
-      const float* last = matrix(LAST, table.level[LAST].group[u]);
+      const float* last = Base::last_matrix(u, room);
       if (u == level.first[node])
         multiply_rows<Q, KP, false>(M, a, last, c);
       else
@@ -91,7 +92,7 @@ struct TrainBackward : Train<MIRRORED> {
     const Level& level = table.level[l];
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
     const int64_t at_once = tasks_at_once(last - first);
-    float *const room = scratch(TILE), *const turned = scratch(TURNED), *const grads = scratch(GRADIENTS);
+    float *const room = scratch(TILE), *const turned = scratch(SLICE), *const grads = scratch(GRADIENTS);
 #pragma omp for schedule(dynamic, at_once)
     for (int64_t run = first; run < last; run++) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
@@ -134,7 +135,7 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
     const int64_t at_once = tasks_at_once(past - first);
-    float *const room = scratch(TILE), *const turned = scratch(TURNED);
+    float *const room = scratch(TILE), *const turned = scratch(SLICE);
 #pragma omp for schedule(dynamic, at_once) nowait
     for (int64_t run = first; run < past; run++) {
       const int64_t group = last.run_group[run];
@@ -192,7 +193,7 @@ struct TrainBackward : Train<MIRRORED> {
   void finish_tiles() const {
 #pragma omp for schedule(static) nowait
     for (int64_t g = 0; g < table.level[l].touched; g++)
-      finish<l>(g, tiles[l] + g * S::PACKED(l), scratch(TURNED));
+      finish<l>(g, tiles[l] + g * S::PACKED(l), scratch(SLICE));
     if constexpr (l < LAST) finish_tiles<l + 1>();
   }
 
@@ -213,11 +214,12 @@ struct TrainBackward : Train<MIRRORED> {
   void one_hot_weight_gradient() const {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
+    typename Base::Turned turned;
 #pragma omp for schedule(static) nowait
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++)
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
         float row[D];
-        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), matrix(LAST, last.group[u]), row);
+        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), Base::last_matrix(u, turned), row);
         for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
           const float* grad = sender_of(&table, &call, table.perm[k]).grad;
           float dot = 0;
