@@ -44,16 +44,22 @@ def floor(dim: int) -> Floor:
     return Floor(gemm, copy, _gather(dim))
 
 
-def update_seconds(nbytes: int) -> float:
-    """Reading and writing one block once, when the cores' caches hold something else: the median of some."""
-    block, other = torch.zeros(nbytes // 4), torch.zeros(_BEYOND_CACHES // 4)
-    times = []
+def update_growth(small: int, large: int) -> float:
+    """Seconds that ``large`` bytes take more than ``small`` ones to be read and written once, in one block.
+
+    The cores' own caches hold something else by then. Median of differences, measured in turns.
+    """
+    blocks, other = [torch.zeros(n // 4) for n in (small, large)], torch.zeros(_BEYOND_CACHES // 4)
+    growth = []
     for _ in range(_UPDATES):
-        other.add_(1)
-        started = time.perf_counter()
-        block.add_(1)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[_UPDATES // 2]
+        times = []
+        for block in blocks:
+            other.add_(1)
+            started = time.perf_counter()
+            block.add_(1)
+            times.append(time.perf_counter() - started)
+        growth.append(times[1] - times[0])
+    return sorted(growth)[_UPDATES // 2]
 
 
 @lru_cache(maxsize=1)

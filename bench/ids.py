@@ -77,8 +77,8 @@ def lay_tree(
 ) -> npt.NDArray[np.int64]:
     """Ids of a table of ``rows`` rows with as many distinct prefixes as ``ids``, each as often.
 
-    A prefix is an id without its last digit, which has ``wide`` values in ``ids`` and ``narrow`` in the result. The
-    distinct rows below a prefix stay distinct as far as ``narrow`` has room for them.
+    A prefix is an id without its last digit, which has ``wide`` values in ``ids`` and ``narrow`` in the
+    result. The distinct rows below a prefix stay distinct as far as ``narrow`` has room for them.
 
     Raises:
         ValueError: the table has fewer prefixes than ``ids``.

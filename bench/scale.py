@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.floor import floor, update_seconds
+from bench.floor import floor, update_growth
 from bench.guard import ROOT
 from bench.ids import make_batches
 from bench.measure import Seconds, percentiles, ratio
@@ -25,7 +25,7 @@ def measure_scale(rounds: int) -> tuple[list[Row], list[str]]:
     (:func:`bench.ids.lay_tree`): what the batch itself costs, whatever the size of the cores.
 
     Returns:
-        The rows, Zipf ids in frequency order first, and lines on the memory and on what the growth is made of.
+        The rows, Zipf ids in frequency order first; lines on the memory and on the least growth there can be.
     """
     rows = []
     worker = Worker(ROOT)
@@ -57,20 +57,17 @@ def _pair(worker: Worker, ids: str, rounds: int) -> list[Row]:
 
 
 def _least_growth() -> str:
-    """What a billion rows must cost more at the machine's own speed: arithmetic, and slices read and written."""
+    """What a billion rows cost more at the machine's own speed: their arithmetic, and their slices moved."""
     settings = [replace(BASE, rows=(n,)) for n in (M, G)]
     batches = [make_batches(setting) for setting in settings]
-    done = [work(_CASE, OP, setting, made) for setting, made in zip(settings, batches, strict=True)]
-    flop = 1e6 * (done[1].flop - done[0].flop) / (floor(BASE.dim).gemm * 1e9)
-    touched = [
-        int(4 * touched_weights(_CASE, setting, made))
-        for setting, made in zip(settings, batches, strict=True)
-    ]
-    moved = 1e6 * (update_seconds(touched[1]) - update_seconds(touched[0]))
+    flop = [work(_CASE, OP, s, b).flop for s, b in zip(settings, batches, strict=True)]
+    touched = [int(4 * touched_weights(_CASE, s, b)) for s, b in zip(settings, batches, strict=True)]
+    arithmetic = (flop[1] - flop[0]) / (floor(BASE.dim).gemm * 1e9)
     return (
-        f"a billion rows need {flop:.0f} us more at the speed of GEMM ({done[0].flop / 1e6:.0f} and "
-        f"{done[1].flop / 1e6:.0f} MFLOP a step), and {moved:.0f} us more to read and write their slices once "
-        f"({touched[0] / 1e6:.2f} and {touched[1] / 1e6:.2f} MB, in one block, from beyond the cores' caches)"
+        f"at the machine's own speed the billion's step costs {1e6 * arithmetic:.0f} us more for its "
+        f"products ({flop[1] / 1e6:.0f} MFLOP instead of {flop[0] / 1e6:.0f}, as GEMM), "
+        f"{1e6 * update_growth(*touched):.0f} us more to read and write the slices that it touches once "
+        f"({touched[1] / 1e6:.2f} MB instead of {touched[0] / 1e6:.2f}, in one block)"
     )
 
 
