@@ -76,8 +76,8 @@ constexpr int WIDEST_SLICE = [] {
   return most;
 }();
 
-// Ungrouped nodes that a thread takes at once: few, because hot ids stand together and make some nodes far heavier.
-constexpr int64_t NODES = 8;
+// About what a slice costs in rows of a product with it, and a row in copies of it to its bags.
+constexpr int64_t SLICE_COST = 8, ROW_COST = 8;
 // Nodes of a run up to which a slice is not worth transposing.
 constexpr int64_t FEW = WIDEST == 16 ? 8 : 3;
 // The last core's rows and slices ahead of which what they read is asked for.
@@ -261,9 +261,8 @@ struct Train : Sizes<MIRRORED> {
     if constexpr (l < LAST) {
       const Level& level = table.level[l];
       const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
-      const int64_t at_once = tasks_at_once(last - first);
-#pragma omp for schedule(dynamic, at_once)
-      for (int64_t p = first; p < last; p++) {
+      const auto cost = [&](int64_t p) { return S::M(l) * int64_t{level.piece_start[p]} + SLICE_COST * p; };
+      share_tasks(first, last, cost, [&](int64_t p) {
         const float* a[PIECE * S::M(l)];
         float* c[PIECE * S::M(l)];
         const int64_t from = level.piece_start[p];
@@ -271,11 +270,17 @@ struct Train : Sizes<MIRRORED> {
             from, level.piece_start[p + 1], [&](int64_t node) { return product(l - 1, level.parent[node]); },
             [&](int64_t node) { return products[l] + product_at(l, node); }, a, c);
         multiply_rows<S::K(l), S::N(l), false>(rows, a, matrix(l, level.group[level.by_digit[from]]), c);
-      }
+      });
+#pragma omp barrier
       multiply_level<l + 1>();
     }
   }
 
+  // What the rows below the nodes of level d - 2 before this one cost.
+  int64_t cost_of_nodes(int64_t node) const {
+    const int64_t row = table.level[LAST - 1].first[node];
+    return node + ROW_COST * row + table.level[LAST].first[row];
+  }
   // Where position i is pooled to when every bag holds one id.
   float* out_of(int64_t i) const {
     const int64_t f = table.features[0], g = table.num_features == 1 ? f : i / call.batch;
@@ -286,8 +291,7 @@ struct Train : Sizes<MIRRORED> {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
     Turned turned;
-#pragma omp for schedule(dynamic, NODES)
-    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++) {
+    share_tasks(begin(LAST - 1), end(LAST - 1), [&](int64_t node) { return cost_of_nodes(node); }, [&](int64_t node) {
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
         float room[D], raw[D];
         // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
@@ -312,7 +316,8 @@ struct Train : Sizes<MIRRORED> {
             std::copy(row, row + D, out);
         }
       }
-    }
+    });
+#pragma omp barrier
   }
 
   void forward() {

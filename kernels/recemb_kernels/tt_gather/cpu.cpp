@@ -84,6 +84,12 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
+  // What the runs of level l before this one cost.
+  template <int l>
+  int64_t cost_of_runs(int64_t run) const {
+    return S::M(l) * int64_t{table.level[l].run_start[run]} + SLICE_COST * run;
+  }
+
   // Run by run, the nodes of level l that share a slice: their gradients, what they send to the level above (their
   // gradient times the transposed slice), and the gradient of the slice, which is stepped on at once.
   template <int l>
@@ -91,10 +97,8 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l), AT_ONCE = nodes_at_once<S>(l);
     const Level& level = table.level[l];
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
-    const int64_t at_once = tasks_at_once(last - first);
     float *const room = scratch(TILE), *const turned = scratch(SLICE), *const grads = scratch(GRADIENTS);
-#pragma omp for schedule(dynamic, at_once)
-    for (int64_t run = first; run < last; run++) {
+    share_tasks(first, last, [&](int64_t run) { return cost_of_runs<l>(run); }, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       const float* straight = matrix(l, group);
       const bool few = past - start <= FEW;  // transposing would take longer than the product
@@ -127,17 +131,16 @@ struct TrainBackward : Train<MIRRORED> {
         add_outer<K, N>(rows, above, own, tile, table.slices > 1 || from > start);
       }
       if (table.slices == 1) finish<l>(group, tile, turned);
-    }
+    });
+#pragma omp barrier
   }
 
   void last_tiles() const {
     const Level& last = table.level[LAST];
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
-    const int64_t at_once = tasks_at_once(past - first);
     float *const room = scratch(TILE), *const turned = scratch(SLICE);
-#pragma omp for schedule(dynamic, at_once) nowait
-    for (int64_t run = first; run < past; run++) {
+    share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
       const int64_t group = last.run_group[run];
       if (run + SLICES_AHEAD < past)
         prefetch_row<true>(Base::slice_of(LAST, last.run_group[run + SLICES_AHEAD]), S::WIDTH(LAST));
@@ -157,7 +160,7 @@ struct TrainBackward : Train<MIRRORED> {
         add_outer<Q, KP>(rows, a, c, tile, table.slices > 1 || from > last.run_start[run]);
       }
       if (table.slices == 1) finish<LAST>(group, tile, turned);
-    }
+    });
   }
 
   // Levels l .. 0.
@@ -178,9 +181,10 @@ struct TrainBackward : Train<MIRRORED> {
 
   // Core 0 is read by the gradients of core 1, and stepped on after them.
   void two_cores() const {
-#pragma omp for schedule(dynamic, NODES)
-    for (int64_t node = begin(0); node < end(0); node++)
+    share_tasks(begin(0), end(0), [&](int64_t node) { return Base::cost_of_nodes(node); }, [&](int64_t node) {
       gradient_of_rows(node, grads + (node - begin(0)) * S::PRODUCT(0));
+    });
+#pragma omp barrier
     last_tiles();
 #pragma omp barrier
     float* const room = scratch(TILE);
