@@ -241,20 +241,6 @@ struct Train : Sizes<MIRRORED> {
     return (node - (keeps_products(table) ? 0 : begin(l))) * S::PRODUCT(l);
   }
 
-  // Rows of the products above the nodes of a piece, and rows of what belongs to the nodes themselves.
-  template <int l, class Above, class Own>
-  int64_t pointers(int64_t from, int64_t to, Above above, Own own, const float** a, float** c) const {
-    const Level& level = table.level[l];
-    int64_t rows = 0;
-    for (int64_t k = from; k < to; k++) {
-      const int64_t node = level.by_digit[k];
-      const float* upper = above(node);
-      float* lower = own(node);
-      for (int m = 0; m < S::M(l); m++, rows++) a[rows] = upper + m * S::KP(l), c[rows] = lower + m * S::N(l);
-    }
-    return rows;
-  }
-
   // The products of levels l .. d - 2.
   template <int l>
   void multiply_level() const {
@@ -266,9 +252,13 @@ struct Train : Sizes<MIRRORED> {
         const float* a[PIECE * S::M(l)];
         float* c[PIECE * S::M(l)];
         const int64_t from = level.piece_start[p];
-        const int64_t rows = pointers<l>(
-            from, level.piece_start[p + 1], [&](int64_t node) { return product(l - 1, level.parent[node]); },
-            [&](int64_t node) { return products[l] + product_at(l, node); }, a, c);
+        int64_t rows = 0;
+        for (int64_t k = from; k < level.piece_start[p + 1]; k++) {
+          const int64_t node = level.by_digit[k];
+          const float* above = product(l - 1, level.parent[node]);
+          float* own = products[l] + product_at(l, node);
+          for (int m = 0; m < S::M(l); m++, rows++) a[rows] = above + m * S::KP(l), c[rows] = own + m * S::N(l);
+        }
         multiply_rows<S::K(l), S::N(l), false>(rows, a, matrix(l, level.group[level.by_digit[from]]), c);
       });
 #pragma omp barrier
@@ -281,6 +271,7 @@ struct Train : Sizes<MIRRORED> {
     const int64_t row = table.level[LAST - 1].first[node];
     return node + ROW_COST * row + table.level[LAST].first[row];
   }
+
   // Where position i is pooled to when every bag holds one id.
   float* out_of(int64_t i) const {
     const int64_t f = table.features[0], g = table.num_features == 1 ? f : i / call.batch;
