@@ -89,7 +89,7 @@ def _compressed(table: TableSpec, lookups: float, bags: float, micro_batch_rows:
     held = min(distinct(table.num_embeddings, lookups), float(micro_batch_rows))
     if isinstance(compression, TensorTrain):
         flop, read = _tensor_train(table, compression, rows, lookups, skew)
-        workspace = 2 * held * (_products(table, compression) + dim) * _FLOAT
+        workspace = held * (_products(table, compression) + 2 * dim) * _FLOAT
         return Work(lookups, flop + adding, read * element + pooling, math.ceil(workspace))
     if isinstance(compression, QuotientRemainder):
         parts = 1 if compression.operation == "concat" else 2
@@ -127,9 +127,13 @@ def _tensor_train(
 
 
 def _products(table: TableSpec, train: TensorTrain) -> int:
-    """Elements of the products of a row's cores that are held, were every prefix distinct."""
+    """Elements held of a row's products of cores and what they send back, were every prefix distinct."""
     dims, ranks = table_shapes(table)[1], train.ranks
-    return sum(math.prod(dims[: k + 1]) * ranks[k + 1] for k in range(1, len(dims) - 1))
+    sizes = [math.prod(dims[: k + 1]) * ranks[k + 1] for k in range(len(dims) - 1)]
+    if len(sizes) == 1:
+        return sizes[0]
+    # The product at a prefix of k + 1 digits, and the gradient that it sends to its prefix of k digits.
+    return sum(sizes[k] + sizes[k - 1] for k in range(1, len(sizes)))
 
 
 def parameter_shapes(tables: list[TableSpec]) -> dict[str, tuple[int, int]]:
