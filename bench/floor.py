@@ -14,8 +14,7 @@ _COPY_NUMEL = 2**26
 _GATHER_BYTES = 2**29
 _GATHERED = 2**17
 _REPEATS = 7
-# More than the second caches of a few cores, less than a large third one.
-_BEYOND_CACHES = 2**24
+_OTHER_BYTES = 2**24
 _UPDATES = 51
 
 
@@ -45,19 +44,19 @@ def floor(dim: int) -> Floor:
 
 
 def update_growth(small: int, large: int) -> float:
-    """Seconds that ``large`` bytes take more than ``small`` ones to be read and written once, in one block.
+    """Seconds that ``large`` bytes take more than ``small`` ones to be read and written, each in one block.
 
-    The cores' own caches hold something else by then. Median of differences, measured in turns.
+    Other memory goes through the cores' own caches before. Median of differences; the sizes take turns.
     """
-    blocks, other = [torch.zeros(n // 4) for n in (small, large)], torch.zeros(_BEYOND_CACHES // 4)
+    blocks, other = [torch.zeros(n // 4) for n in (small, large)], torch.zeros(_OTHER_BYTES // 4)
     growth = []
-    for _ in range(_UPDATES):
-        times = []
-        for block in blocks:
+    for turn in range(_UPDATES):
+        times = [0.0, 0.0]
+        for k in (0, 1) if turn % 2 else (1, 0):
             other.add_(1)
             started = time.perf_counter()
-            block.add_(1)
-            times.append(time.perf_counter() - started)
+            blocks[k].add_(1)
+            times[k] = time.perf_counter() - started
         growth.append(times[1] - times[0])
     return sorted(growth)[_UPDATES // 2]
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bench.settings import BASE, TREE_OF_1G, G, Setting
+from bench.settings import BASE, SCALE_RANK, TREE_OF_1G, G, Setting
 from recemb.backends.tt_shapes import tt_shapes
 from recemb.data.zipf import BoundedZipf
 from recemb.spec import TensorTrain
@@ -62,31 +62,37 @@ def make_batches(setting: Setting, seed: int = 0) -> list[Batch]:
 
 
 def draw(kind: str, rows: int, size: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """``size`` ids in [0, rows): 0 is the most frequent one of ``zipf``."""
+    """``size`` ids in [0, rows): 0 is the most frequent one of ``zipf``.
+
+    ``TREE_OF_1G``: the Zipf ids of a billion rows, laid on the train of D = 16 and rank ``SCALE_RANK``
+    that a table of ``rows`` rows has.
+    """
     if kind == "uniform":
         return generator.integers(rows, size=size)
     if kind == TREE_OF_1G:
-        wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=32))[0][-1] for n in (G, rows))
-        return lay_tree(draw("zipf", G, size, generator), wide, rows, narrow, generator)
+        wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=SCALE_RANK))[0][-1] for n in (G, rows))
+        return lay_tree(draw("zipf", G, size, generator), wide, rows, narrow)
     ids = BoundedZipf(rows, EXPONENT).sample(generator, size) - 1
     return permute(ids, rows) if kind == "permuted" else ids
 
 
-def lay_tree(
-    ids: npt.NDArray[np.int64], wide: int, rows: int, narrow: int, generator: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def lay_tree(ids: npt.NDArray[np.int64], wide: int, rows: int, narrow: int) -> npt.NDArray[np.int64]:
     """Ids of a table of ``rows`` rows with as many distinct prefixes as ``ids``, each as often.
 
     A prefix is an id without its last digit, which has ``wide`` values in ``ids`` and ``narrow`` in the
-    result. The distinct rows below a prefix stay distinct as far as ``narrow`` has room for them.
+    result: of the distinct rows below a prefix as many stay distinct. The k-th prefix has the same place in
+    every batch; which prefixes share a shorter one is not kept.
 
     Raises:
         ValueError: the table has fewer prefixes than ``ids``.
     """
+    generator = np.random.default_rng(0)
     distinct, row = np.unique(ids, return_inverse=True)
     prefixes, first, above = np.unique(distinct // wide, return_index=True, return_inverse=True)
-    places = np.sort(generator.choice(rows // narrow, size=len(prefixes), replace=False))
-    starts = generator.integers(narrow, size=len(prefixes))
+    if len(prefixes) > rows // narrow:
+        raise ValueError(f"{len(prefixes)} prefixes do not fit a table of {rows // narrow}")
+    places = generator.permutation(rows // narrow)
+    starts = generator.integers(narrow, size=len(places))
     digits = (starts[above] + np.arange(len(distinct)) - first[above]) % narrow
     laid: npt.NDArray[np.int64] = (places[above] * narrow + digits)[row]
     return laid

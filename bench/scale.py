@@ -10,22 +10,22 @@ from bench.ids import make_batches
 from bench.measure import Seconds, percentiles, ratio
 from bench.results import Row
 from bench.session import case_bytes, describe
-from bench.settings import BASE, OP, TREE_OF_1G, TT, G, M, Setting, count
+from bench.settings import BASE, OP, SCALE_RANK, TREE_OF_1G, TT, G, M, Setting, count
 from bench.targets import SCALE_PEAK_BYTES, SCALE_RATIO
-from bench.work import touched_weights, work
+from bench.work import distinct_ids, touched_bytes, work
 from bench.worker import Worker, alternate
 
-_CASE = f"{TT}32"
+_CASE = f"{TT}{SCALE_RANK}"
 
 
 def measure_scale(rounds: int) -> tuple[list[Row], list[str]]:
     """The sizes alternately in a child process, where the peak memory is theirs alone.
 
-    Beside them, the million's table looked up by the billion's batches, their tree of prefixes kept
-    (:func:`bench.ids.lay_tree`): what the batch itself costs, whatever the size of the cores.
+    Beside them, the million's table looked up by batches with the billion's number of prefixes
+    (:func:`bench.ids.lay_tree`): what more prefixes cost, without more slices.
 
     Returns:
-        The rows, Zipf ids in frequency order first; lines on the memory and on the least growth there can be.
+        The rows, Zipf ids in frequency order first; lines on the memory and on what the growth is made of.
     """
     rows = []
     worker = Worker(ROOT)
@@ -39,7 +39,7 @@ def measure_scale(rounds: int) -> tuple[list[Row], list[str]]:
     return [replace(row, peak_rss_bytes=peak) for row in rows], [
         f"peak memory of all above the imports: {peak / 1e6:,.0f} MB, "
         f"target < {SCALE_PEAK_BYTES / 1e6:,.0f} MB: {verdict}",
-        _least_growth(),
+        _growth(),
     ]
 
 
@@ -56,18 +56,21 @@ def _pair(worker: Worker, ids: str, rounds: int) -> list[Row]:
     return [_row(setting, mine, million) for setting, (mine,) in zip(settings, times.values(), strict=True)]
 
 
-def _least_growth() -> str:
-    """What a billion rows cost more at the machine's own speed: their arithmetic, and their slices moved."""
+def _growth() -> str:
+    """What a billion rows do more, and what that costs at the machine's own speed."""
     settings = [replace(BASE, rows=(n,)) for n in (M, G)]
     batches = [make_batches(setting) for setting in settings]
-    flop = [work(_CASE, OP, s, b).flop for s, b in zip(settings, batches, strict=True)]
-    touched = [int(4 * touched_weights(_CASE, s, b)) for s, b in zip(settings, batches, strict=True)]
+    laid = make_batches(replace(BASE, rows=(M,), ids=TREE_OF_1G))
+    rows = [distinct_ids(BASE, made) for made in (*batches, laid)]
+    flop = [work(_CASE, OP, s, made).flop for s, made in zip(settings, batches, strict=True)]
+    touched = [touched_bytes(_CASE, s, made) for s, made in zip(settings, batches, strict=True)]
     arithmetic = (flop[1] - flop[0]) / (floor(BASE.dim).gemm * 1e9)
     return (
-        f"at the machine's own speed the billion's step costs {1e6 * arithmetic:.0f} us more for its "
-        f"products ({flop[1] / 1e6:.0f} MFLOP instead of {flop[0] / 1e6:.0f}, as GEMM), "
-        f"{1e6 * update_growth(*touched):.0f} us more to read and write the slices that it touches once "
-        f"({touched[1] / 1e6:.2f} MB instead of {touched[0] / 1e6:.2f}, in one block)"
+        f"a batch of the billion has {rows[1]:,.0f} distinct rows, of the million {rows[0]:,.0f}, with the "
+        f"billion's prefixes {rows[2]:,.0f}. At the machine's own speed the billion's takes "
+        f"{1e6 * arithmetic:.0f} us more for {flop[1] / 1e6:.0f} MFLOP instead of {flop[0] / 1e6:.0f} (as "
+        f"GEMM), and {1e6 * update_growth(*touched):.0f} us more to read and write {touched[1] / 1e6:.2f} MB "
+        f"of core slices instead of {touched[0] / 1e6:.2f} once (in one block)"
     )
 
 

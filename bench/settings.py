@@ -16,8 +16,8 @@ M, G = 10**6, 10**9
 OP, MODULE, FORWARD = "op", "module", "forward"
 PATHS = (OP, MODULE, FORWARD)
 IDS = ("zipf", "permuted", "uniform")
-# Zipf ids of a billion rows on a smaller table, their tree of prefixes kept: bench.scale alone.
-TREE_OF_1G = "tree of 1G"
+# Of bench.scale alone: its trains; Zipf ids of a billion rows laid on a smaller one, with as many prefixes.
+SCALE_RANK, TREE_OF_1G = 32, "tree of 1G"
 OPTIMIZERS = ("rowwise_adagrad", "sgd")
 RANKS = (16, 32, 64)
 

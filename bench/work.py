@@ -51,9 +51,9 @@ def work(case: str, path: str, setting: Setting, batches: Sequence[Batch]) -> Wo
     return Work(passes * flop, nbytes)
 
 
-def touched_weights(case: str, setting: Setting, batches: Sequence[Batch]) -> float:
-    """Weights that a step reads, each counted once: the mean over a few of the batches."""
-    return _touched_and_flop(case, setting, batches)[0]
+def touched_bytes(case: str, setting: Setting, batches: Sequence[Batch]) -> int:
+    """Bytes of the weights that a step reads, each counted once: the mean over a few of the batches."""
+    return int(_FLOAT * _touched_and_flop(case, setting, batches)[0])
 
 
 def _touched_and_flop(case: str, setting: Setting, batches: Sequence[Batch]) -> tuple[float, float]:

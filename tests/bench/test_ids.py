@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.ids import draw, lay_tree, make_batches, number_of_batches, permute
-from bench.settings import BASE, IDS, TREE_OF_1G, G, M
+from bench.settings import BASE, IDS, SCALE_RANK, TREE_OF_1G, G, M
 from recemb.backends.tt_shapes import tt_shapes
 from recemb.spec import TensorTrain
 
@@ -55,23 +55,32 @@ def test_permuted_ids_are_the_zipf_ids_elsewhere() -> None:
 
 
 def test_a_tree_laid_on_a_smaller_table_keeps_its_prefixes_and_how_often_each_comes() -> None:
-    wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=32))[0][-1] for n in (G, M))
+    wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=SCALE_RANK))[0][-1] for n in (G, M))
     zipf, laid = (draw(kind, n, 4096, np.random.default_rng(5)) for kind, n in (("zipf", G), (TREE_OF_1G, M)))
     assert laid.min() >= 0
     assert laid.max() < M
     counts = [np.unique(ids // last, return_counts=True)[1] for ids, last in ((zipf, wide), (laid, narrow))]
     assert len(counts[0]) > 1000
-    assert np.array_equal(*counts)
+    assert np.array_equal(*map(np.sort, counts))
+
+
+def test_a_batch_laid_is_the_batch_that_the_billion_gets() -> None:
+    zipf, laid = (
+        make_batches(replace(BASE, rows=(n,), ids=ids)) for n, ids in ((G, "zipf"), (M, TREE_OF_1G))
+    )
+    wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=SCALE_RANK))[0][-1] for n in (G, M))
+    for k in (0, 1, 63):
+        assert len((zipf[k].ids // wide).unique()) == len((laid[k].ids // narrow).unique())
 
 
 def test_rows_of_a_laid_tree_stay_distinct_while_there_is_room() -> None:
     # 7 prefixes of up to 30 rows, onto digits of 50 values.
     ids = np.random.default_rng(0).integers(7 * 30, size=500)
-    laid = lay_tree(ids, 30, 10_000, 50, np.random.default_rng(1))
+    laid = lay_tree(ids, 30, 10_000, 50)
     assert len(np.unique(laid)) == len(np.unique(ids))
     assert len(np.unique(np.stack([ids, laid]), axis=1).T) == len(np.unique(ids))
-    with pytest.raises(ValueError, match="larger sample"):
-        lay_tree(ids, 30, 300, 50, np.random.default_rng(1))
+    with pytest.raises(ValueError, match="7 prefixes do not fit a table of 6"):
+        lay_tree(ids, 30, 300, 50)
 
 
 def test_batches_are_distinct_and_repeatable() -> None:

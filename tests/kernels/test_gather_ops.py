@@ -29,6 +29,7 @@ TABLES = {
     "five_cores": (3000, 32, TensorTrain(rank=8, num_cores=5)),
     "wide": (2000, 64, TensorTrain(rank=24)),
     "one_column": (300, 1, TensorTrain(rank=3)),
+    "long_runs": (1800, 16, TensorTrain(rank=13, row_shape=(300, 2, 3))),
     "given_shape": (60, 8, TensorTrain(rank=1, row_shape=(3, 4, 5), dim_shape=(4, 1, 2))),
     "mult": (1000, 16, QuotientRemainder(collisions=7)),
     "mult_odd": (999, 7, QuotientRemainder(collisions=300)),
@@ -93,12 +94,14 @@ def _outcome(tables: Sequence[Backend], bags: Bags, grad: Tensor | None, *, nati
     return [pooled.detach(), *torch.autograd.grad(pooled, wanted, upstream)]
 
 
-def _assert_error_law(names: Sequence[str], *, pooling: str, weighted: bool, longest: int, seed: int) -> None:
+def _assert_error_law(
+    names: Sequence[str], *, pooling: str, weighted: bool, longest: int, seed: int, batch: int = 29
+) -> None:
     """max |x - ref64| <= 2 x the error of plain torch in float32, plus one ulp of the largest value."""
     torch.manual_seed(seed)
     tables = _tables(names, pooling)
-    bags = _bags(tables, 29, longest, weighted=weighted, seed=seed)
-    grad = torch.randn(29, sum(table.table.embedding_dim for table in tables))
+    bags = _bags(tables, batch, longest, weighted=weighted, seed=seed)
+    grad = torch.randn(batch, sum(table.table.embedding_dim for table in tables))
     native = _outcome(tables, bags, grad, native=True)
     plain = _outcome(tables, bags, grad, native=False)
     for table in tables:
@@ -120,6 +123,12 @@ def _assert_error_law(names: Sequence[str], *, pooling: str, weighted: bool, lon
 @pytest.mark.parametrize(("pooling", "weighted"), [("sum", False), ("sum", True), ("mean", False)])
 def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None:
     _assert_error_law([name], pooling=pooling, weighted=weighted, longest=4, seed=1)
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_error_law_of_many_prefixes_with_one_digit(longest: int) -> None:
+    # More than are held at once, of a rank between whole vectors.
+    _assert_error_law(["long_runs"], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

@@ -21,8 +21,8 @@ static inline int64_t tasks_at_once(int64_t tasks) {
 }
 
 // Shares tasks [first, last) among the threads of a region; no barrier follows. The first three quarters of their cost
-// are cut into one run of tasks a thread: it finds in its own cache what it wrote in the pass before, and stepped on in
-// the step before. The rest goes to whoever is free. cost(i): of the tasks before i.
+// are cut into one run of tasks a thread, so that passes over the same digits, and the next step, find much of what
+// they read in the cache of the thread that had it last. The rest goes to whoever is free. cost(i): of tasks before i.
 template <class Cost, class Act>
 void share_tasks(int64_t first, int64_t last, Cost cost, Act act) {
   const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -39,9 +39,9 @@ void share_tasks(int64_t first, int64_t last, Cost cost, Act act) {
     return low;
   };
   for (int64_t i = cut(me), own = cut(me + 1); i < own; i++) act(i);
-  const int64_t free = cut(threads), at_once = tasks_at_once(last - free);
+  const int64_t rest = cut(threads), at_once = tasks_at_once(last - rest);
 #pragma omp for schedule(dynamic, at_once) nowait
-  for (int64_t i = free; i < last; i++) act(i);
+  for (int64_t i = rest; i < last; i++) act(i);
 }
 
 template <bool WRITE = false>

@@ -1,5 +1,5 @@
 // A tensor train of one shape, -DDIMS=q_1,...,q_d -DRANKS=1,R_1,...,R_{d-1},1, and its forward pass. Every method is
-// called by all threads of the driver's parallel region; the `omp for` loops share the work.
+// called by all threads of the driver's parallel region, which share the work.
 //
 // Mirrored, the same train is read from its other end: core l is the transpose of core d - 1 - l, and a row's
 // columns come out in another order.
@@ -76,18 +76,19 @@ constexpr int WIDEST_SLICE = [] {
   return most;
 }();
 
-// About what a slice costs in rows of a product with it, and a row in copies of it to its bags.
-constexpr int64_t SLICE_COST = 8, ROW_COST = 8;
+// About what a core slice, one row of a product with it, and one row of the table cost in ids, each of which is copied
+// to or added from its bag.
+constexpr int64_t SLICE_COST = 96, PRODUCT_COST = 12, ROW_COST = 8;
 // Nodes of a run up to which a slice is not worth transposing.
 constexpr int64_t FEW = WIDEST == 16 ? 8 : 3;
 // The last core's rows and slices ahead of which what they read is asked for.
 constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;
 
-// Nodes of level l whose gradients are held at once: as fit the first cache beside a slice, and no fewer rows than a
-// product needs to be fast.
+// Nodes of level l whose gradients are held at once: 16 kB of them, in whole chains of rows, and one chain at least.
 template <class S>
 constexpr int nodes_at_once(int l) {
-  return std::max((CHAIN + S::M(l) - 1) / S::M(l), std::min(PIECE, 4096 / S::PRODUCT(l)));
+  const int chain = (CHAIN + S::M(l) - 1) / S::M(l);
+  return std::max(1, smaller(PIECE, 4096 / S::PRODUCT(l)) / chain) * chain;
 }
 
 template <class S>
@@ -100,8 +101,8 @@ constexpr int widest_gradients() {
 // Per-thread room, off the stack: a slice of rank 256 is over a megabyte.
 enum Room { TILE, SLICE, GRADIENTS, ROOMS };
 float* scratch(Room which) {
-  constexpr int GRADIENT = std::max(widest_gradients<Sizes<false>>(), widest_gradients<Sizes<true>>());
-  constexpr int SIZE[] = {WIDEST_SLICE, WIDEST_SLICE, GRADIENT};
+  constexpr int WIDEST_GRADIENTS = std::max(widest_gradients<Sizes<false>>(), widest_gradients<Sizes<true>>());
+  constexpr int SIZE[] = {WIDEST_SLICE, WIDEST_SLICE, WIDEST_GRADIENTS};
   static thread_local std::vector<float> room[ROOMS];
   if (room[which].empty()) room[which].resize(SIZE[which]);
   return room[which].data();
@@ -153,7 +154,7 @@ struct Train : Sizes<MIRRORED> {
     int64_t total = keeps_products(table) ? 0 : all_products_size(table);
     if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
     total += most_nodes(table, LAST) * D;
-    if (ORDER == 2) total += most_nodes(table, 0) * S::PRODUCT(0);
+    if constexpr (ORDER == 2) total += most_nodes(table, 0) * S::PRODUCT(0);
     for (int l = 1; l < LAST; l++) total += most_nodes(table, l) * S::M(l) * S::KP(l);
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
@@ -229,9 +230,12 @@ struct Train : Sizes<MIRRORED> {
     }
   };
   const float* last_matrix(int64_t u, Turned& room) const {
-    if constexpr (!S::TURNED(LAST)) return last_slice(u);
-    unpack<LAST>(last_slice(u), room.slice);
-    return room.slice;
+    if constexpr (S::TURNED(LAST)) {
+      unpack<LAST>(last_slice(u), room.slice);
+      return room.slice;
+    } else {
+      return last_slice(u);
+    }
   }
   // The product of cores 0 .. l at a node: [M(l + 1), padded R].
   const float* product(int l, int64_t node) const {
@@ -247,7 +251,7 @@ struct Train : Sizes<MIRRORED> {
     if constexpr (l < LAST) {
       const Level& level = table.level[l];
       const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
-      const auto cost = [&](int64_t p) { return S::M(l) * int64_t{level.piece_start[p]} + SLICE_COST * p; };
+      const auto cost = [&](int64_t p) { return PRODUCT_COST * S::M(l) * level.piece_start[p] + SLICE_COST * p; };
       share_tasks(first, last, cost, [&](int64_t p) {
         const float* a[PIECE * S::M(l)];
         float* c[PIECE * S::M(l)];
@@ -288,7 +292,7 @@ struct Train : Sizes<MIRRORED> {
         // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
         // whole waits for its way to the cache.
         float* row = call.bag ? rows + u * D : call.weights ? room : out_of(table.perm[last.first[u]]);
-        if (u + ROWS_AHEAD < last.nodes) prefetch_row(last_slice(u + ROWS_AHEAD), S::PACKED(LAST));
+        if (u + ROWS_AHEAD < last.nodes) prefetch_row(last_slice(u + ROWS_AHEAD), S::WIDTH(LAST));
         dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), last_matrix(u, turned),
                                                       MIRRORED ? raw : row);
         if constexpr (MIRRORED)

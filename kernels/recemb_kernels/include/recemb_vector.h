@@ -242,9 +242,8 @@ static inline Vector<16>::type sum16(const Vector<16>::type* s) {
   };
   return (Vector<16>::type)halve(halve(fours[0], fours[1]), halve(fours[2], fours[3]));
 }
-#endif
 
-// MB rows of P with QB rows of T, sixteen sums at once: to[m * STRIDE + q].
+// MB rows of P with QB rows of T, sixteen sums at once: out[m * STRIDE + q].
 template <int MB, int QB, int K, int STRIDE>
 static inline void dot_block(const float* P, const float* T, float* out) {
   constexpr int L = 16;
@@ -266,6 +265,7 @@ static inline void dot_block(const float* P, const float* T, float* out) {
   if constexpr (STRIDE != QB)
     for (int m = 0; m < MB; m++) std::memcpy(out + m * STRIDE, sums + m * QB, QB * sizeof(float));
 }
+#endif
 
 // out[M][STRIDE] = P[M][K] T[Q][K]^T, K a multiple of PAD
 template <int M, int K, int Q, int STRIDE = Q>

@@ -12,22 +12,24 @@ template <bool MIRRORED>
 struct TrainBackward : Train<MIRRORED> {
   using S = Sizes<MIRRORED>;
   using Base = Train<MIRRORED>;
+  using Turned = typename Base::Turned;
   using Base::begin, Base::end, Base::call, Base::matrix, Base::product, Base::slice, Base::table;
   float* grad_rows;
-  float* grads;         // of core 0's slices, which a train of two cores steps on last
+  float* core0_grads;   // of a train of two cores, which steps on core 0 last
   float* sent[ORDER];   // what each node of levels 1 .. d - 2 sends to the level above: [M, padded K]
   float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
 
   TrainBackward(const Table* t, const Call* c) : Base(t, c) {
     float* at = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
     grad_rows = at, at += Base::most_nodes(table, LAST) * D;
-    if (ORDER == 2) grads = at, at += Base::most_nodes(table, 0) * S::PRODUCT(0);
+    if constexpr (ORDER == 2) core0_grads = at, at += Base::most_nodes(table, 0) * S::PRODUCT(0);
     for (int l = 1; l < LAST; l++) sent[l] = at, at += Base::most_nodes(table, l) * S::M(l) * S::KP(l);
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
   }
 
   float* grad_row(int64_t u) const { return grad_rows + (u - begin(LAST)) * D; }
+  float* core0_grad(int64_t node) const { return core0_grads + (node - begin(0)) * S::PRODUCT(0); }
   float* sent_at(int l, int64_t node) const { return sent[l] + (node - begin(l)) * (S::M(l) * S::KP(l)); }
 
   // A slice whose gradient is complete: stepped on, or its gradient written out. `room` is for one slice.
@@ -44,12 +46,11 @@ struct TrainBackward : Train<MIRRORED> {
   }
 
   // Gradient of the product at a node of level d - 2, and of the rows below it.
-  void gradient_of_rows(int64_t node, float* to) const {
+  void gradient_of_rows(int64_t node, float* to, Turned& turned) const {
     const Level& level = table.level[LAST - 1];
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const float* a[M];
     float* c[M];
-    typename Base::Turned room;
     for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
       float* row = grad_row(u);
       if constexpr (MIRRORED) {
@@ -60,7 +61,7 @@ struct TrainBackward : Train<MIRRORED> {
         row_gradient<D>(&table, &call, u, row);
       }
       for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
-      const float* last = Base::last_matrix(u, room);
+      const float* last = Base::last_matrix(u, turned);
       if (u == level.first[node])
         multiply_rows<Q, KP, false>(M, a, last, c);
       else
@@ -70,9 +71,9 @@ struct TrainBackward : Train<MIRRORED> {
 
   // Gradient of the product at a node of level l: what its rows or its children send.
   template <int l>
-  void node_gradient(int64_t node, float* to) const {
+  void node_gradient(int64_t node, float* to, Turned& turned) const {
     if constexpr (l == LAST - 1) {
-      gradient_of_rows(node, to);
+      gradient_of_rows(node, to, turned);
     } else {
       constexpr int WIDTH = S::M(l + 1) * S::KP(l + 1);
       static_assert(WIDTH == S::PRODUCT(l), "the products of level l");
@@ -87,7 +88,9 @@ struct TrainBackward : Train<MIRRORED> {
   // What the runs of level l before this one cost.
   template <int l>
   int64_t cost_of_runs(int64_t run) const {
-    return S::M(l) * int64_t{table.level[l].run_start[run]} + SLICE_COST * run;
+    const Level& level = table.level[l];
+    const int64_t cost = PRODUCT_COST * S::M(l) * level.run_start[run] + SLICE_COST * run;
+    return l == LAST - 1 ? cost + ROW_COST * level.run_rows[run] + level.run_ids[run] : cost;
   }
 
   // Run by run, the nodes of level l that share a slice: their gradients, what they send to the level above (their
@@ -97,16 +100,17 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l), AT_ONCE = nodes_at_once<S>(l);
     const Level& level = table.level[l];
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
-    float *const room = scratch(TILE), *const turned = scratch(SLICE), *const grads = scratch(GRADIENTS);
+    float *const tile_room = scratch(TILE), *const slice_room = scratch(SLICE), *const grads = scratch(GRADIENTS);
+    Turned turned;
     share_tasks(first, last, [&](int64_t run) { return cost_of_runs<l>(run); }, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       const float* straight = matrix(l, group);
       const bool few = past - start <= FEW;  // transposing would take longer than the product
       if (!few) {
-        if (KP > K) std::fill(turned, turned + N * KP, 0.0f);
-        transpose<K, N, KP>(straight, turned);
+        if (KP > K) std::fill(slice_room, slice_room + N * KP, 0.0f);
+        transpose<K, N, KP>(straight, slice_room);
       }
-      float* tile = tile_of<l>(group, room);
+      float* tile = tile_of<l>(group, tile_room);
       for (int64_t from = start; from < past; from += AT_ONCE) {
         const int64_t to = std::min<int64_t>(from + AT_ONCE, past);
         const float *above[AT_ONCE * M], *own[AT_ONCE * M];
@@ -115,7 +119,7 @@ struct TrainBackward : Train<MIRRORED> {
         for (int64_t k = from; k < to; k++) {
           const int64_t node = level.by_digit[k];
           float* grad = grads + (k - from) * (M * N);
-          node_gradient<l>(node, grad);
+          node_gradient<l>(node, grad, turned);
           const float* product_above = product(l - 1, level.parent[node]);
           for (int m = 0; m < M; m++, rows++)
             above[rows] = product_above + m * KP, own[rows] = grad + m * N, sends[rows] = sent_at(l, node) + m * KP;
@@ -126,11 +130,11 @@ struct TrainBackward : Train<MIRRORED> {
             dot_rows<M, N, K, KP>(own[r], straight, sends[r]);
           }
         } else {
-          multiply_rows<N, KP, false>(rows, own, turned, sends);
+          multiply_rows<N, KP, false>(rows, own, slice_room, sends);
         }
         add_outer<K, N>(rows, above, own, tile, table.slices > 1 || from > start);
       }
-      if (table.slices == 1) finish<l>(group, tile, turned);
+      if (table.slices == 1) finish<l>(group, tile, slice_room);
     });
 #pragma omp barrier
   }
@@ -139,12 +143,13 @@ struct TrainBackward : Train<MIRRORED> {
     const Level& last = table.level[LAST];
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
-    float *const room = scratch(TILE), *const turned = scratch(SLICE);
+    float *const tile_room = scratch(TILE), *const slice_room = scratch(SLICE);
+    const bool steps = table.slices == 1 && table.optimizer != GRADIENT;
     share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
       const int64_t group = last.run_group[run];
-      if (run + SLICES_AHEAD < past)
+      if (steps && run + SLICES_AHEAD < past)
         prefetch_row<true>(Base::slice_of(LAST, last.run_group[run + SLICES_AHEAD]), S::WIDTH(LAST));
-      float* tile = tile_of<LAST>(group, room);
+      float* tile = tile_of<LAST>(group, tile_room);
       for (int64_t from = last.run_start[run]; from < last.run_start[run + 1]; from += PIECE) {
         const float *a[PIECE * M], *c[PIECE * M];
         int64_t rows = 0;
@@ -159,7 +164,7 @@ struct TrainBackward : Train<MIRRORED> {
         }
         add_outer<Q, KP>(rows, a, c, tile, table.slices > 1 || from > last.run_start[run]);
       }
-      if (table.slices == 1) finish<LAST>(group, tile, turned);
+      if (table.slices == 1) finish<LAST>(group, tile, slice_room);
     });
   }
 
@@ -170,10 +175,11 @@ struct TrainBackward : Train<MIRRORED> {
       level_gradients<l>();
       levels_below<l - 1>();
     } else {
-      float *const room = scratch(TILE), *const grad = scratch(GRADIENTS);
+      float *const room = scratch(SLICE), *const grad = scratch(GRADIENTS);
+      Turned turned;
 #pragma omp for schedule(static)
       for (int64_t node = begin(0); node < end(0); node++) {
-        node_gradient<0>(node, grad);
+        node_gradient<0>(node, grad, turned);
         finish<0>(node, grad, room);
       }
     }
@@ -181,16 +187,17 @@ struct TrainBackward : Train<MIRRORED> {
 
   // Core 0 is read by the gradients of core 1, and stepped on after them.
   void two_cores() const {
+    Turned turned;
     share_tasks(begin(0), end(0), [&](int64_t node) { return Base::cost_of_nodes(node); }, [&](int64_t node) {
-      gradient_of_rows(node, grads + (node - begin(0)) * S::PRODUCT(0));
+      gradient_of_rows(node, core0_grad(node), turned);
     });
 #pragma omp barrier
     last_tiles();
 #pragma omp barrier
-    float* const room = scratch(TILE);
+    float* const room = scratch(SLICE);
 #pragma omp for schedule(static)
     for (int64_t node = begin(0); node < end(0); node++)
-      finish<0>(node, grads + (node - begin(0)) * S::PRODUCT(0), room);
+      finish<0>(node, core0_grad(node), room);
   }
 
   template <int l>
@@ -218,7 +225,7 @@ struct TrainBackward : Train<MIRRORED> {
   void one_hot_weight_gradient() const {
     const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
-    typename Base::Turned turned;
+    Turned turned;
 #pragma omp for schedule(static) nowait
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++)
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
