@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ids", choices=("zipf", "permuted", "uniform"), nargs="+", default=["zipf", "uniform"]
     )
     parser.add_argument(
-        "--micro_batch_rows", type=positive, nargs="+", default=[2**16, 2**14, 2**12], metavar="M"
+        "--micro_batch_rows", type=positive, nargs="+", default=[2**14, 2**13, 2**12, 2**11], metavar="M"
     )
     parser.add_argument("--rounds", type=positive, default=11, metavar="K", help="default %(default)s")
     add_output(parser)

@@ -41,7 +41,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         is_weighted: whether the input carries per-sample weights.
         device: where the parameters live; ``meta`` allocates nothing.
         micro_batch_rows: distinct rows of a table whose products of cores are computed at once, which bounds
-            the workspace whatever the batch; ``None`` for 2**14 on the CPU and 2**18 on a GPU.
+            the workspace whatever the batch; ``None`` for 2**13 on the CPU and 2**18 on a GPU.
 
     Raises:
         ConfigError: a table that cannot be stored as asked, before anything is allocated.
@@ -75,7 +75,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         micro_batch_rows: int | None = None,
     ) -> None:
         if micro_batch_rows is not None and micro_batch_rows < 1:
-            raise ConfigError(f"micro_batch_rows={micro_batch_rows} must be an int >= 1, e.g. 16384")
+            raise ConfigError(f"micro_batch_rows={micro_batch_rows} must be an int >= 1, e.g. 8192")
         configs = [as_recemb_config(config) for config in tables]
         specs = [table_spec(config) for config in configs]
         _check_weighted_mean(specs, is_weighted)

@@ -138,5 +138,5 @@ def test_micro_batches_give_the_same_outputs(rows: int) -> None:
 
 
 def test_micro_batch_rows_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match=r"micro_batch_rows=0 must be an int >= 1, e\.g\. 16384"):
+    with pytest.raises(ConfigError, match=r"micro_batch_rows=0 must be an int >= 1, e\.g\. 8192"):
         make("plain", micro_batch_rows=0)

@@ -20,7 +20,7 @@ MAX_ORDER = 8
 # A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, and
 # its products of cores are computed once more in the backward instead of being kept: figures of both in
 # bench/results/micro_batches.csv.
-MICRO_BATCH_ROWS = 2**14
+MICRO_BATCH_ROWS = 2**13
 
 
 class _Functions(ctypes.Structure):
