@@ -170,7 +170,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
                 facts += (id(parameter), optimizer)
                 facts += optimizer.param_groups
                 rates.append(optimizer.param_groups[0].get("lr"))
-        facts.append(rates.count(rates[0]) == len(rates) if rates else None)
+        facts.append(_are_alike(rates))
     found = prepared.found
     if found is None or not (found.facts == facts or _rates_alone_differ(found.facts, facts)):
         storages, bound = _storages(tables, prepared), None
@@ -182,6 +182,13 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
         facts = [dict(fact) if isinstance(fact, dict) else fact for fact in facts]
         found = prepared.found = _Found(facts, native, bound)
     return found, stored
+
+
+def _are_alike(rates: list[object]) -> bool:
+    """Whether a storage's learning rates are all equal; tensors, which a GPU may hold, are not compared."""
+    if rates and isinstance(rates[0], Tensor):
+        return all(rate is rates[0] for rate in rates)
+    return not rates or rates.count(rates[0]) == len(rates)
 
 
 def _rates_alone_differ(known: list[object], facts: list[object]) -> bool:

@@ -85,8 +85,9 @@ class FusedUpdate:
         left: frozenset[int],
     ) -> Update:
         # Of these very optimizers: settings of others hold other parameters, which do not compare.
-        if self._made is not None and self._made[0] is optimizers:
-            _, update, unchanged, held = self._made
+        made = self._made  # another thread's look-up may forget it meanwhile
+        if made is not None and made[0] is optimizers:
+            _, update, unchanged, held = made
             settings, state = _what_a_step_reads(optimizers, parameters)
             if settings == unchanged and len(state) == len(held) and all(map(is_, state, held)):
                 return update

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock, RLock, get_ident
+from threading import Lock, get_ident
 from typing import Any, Protocol, TypeVar, cast
 from weakref import ref
 
@@ -131,6 +131,22 @@ class _Held:
         return self.turn != self.graph.turn
 
 
+@dataclass(slots=True)
+class _Failures:
+    """How many captures of a group have failed since one, with its backward, has last succeeded.
+
+    An object of its own: a graph that referred to its group would keep the memory of both until Python looks
+    for cycles, which a GPU that runs full does not wait for.
+    """
+
+    count: int = 0
+
+    def note(self, error: RuntimeError) -> None:
+        """One more."""
+        _stay_eager(error)
+        self.count += 1
+
+
 class _Graph:
     """The look-ups of one shape."""
 
@@ -138,12 +154,12 @@ class _Graph:
         self,
         group: TritonGroup,
         record: Recorder,
-        failed: Callable[[RuntimeError], None],
+        failures: _Failures,
         parameters: Sequence[Tensor],
         batch: Batch,
         keep: bool,
     ) -> None:
-        self._group, self.record, self._failed = group, record, failed
+        self._group, self.record, self._failures = group, record, failures
         self._parameters = list(parameters)
         weights, refused = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
         self.batch = Batch(batch.ids.clone(), batch.offsets.clone(), weights, batch.size, refused)
@@ -213,10 +229,12 @@ class _Graph:
         if known.recorded is None:
             try:
                 known.recorded = (*self.record(run), self._group.remembered())
+                self._failures.count = 0
             except RuntimeError as error:
-                self._failed(error)
+                self._failures.note(error)
                 self._may_record = False
-                return run()
+        if known.recorded is None:  # outside of the handler, which holds what the attempt has allocated
+            return run()
         (grads, weights, mark), replay, _ = known.recorded
         replay()
         found = [None if grad is None else grad.clone() for grad in grads]
@@ -241,12 +259,12 @@ class GraphedGroup:
 
     def __init__(self, group: TritonGroup, recorder: Callable[[], Recorder]) -> None:
         self._group, self._recorder = group, recorder
-        self._lock = RLock()  # of what follows
+        self._lock = Lock()  # of what follows
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
-        self._failures = 0  # since a capture has last succeeded
+        self._failures = _Failures()
 
     @property
     def num_tables(self) -> int:
@@ -265,8 +283,10 @@ class GraphedGroup:
 
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | None:
         """As of the group; ``None`` where a graph will do it, with the rest of the look-up."""
+        shape = self._shape(parameters, batch, True)
         with self._lock:
-            if self._recurs(self._shape(parameters, batch, True)):
+            recorded = any(key[:-1] == shape for key in self._graphs)
+            if self._recurs(shape) and (recorded or self._patience <= 0):
                 return None
         return self._group.prepare(parameters, batch)
 
@@ -333,7 +353,7 @@ class GraphedGroup:
 
     def _recurs(self, shape: Any) -> bool:
         """Whether look-ups of a shape go through graphs by now; counts them."""
-        if self._refused[shape] > 1 or self._failures >= _MOST_FAILURES:
+        if self._hopeless() or self._refused[shape] > 1:
             return False
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
@@ -352,22 +372,23 @@ class GraphedGroup:
         try:
             # The graph's memory serves look-ups in inference mode and others.
             with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
-                made = _Graph(self._group, recorder, self._fail, parameters, batch, keep)
+                made = _Graph(self._group, recorder, self._failures, parameters, batch, keep)
         except RuntimeError as error:
-            self._fail(error)
+            self._failures.note(error)
             self._refused[key[:-1]] += 2
+            self._hopeless()
             return None
-        self._failures = 0
+        if not keep:
+            self._failures.count = 0
         self._graphs[key] = made
         return made if self._fits(key) else None
 
-    def _fail(self, error: RuntimeError) -> None:
-        """Count a capture that has failed; after a few there are no graphs any more."""
-        _stay_eager(error)
-        with self._lock:
-            self._failures += 1
-            if self._failures >= _MOST_FAILURES:
-                self._graphs.clear()
+    def _hopeless(self) -> bool:
+        """Whether so many captures have failed that there are no graphs any more."""
+        if self._failures.count < _MOST_FAILURES:
+            return False
+        self._graphs.clear()
+        return True
 
     def _fits(self, key: Any) -> bool:
         """Whether the graph used last may stay; others make room for it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from threading import Barrier, Thread
 from typing import Any, cast
+from weakref import ref
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.kernels.triton.graph_cases import (
     Model,
     StubGroup,
     StubRecorder,
+    gradient,
     graphed,
     trained,
 )
@@ -105,6 +108,68 @@ def test_after_some_failures_there_are_no_graphs() -> None:
             with pytest.warns(UserWarning, match="no memory"):
                 look_up(4 * [5])
         assert groups[0].graphs == 0
+
+
+def test_failing_backwards_end_graphs_though_forwards_are_captured() -> None:
+    model = Model("sgd")
+
+    class Fails(FakeRecorder):
+        def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+            if self.recorded:
+                raise RuntimeError("no memory")
+            return super().__call__(run)
+
+    def steps(sizes: Sequence[int]) -> None:
+        for size in sizes:
+            for _ in range(6):
+                out = model.look_up(model.bags(0, size=size))
+                out.backward(gradient(out))
+
+    with by_triton(lambda group: GraphedGroup(group, lambda: Fails(model.persistent))) as groups:
+        with pytest.warns(UserWarning, match="no memory"):
+            steps([2, 3, 4])
+        steps([5])
+    assert [group.graphs for group in groups] == [0]
+
+
+def test_a_group_with_graphs_is_freed_without_the_collector() -> None:
+    group = GraphedGroup(cast(Any, StubGroup()), lambda: StubRecorder())
+    batch = Batch(torch.zeros(3, dtype=torch.int64), torch.arange(4), None, 3)
+    parameter = torch.zeros(1)
+    for _ in range(5):
+        group.forward([parameter], batch, keep=False)
+    assert group.graphs == 1
+    watched = ref(parameter)
+    gc.disable()
+    try:
+        del group, parameter
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_what_waits_for_a_graph_in_vain_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
+
+    class Prepares(StubGroup):
+        prepared = 0
+
+        def prepare(self, parameters: Any, batch: Batch) -> None:
+            self.prepared += 1
+
+    inner = Prepares()
+    group = GraphedGroup(cast(Any, inner), lambda: StubRecorder())
+    parameters = [torch.zeros(1)]
+    small, large = (Batch(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), None, n) for n in (2, 3))
+    for batch in (small, large):
+        for _ in range(5):
+            group.forward(parameters, batch, keep=True)
+    assert group.graphs == 1  # that of the large one, which took the small one's place
+    for _ in range(6):
+        group.prepare(parameters, small)
+    assert inner.prepared == 6
+    group.prepare(parameters, large)
+    assert inner.prepared == 6
 
 
 def test_threads_that_look_up_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
