@@ -31,7 +31,7 @@ def measure_scale(rounds: int) -> tuple[list[Row], list[str]]:
     worker = Worker(ROOT)
     try:
         for ids in ("zipf", "permuted"):
-            rows += _pair(worker, ids, rounds)
+            rows += _sizes(worker, ids, rounds)
         peak = worker.peak_bytes()
     finally:
         worker.close()
@@ -43,7 +43,7 @@ def measure_scale(rounds: int) -> tuple[list[Row], list[str]]:
     ]
 
 
-def _pair(worker: Worker, ids: str, rounds: int) -> list[Row]:
+def _sizes(worker: Worker, ids: str, rounds: int) -> list[Row]:
     settings = [replace(BASE, rows=(n,), ids=ids) for n in (M, G)]
     if ids == BASE.ids:
         settings.append(replace(BASE, rows=(M,), ids=TREE_OF_1G))

@@ -33,7 +33,7 @@ class Work:
         ids: look-ups.
         flop: floating-point operations.
         num_bytes: of parameters, read once per distinct row or core slice, ids, and pooled rows written.
-        workspace: bytes that the products and rows of a micro-batch take on a CPU, with their gradients;
+        workspace: bytes that a micro-batch's products, what they send back, and its rows take on a CPU;
             :mod:`recemb.planner.gpu_workspace` counts a GPU's.
     """
 

@@ -80,7 +80,7 @@ constexpr int WIDEST_SLICE = [] {
 // to or added from its bag.
 constexpr int64_t SLICE_COST = 96, PRODUCT_COST = 12, ROW_COST = 8;
 // Nodes of a run up to which a slice is not worth transposing.
-constexpr int64_t FEW = WIDEST == 16 ? 8 : 3;
+constexpr int64_t FEW = 3;
 // The last core's rows and slices ahead of which what they read is asked for.
 constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;
 

@@ -227,20 +227,24 @@ static inline void transpose(const float* from, float* to) {
 }
 
 #if defined(__AVX512F__)
-// The sums of sixteen vectors, in their order.
+// The sums of sixteen vectors, in their order; the lanes of each are added in sum4's order, so that a sum has the same
+// bits whichever takes it.
 static inline Vector<16>::type sum16(const Vector<16>::type* s) {
+  const auto add_halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+  };
+  const auto add_neighbours = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xDD));
+  };
   __m512 fours[4];
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    const __m512 a = (__m512)s[4 * j], b = (__m512)s[4 * j + 1], c = (__m512)s[4 * j + 2], d = (__m512)s[4 * j + 3];
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    fours[j] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  for (int j = 0; j < 4; j++) {  // sums 8 (j / 2) + 2 (j % 2) + {0, 1, 4, 5}
+    const Vector<16>::type* of = s + j / 2 * 8 + j % 2 * 2;
+    fours[j] = add_neighbours(add_halves((__m512)of[0], (__m512)of[4]), add_halves((__m512)of[1], (__m512)of[5]));
   }
-  const auto halve = [](__m512 x, __m512 y) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
-  };
-  return (Vector<16>::type)halve(halve(fours[0], fours[1]), halve(fours[2], fours[3]));
+  const __m512 low = add_neighbours(fours[0], fours[1]), high = add_neighbours(fours[2], fours[3]);
+  return (Vector<16>::type)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                                         _mm512_shuffle_f32x4(low, high, 0xDD));
 }
 
 // MB rows of P with QB rows of T, sixteen sums at once: out[m * STRIDE + q].
