@@ -8,7 +8,6 @@ that does not fit, 5 non-finite training, 75 interrupted. Only errors that a use
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -41,6 +40,8 @@ class _Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the candidate nearest to ``word``, or an empty string."""
+    import difflib
+
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,84 +110,96 @@ def test_one_process_agrees_with_itself(make_config: Callable[..., RunConfig]) -
 
 
 class Ends:
-    """Three ends of the line, in one process that a lost rank does not end."""
+    """Ends of the line, in one process that a lost rank does not end."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ended: list[int] = []
-        monkeypatch.setattr(
-            PeerLink,
-            "end_process_within",
-            lambda link, seconds, code, message: self.ended.append(link.rank),
-        )
-        store = HashStore()
-        store.set_timeout(timedelta(seconds=10))
-        found: dict[int, PeerLink] = {}
+    def __init__(self) -> None:
+        self.store = HashStore()
+        self.store.set_timeout(timedelta(seconds=10))
+        self.links: list[PeerLink] = []
 
-        def connect(rank: int) -> None:
-            found[rank] = PeerLink(rank, 3, store, "127.0.0.1", 10)
+    def connect(self, rank: int, size: int) -> PeerLink:
+        link = PeerLink(rank, size, self.store, "127.0.0.1", 10)
+        self.links.append(link)
+        return link
 
-        threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(3)]
+    def connect_all(self, size: int) -> list[PeerLink]:
+        threads = [threading.Thread(target=self.connect, args=(rank, size)) for rank in range(size)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        self.links = [found[rank] for rank in range(3)]
+        return sorted(self.links, key=lambda link: link.rank)
+
+    def close(self) -> None:
+        """Close every line, and wait for the threads that serve them: all have heard of the loss by then."""
+        for line in [line for link in self.links for line in link._lines.values()]:
+            with contextlib.suppress(OSError):
+                line.socket.shutdown(socket.SHUT_RDWR)
+        for thread in threading.enumerate():
+            if thread.name == "recemb-peers":
+                thread.join(10)
+                assert not thread.is_alive()
 
 
-def test_the_end_of_a_connection_is_a_death_that_everyone_hears_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = Ends(monkeypatch)
-    assert ends.links[0].loss() is None
-    ends.links[2]._lines[0].socket.shutdown(socket.SHUT_RDWR)
-    for link in ends.links[:2]:
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    with monkeypatch.context() as patch:
+        patch.setattr(PeerLink, "end_process_within", lambda *args: None)
+        made = Ends()
+        yield made
+        # A thread that learns of a loss after the patch is gone would end the process of the tests.
+        made.close()
+
+
+def test_the_end_of_a_connection_is_a_death_that_everyone_hears_of(ends: Ends) -> None:
+    links = ends.connect_all(3)
+    assert links[0].loss() is None
+    links[2]._lines[0].socket.shutdown(socket.SHUT_RDWR)
+    for link in links[:2]:
         loss = link.loss(5)
         assert loss is not None
         assert (loss.rank, loss.exit_code) == (2, 1)
         assert loss.message.startswith("rank 2 died")
 
 
-def test_who_leaves_with_a_reason_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = Ends(monkeypatch)
-    ends.links[1].leave(0, "")
-    ends.links[1]._lines[0].socket.shutdown(socket.SHUT_RDWR)
-    ends.links[0].leave(5, "the loss is inf")
-    loss = ends.links[2].loss(5)
+def test_who_leaves_with_a_reason_passes_it_on(ends: Ends) -> None:
+    links = ends.connect_all(3)
+    links[1].leave(0, "")
+    links[1]._lines[0].socket.shutdown(socket.SHUT_RDWR)
+    links[0].leave(5, "the loss is inf")
+    loss = links[2].loss(5)
     assert loss is not None
     assert (loss.rank, loss.exit_code, loss.message) == (0, 5, "rank 0 stopped: the loss is inf")
     # Who has left does not mind.
-    assert ends.links[1].loss(0.2) is None
-    assert ends.links[0].loss() is None
+    assert links[1].loss(0.2) is None
+    assert links[0].loss() is None
 
 
-def test_who_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = Ends(monkeypatch)
+def test_who_does_not_answer_is_named(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = ends.connect_all(3)
     monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.3)
-    ends.links[1].doing, ends.links[2].doing = "reading train batch 3", "computing train batch 3"
-    ends.links[2].waiting = True
-    for link in ends.links:
+    links[1].doing, links[2].doing = "reading train batch 3", "computing train batch 3"
+    links[2].waiting = True
+    for link in links:
         answer = link.who_is_missing()
         assert "every rank answers" in answer
         assert "rank 1 is reading train batch 3" in answer
         assert "rank 2 is waiting for the others after computing train batch 3" in answer
-    monkeypatch.setattr(ends.links[1], "_handle", lambda rank, message: None)
-    assert ends.links[2].who_is_missing() == (
-        "rank 1 does not answer: stopped, or the machine cannot be reached"
-    )
+    monkeypatch.setattr(links[1], "_handle", lambda rank, message: None)
+    assert links[2].who_is_missing() == "rank 1 does not answer: stopped, or the machine cannot be reached"
 
 
-def test_strangers_are_not_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PeerLink, "end_process_within", lambda *args: None)
+def test_strangers_are_not_ranks(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.2)
-    store = HashStore()
-    store.set_timeout(timedelta(seconds=10))
     opened: list[PeerLink] = []
-    middle = threading.Thread(target=lambda: opened.append(PeerLink(0, 2, store, "127.0.0.1", 10)))
+    middle = threading.Thread(target=lambda: opened.append(ends.connect(0, 2)))
     middle.start()
-    store.wait(["recemb/peers"])
-    port = peers.json.loads(store.get("recemb/peers"))["port"]
+    ends.store.wait(["recemb/peers"])
+    port = peers.json.loads(ends.store.get("recemb/peers"))["port"]
     for noise in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"hello": 1, "token": "guess"}\n', b"[1]\n", b"\xff\n"):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(noise)
-    link = PeerLink(1, 2, store, "127.0.0.1", 10)
+    link = ends.connect(1, 2)
     middle.join(10)
     assert set(opened[0]._lines) == {1}
     assert "every rank answers" in link.who_is_missing()
