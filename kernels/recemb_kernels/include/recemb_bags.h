@@ -4,11 +4,19 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "recemb_tree.h"
 
 namespace recemb {
+
+// With -DRECEMB_POISON kernels fill their own memory with NaN before each use, so that a test sees what was not written.
+#ifdef RECEMB_POISON
+constexpr bool POISON = true;
+#else
+constexpr bool POISON = false;
+#endif
 
 constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
 constexpr int64_t LINE = 16;   // floats of a cache line

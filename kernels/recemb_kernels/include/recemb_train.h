@@ -105,7 +105,13 @@ float* scratch(Room which) {
   constexpr int SIZE[] = {WIDEST_SLICE, WIDEST_SLICE, WIDEST_GRADIENTS};
   static thread_local std::vector<float> room[ROOMS];
   if (room[which].empty()) room[which].resize(SIZE[which]);
+  if (POISON) std::fill(room[which].begin(), room[which].end(), NAN);
   return room[which].data();
+}
+
+// What a task leaves in its thread's room is not for the next one.
+void forget() {
+  for (int which = TILE; POISON && which < ROOMS; which++) scratch(static_cast<Room>(which));
 }
 
 template <bool MIRRORED>

@@ -104,6 +104,7 @@ struct TrainBackward : Train<MIRRORED> {
     Turned turned;
     share_tasks(first, last, [&](int64_t run) { return cost_of_runs<l>(run); }, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
+      forget();
       const float* straight = matrix(l, group);
       const bool few = past - start <= FEW;  // transposing would take longer than the product
       if (!few) {
@@ -147,6 +148,7 @@ struct TrainBackward : Train<MIRRORED> {
     const bool steps = table.slices == 1 && table.optimizer != GRADIENT;
     share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
       const int64_t group = last.run_group[run];
+      forget();
       if (steps && run + SLICES_AHEAD < past)
         prefetch_row<true>(Base::slice_of(LAST, last.run_group[run + SLICES_AHEAD]), S::WIDTH(LAST));
       float* tile = tile_of<LAST>(group, tile_room);
@@ -179,6 +181,7 @@ struct TrainBackward : Train<MIRRORED> {
       Turned turned;
 #pragma omp for schedule(static)
       for (int64_t node = begin(0); node < end(0); node++) {
+        forget();
         node_gradient<0>(node, grad, turned);
         finish<0>(node, grad, room);
       }
