@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,11 +44,16 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert done.stdout.strip().splitlines()[-1] == "HEAVY [] 0"
 
 
-def test_help_takes_at_most_100_ms() -> None:
+def test_help_takes_at_most_100_ms(tmp_path: Path) -> None:
+    # As an installed package, whose modules are compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     times = []
     for _ in range(7):
         start = cpu_seconds()
-        subprocess.run([sys.executable, "-m", "recemb", "--help"], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "recemb", "--help"], env=environment, capture_output=True, check=True
+        )
         times.append(cpu_seconds() - start)
     # Its own time, and the fastest: on a shared machine the clock measures the neighbours.
     assert min(times) <= 0.100
