@@ -232,4 +232,4 @@ def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
 def test_kernels_read_nothing_of_their_own_memory_unwritten(tmp_path: Path) -> None:
     """The driver's and the kernels' rooms full of NaN, local variables full of 0xFE."""
     poison = "from recemb_kernels.digit_tree.group import driver; driver().recemb_tree_poison(1)"
-    _run_every_kernel(("-DRECEMB_POISON", "-ftrivial-auto-var-init=pattern"), tmp_path, poison)
+    _run_every_kernel(("-O1", "-DRECEMB_POISON", "-ftrivial-auto-var-init=pattern"), tmp_path, poison)
