@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -321,3 +322,53 @@ CachedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30
 TestCachedTable = CachedTable.TestCase
 FusedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30, phases=PHASES)
 TestFusedTable = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")(FusedTable.TestCase)
+
+
+def _run(machine: CachedTable, batches: list[list[list[int]]]) -> list[int]:
+    """Evictions by the end of each step; everything is compared in each."""
+    found = []
+    for bags in batches:
+        machine.train_step(bags)
+        machine.holds_what_was_foretold()
+        found.append(machine.evictions)
+    return found
+
+
+@pytest.mark.parametrize("table", [CachedTable, FusedTable])
+class TestNamedSituations:
+    """Each at least once, whatever the machines draw."""
+
+    def _machine(self, table: type[CachedTable], capacity: int, warmup: int = 0) -> CachedTable:
+        if table is FusedTable and compiler() is None:
+            pytest.skip("needs a C++ compiler")
+        machine = table()
+        policy = {} if table is FusedTable else {"policy": "lru"}
+        machine.build(capacity=capacity, refresh_every=1, warmup=warmup, pooling="sum", **policy)
+        return machine
+
+    def test_capacity_of_one(self, table: type[CachedTable]) -> None:
+        machine = self._machine(table, 1)
+        evictions = _run(machine, [[[i, i, 5]] for i in range(8)])
+        assert evictions[-1] >= 1
+        assert len(machine.counts.inside) == 1
+
+    def test_capacity_of_the_working_set(self, table: type[CachedTable]) -> None:
+        machine = self._machine(table, 5)
+        evictions = _run(machine, [[[0, 1, 2], [3, 4, 4]]] * 6)
+        assert evictions[-1] == 0
+        assert set(machine.counts.inside) == {0, 1, 2, 3, 4}
+
+    def test_more_rows_in_a_batch_than_capacity(self, table: type[CachedTable]) -> None:
+        machine = self._machine(table, 2)
+        _run(machine, [[[0, 1, 2, 3], [4, 5, 6 + step % 6]] for step in range(6)])
+        assert len(machine.counts.inside) == 2
+
+    def test_evictions_in_every_step(self, table: type[CachedTable]) -> None:
+        machine = self._machine(table, 2)
+        # Each pair is looked up twice as often as the one before, whose rows it displaces.
+        batches = [[[2 * step, 2 * step + 1] * 2**step] for step in range(4)]
+        if table is CachedTable:
+            batches += [[[2 * step % ROWS, 2 * step % ROWS + 1]] for step in range(4, 12)]
+        evictions = _run(machine, batches)
+        # Rows come in before the step after theirs; the first find free places, and none is recent at step 0.
+        assert [after - before for before, after in pairwise(evictions[2:])] == [2] * (len(batches) - 3)

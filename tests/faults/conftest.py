@@ -89,7 +89,8 @@ class Launcher:
             [sys.executable, "-m", "tests.faults.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            # Unbuffered: what has been read of the pipe is not there for `select` any more.
+            bufsize=0,
             cwd=ROOT,
             env=environment(),
         )
@@ -137,8 +138,7 @@ class Launcher:
             for rank in range(1 if alone else size)
         ]
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"log": str(log), "ranks": ranks}) + "\n")
-        self._process.stdin.flush()
+        self._process.stdin.write(json.dumps({"log": str(log), "ranks": ranks}).encode() + b"\n")
         pids = json.loads(self._read())["pids"]
         if after is not None:
             after(pids)
@@ -157,7 +157,7 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert ready, "the ranks hang"
-        return self._process.stdout.readline().strip()
+        return self._process.stdout.readline().decode().strip()
 
 
 @pytest.fixture(scope="session")

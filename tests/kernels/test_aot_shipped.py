@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,12 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
-from recemb.backends.tt_shapes import tt_shapes
+from recemb.backends.tt_shapes import core_sizes, tt_shapes
 from recemb.spec import TensorTrain
 from recemb_kernels.aot.registry import MODULES
+from recemb_kernels.triton_frame.elements import tuned
+from recemb_kernels.triton_frame.launches import segment_constants, update_constants
+from recemb_kernels.triton_frame.variants import shipped as frame_shipped
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_variants import gradient_constants, multiply_constants, shipped
+from recemb_kernels.tt_gather.triton_kernel import multiply
+from recemb_kernels.tt_gather.triton_variants import (
+    gradient_constants,
+    multiply_constants,
+    shipped,
+    variants,
+)
+from recemb_kernels.update import Kind
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
@@ -63,6 +75,41 @@ def test_trains_of_the_default_shapes_are_shipped(num_cores: int) -> None:
                 for forward in (True, False):
                     assert ("multiply", repr(multiply_constants(shape, k, dtype, forward))) in found
                 assert ("slice_gradient", repr(gradient_constants(shape, k, dtype))) in found
+
+
+@pytest.mark.parametrize("num_cores", [2, 3, 4])
+def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
+    """Of their slices and of whole rows, and the sums over their nodes: in float32."""
+    found = {(c.kernel, repr(dict(c.constants))) for c in frame_shipped()}
+
+    def compiled(kernel: str, launch: dict[str, Any]) -> bool:
+        constants = {name: value for name, value in launch.items() if name != "num_warps"}
+        return (f"frame.{kernel}", repr(constants)) in found
+
+    def steps(kind: Kind, widths: tuple[int, ...]) -> bool:
+        return all(compiled("update_rows", update_constants(kind, w, torch.float32, None)) for w in widths)
+
+    for dim, rank in product((16, 32, 64), (16, 32, 64)):
+        method = TensorTrain(rank=rank, num_cores=num_cores)
+        split = tt_shapes(10**6, dim, method)[1]
+        slices = core_sizes(split, method.ranks)
+        assert steps(Kind.ROWWISE_ADAGRAD, (*slices, dim))
+        if (dim, rank, num_cores) == (16, 32, 3):
+            assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
+        for k in range(1, num_cores):
+            assert compiled("segment_sum", segment_constants(math.prod(split[:k]) * rank, True))
+
+
+@pytest.mark.parametrize("dot", [False, True])
+def test_what_is_tried_at_first_is_shipped(dot: bool) -> None:
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False  # whose launches try nothing
+        tuner = tuned(multiply, ("Q",), variants)
+    tuner.nargs = {}
+    tried = {(c.num_warps, c.num_stages) for c in tuner.prune_configs({"DOT": dot})}
+    for kernel in ("multiply", "slice_gradient"):
+        own = [c for c in shipped() if c.kernel == f"tt_gather.{kernel}" and c.constants["DOT"] == dot]
+        assert {(c.num_warps, c.num_stages) for c in own} == tried
 
 
 def _named(rows: list[dict[str, Any]], *keys: str) -> list[str]:

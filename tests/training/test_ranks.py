@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,46 +109,31 @@ def test_one_process_agrees_with_itself(make_config: Callable[..., RunConfig]) -
     assert len(make_config().model_dump()) > 30
 
 
+class Link(PeerLink):
+    """One of several in a process that outlives a lost rank, whenever their threads hear of it."""
+
+    def end_process_within(self, seconds: float, exit_code: int, message: str) -> None:
+        pass
+
+
 class Ends:
-    """Ends of the line, in one process that a lost rank does not end."""
+    """Ends of the line."""
 
     def __init__(self) -> None:
         self.store = HashStore()
         self.store.set_timeout(timedelta(seconds=10))
-        self.links: list[PeerLink] = []
 
-    def connect(self, rank: int, size: int) -> PeerLink:
-        link = PeerLink(rank, size, self.store, "127.0.0.1", 10)
-        self.links.append(link)
-        return link
+    def connect(self, rank: int, size: int) -> Link:
+        return Link(rank, size, self.store, "127.0.0.1", 10)
 
-    def connect_all(self, size: int) -> list[PeerLink]:
-        threads = [threading.Thread(target=self.connect, args=(rank, size)) for rank in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sorted(self.links, key=lambda link: link.rank)
-
-    def close(self) -> None:
-        """Close every line, and wait for the threads that serve them: all have heard of the loss by then."""
-        for line in [line for link in self.links for line in link._lines.values()]:
-            with contextlib.suppress(OSError):
-                line.socket.shutdown(socket.SHUT_RDWR)
-        for thread in threading.enumerate():
-            if thread.name == "recemb-peers":
-                thread.join(10)
-                assert not thread.is_alive()
+    def connect_all(self, size: int) -> list[Link]:
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(self.connect, range(size), [size] * size))
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
-    with monkeypatch.context() as patch:
-        patch.setattr(PeerLink, "end_process_within", lambda *args: None)
-        made = Ends()
-        yield made
-        # A thread that learns of a loss after the patch is gone would end the process of the tests.
-        made.close()
+def ends() -> Ends:
+    return Ends()
 
 
 def test_the_end_of_a_connection_is_a_death_that_everyone_hears_of(ends: Ends) -> None:

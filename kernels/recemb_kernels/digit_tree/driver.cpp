@@ -155,6 +155,10 @@ void run_kernels(const Call* call, void (*Functions::*pass)(const Table*, const 
 #pragma omp barrier
     }
     taken = taken || table.spare_size;
+    if (Buffer::poison) {
+#pragma omp single
+      std::fill_n(table.spare, table.spare_size, NAN);
+    }
     (kernel_of(table).*pass)(&table, call);
   }
 }

@@ -11,7 +11,7 @@
 
 namespace recemb {
 
-// With -DRECEMB_POISON kernels fill their own memory with NaN before each use, so that a test sees what was not written.
+// With -DRECEMB_POISON kernels fill their own memory with NaN before each use: a test sees what was not written.
 #ifdef RECEMB_POISON
 constexpr bool POISON = true;
 #else

@@ -231,7 +231,11 @@ void backward(const Table* table, const Call* call) {
   {
     sorted.start.resize(rows * BLOCKS), sorted.sign.resize(DIRECT ? call->num_ids : rows * BLOCKS);
     sorted.piece.resize(rows);
-    if (POISON) std::fill(sorted.start.begin(), sorted.start.end(), 0), std::fill(sorted.sign.begin(), sorted.sign.end(), NAN);
+    if (POISON) {
+      std::fill(sorted.start.begin(), sorted.start.end(), int64_t{1} << 60);
+      std::fill(sorted.piece.begin(), sorted.piece.end(), int64_t{1} << 60);
+      std::fill(sorted.sign.begin(), sorted.sign.end(), NAN);
+    }
     const_cast<Table*>(table)->scratch = &sorted;
   }
   Blocks& blocks = *static_cast<Blocks*>(table->scratch);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,21 +22,34 @@ NAMES = {
 
 
 def tuned(
-    kernel: Any, key: Sequence[str], variants: Sequence[tuple[int, int]], restore: Sequence[str] = ()
+    kernel: Any,
+    key: Sequence[str],
+    variants: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]],
+    restore: Sequence[str] = (),
 ) -> Any:
     """A kernel that tries its variants at the first call of each shape, and keeps the fastest.
 
     Args:
-        kernel: a Triton kernel.
+        kernel: a Triton kernel, with a constant ``DOT``.
         key: arguments that make a shape.
-        variants: (warps, pipeline stages). The interpreter, which has neither, takes the first.
+        variants: (warps, pipeline stages) of a launch with these constants; more with ``DOT`` than without.
+            The interpreter, which has neither, takes the first.
         restore: arguments that the kernel adds to, which a trial must not leave changed.
     """
-    tried = variants[:1] if triton.knobs.runtime.interpret else variants
+    every = variants({"DOT": True})
+    tried = every[:1] if triton.knobs.runtime.interpret else every
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in tried]
-    return triton.autotune(configs=configs, key=list(key), restore_value=list(restore), do_bench=_time)(
-        kernel
-    )
+
+    def of_launch(configs: Sequence[Any], _: Any, **constants: Any) -> list[Any]:
+        return [c for c in configs if (c.num_warps, c.num_stages) in variants(constants)]
+
+    return triton.autotune(
+        configs=configs,
+        key=list(key),
+        restore_value=list(restore),
+        prune_configs_by={"early_config_prune": of_launch},
+        do_bench=_time,
+    )(kernel)
 
 
 def _time(call: Any, quantiles: Any) -> Any:

@@ -288,6 +288,8 @@ class GraphedGroup:
             recorded = any(key[:-1] == shape for key in self._graphs)
             if self._recurs(shape) and (recorded or self._patience <= 0):
                 return None
+            # Its look-up, which comes with what is prepared here, does not get to the graphs.
+            self._patience -= 1
         return self._group.prepare(parameters, batch)
 
     def forward(

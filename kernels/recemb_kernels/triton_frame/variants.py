@@ -6,6 +6,7 @@ Figures a look-up are those of a bag of one id, whose row no other bag has.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -59,13 +60,27 @@ def shipped() -> list[Configuration]:
     found += [_weigh(32, None), _pieces(32), _segments(32, relative=False)]
     found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
-    # The workspaces of a train's nodes: R = 16 and 64, of the first core and of D = 64's second.
     found += [_segments(width, relative=True) for width in (32, 256, 1024)]
     for kind in _STEPS:
         # A row of a table, and a slice of a core at R = 64.
         found += [_update(kind, width, _FLOAT, None) for width in (64, 8192)]
         found.append(_update(kind, 64, _HALF, None if kind == Kind.SGD else _HALF))
+    found += [replace(c, listed=False) for c in _other_widths()]
     return [*found, *_entries()]
+
+
+def _other_widths() -> Iterator[Configuration]:
+    """Nodes and slices of default trains up to D = 64, at ranks 16, 32 and 64; rows up to D = 128.
+
+    Row-wise Adagrad's, as most tables take; the others' of D = 16 and R = 32.
+    """
+    for width in (64, 128, 512):
+        yield _segments(width, relative=True)
+    for width in (16, 32, 128, 256, 512, 1024, 2048, 4096, 16384):
+        yield _update(Kind.ROWWISE_ADAGRAD, width, _FLOAT, None)
+    for kind in (Kind.SGD, Kind.ADAGRAD, Kind.ADAM):
+        for width in (128, 2048):
+            yield _update(kind, width, _FLOAT, None)
 
 
 def _pool(width: int, dtype: torch.dtype | None, weighted: bool) -> Configuration:

@@ -199,8 +199,10 @@ struct TrainBackward : Train<MIRRORED> {
 #pragma omp barrier
     float* const room = scratch(SLICE);
 #pragma omp for schedule(static)
-    for (int64_t node = begin(0); node < end(0); node++)
+    for (int64_t node = begin(0); node < end(0); node++) {
+      forget();
       finish<0>(node, core0_grad(node), room);
+    }
   }
 
   template <int l>

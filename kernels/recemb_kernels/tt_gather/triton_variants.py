@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,12 +28,18 @@ from recemb_kernels.tt_gather.triton_kernel import (
 
 # Rows of a matrix product that one program takes; plans count in them.
 TILE_ROWS = 32
-# Warps and pipeline stages that are tried at the first product of each shape.
-_DOT = ((8, 2), (8, 3))
-_PLAIN = ((4, 2),)
 
-multiply_tuned = tuned(multiply, ("FORWARD", "Q", "K", "N"), _DOT)
-slice_gradient_tuned = tuned(slice_gradient, ("Q", "K", "N"), _DOT, restore=("grad",))
+
+def variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Warps and pipeline stages that are tried at the first product of each shape.
+
+    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose.
+    """
+    return ((8, 2), (8, 3)) if constants["DOT"] else ((8, 2),)
+
+
+multiply_tuned = tuned(multiply, ("FORWARD", "Q", "K", "N"), variants)
+slice_gradient_tuned = tuned(slice_gradient, ("Q", "K", "N"), variants, restore=("grad",))
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
             source, out = (size, 4 if k == last else size) if forward else (4, 4)
             types = {4: "*fp32", 2: element}
             way = "" if forward else ", back"
-            for warps, stages in _DOT if constants["DOT"] else _PLAIN:
+            for warps, stages in variants(constants):
                 yield Configuration(
                     kernel="tt_gather.multiply",
                     function=multiply,
@@ -236,7 +242,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     small=_DESCRIPTORS,
                 )
         constants = gradient_constants(shape, k, dtype)
-        for warps, stages in _DOT if constants["DOT"] else _PLAIN:
+        for warps, stages in variants(constants):
             yield Configuration(
                 kernel="tt_gather.slice_gradient",
                 function=slice_gradient,

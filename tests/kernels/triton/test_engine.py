@@ -20,6 +20,8 @@ from tests.kernels.cases import METHODS, make_bags, make_engine
 from tests.kernels.triton.graph_cases import OPTIMIZERS, Tables
 from tests.kernels.triton.harness import by_triton
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
+
 
 def _bags(engine: Engine, seed: int, weighted: bool = False) -> Bags:
     bags = make_bags(engine, 5, 3, seed)

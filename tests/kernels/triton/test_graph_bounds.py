@@ -172,6 +172,30 @@ def test_what_waits_for_a_graph_in_vain_is_prepared(monkeypatch: pytest.MonkeyPa
     assert inner.prepared == 6
 
 
+def test_batches_that_are_all_prepared_get_their_graph_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
+    monkeypatch.setattr(graphs, "_PATIENCE", 10)
+
+    class Prepares(StubGroup):
+        def prepare(self, parameters: Any, batch: Batch) -> object:
+            return object()
+
+    inner = Prepares()
+    group = GraphedGroup(cast(Any, inner), lambda: StubRecorder())
+    parameters = [torch.zeros(1)]
+    small, large = (Batch(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), None, n) for n in (2, 3))
+    for batch in (small, large):
+        for _ in range(5):
+            group.forward(parameters, batch, keep=True)
+    held = []
+    for _ in range(20):
+        state = group.prepare(parameters, small)
+        held.append(state is None)
+        group.forward(parameters, small, keep=True, state=state)
+    assert held == sorted(held), "prepared until the wait is over, and by its graph from then on"
+    assert 8 <= held.count(False) <= 10
+
+
 def test_threads_that_look_up_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes come and go in one thread while another looks its own up."""
     monkeypatch.setattr(graphs, "_PATIENCE", 1)

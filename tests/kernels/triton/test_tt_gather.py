@@ -93,6 +93,20 @@ def test_ranks_orders_and_odd_sizes(shape: TrainShape) -> None:
         assert_near(tables, batch, dtype)
 
 
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [(4, torch.float16), (32, torch.bfloat16), (32, torch.float32), (128, torch.float32)]
+)
+@pytest.mark.parametrize("split", [(4, 4), (2, 2, 4), (2, 2, 2, 2)], ids=len)
+def test_every_order_and_rank_pools(split: tuple[int, ...], rank: int, dtype: torch.dtype) -> None:
+    """Sums and means of weighted rows; and steps as on the CPU."""
+    shape = TrainShape((3,) * len(split), split, (1, *[rank] * (len(split) - 1), 1))
+    tables = _tables([shape], [FeatureCode(0, False), FeatureCode(0, True)])
+    batch = make_batch(tables, 3, 2, weighted=True)
+    assert_near(tables, batch, dtype)
+    if (rank, dtype) == (32, torch.float32):
+        assert_same_steps(tables, batch, [Kind.ROWWISE_ADAGRAD])
+
+
 @settings(max_examples=8, phases=[Phase.generate])
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
