@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from recemb.bags import Bags
 from recemb.cache.refresh import cache_of
 from recemb.engine import Engine
 from recemb.spec import Dense, HotRows, MixedDimension, TableSpec, TensorTrain
-from tests.kernels.triton.harness import by_triton
+from tests.kernels.triton.harness import NoHostSync, by_triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
 
@@ -71,3 +73,27 @@ def test_the_same_as_compacted_streams(policy: str, weighted: bool, monkeypatch:
     assert state.keys() == reached.keys()
     for key, value in state.items():
         torch.testing.assert_close(reached[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def numbers_of_steps(tables: dict[str, Backend]) -> list[Tensor]:
+    """Which optimizers keep on the host, on a GPU too."""
+    optimizers = [(p, p._in_backward_optimizers[0]) for table in tables.values() for p in table.parameters()]
+    return [optimizer.state[p]["step"] for p, optimizer in optimizers if "step" in optimizer.state[p]]
+
+
+@pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
+def test_a_step_between_exchanges_never_waits_for_the_device(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_choose", staticmethod(lambda both, tables, bags: both[1]))
+    engine, tables = make(policy)
+    offsets = torch.arange(0, 2 * 4 * 6 + 1, 2)
+    target = torch.ones(6, 32)
+    batches = [Bags(torch.arange(48) ** 2 % (40 + step), offsets, 4) for step in range(7)]
+    with by_triton():
+        for bags in batches[:6]:
+            engine(tables, bags).backward(target)
+        # Rows are exchanged before an odd step. The verdict on a gradient is what the CPU reads at once.
+        with patch("recemb_kernels.triton_frame.group.note"), NoHostSync(numbers_of_steps(tables)):
+            engine(tables, batches[6]).backward(target)
+    assert bool(torch.isin(batches[6].ids[:24], cache_of(tables["tt"]).ids).any()), "nothing was cached"
