@@ -21,9 +21,9 @@ from tests.kernels.triton.harness import NoHostSync, by_triton
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
 
 
-def make(policy: str) -> tuple[Engine, dict[str, Backend]]:
+def make(policy: str, **more: int) -> tuple[Engine, dict[str, Backend]]:
     torch.manual_seed(0)
-    hot = HotRows(rows=12, policy=policy, refresh_every=2, warmup=1)  # type: ignore[arg-type]
+    hot = HotRows(rows=12, policy=policy, refresh_every=2, warmup=1, **more)  # type: ignore[arg-type]
     methods = {"tt": TensorTrain(rank=4, cache=hot), "plain": Dense(), "md": MixedDimension(dim=2, cache=hot)}
     specs = [
         TableSpec(
@@ -88,7 +88,7 @@ def test_a_step_between_exchanges_never_waits_for_the_device(
 ) -> None:
     monkeypatch.setattr(Engine, "_choose", staticmethod(lambda both, tables, bags: both[1]))
     monkeypatch.setattr(hot_rows, "count", lambda *_: False)  # the CPU's own kernel
-    engine, tables = make(policy)
+    engine, tables = make(policy, track_every=1)
     offsets = torch.arange(0, 2 * 4 * 6 + 1, 2)
     target = torch.ones(6, 32)
     batches = [Bags(torch.arange(48) ** 2 % (40 + step), offsets, 4) for step in range(7)]
