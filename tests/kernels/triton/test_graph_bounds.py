@@ -11,6 +11,7 @@ from weakref import ref
 
 import pytest
 import torch
+from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
@@ -148,6 +149,16 @@ def test_a_group_with_graphs_is_freed_without_the_collector() -> None:
         gc.enable()
 
 
+def two_in_turn(group: GraphedGroup) -> tuple[list[Tensor], Batch, Batch]:
+    """Parameters, and two batches that have recurred, one after the other."""
+    parameters = [torch.zeros(1)]
+    small, large = (Batch(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), None, n) for n in (2, 3))
+    for batch in (small, large):
+        for _ in range(5):
+            group.forward(parameters, batch, keep=True)
+    return parameters, small, large
+
+
 def test_what_waits_for_a_graph_in_vain_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
 
@@ -159,11 +170,7 @@ def test_what_waits_for_a_graph_in_vain_is_prepared(monkeypatch: pytest.MonkeyPa
 
     inner = Prepares()
     group = GraphedGroup(cast(Any, inner), lambda: StubRecorder())
-    parameters = [torch.zeros(1)]
-    small, large = (Batch(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), None, n) for n in (2, 3))
-    for batch in (small, large):
-        for _ in range(5):
-            group.forward(parameters, batch, keep=True)
+    parameters, small, large = two_in_turn(group)
     assert group.graphs == 1  # that of the large one, which took the small one's place
     for _ in range(6):
         group.prepare(parameters, small)
@@ -182,11 +189,7 @@ def test_batches_that_are_all_prepared_get_their_graph_in_the_end(monkeypatch: p
 
     inner = Prepares()
     group = GraphedGroup(cast(Any, inner), lambda: StubRecorder())
-    parameters = [torch.zeros(1)]
-    small, large = (Batch(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), None, n) for n in (2, 3))
-    for batch in (small, large):
-        for _ in range(5):
-            group.forward(parameters, batch, keep=True)
+    parameters, small, _ = two_in_turn(group)
     held = []
     for _ in range(20):
         state = group.prepare(parameters, small)
