@@ -338,12 +338,12 @@ def _run(machine: CachedTable, batches: list[list[list[int]]]) -> list[int]:
 class TestNamedSituations:
     """Each at least once, whatever the machines draw."""
 
-    def _machine(self, table: type[CachedTable], capacity: int, warmup: int = 0) -> CachedTable:
+    def _machine(self, table: type[CachedTable], capacity: int) -> CachedTable:
         if table is FusedTable and compiler() is None:
             pytest.skip("needs a C++ compiler")
         machine = table()
         policy = {} if table is FusedTable else {"policy": "lru"}
-        machine.build(capacity=capacity, refresh_every=1, warmup=warmup, pooling="sum", **policy)
+        machine.build(capacity=capacity, refresh_every=1, warmup=0, pooling="sum", **policy)
         return machine
 
     def test_capacity_of_one(self, table: type[CachedTable]) -> None:
@@ -366,9 +366,9 @@ class TestNamedSituations:
     def test_evictions_in_every_step(self, table: type[CachedTable]) -> None:
         machine = self._machine(table, 2)
         # Each pair is looked up twice as often as the one before, whose rows it displaces.
-        batches = [[[2 * step, 2 * step + 1] * 2**step] for step in range(4)]
+        batches = [[[2 * step, 2 * step + 1] * 2**step] for step in range(6)]
         if table is CachedTable:
-            batches += [[[2 * step % ROWS, 2 * step % ROWS + 1]] for step in range(4, 12)]
+            batches += [[[2 * step % ROWS, 2 * step % ROWS + 1]] for step in range(6, 12)]
         evictions = _run(machine, batches)
         # Rows come in before the step after theirs; the first find free places, and none is recent at step 0.
         assert [after - before for before, after in pairwise(evictions[2:])] == [2] * (len(batches) - 3)

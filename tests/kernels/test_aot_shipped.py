@@ -91,13 +91,13 @@ def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
 
     for dim, rank in product((16, 32, 64), (16, 32, 64)):
         method = TensorTrain(rank=rank, num_cores=num_cores)
-        split = tt_shapes(10**6, dim, method)[1]
-        slices = core_sizes(split, method.ranks)
-        assert steps(Kind.ROWWISE_ADAGRAD, (*slices, dim))
-        if (dim, rank, num_cores) == (16, 32, 3):
-            assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
-        for k in range(1, num_cores):
-            assert compiled("segment_sum", segment_constants(math.prod(split[:k]) * rank, True))
+        for split in {tt_shapes(int(100 * 1.9**k), dim, method)[1] for k in range(20)}:
+            slices = core_sizes(split, method.ranks)
+            assert steps(Kind.ROWWISE_ADAGRAD, (*slices, dim))
+            if (dim, rank, num_cores) == (16, 32, 3):
+                assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
+            for k in range(1, num_cores):
+                assert compiled("segment_sum", segment_constants(math.prod(split[:k]) * rank, True))
 
 
 @pytest.mark.parametrize("dot", [False, True])

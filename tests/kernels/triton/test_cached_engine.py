@@ -18,7 +18,9 @@ from recemb.engine import Engine
 from recemb.spec import Dense, HotRows, MixedDimension, TableSpec, TensorTrain
 from tests.kernels.triton.harness import NoHostSync, by_triton
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="of tensors on the CPU; tests/gpu has the GPU's own"
+)
 
 
 def make(policy: str, **more: int) -> tuple[Engine, dict[str, Backend]]:

@@ -20,7 +20,9 @@ from tests.kernels.cases import METHODS, make_bags, make_engine
 from tests.kernels.triton.graph_cases import OPTIMIZERS, Tables
 from tests.kernels.triton.harness import by_triton
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="of tensors on the CPU; tests/gpu has the GPU's own"
+)
 
 
 def _bags(engine: Engine, seed: int, weighted: bool = False) -> Bags:
