@@ -24,7 +24,8 @@ demo: $(STAMP)
 # compiled one by one: files of tests run side by side, on up to four cores. A process of tests that dies ends the run:
 # one in its place would leave the others waiting for ever.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder --max-worker-restart 0
 
 # The speed of every operator against its targets and peers, then of a whole training step.
 bench: $(STAMP)

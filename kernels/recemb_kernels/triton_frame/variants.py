@@ -72,7 +72,7 @@ def shipped() -> list[Configuration]:
 def _other_widths() -> Iterator[Configuration]:
     """Nodes and slices of default trains up to D = 64, at ranks 16, 32 and 64; rows up to D = 128.
 
-    Row-wise Adagrad's, as most tables take; the others' of D = 16 and R = 32.
+    Steps of row-wise Adagrad, and the others' on slices of D = 16 and R = 32.
     """
     for width in (64, 128, 512):
         yield _segments(width, relative=True)
