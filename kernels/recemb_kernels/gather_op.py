@@ -279,7 +279,7 @@ def make_group(
     families = [(op.family(), shape) for op, shape, _ in tables]
     # After the families, which say what is missing.
     from recemb_kernels.triton_frame import MICRO_BATCH_ROWS as GPU_ROWS
-    from recemb_kernels.triton_frame import graphs, group
+    from recemb_kernels.triton_frame import graphs, group, recorder
 
     made = group.TritonGroup(
         families,
@@ -290,7 +290,7 @@ def make_group(
         micro_batch_rows or GPU_ROWS,
     )
     return (
-        graphs.GraphedGroup(made, partial(graphs.GraphRecorder, device))
+        graphs.GraphedGroup(made, partial(recorder.GraphRecorder, device))
         if graphs.are_wanted(device)
         else made
     )

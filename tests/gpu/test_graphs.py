@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -188,3 +191,38 @@ def test_a_bad_id_in_a_replay_is_named_and_changes_nothing() -> None:
     loss_of(gpu(batch(10)).values()).backward()
     poll(wait=True)
     assert not torch.equal(before, next(iter(gpu.parameters())))
+
+
+DROPPED_DURING_A_REPLAY = """
+import torch
+from recemb_kernels.triton_frame.graphs import GraphedGroup
+from tests.gpu.test_graphs import batch, made
+
+seen, begin = [], GraphedGroup.__init__
+GraphedGroup.__init__ = lambda self, *args: (begin(self, *args), seen.append(self))[0]
+gpu, kjt = made(None), batch(1)
+with torch.no_grad():
+    expected = [gpu(kjt).values() for _ in range(6)][-1]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    found = gpu(kjt).values()
+    assert sum(group.graphs for group in seen) == 1
+    for group in seen:
+        group._graphs.clear()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    assert torch.equal(expected, found)
+"""
+
+
+def test_memory_of_a_dropped_graph_outlives_its_replay() -> None:
+    """Under expandable segments, whose memory is unmapped without waiting for all streams."""
+    setting = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED_DURING_A_REPLAY],
+        env={**os.environ, **setting, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

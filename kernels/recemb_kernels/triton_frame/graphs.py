@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock, get_ident
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -24,15 +24,13 @@ from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
+from recemb_kernels.triton_frame.recorder import Recorder
 from recemb_kernels.triton_frame.verdict import capturing, poll
 from recemb_kernels.update import Update
 
-_T = TypeVar("_T")
 # Launches of a shape that stay eager: kernels are compiled and tuned in them.
 _EAGER = 3
 _MOST_GRAPHS, _MOST_SHAPES, _MOST_STEPS, _MOST_FAILURES = 8, 256, 4, 3
-# Of a device's memory, what the graphs of one group of tables may hold.
-_MOST_MEMORY = 1 / 16
 # Look-ups between two shapes that make room for others: a capture takes as long as dozens of steps.
 _PATIENCE = 256
 # Gradients that leave a graph are copied; beyond this they are computed outside of it.
@@ -44,59 +42,6 @@ def are_wanted(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("RECEMB_CUDA_GRAPHS", "1") != "0"
 
 
-class Recorder(Protocol):
-    """Records launches to be replayed.
-
-    Attributes:
-        num_bytes: of memory that what it has recorded holds.
-        most_bytes: what all recorders of a group may hold.
-    """
-
-    num_bytes: int
-    most_bytes: int
-
-    def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        """Record ``run``; its result, whose tensors each replay fills, and the replay."""
-
-
-class GraphRecorder:
-    """Captures the graphs of one shape, which share a memory pool.
-
-    A replay may overwrite what another graph of its pool holds for later: other shapes have their own pools.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, cast(Any, None)
-        self._stream = cast(Any, torch.cuda).Stream(device)  # untyped
-        self.num_bytes = 0
-        self.most_bytes = int(_MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
-
-    def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        """A graph of ``run``, which is not run.
-
-        Raises:
-            RuntimeError: it cannot be captured.
-        """
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        # Other threads may allocate pinned memory meanwhile, as data loaders do.
-        mode = "thread_local"
-        with _capturing:
-            try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
-                    before = torch.cuda.memory_reserved(self._device)
-                    result = run()
-                    # Of all that is allocated meanwhile; there may be other threads.
-                    self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
-            finally:
-                # torch stays on the capture's stream when a capture fails.
-                torch.cuda.set_stream(current)
-        self._pool = graph.pool()
-        return result, graph.replay
-
-
-# A process captures one graph at a time: a capture begins with a wait that breaks another thread's.
-_capturing = Lock()
 _Gradients = tuple[list[Tensor | None], Tensor | None, Tensor]
 
 

@@ -18,6 +18,10 @@ from recemb_kernels.triton_frame.plan_kernels import totals
 @triton.jit
 def product(a, b, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """total + a b, by the tensor cores' instruction or by plain multiply-adds."""
+    if DOT and PRECISION == "ieee":
+        # Multiply-adds one after the other: to add a tile's sum to the total loses less than a single chain,
+        # which is what Triton makes of total + tl.dot(a, b).
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), tl.full(total.shape, 1.0, tl.float32), total)
     if DOT:
         return tl.dot(a, b, total, input_precision=PRECISION)
     # A product written with * is turned into a tl.dot that rounds to TF32, whatever PRECISION says.

@@ -33,9 +33,11 @@ TILE_ROWS = 32
 def variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """Warps and pipeline stages that are tried at the first product of each shape.
 
-    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose.
+    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. On the way back
+    in float32 a third stage spills registers, beside the tile's sum and the total.
     """
-    return ((8, 2), (8, 3)) if constants["DOT"] else ((8, 2),)
+    wide = constants.get("PRECISION") == "ieee" and not constants.get("FORWARD", True)
+    return ((8, 2), (8, 3)) if constants["DOT"] and not wide else ((8, 2),)
 
 
 multiply_tuned = tuned(multiply, ("FORWARD", "Q", "K", "N"), variants)

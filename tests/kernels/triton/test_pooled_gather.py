@@ -69,6 +69,7 @@ def _tables(shapes: Sequence[RowShape], features: Sequence[FeatureCode] | None =
         lambda shape: list(zip(shape.rows, shape.widths, strict=True)),
         shapes,
         [FeatureCode(t, False) for t in range(len(shapes))] if features is None else features,
+        std=lambda shape: shape.widths[0] ** -0.25 if shape.operation == PROJECT else 1.0,
     )
 
 

@@ -1,0 +1,95 @@
+"""What records launches in CUDA graphs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Lock
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+
+from recemb_kernels.triton_frame.verdict import capturing
+
+_T = TypeVar("_T")
+# Of a device's memory, what the graphs of one group of tables may hold.
+_MOST_MEMORY = 1 / 16
+# A process captures one graph at a time: a capture begins with a wait that breaks another thread's.
+_capturing = Lock()
+
+
+class Recorder(Protocol):
+    """Records launches to be replayed.
+
+    Attributes:
+        num_bytes: of memory that what it has recorded holds.
+        most_bytes: what all recorders of a group may hold.
+    """
+
+    num_bytes: int
+    most_bytes: int
+
+    def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
+        """Record ``run``; its result, whose tensors each replay fills, and the replay."""
+
+
+class GraphRecorder:
+    """Captures the graphs of one shape, which share a memory pool.
+
+    A replay may overwrite what another graph of its pool holds for later: other shapes have their own pools.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, cast(Any, None)
+        self._stream = cast(Any, torch.cuda).Stream(device)  # untyped
+        self.num_bytes = 0
+        self.most_bytes = int(_MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+
+    def __call__(self, run: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
+        """A graph of ``run``, which is not run.
+
+        Raises:
+            RuntimeError: it cannot be captured.
+        """
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        # Other threads may allocate pinned memory meanwhile, as data loaders do.
+        mode = "thread_local"
+        with _capturing:
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+                    before = torch.cuda.memory_reserved(self._device)
+                    result = run()
+                    # Of all that is allocated meanwhile; there may be other threads.
+                    self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+            finally:
+                # torch stays on the capture's stream when a capture fails.
+                torch.cuda.set_stream(current)
+        self._pool = graph.pool()
+        return result, _Replay(graph, self._stream, current)
+
+
+class _Replay:
+    """Replays a graph on the stream that it was captured for.
+
+    Args:
+        graph: the launches.
+        recorded: the stream that their memory belongs to.
+        replayed: the only stream that replays them.
+    """
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, recorded: torch.cuda.Stream, replayed: torch.cuda.Stream
+    ) -> None:
+        self._graph, self._recorded, self._replayed = graph, recorded, replayed
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def __del__(self) -> None:
+        # With expandable segments torch unmaps freed memory once the stream that it belongs to is done, which
+        # knows nothing of replays. A stream that the caller captures cannot be waited for.
+        if not sys.is_finalizing() and not capturing():
+            with suppress(RuntimeError):  # of the device, which the next call reports
+                self._recorded.wait_stream(self._replayed)
