@@ -170,6 +170,19 @@ def test_a_failed_capture_leaves_the_look_up_eager(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RECEMB_CUDA_GRAPHS", "0")
     trained(plain, given, False)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), gpu.parameters(), strict=True))
+    # torch frees what two streams have used, and other look-ups are captured.
+    beside, held = torch.cuda.Stream(), torch.empty(2**26, device="cuda")
+    before = torch.cuda.memory_allocated()
+    held.record_stream(beside)
+    torch.cuda.synchronize()
+    del held
+    torch.cuda.synchronize()
+    torch.empty(1, device="cuda")
+    assert torch.cuda.memory_allocated() < before
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", "1")
+    groups_made.clear()
+    trained(made("adagrad"), given, False)
+    assert sum(group.graphs for group in groups_made) == 1
 
 
 def test_a_replay_never_waits_for_the_gpu() -> None:

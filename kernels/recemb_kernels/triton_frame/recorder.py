@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
 from recemb_kernels.triton_frame.verdict import capturing
 
@@ -41,7 +42,7 @@ class GraphRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, cast(Any, None)
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
         self._stream = cast(Any, torch.cuda).Stream(device)  # untyped
         self.num_bytes = 0
         self.most_bytes = int(_MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
@@ -63,11 +64,24 @@ class GraphRecorder:
                     result = run()
                     # Of all that is allocated meanwhile; there may be other threads.
                     self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+            except BaseException:
+                self._give_up()
+                raise
             finally:
                 # torch stays on the capture's stream when a capture fails.
                 torch.cuda.set_stream(current)
-        self._pool = graph.pool()
         return result, _Replay(graph, self._stream, current)
+
+    def _give_up(self) -> None:
+        """Tell torch's allocator that a capture is over which the device has broken off.
+
+        It takes no notice of that: it would go on waiting for the end before it frees any memory that several
+        streams have used.
+        """
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        with suppress(RuntimeError):  # where torch has been able to end the capture itself
+            _cuda_endAllocateToPool(index, self._pool)
+            _cuda_releasePool(index, self._pool)
 
 
 class _Replay:

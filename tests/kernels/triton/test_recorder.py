@@ -1,0 +1,113 @@
+"""What a capture leaves behind that fails, or whose graph is dropped: torch's own parts are stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from recemb_kernels.triton_frame import recorder
+from recemb_kernels.triton_frame.recorder import GraphRecorder
+
+POOL = (0, 7)
+
+
+class Torch:
+    """Its streams, captures and allocator on device 1.
+
+    Attributes:
+        calls: what it has been asked, in order.
+        breaks: whether the device breaks a capture off, so that torch cannot end it.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.breaks = False
+        self._recording = False
+
+    def stream(self, name: str) -> Any:
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: self.calls.append((name, "waits", other.name))
+        )
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: Any, **_: Any) -> Iterator[None]:
+        assert pool == POOL
+        self._recording = True
+        try:
+            yield
+        finally:
+            if self.breaks:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self._recording = False
+
+    def end(self, device: int, pool: Any) -> None:
+        if not self._recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self._recording = False
+        self.calls.append(("end", device, pool))
+
+    def release(self, device: int, pool: Any) -> None:
+        self.calls.append(("release", device, pool))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
+    made = Torch()
+    parts = {
+        "graph_pool_handle": lambda: POOL,
+        "Stream": lambda _: made.stream("own"),
+        "current_stream": lambda _: made.stream("user's"),
+        "set_stream": lambda stream: made.calls.append(("back on", stream.name)),
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=2**30),
+        "memory_reserved": lambda _: 0,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: made.calls.append("replay")),
+        "graph": made.graph,
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(recorder, "_cuda_endAllocateToPool", made.end)
+    monkeypatch.setattr(recorder, "_cuda_releasePool", made.release)
+    return made
+
+
+def _fails() -> None:
+    raise RuntimeError("out of memory")
+
+
+def _record() -> GraphRecorder:
+    return GraphRecorder(torch.device("cuda", 1))
+
+
+def test_the_allocator_learns_of_a_capture_that_the_device_breaks_off(fake: Torch) -> None:
+    fake.breaks = True
+    with pytest.raises(RuntimeError, match="during capture"):
+        _record()(_fails)
+    assert fake.calls == [("end", 1, POOL), ("release", 1, POOL), ("back on", "user's")]
+
+
+def test_a_capture_that_torch_ends_is_left_to_it(fake: Torch) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _record()(_fails)
+    assert fake.calls == [("back on", "user's")]
+
+
+def test_memory_outlives_the_last_replay(fake: Torch) -> None:
+    result, replay = _record()(lambda: 5)
+    fake.calls.clear()
+    replay()
+    del replay
+    assert result == 5
+    assert fake.calls == ["replay", ("own", "waits", "user's")]
+
+
+def test_no_stream_waits_within_the_callers_capture(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, replay = _record()(lambda: 5)
+    fake.calls.clear()
+    monkeypatch.setattr(recorder, "capturing", lambda: True)
+    del replay
+    assert not fake.calls
