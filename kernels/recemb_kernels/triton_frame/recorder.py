@@ -18,6 +18,8 @@ _T = TypeVar("_T")
 _MOST_MEMORY = 1 / 16
 # A process captures one graph at a time: a capture begins with a wait that breaks another thread's.
 _capturing = Lock()
+# Graphs that the device has broken off, a few in a process: torch must not find their memory freed.
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 class Recorder(Protocol):
@@ -61,26 +63,29 @@ class GraphRecorder:
             try:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                     before = torch.cuda.memory_reserved(self._device)
-                    result = run()
-                    # Of all that is allocated meanwhile; there may be other threads.
-                    self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+                    try:
+                        result = run()
+                    finally:
+                        # Of all that is allocated meanwhile; there may be other threads.
+                        self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
             except BaseException:
-                self._give_up()
+                self._give_up(graph)
                 raise
             finally:
                 # torch stays on the capture's stream when a capture fails.
                 torch.cuda.set_stream(current)
         return result, _Replay(graph, self._stream, current)
 
-    def _give_up(self) -> None:
-        """Tell torch's allocator that a capture is over which the device has broken off.
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell torch's allocator of the device that a capture is over which the device has broken off.
 
         It takes no notice of that: it would go on waiting for the end before it frees any memory that several
-        streams have used.
+        streams have used. Its allocator of pinned memory cannot be told, and goes on asking the graph.
         """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
         with suppress(RuntimeError):  # where torch has been able to end the capture itself
             _cuda_endAllocateToPool(index, self._pool)
+            _broken.append(graph)
             _cuda_releasePool(index, self._pool)
 
 
@@ -103,7 +108,9 @@ class _Replay:
 
     def __del__(self) -> None:
         # With expandable segments torch unmaps freed memory once the stream that it belongs to is done, which
-        # knows nothing of replays. A stream that the caller captures cannot be waited for.
-        if not sys.is_finalizing() and not capturing():
-            with suppress(RuntimeError):  # of the device, which the next call reports
-                self._recorded.wait_stream(self._replayed)
+        # knows nothing of replays. A caller's capture must see nothing of it.
+        with suppress(RuntimeError):  # of the device, which the next call reports
+            if not sys.is_finalizing() and not capturing():
+                with torch.cuda.stream(self._replayed):
+                    if not capturing():
+                        self._recorded.wait_stream(self._replayed)

@@ -33,15 +33,15 @@ TILE_ROWS = 32
 def variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """Warps and pipeline stages that are tried at the first product of each shape.
 
-    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. On the way back
-    in float32 a third stage spills registers, beside the tile's sum and the total.
+    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. In exact products
+    with a slice's transpose a third stage spills registers, beside the tile's sum and the total.
     """
-    wide = constants.get("PRECISION") == "ieee" and not constants.get("FORWARD", True)
-    return ((8, 2), (8, 3)) if constants["DOT"] and not wide else ((8, 2),)
+    spills = constants.get("PRECISION") == "ieee" and not constants.get("FORWARD", True)
+    return ((8, 2), (8, 3)) if constants["DOT"] and not spills else ((8, 2),)
 
 
-multiply_tuned = tuned(multiply, ("FORWARD", "Q", "K", "N"), variants)
-slice_gradient_tuned = tuned(slice_gradient, ("Q", "K", "N"), variants, restore=("grad",))
+multiply_tuned = tuned(multiply, ("FORWARD", "PRECISION", "Q", "K", "N"), variants)
+slice_gradient_tuned = tuned(slice_gradient, ("PRECISION", "Q", "K", "N"), variants, restore=("grad",))
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,15 @@ def _shape(split: tuple[int, ...], rank: int) -> TrainShape:
 
 def _rounded(shape: TrainShape) -> Iterator[Configuration]:
     """The products of float32 tables for a user who has allowed torch to round them to TF32."""
+    every: dict[str, Configuration] = {}
     for c in _of_shape(shape, torch.float32):
         if c.constants.get("DOT"):
-            constants = {**c.constants, "PRECISION": "tf32"}
-            yield replace(c, constants=constants, note=f"{c.note}, TF32", rounds=True)
+            every.setdefault(f"{c.kernel} {c.note}", c)
+    for c in every.values():
+        constants = {**c.constants, "PRECISION": "tf32"}
+        for warps, stages in variants(constants):
+            own = replace(c, constants=constants, num_warps=warps, num_stages=stages)
+            yield replace(own, note=f"{c.note}, TF32", rounds=True)
 
 
 def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
