@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
+from recemb.optim.adam import step_lazily
+from recemb.optim.attached import attached_to
 from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Bound, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
@@ -166,7 +168,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
                 parameter.is_contiguous(),
                 parameter.requires_grad,
             )
-            for optimizer in getattr(parameter, "_in_backward_optimizers", ()):
+            for optimizer in attached_to(parameter):
                 facts += (id(parameter), optimizer)
                 facts += optimizer.param_groups
                 rates.append(optimizer.param_groups[0].get("lr"))
@@ -237,8 +239,18 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
         step = fused.of(own) if ask and native else None
         if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
+        if ask and step is None:
+            _leave_to_torch(owner)
         found.append(_Storage(own, step, native))
     return found
+
+
+def _leave_to_torch(owner: Backend) -> None:
+    """torch's hooks step on a storage's parameters: Adam is to move the rows there that a kernel would."""
+    for name, parameter in owner.own_parameters().items():
+        if name not in owner.stepped_whole:
+            for optimizer in attached_to(parameter):
+                step_lazily(optimizer)
 
 
 def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> _Prepared:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from recemb.optim.attached import attached_to
+
 
 class BeforeStep:
     """Parameters as they were at a backward, to see later whether an optimizer has stepped since.
@@ -38,7 +40,7 @@ class BeforeStep:
         """
         self._seen = []
         for parameter in parameters:
-            if not parameter.requires_grad or getattr(parameter, "_in_backward_optimizers", None):
+            if not parameter.requires_grad or attached_to(parameter):
                 continue
             values = None
             if copies is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
+
+from recemb.optim.attached import attached_to
 
 
 @torch.no_grad()
@@ -29,6 +29,5 @@ def reset_rows(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: 
 
 def reset_in_backward(parameter: nn.Parameter, rows: Tensor) -> None:
     """:func:`reset_rows` for the optimizers attached by ``apply_optimizer_in_backward``."""
-    optimizers: Sequence[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", ())
-    for optimizer in optimizers:
+    for optimizer in attached_to(parameter):
         reset_rows(optimizer, parameter, rows)

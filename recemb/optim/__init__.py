@@ -7,7 +7,8 @@ torch's idiom stays as it is::
 
 Where a kernel can do the step itself, the gradient is never materialised and torch's hook never fires; the
 optimizer object keeps its state, its ``param_groups`` (learning-rate schedules act on them) and its state
-dict. Everywhere else the gradient is accumulated and the hook steps, as in plain torch.
+dict. Everywhere else the gradient is accumulated and the hook steps, as in plain torch, but that Adam stays
+lazy there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from recemb.optim.adagrad import adagrad_update
-from recemb.optim.adam import NOT_LAZY, adam_update
+from recemb.optim.adam import NOT_LAZY, LazyAdam, adam_update
+from recemb.optim.attached import attached_to
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
 from recemb_kernels.update import Step, Update
@@ -50,15 +52,12 @@ class FusedUpdate:
             parameters: those of the storage, which are updated together.
 
         Returns:
-            a step that leaves the gradients of parameters without an optimizer, or with several; ``None``
-            when there is no optimizer, when a parameter is frozen, when the optimizers differ in class or
-            settings, or when one has an option (momentum, weight decay, ...) that touches more than the rows
-            of the batch.
+            a step that leaves frozen parameters, and the gradients of those without an optimizer, or with
+            several; ``None`` when there is no optimizer, when the optimizers differ in class or settings, or
+            when one has an option (momentum, weight decay, ...) that touches more than the rows of the batch.
         """
-        if not all(parameter.requires_grad for parameter in parameters):
-            return None
-        each = [getattr(parameter, "_in_backward_optimizers", None) for parameter in parameters]
-        optimizers: list[Any] = [found[0] if found and len(found) == 1 else None for found in each]
+        each = [attached_to(parameter) if parameter.requires_grad else [] for parameter in parameters]
+        optimizers: list[Any] = [found[0] if len(found) == 1 else None for found in each]
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
         # What is left out may be another tensor each step: a view through which gradients are exchanged.
         own = [p for p, optimizer in zip(parameters, optimizers, strict=True) if optimizer is not None]
@@ -136,7 +135,8 @@ def _resolve(attached: Sequence[torch.optim.Optimizer]) -> _Rule | None:
 
 def _settings(optimizer: torch.optim.Optimizer) -> tuple[type, dict[str, Any]]:
     (group,) = optimizer.param_groups
-    return type(optimizer), {key: value for key, value in group.items() if key != "params"}
+    kind = torch.optim.Adam if type(optimizer) is LazyAdam else type(optimizer)
+    return kind, {key: value for key, value in group.items() if key != "params"}
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> _Rule | None:
@@ -144,6 +144,6 @@ def _rule(optimizer: torch.optim.Optimizer) -> _Rule | None:
         return sgd_update
     if type(optimizer) is torch.optim.Adagrad:
         return adagrad_update
-    if type(optimizer) is torch.optim.Adam:
+    if type(optimizer) in (torch.optim.Adam, LazyAdam):
         return adam_update
     return rowwise_adagrad_update if is_rowwise_adagrad(optimizer) else None

@@ -41,6 +41,8 @@ def adam_update(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequenc
 class LazyAdam(torch.optim.Adam):
     """The rule above where no kernel steps: on whole gradients, as of parameters that every rank holds.
 
+    It keeps what an Adam keeps, so that one can become the other (:func:`step_lazily`).
+
     Moves the rows whose gradient has an element other than 0. A kernel also takes those of the batch whose
     gradient is 0 throughout, as with sample weights of 0: they decay there, and stay here. With options that
     move every row, or ascend, it is ``torch.optim.Adam``, as the fused step then leaves the step to torch.
@@ -62,6 +64,13 @@ class LazyAdam(torch.optim.Adam):
                     make_state(self, parameter)
                     _step_touched(group, parameter, parameter.grad, self.state[parameter])
         return loss
+
+
+def step_lazily(optimizer: torch.optim.Optimizer) -> None:
+    """Make a ``torch.optim.Adam`` a :class:`LazyAdam`, with its state and settings; others stay."""
+    if type(optimizer) is torch.optim.Adam:
+        optimizer.__class__ = LazyAdam
+        optimizer._patch_step_function()  # torch's __init__ has it run the hooks of a step
 
 
 def _step_touched(

@@ -12,6 +12,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 from recemb.errors import ConfigError
 from recemb.optim.adam import LazyAdam, make_state
+from recemb.optim.attached import attached_to
 
 _Optimizers = Mapping[Tensor, torch.optim.Optimizer]
 
@@ -166,7 +167,7 @@ class _Group(MutableMapping[str, Any]):
 
 
 def _attached(key: str, parameter: nn.Parameter) -> torch.optim.Optimizer | None:
-    optimizers: Sequence[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", ())
+    optimizers = attached_to(parameter)
     if len(optimizers) > 1:
         raise ConfigError(
             f"{key} has {len(optimizers)} optimizers attached; call apply_optimizer_in_backward once for it"

@@ -17,14 +17,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.backends import build
 from recemb.backends.base import Backend
-from recemb.backends.native import served_natively
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import padded_offsets
 from recemb.torchrec_io.sharding.held import Held
 from recemb.torchrec_io.sharding.replicas import Replicas
-from recemb.torchrec_io.sharding.tables import CompressedTables
 
 
 class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc] # torchrec ships no types
@@ -47,7 +45,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         self._engine = Engine(specs, tables.micro_batch_rows)
         self.replicas = held.replicas(self.backends)
         parameters = dict(self.tables.named_parameters())
-        lazy = {id(parameter) for parameter in _stepped_lazily(self.backends, self.replicas, tables)}
+        lazy = {id(parameter) for parameter in stepped_lazily(self.backends, self.replicas)}
         for key, parameter in parameters.items():
             parameter.requires_grad_(key not in tables.frozen)
             if key in tables.attached:
@@ -184,25 +182,10 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
         return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
 
 
-def _stepped_lazily(
-    backends: Mapping[str, Backend], replicas: Replicas, tables: CompressedTables
-) -> Iterator[Tensor]:
-    """The replicated parameters of which a kernel, in one process, would step the batch's rows alone.
-
-    Every rank calls it: where a kernel is missing on one, all step every row, as it does.
-    """
-    own = list(replicas.named_parameters())
-    if not own or replicas.on_meta:
-        return
-    with torch.no_grad():
-        served = served_natively(list(backends.values()))
-    lazy = {
-        name
-        for (name, backend), everywhere in zip(backends.items(), replicas.agree(served), strict=True)
-        if everywhere and tables.stepped_together([f"{name}.{param}" for param in backend.own_parameters()])
-    }
-    for name, param, parameter in own:
-        if name in lazy and param not in backends[name].stepped_whole:
+def stepped_lazily(backends: Mapping[str, Backend], replicas: Replicas) -> Iterator[Tensor]:
+    """The replicated parameters of which Adam moves the batch's rows alone, as a kernel would."""
+    for name, param, parameter in replicas.named_parameters():
+        if param not in backends[name].stepped_whole:
             yield parameter
 
 

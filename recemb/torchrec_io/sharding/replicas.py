@@ -39,11 +39,6 @@ class Replicas:
         self._places = [(backends[name], param) for name, param in places]
         self.group, self.divisor = group, divisor
 
-    @property
-    def on_meta(self) -> bool:
-        """Whether the parameters have no values yet."""
-        return any(parameter.is_meta for parameter in self.parameters())
-
     def named_parameters(self) -> Iterator[tuple[str, str, Tensor]]:
         """Table, parameter's name, parameter."""
         for backend, param in self._places:
@@ -52,13 +47,6 @@ class Replicas:
     def parameters(self) -> Iterator[Tensor]:
         for _, _, parameter in self.named_parameters():
             yield parameter
-
-    def agree(self, facts: Sequence[bool]) -> list[bool]:
-        """Those of these facts that hold on every rank; each calls it."""
-        device = next(self.parameters()).device
-        found = torch.tensor(facts, dtype=torch.int32, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
-        return [bool(fact) for fact in found.tolist()]
 
     def broadcast(self) -> None:
         """Take rank 0's weights, on every rank."""

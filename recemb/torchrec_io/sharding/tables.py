@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from recemb.backends.base import Backend
 from recemb.errors import ConfigError
 from recemb.id_maps.radix import ceil_div
 from recemb.optim.adam import LazyAdam
+from recemb.optim.attached import attached_to
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.configs import table_spec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
@@ -48,7 +49,7 @@ class Attachment:
         Raises:
             ConfigError: more than one optimizer is.
         """
-        attached: Sequence[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", ())
+        attached = attached_to(parameter)
         if not attached:
             return None
         if len(attached) > 1:
@@ -61,7 +62,8 @@ class Attachment:
             arguments["lr"] = arguments.pop("learning_rate")
         arguments.pop("optimizer", None)
         settings = {name: value for name, value in attached[0].param_groups[0].items() if name != "params"}
-        return cls(type(attached[0]), arguments, settings)
+        kind = type(attached[0])
+        return cls(torch.optim.Adam if kind is LazyAdam else kind, arguments, settings)
 
     def attach(self, parameter: nn.Parameter, lazy: bool) -> None:
         """Attach an optimizer of this kind and these settings, with fresh state.
@@ -116,15 +118,6 @@ class CompressedTables:
                 if not parameter.requires_grad:
                     frozen.add(key)
         return cls(specs, attached, frozenset(frozen), module.micro_batch_rows)
-
-    def stepped_together(self, keys: Sequence[str]) -> bool:
-        """Whether a kernel could take the steps of these ``<table>.<param>``, those of one storage.
-
-        Not with one of them frozen, or their optimizers unlike: torch then steps each.
-        """
-        own = [self.attached[key] for key in keys if key in self.attached]
-        kinds = [(attachment.kind, attachment.settings) for attachment in own]
-        return self.frozen.isdisjoint(keys) and all(kind == kinds[0] for kind in kinds)
 
     @cached_property
     def storages(self) -> list[tuple[type[Backend], list[TableSpec]]]:

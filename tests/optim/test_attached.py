@@ -1,0 +1,145 @@
+"""Whatever is attached, and whatever a kernel can step of it: the same rule moves the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchrec
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
+from recemb import EmbeddingBagCollection
+from recemb.errors import ConfigError
+from recemb_kernels import native
+from tests.optim.test_fused_update import COMPRESSIONS, _batches, _collection, _loss
+
+# An epsilon beyond the rounding of gradients, which Adam would blow up to full steps.
+ADAM = {"lr": 0.02, "eps": 1e-3}
+
+
+def _trained(made: EmbeddingBagCollection) -> list[torch.Tensor]:
+    for batch in _batches():
+        _loss(made, batch).backward()
+    return [parameter.detach() for parameter in made.parameters()]
+
+
+def _close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("placeholder", "given", "kind", "settings"),
+    [
+        (torchrec.optim.SGD, {"lr": 0.5}, torch.optim.SGD, {"lr": 0.5}),
+        (torchrec.optim.SGD, {"learning_rate": 0.5, "max_gradient": None}, torch.optim.SGD, {"lr": 0.5}),
+        (torchrec.optim.Adagrad, {"lr": 0.05}, torch.optim.Adagrad, {"lr": 0.05, "eps": 1e-8}),
+        (torchrec.optim.Adam, {"lr": 0.02}, torch.optim.Adam, {"lr": 0.02}),
+        (
+            torchrec.optim.Adam,
+            {"lr": 0.02, "beta1": 0.8, "eps": 1e-3, "weight_decay": 0.0},
+            torch.optim.Adam,
+            {"lr": 0.02, "betas": (0.8, 0.999), "eps": 1e-3},
+        ),
+    ],
+)
+def test_names_that_torchrec_has_for_fbgemm_are_torchs_optimizers(
+    placeholder: Any, given: dict[str, Any], kind: Any, settings: dict[str, Any]
+) -> None:
+    found = []
+    for attached, arguments in ((placeholder, given), (kind, settings)):
+        made = _collection()
+        apply_optimizer_in_backward(attached, made.parameters(), dict(arguments))
+        made.fused_optimizer  # noqa: B018 # asks before any look-up has
+        found.append(_trained(made))
+        (optimizer,) = next(made.parameters())._in_backward_optimizers
+        assert type(optimizer) is kind
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (
+            torchrec.optim.LAMB,
+            {"lr": 0.1},
+            r"torchrec\S*\.LAMB, attached .* cannot step outside of fbgemm; use",
+        ),
+        (
+            torchrec.optim.Adam,
+            {"weight_decay": 0.1},
+            r"has \{'weight_decay': 0.1\}.* leave out all but lr, eps",
+        ),
+        (torchrec.optim.SGD, {"max_gradient": 1.0}, r"has \{'max_gradient': 1.0\}.* leave out all but lr"),
+    ],
+)
+def test_what_fbgemm_alone_can_do_is_refused_before_anything_changes(
+    kind: Any, given: dict[str, Any], said: str
+) -> None:
+    made = _collection()
+    before = [parameter.detach().clone() for parameter in made.parameters()]
+    apply_optimizer_in_backward(kind, made.parameters(), given)
+    with pytest.raises(ConfigError, match=said):
+        made(_batches()[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", COMPRESSIONS)
+def test_adam_is_lazy_without_a_kernel_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for unavailable in ({}, dict.fromkeys(native.OPS, "no compiler in this test")):
+        monkeypatch.setattr(native, "_unavailable", unavailable)
+        made = _collection(COMPRESSIONS[method])
+        start = [parameter.detach().clone() for parameter in made.parameters()]
+        apply_optimizer_in_backward(torch.optim.Adam, made.parameters(), dict(ADAM))
+        found.append(_trained(made))
+        assert all(
+            p._in_backward_optimizers[0].state[p]["step"] == len(_batches()) for p in made.parameters()
+        )
+        assert not any(torch.equal(a, b) for a, b in zip(start, found[-1], strict=True))
+    _close(*found)
+
+
+@pytest.mark.parametrize("method", ["tt", "mult", "concat", "md"])
+def test_rates_that_differ_within_a_table_change_no_rule(method: str) -> None:
+    """No kernel steps parameters at several rates; a rate that is 0 leaves its own as it is."""
+    found = []
+    for rates in ({}, {1: 0.0}):
+        made = _collection(COMPRESSIONS[method])
+        apply_optimizer_in_backward(torch.optim.Adam, made.parameters(), dict(ADAM))
+        for table in made.embedding_bags.values():
+            parameters = list(table.parameters())
+            for k, rate in rates.items():
+                parameters[k]._in_backward_optimizers[0].param_groups[0]["lr"] = rate
+        _loss(made, _batches()[0]).backward()
+        found.append([[p.detach() for p in table.parameters()] for table in made.embedding_bags.values()])
+    for whole, partly in zip(*found, strict=True):
+        for k, (mine, theirs) in enumerate(zip(whole, partly, strict=True)):
+            if k != 1:
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adagrad, torchrec.optim.RowWiseAdagrad])
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("method", ["tt", "mult", "add", "concat", "md"])
+def test_a_frozen_parameter_leaves_the_others_their_fused_step(method: str, frozen: int, kind: Any) -> None:
+    found, reached = [], []
+    for freeze in (False, True):
+        made = _collection(COMPRESSIONS[method])
+        for table in made.embedding_bags.values():
+            parameters = list(table.parameters())
+            apply_optimizer_in_backward(kind, parameters, {"lr": 0.02, "eps": 1e-3})
+            if freeze:
+                parameters[frozen].requires_grad_(False)
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda grad: reached.append(grad.shape))
+        start = [[p.detach().clone() for p in table.parameters()] for table in made.embedding_bags.values()]
+        _loss(made, _batches()[0]).backward()
+        found.append([[p.detach() for p in table.parameters()] for table in made.embedding_bags.values()])
+    assert not reached, "a gradient has been made, so no kernel has stepped"
+    for whole, partly, before in zip(*found, start, strict=True):
+        for k, (mine, theirs, old) in enumerate(zip(whole, partly, before, strict=True)):
+            assert torch.equal(theirs, old if k == frozen else mine)
+            assert not torch.equal(mine, old)
