@@ -52,7 +52,7 @@ def load(
 ) -> ctypes.CDLL:
     """Compile ``sources`` with ``-DNAME=value`` for every constant, or take the cached library, and load it.
 
-    Safe in several threads and processes at once. A cached file that does not load is rebuilt.
+    Safe in several threads and processes at once. A cached file that is damaged is rebuilt.
 
     Args:
         name: names the file in the cache.
@@ -114,7 +114,8 @@ def _writable(folder: Path) -> bool:
 
 def _key(sources: Sequence[Path], constants: Mapping[str, int | str], flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for path in (*sources, *sorted(INCLUDE.glob("*.h"))):
+    # This file too: it says how libraries are compiled and stored.
+    for path in (Path(__file__), *sources, *sorted(INCLUDE.glob("*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update(repr(sorted(constants.items())).encode())
     digest.update(repr((flags, _compiler_version(compiler()), _cpu())).encode())
@@ -145,31 +146,48 @@ def _load_or_build(
 ) -> ctypes.CDLL:
     target = cache_dir() / file_name
     with _locked(target.with_suffix(".lock")):
-        if target.exists():
-            try:
-                return ctypes.CDLL(str(target))
-            except OSError:
-                warnings.warn(f"recemb: rebuilding the damaged kernel cache entry {target}", stacklevel=2)
-                target.unlink()
-        _compile(target, sources, constants, flags)
+        known = target.exists()
+        whole = known and _is_whole(target)
+        if known and not whole:
+            warnings.warn(f"recemb: rebuilding the damaged kernel cache entry {target}", stacklevel=2)
+        if not whole:
+            _store(target, _compile(sources, constants, flags))
     return ctypes.CDLL(str(target))
 
 
-def _compile(
-    target: Path, sources: Sequence[Path], constants: Mapping[str, int | str], flags: Sequence[str]
-) -> None:
+def _compile(sources: Sequence[Path], constants: Mapping[str, int | str], flags: Sequence[str]) -> bytes:
+    """The library as the file that a compiler has made of the sources."""
     path = compiler()
     if path is None:
         raise KernelUnavailableError("no C++ compiler found; install g++ or clang++, or set CXX")
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        output = Path(folder) / target.name
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "kernel.so"
         defines = [f"-D{key}={value}" for key, value in constants.items()]
         command = [path, *flags, *defines, f"-I{INCLUDE}", *map(str, sources), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise KernelUnavailableError(f"{path} failed on {target.name}: {done.stderr[:2000]}")
+            raise KernelUnavailableError(f"{path} failed on {sources[0].name}: {done.stderr[:2000]}")
+        return output.read_bytes()
+
+
+def _store(target: Path, library: bytes) -> None:
+    """Write a library with its digest behind it, where no loader looks: one file, both or neither."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        with written.open("wb") as file:
+            file.write(library + hashlib.sha256(library).digest())
+            file.flush()
+            # Else a crash of the machine may leave the name without the bytes.
+            os.fsync(file.fileno())
         # Same folder, so the rename is atomic: another process sees the whole library or none.
-        os.replace(output, target)
+        os.replace(written, target)
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a file is as it was stored. To load one that is cut short kills the process (SIGBUS)."""
+    content = target.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 @contextmanager

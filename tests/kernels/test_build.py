@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,27 @@ import pytest
 from recemb_kernels import build, native
 
 SOURCE = 'extern "C" int answer() { return ANSWER; }'
+
+
+def loading(cache: Path, source: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process that prints what ``answer()`` of the library says: 7."""
+    code = (
+        "import sys; from pathlib import Path; from recemb_kernels.build import load\n"
+        "print(load('answer', [Path(sys.argv[1])], {'ANSWER': 7}).answer())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(source)],
+        env={**os.environ, "RECEMB_CACHE_DIR": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """The exit code of each, what it printed and what it complained of."""
+    said = [process.communicate() for process in running]
+    return [(process.returncode, out.strip(), err) for process, (out, err) in zip(running, said, strict=True)]
 
 
 @pytest.fixture
@@ -58,12 +80,28 @@ def test_second_load_does_not_compile(cache: Path, source: Path, monkeypatch: py
     assert build.load("answer", [source], {"ANSWER": 1}).answer() == 1
 
 
-def test_damaged_entry_is_rebuilt(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.mkdir(parents=True)
-    key = build._key([source], {"ANSWER": 5}, (*build.FULL, *build.FLAGS))
-    (cache / f"answer-{key}.so").write_bytes(b"\x7fELF then nothing")
-    with pytest.warns(UserWarning, match="damaged kernel cache entry"):
-        assert build.load("answer", [source], {"ANSWER": 5}).answer() == 5
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 8],
+        lambda content: content[: len(content) // 2],
+        lambda content: bytes(byte ^ (at == len(content) // 2) for at, byte in enumerate(content)),
+        lambda content: content[:-32],
+        lambda content: b"",
+    ],
+    ids=["an eighth", "half", "a flipped bit", "no digest", "nothing"],
+)
+def test_damaged_entry_is_rebuilt(cache: Path, source: Path, damage: Callable[[bytes], bytes]) -> None:
+    """In processes of their own: one that loads such an entry dies, and one that has it loaded keeps it."""
+    assert ended([loading(cache, source)]) == [(0, "7", "")]
+    (entry,) = cache.glob("*.so")
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    code, said, complaint = ended([loading(cache, source)])[0]
+    assert (code, said) == (0, "7")
+    assert f"rebuilding the damaged kernel cache entry {entry}" in complaint
+    assert entry.read_bytes() == whole
+    assert ended([loading(cache, source)]) == [(0, "7", "")]
 
 
 def test_compile_error_is_reported_and_leaves_no_file(cache: Path, source: Path) -> None:
@@ -73,27 +111,21 @@ def test_compile_error_is_reported_and_leaves_no_file(cache: Path, source: Path)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_two_processes_at_once(cache: Path, source: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from recemb_kernels.build import load\n"
-        "print(load('answer', [Path(sys.argv[1])], {'ANSWER': 7}).answer())"
-    )
-    environment = {**os.environ, "RECEMB_CACHE_DIR": str(cache)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(source)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(3)
-    ]
-    assert [process.communicate()[0].strip() for process in running] == ["7"] * 3
+def test_processes_at_once_share_one_compilation(cache: Path, source: Path, tmp_path: Path) -> None:
+    log, slow = tmp_path / "log", tmp_path / "slow"
+    # Slow enough that every process has come to ask before the first has its library.
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) echo once >> {log}; sleep 2;; esac\nexec g++ "$@"\n')
+    slow.chmod(0o755)
+    assert ended([loading(cache, source, CXX=str(slow)) for _ in range(3)]) == [(0, "7", "")] * 3
+    assert log.read_text() == "once\n"
     assert len(list(cache.glob("*.so"))) == 1
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 def test_threads_share_one_compilation(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
+    compiled: list[object] = []
     plain = build._compile
-    monkeypatch.setattr(build, "_compile", lambda *a: (compiled.append(a[0].name), plain(*a)))
+    monkeypatch.setattr(build, "_compile", lambda *a: (compiled.append(a[1]), plain(*a))[1])
     with ThreadPoolExecutor(6) as pool:
         wanted = [1, 2, 1, 2, 1, 2]
         libraries = list(pool.map(lambda k: build.load("answer", [source], {"ANSWER": k}), wanted))
