@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -36,16 +37,17 @@ def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
         return None
 
 
-def status() -> dict[str, str]:
-    """Per op, what runs here: a sentence for ``recemb doctor``."""
-    path = compiler()
+def status(failure: str = "") -> dict[str, str]:
+    """Per op, what runs here: a sentence for ``recemb doctor``.
+
+    Args:
+        failure: why no kernel can be had at all, where that is so.
+    """
     report = {}
     for op in OPS:
         failed = [reason for what, reason in _unavailable.items() if what.startswith(op)]
-        if failed:
-            report[op] = f"plain torch: {failed[0]}"
-        elif path is None:
-            report[op] = "plain torch: no C++ compiler found; install g++ or clang++, or set CXX"
+        if failed or failure:
+            report[op] = f"plain torch: {(failed or [failure])[0]}"
         else:
-            report[op] = f"native CPU, compiled on first use by {path} into {cache_dir()}"
+            report[op] = f"native CPU, compiled on first use by {shlex.join(compiler())} into {cache_dir()}"
     return report

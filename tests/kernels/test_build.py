@@ -14,8 +14,6 @@ import pytest
 
 from recemb_kernels import build, native
 
-SOURCE = 'extern "C" int answer() { return ANSWER; }'
-
 
 def loading(cache: Path, source: Path, **environment: str) -> subprocess.Popen[str]:
     """A process that prints what ``answer()`` of the library says: 7."""
@@ -38,39 +36,14 @@ def ended(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(process.returncode, out.strip(), err) for process, (out, err) in zip(running, said, strict=True)]
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty kernel cache of the test's own."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("RECEMB_CACHE_DIR", str(folder))
-    build.cache_dir.cache_clear()
-    monkeypatch.setattr(build, "_libraries", {})
-    yield folder
-    build.cache_dir.cache_clear()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "answer.cpp"
-    path.write_text(SOURCE)
-    return path
-
-
 def test_constants_and_sources_make_the_key(cache: Path, source: Path) -> None:
     assert build.load("answer", [source], {"ANSWER": 41}).answer() == 41
     assert build.load("answer", [source], {"ANSWER": 42}).answer() == 42
-    source.write_text(SOURCE.replace("ANSWER;", "ANSWER + 1;"))
+    source.write_text(source.read_text().replace("ANSWER;", "ANSWER + 1;"))
     assert build.load("answer", [source], {"ANSWER": 42}).answer() == 43
     assert len(list(cache.glob("*.so"))) == 3
     assert build.load("answer", [source], {"ANSWER": 42}, build.QUICK).answer() == 43
     assert len(list(cache.glob("*.so"))) == 4
-
-
-def test_clang_is_given_no_options_of_gcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build._known(build.QUICK) == list(build.QUICK)
-    monkeypatch.setattr(build, "_compiler_version", lambda path: "Debian clang version 14.0.6")
-    assert build._known(build.QUICK) == ["-O2"]
-    assert build._known(build.FULL) == ["-O3"]
 
 
 def test_second_load_does_not_compile(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,15 +126,15 @@ def test_cache_dir_that_cannot_be_made_falls_back(
 def test_no_compiler_warns_once_and_names_the_fix(
     cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "compiler", lambda: None)
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(build, "compiler", lambda: ())
+    monkeypatch.setattr(native, "compiler", lambda: ())
     monkeypatch.setattr(native, "_unavailable", {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
             assert native.attempt("tt_gather", lambda: build.load("answer", [source], {})) is None
     assert len(caught) == 1
-    assert "install g++ or clang++" in str(caught[0].message)
+    assert "install g++" in str(caught[0].message)
     assert "no C++ compiler" in native.status()["tt_gather"]
 
 
@@ -257,10 +230,8 @@ def _run_every_training_kernel(
 
 
 def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    path = build.compiler()
-    assert path is not None
     library = subprocess.run(
-        [path, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        [*build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert Path(library).is_absolute(), "the compiler has no AddressSanitizer runtime"
     # Python itself leaks by design; overflows are what is looked for.
@@ -272,8 +243,6 @@ def test_kernels_read_nothing_of_their_own_memory_unwritten(tmp_path: Path) -> N
     """The driver's and the kernels' rooms full of NaN; locals full of 0xFE, where the compiler can."""
     poison = "from recemb_kernels.digit_tree.group import driver; driver().recemb_tree_poison(1)"
     flags = ["-O1", "-DRECEMB_POISON", "-ftrivial-auto-var-init=pattern"]
-    path = build.compiler()
-    assert path is not None
-    words = [path, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    words = [*build.compiler(), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     known = subprocess.run(words, capture_output=True, check=False).returncode == 0  # from g++ 12 on
     _run_every_training_kernel(tuple(flags if known else flags[:2]), tmp_path, poison)
