@@ -183,7 +183,7 @@ def _run(words: Sequence[str], arguments: Sequence[str]) -> str:
         raise KernelUnavailableError(reason, str(error)) from error
     if done.returncode:
         reason = f"the C++ compiler {name} fails with exit status {done.returncode}"
-        raise KernelUnavailableError(reason, done.stderr[:2000])
+        raise KernelUnavailableError(reason, done.stderr.strip()[:2000])
     return done.stdout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import warnings
 from collections.abc import Callable
+from threading import Lock
 from typing import TypeVar
 
 from recemb_kernels.build import KernelUnavailableError, cache_dir, compiler
@@ -12,6 +13,7 @@ from recemb_kernels.build import KernelUnavailableError, cache_dir, compiler
 _T = TypeVar("_T")
 OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split")
 _unavailable: dict[str, str] = {}
+_lock = Lock()
 
 
 def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
@@ -28,12 +30,15 @@ def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
     try:
         return call()
     except KernelUnavailableError as error:
-        if str(error) not in _unavailable.values():
+        with _lock:  # Shapes are tried side by side.
+            known = any(text.startswith(error.reason) for text in _unavailable.values())
+            _unavailable[what] = str(error)
+        if not known:
             warnings.warn(
-                f"recemb: {what} runs on plain torch, which is slower: {error}. See `recemb doctor`.",
+                f"recemb: {what}, with all that fails alike, runs on plain torch, which is slower: {error}. "
+                "See `recemb doctor`.",
                 stacklevel=3,
             )
-        _unavailable[what] = str(error)
         return None
 
 

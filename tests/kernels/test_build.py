@@ -127,8 +127,6 @@ def test_no_compiler_warns_once_and_names_the_fix(
     cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "compiler", lambda: ())
-    monkeypatch.setattr(native, "compiler", lambda: ())
-    monkeypatch.setattr(native, "_unavailable", {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
