@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 INCLUDE = Path(__file__).parent / "include"
@@ -73,7 +73,8 @@ def load(
         level: how hard to optimise, ``FULL`` or ``QUICK``.
 
     Raises:
-        KernelUnavailableError: no compiler, or it fails; the message holds its first errors.
+        KernelUnavailableError: no compiler, or it fails, in which case the message holds its first errors; or
+            no folder to keep the library in and load it from.
     """
     flags = (*level, *FLAGS)
     key = _key(sources, constants, flags)
@@ -124,6 +125,12 @@ def cache_dir() -> Path:
     for candidate in candidates:
         if candidate and _writable(Path(candidate)):
             return Path(candidate)
+    return _temporary_dir()
+
+
+@lru_cache(maxsize=1)
+def _temporary_dir() -> Path:
+    """Of this user, and where another holds the name, of this process."""
     fallback = Path(tempfile.gettempdir()) / f"recemb-{os.getuid()}"
     if _writable(fallback) and fallback.stat().st_uid == os.getuid():
         return fallback
@@ -199,7 +206,23 @@ def _cpu() -> str:
 
 
 def _load_or_build(file_name: str, compiled: Callable[[], bytes]) -> ctypes.CDLL:
-    target = cache_dir() / file_name
+    """From the cache, or from a temporary folder where the cache is of no use.
+
+    A folder that can be written to may be full, mounted noexec, without locks, or hold files of other users.
+    """
+    once, met = cache(compiled), list[str]()
+    for folder in (cache_dir, _temporary_dir):
+        try:
+            return _from_cache(folder() / file_name, once)
+        except OSError as error:
+            met.append(str(error))
+    reason = (
+        "compiled kernels can be kept or loaded nowhere; set RECEMB_CACHE_DIR to one that may hold programs"
+    )
+    raise KernelUnavailableError(reason, "; ".join(met))
+
+
+def _from_cache(target: Path, compiled: Callable[[], bytes]) -> ctypes.CDLL:
     with _locked(target.with_suffix(".lock")):
         known = target.exists()
         whole = known and _is_whole(target)
