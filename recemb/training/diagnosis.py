@@ -80,7 +80,7 @@ def _native() -> list[Finding]:
         return [Finding("kernels", "missing", f"recemb_kernels does not load: {error}", "pip install -e .")]
     try:
         failure, compiler = "", Finding("C++ compiler", "ok", build.probe())
-    except build.KernelUnavailableError as error:
+    except (build.KernelUnavailableError, OSError) as error:  # The probe has no room to be compiled in.
         failure = str(error).splitlines()[0]
         compiler = Finding("C++ compiler", "note", f"{failure}; all runs on plain torch")
     status: dict[str, str] = native.status(failure)

@@ -89,6 +89,14 @@ def test_a_compiler_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "/bin/false fails" in found.value
 
 
+def test_a_compiler_without_room_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "_compile", full)
+    assert "No space left on device" in finding("C++ compiler").value
+
+
 def test_a_compiler_that_compiles_nothing_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "g++"
     path.write_text(
