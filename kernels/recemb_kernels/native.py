@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable
+from threading import Lock
 from typing import TypeVar
 
 from recemb_kernels.build import KernelUnavailableError, cache_dir, compiler
@@ -11,6 +13,7 @@ from recemb_kernels.build import KernelUnavailableError, cache_dir, compiler
 _T = TypeVar("_T")
 OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split")
 _unavailable: dict[str, str] = {}
+_lock = Lock()
 
 
 def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
@@ -27,25 +30,29 @@ def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
     try:
         return call()
     except KernelUnavailableError as error:
-        if str(error) not in _unavailable.values():
+        with _lock:  # Shapes are tried side by side.
+            known = any(text.startswith(error.reason) for text in _unavailable.values())
+            _unavailable[what] = str(error)
+        if not known:
             warnings.warn(
-                f"recemb: {what} runs on plain torch, which is slower: {error}. See `recemb doctor`.",
+                f"recemb: {what}, with all that fails alike, runs on plain torch, which is slower: {error}. "
+                "See `recemb doctor`.",
                 stacklevel=3,
             )
-        _unavailable[what] = str(error)
         return None
 
 
-def status() -> dict[str, str]:
-    """Per op, what runs here: a sentence for ``recemb doctor``."""
-    path = compiler()
+def status(failure: str = "") -> dict[str, str]:
+    """Per op, what runs here: a sentence for ``recemb doctor``.
+
+    Args:
+        failure: why no kernel can be had at all, where that is so.
+    """
     report = {}
     for op in OPS:
         failed = [reason for what, reason in _unavailable.items() if what.startswith(op)]
-        if failed:
-            report[op] = f"plain torch: {failed[0]}"
-        elif path is None:
-            report[op] = "plain torch: no C++ compiler found; install g++ or clang++, or set CXX"
+        if failed or failure:
+            report[op] = f"plain torch: {(failed or [failure])[0]}"
         else:
-            report[op] = f"native CPU, compiled on first use by {path} into {cache_dir()}"
+            report[op] = f"native CPU, compiled on first use by {shlex.join(compiler())} into {cache_dir()}"
     return report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,32 +75,22 @@ def _imports() -> Finding:
 def _native() -> list[Finding]:
     """Which implementation each look-up runs on, and what compiling kernels needs."""
     try:
-        status: dict[str, str] = import_module("recemb_kernels.native").status()
-        build = import_module("recemb_kernels.build")
+        native, build = import_module("recemb_kernels.native"), import_module("recemb_kernels.build")
     except (ImportError, OSError) as error:
         return [Finding("kernels", "missing", f"recemb_kernels does not load: {error}", "pip install -e .")]
+    try:
+        failure, compiler = "", Finding("C++ compiler", "ok", build.probe())
+    except (build.KernelUnavailableError, OSError) as error:  # The probe has no room to be compiled in.
+        failure = str(error).splitlines()[0]
+        compiler = Finding("C++ compiler", "note", f"{failure}; all runs on plain torch")
+    status: dict[str, str] = native.status(failure)
     plain = [op for op, text in status.items() if text.startswith("plain torch")]
     return [
         *(Finding(f"kernel {op}", "note" if op in plain else "ok", text) for op, text in status.items()),
         Finding("kernels", "ok", "look-ups without a kernel above run on plain torch; results are the same"),
-        _compiler(build.compiler()),
+        compiler,
         _cache(build.cache_dir()),
     ]
-
-
-def _compiler(path: str | None) -> Finding:
-    if path is None:
-        return Finding(
-            "C++ compiler",
-            "note",
-            "none found; all runs on plain torch",
-            "apt-get install g++, or set CXX",
-        )
-    try:
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return Finding("C++ compiler", "note", f"{path} fails: {error}", "install g++ or clang++, or set CXX")
-    return Finding("C++ compiler", "ok", f"{path}: {answer.stdout.splitlines()[0]}")
 
 
 def _cpu() -> Finding:

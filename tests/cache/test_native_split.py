@@ -22,7 +22,7 @@ from recemb_kernels.build import compiler
 from recemb_kernels.cache_split import Splitter
 from tests.cache.cases import Collection, spec
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
 
 ROWS = 30
 

@@ -321,7 +321,7 @@ PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
 CachedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30, phases=PHASES)
 TestCachedTable = CachedTable.TestCase
 FusedTable.TestCase.settings = settings(max_examples=60, stateful_step_count=30, phases=PHASES)
-TestFusedTable = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")(FusedTable.TestCase)
+TestFusedTable = pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")(FusedTable.TestCase)
 
 
 def _run(machine: CachedTable, batches: list[list[list[int]]]) -> list[int]:
@@ -339,7 +339,7 @@ class TestNamedSituations:
     """Each at least once, whatever the machines draw."""
 
     def _machine(self, table: type[CachedTable], capacity: int) -> CachedTable:
-        if table is FusedTable and compiler() is None:
+        if table is FusedTable and not compiler():
             pytest.skip("needs a C++ compiler")
         machine = table()
         policy = {} if table is FusedTable else {"policy": "lru"}

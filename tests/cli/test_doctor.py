@@ -89,6 +89,30 @@ def test_a_compiler_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "/bin/false fails" in found.value
 
 
+def test_a_compiler_without_room_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "_compile", full)
+    assert "No space left on device" in finding("C++ compiler").value
+
+
+def test_a_compiler_that_compiles_nothing_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "g++"
+    path.write_text(
+        '#!/bin/sh\ncase "$*" in *-shared*) echo cc1plus is not there >&2; exit 1;; esac\necho 12\n'
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    found = finding("C++ compiler")
+    assert (found.status, found.value) == (
+        "note",
+        f"the C++ compiler {path} fails with exit status 1: cc1plus is not there; all runs on plain torch",
+    )
+    kernels = [each for each in examine() if each.name.startswith("kernel ")]
+    assert all("cc1plus is not there" in each.value for each in kernels)
+
+
 def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def cache() -> diagnosis.Finding:
         # The folder is looked for once a process.

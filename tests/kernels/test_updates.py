@@ -18,7 +18,7 @@ from recemb.errors import NonFiniteError
 from recemb.spec import Dense, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels import native
 from recemb_kernels.build import KernelUnavailableError
-from recemb_kernels.digit_tree.group import FeatureCode, Group, TableKernel
+from recemb_kernels.digit_tree.group import FeatureCode, Group, TableKernel, driver
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from recemb_kernels.update import Kind, Update
 from tests.kernels.cases import (
@@ -265,6 +265,23 @@ def test_a_kernel_that_does_not_compile_leaves_the_others_native(monkeypatch: py
     assert served_natively([tables[t.table] for t in engine.targets]) == [
         target.table not in ("wide_tt", "dense") for target in engine.targets
     ]
+
+
+def test_without_the_driver_all_runs_on_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tables = make_engine()
+    _, twins = make_engine()
+
+    def load(*_: object) -> None:
+        raise KernelUnavailableError("no driver in this test")
+
+    monkeypatch.setattr(native, "_unavailable", {})
+    monkeypatch.setattr("recemb_kernels.digit_tree.group.load", load)
+    driver.cache_clear()
+    bags = make_bags(engine, 9, 2, seed=0)
+    with pytest.warns(UserWarning, match="no driver in this test") as warned:
+        ours = engine(tables, bags)
+    assert len(warned) == 1
+    torch.testing.assert_close(ours, plain(engine, twins, bags), rtol=1e-5, atol=1e-6)
 
 
 def test_a_table_without_an_optimizer_leaves_its_twin_fused() -> None:
