@@ -149,6 +149,7 @@ class GatherOp(Generic[_S]):
 
         Raises:
             KernelUnavailableError: no native kernel can be compiled here.
+            TypeError: a tensor is of another type.
         """
         return cast(Tensor, self._op(list(parameters), ids, offsets, weights, batch_size, tables, features))
 
@@ -185,13 +186,29 @@ class GatherOp(Generic[_S]):
         first = parameters[0]
         return self._group(tuple(tables), tuple(features), first.device, first.dtype)
 
+    def _check_types(self, parameters: list[Tensor], ids: Tensor, offsets: Tensor, weights: Any) -> None:
+        """Kernels take bytes for what they expect; a GPU's also read half precision."""
+        float32 = () if ids.is_cuda else parameters
+        wanted = [
+            ("parameters", float32, torch.float32),
+            ("ids", (ids,), torch.int64),
+            ("offsets", (offsets,), torch.int64),
+            ("weights", () if weights is None else (weights,), torch.float32),
+        ]
+        for name, tensors, dtype in wanted:
+            wrong = next((tensor.dtype for tensor in tensors if tensor.dtype is not dtype), None)
+            if wrong is not None:
+                raise TypeError(f"recemb::{self.name}: {name} of {wrong} must be {dtype}; convert them")
+
     def _forward(self, parameters: list[Tensor], *rest: Any) -> Tensor:
         *batch, tables, features = rest
+        self._check_types(parameters, *batch[:3])
         group = self._group_of(parameters, tables, features)
         return group.forward([p.contiguous() for p in parameters], make_batch(*batch), keep=False)[0]
 
     def _backward(self, grad_out: Tensor, *arguments: Any) -> tuple[list[Tensor], Tensor]:
         parameters, ids, offsets, weights, batch_size, tables, features, want_weights = arguments
+        self._check_types(parameters, ids, offsets, weights)
         group = self._group_of(parameters, tables, features)
         batch = make_batch(ids, offsets, weights, batch_size)
         stored = [parameter.contiguous() for parameter in parameters]

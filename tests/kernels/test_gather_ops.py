@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,9 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 
 from recemb.backends import build
 from recemb.backends.base import Backend
-from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
 from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import driver
-from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 
 # (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
 TABLES = {
@@ -253,25 +252,47 @@ def test_f14_a_stored_table_of_more_than_2_to_the_31_rows() -> None:
     assert torch.equal(weight[ids].detach(), torch.tensor([[0.5], [0.5], [3.0], [0.5]]))
 
 
-def test_opcheck_and_compile() -> None:
+def _raw(names: Sequence[str]) -> tuple[Any, list[Tensor], tuple[Any, ...]]:
+    """The op that serves these tables, their parameters, and the rest of its arguments."""
     torch.manual_seed(0)
-    tables = _tables(["rank13", "two_cores"], "sum")
+    tables = _tables(names, "sum")
     bags = _bags(tables, 9, 3, weighted=True, seed=9)
-    shapes = [TrainShape(*table_shapes(t.table), _ranks(t)) for t in tables]
-    cores, features = _parameters(tables), (0, 0, 0, 1, 0, 0)
-    batch = (bags.ids, bags.offsets, bags.weights, bags.batch_size)
-    torch.library.opcheck(torch.ops.recemb.tt_gather.default, (cores, *batch, encode(shapes), features))
+    shapes = [shape for shape in (table.native_shape() for table in tables) if shape is not None]
+    (op,) = {shape.op for shape in shapes}
+    code, features = op.encode([shape.shape for shape in shapes]), (0, 0, 0, 1, 0, 0)
+    return op, _parameters(tables), (bags.ids, bags.offsets, bags.weights, bags.batch_size, code, features)
 
-    def lookup(*cores: Tensor) -> Tensor:
-        return 2 * tt_gather(cores, *batch, encode(shapes), features)
 
-    compiled = torch.compile(lookup, backend="aot_eager")
-    expected = torch.autograd.grad(lookup(*cores).sum(), cores)
-    actual = torch.autograd.grad(compiled(*cores).sum(), cores)
-    assert torch.equal(compiled(*cores), lookup(*cores))
+OPS = [["rank13", "two_cores"], ["mult", "concat"], ["narrow", "narrowest"], ["robe_row", "robe_ones"]]
+
+
+@pytest.mark.parametrize("names", OPS, ids=lambda names: names[0])
+def test_opcheck_and_compile(names: list[str]) -> None:
+    op, parameters, rest = _raw(names)
+    torch.library.opcheck(getattr(torch.ops.recemb, op.name).default, (parameters, *rest))
+
+    def lookup(*own: Tensor) -> Tensor:
+        return 2 * op(own, *rest)
+
+    compiled = torch.compile(lookup, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(lookup(*parameters).sum(), parameters)
+    actual = torch.autograd.grad(compiled(*parameters).sum(), parameters)
+    assert torch.equal(compiled(*parameters), lookup(*parameters))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def _ranks(table: Backend) -> tuple[int, ...]:
-    assert isinstance(table.table.compression, TensorTrain)
-    return table.table.compression.ranks
+@pytest.mark.parametrize("names", OPS, ids=lambda names: names[0])
+@pytest.mark.parametrize("wrong", ["parameters", "ids", "offsets", "weights"])
+def test_an_op_reads_no_other_type(names: list[str], wrong: str) -> None:
+    """Its kernels would take the bytes for those that they expect."""
+    op, parameters, (ids, offsets, weights, *rest) = _raw(names)
+    given = {"parameters": parameters, "ids": ids, "offsets": offsets, "weights": weights}
+    other = {
+        "parameters": [p.double() for p in parameters],
+        "ids": ids.int(),
+        "offsets": offsets.int(),
+        "weights": weights.double(),
+    }
+    said = rf"recemb::{op.name}: {wrong} of torch.(float64|int32) must be torch.(float32|int64)"
+    with pytest.raises(TypeError, match=said):
+        op(*(given | {wrong: other[wrong]}).values(), *rest)
