@@ -11,13 +11,26 @@ import torch
 
 from bench.ids import Batch
 from bench.plot import ratio_figure
-from bench.results import Machine, Row, columns, results_folder, table, write_csv
+from bench.program import RESULTS
+from bench.results import Machine, Row, columns, results_folder, table, this_machine, write_csv
 from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting, is_ours, targets_preset
 from bench.targets import TARGETS, Target
 from bench.work import work
 from recemb.errors import ConfigError
 
-MACHINE = Machine("2030-01-02T03:04:05+00:00", "a CPU", 2, 2, "default", 0.1, "torch=2", "abc")
+MACHINE = Machine(
+    "2030-01-02T03:04:05+00:00",
+    "a CPU",
+    2,
+    2,
+    "default",
+    "default",
+    0.1,
+    "torch=2",
+    "g++ 12",
+    "1a2b3c4+",
+    "abc",
+)
 ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000.4, 2000.0, 3000.0)
 
 
@@ -29,11 +42,35 @@ def test_the_csv_has_a_row_a_case_with_machine_and_versions(tmp_path: Path) -> N
         lines = list(reader)
     assert reader.fieldnames == columns(Row)
     assert {"case", "path", "p20_us", "p50_us", "p80_us", "ratio_tbe", "target", "met"} <= set(columns(Row))
-    assert {"date", "cpu", "cores", "threads", "versions", "sources"} <= set(columns(Row))
+    machine = {
+        "date",
+        "cpu",
+        "cores",
+        "threads",
+        "thp_mem_alloc",
+        "versions",
+        "compiler",
+        "commit",
+        "sources",
+    }
+    assert machine <= set(columns(Row))
     assert [line["ratio_tbe"] for line in lines] == ["", "0.5", ""]
     assert [line["met"] for line in lines] == ["", "met", "missed"]
-    assert {line["versions"] for line in lines} == {"torch=2"}
+    assert {(line["versions"], line["compiler"], line["commit"]) for line in lines} == {
+        ("torch=2", "g++ 12", "1a2b3c4+")
+    }
     assert list(tmp_path.iterdir()) == [tmp_path / "ops.csv"]
+
+
+def test_huge_pages_of_tensors_are_recorded_and_stand_in_the_heading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    plain = this_machine("abc")
+    assert plain.thp_mem_alloc == "default"
+    assert "THP" not in plain.heading()
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    huge = this_machine("abc")
+    assert huge.thp_mem_alloc == "1"
+    assert "THP_MEM_ALLOC_ENABLE=1" in huge.heading().splitlines()
 
 
 def test_tables_fit_in_100_columns_and_leave_empty_columns_out() -> None:
@@ -55,6 +92,13 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         results_folder(tmp_path / "file" / "below", None)
     assert results_folder(None, tmp_path / "file" / "below") is None
     assert results_folder(None, tmp_path / "new") == tmp_path / "new"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ops_*.csv")), ids=lambda path: path.stem)
+def test_kept_figures_have_columns_of_today(path: Path) -> None:
+    with path.open() as handle:
+        names = csv.DictReader(handle).fieldnames
+    assert set(names or ()) <= set(columns(Row)), "a renamed column leaves older figures behind"
 
 
 @pytest.mark.parametrize(
