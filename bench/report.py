@@ -14,6 +14,7 @@ from tqdm import tqdm
 from bench.base import checkout, compare_with
 from bench.guard import ROOT
 from bench.plot import MOST_BARS, save_plot
+from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
@@ -96,14 +97,15 @@ def run_base(
     comparisons: Sequence[Comparison], ref: str, rounds: int, memory_gb: float | None, report: Report
 ) -> int:
     """Measure our cases in this checkout and at ``ref``, alternately; exit code 0."""
-    limit = memory_limit(memory_gb)
-    with checkout(ref) as tree, ExitStack() as stack:
+    # The figures outlive a name such as HEAD~1 or a branch.
+    commit, limit = resolve(ref), memory_limit(memory_gb)
+    with checkout(commit) as tree, ExitStack() as stack:
         workers = [stack.enter_context(closing(Worker(root))) for root in (ROOT, tree)]
         bar = stack.enter_context(tqdm(comparisons, unit="setting", disable=None))
         for comparison in bar:
             bar.set_postfix_str(comparison.setting.title())
-            rows, skipped = compare_with(workers, ref, comparison, rounds, limit)
-            title = f"{comparison.setting.title()} (x like = this checkout / {ref})"
+            rows, skipped = compare_with(workers, commit, comparison, rounds, limit)
+            title = f"{comparison.setting.title()} (x like = this checkout / {commit})"
             report.add(title, rows, [_skip_line(case) for case in skipped])
     report.finish()
     return 0
