@@ -121,9 +121,10 @@ def memory_limit(gigabytes: float | None) -> float:
 def _heading(comparison: Comparison, rows: Sequence[Row]) -> str:
     if not rows:
         return comparison.setting.title()
-    row = rows[0]
+    row, fewest, most = rows[0], *(pick(row.rounds for row in rows) for pick in (min, max))
+    fewer = f", slow steps {fewest} or more" if fewest < most else ""
     return (
-        f"{row.setting}, {row.distinct:,.0f} distinct ids a batch, {row.rounds} rounds\n"
+        f"{row.setting}, {row.distinct:,.0f} distinct ids a batch, {most} rounds{fewer}\n"
         f"floor: GEMM {row.gemm_gflop_s:,.0f} GFLOP/s, copy {row.copy_gbyte_s:.1f} GB/s, "
         f"random rows {row.gather_gbyte_s:.1f} GB/s"
     )
