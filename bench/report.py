@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bench.base import checkout, compare_with
 from bench.guard import ROOT
-from bench.plot import MOST_BARS, save_plot
+from bench.plot import MOST_PAGES, save_plot
 from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
@@ -59,15 +59,21 @@ class Report:
             print("".join(f"  missed: {name}\n" for name in missed), end="")
         if self.folder is None or not self.rows:
             return
-        files = [self.folder / f"{self.name}.csv"]
-        if not have_matplotlib():
-            print(MISSING_MATPLOTLIB, file=sys.stderr)
-        else:
-            plots = save_plot(self.rows, self.folder, self.name)
-            if not plots:
-                print(f"no plot: it is drawn for 1 to {MOST_BARS} ratios to TBE", file=sys.stderr)
-            files += plots
-        print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+        finish_files(self.rows, self.folder, self.name)
+
+
+def finish_files(rows: Sequence[Row], folder: Path, name: str) -> None:
+    """Draw the plot beside ``name``.csv, or say why not, and name the files."""
+    plots = []
+    if not have_matplotlib():
+        print(MISSING_MATPLOTLIB, file=sys.stderr)
+    else:
+        plots = save_plot(rows, folder, name)
+        if not plots:
+            print(
+                f"no plot: there is no ratio to TBE, or more than {MOST_PAGES} pages of them", file=sys.stderr
+            )
+    print(f"written: {', '.join(map(str, [folder / f'{name}.csv', *plots]))}", file=sys.stderr)
 
 
 def run_comparisons(

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench.ids import Batch
-from bench.plot import ratio_figure
+from bench.plot import MOST_PAGES, ratio_figure, save_plot
 from bench.program import RESULTS
 from bench.results import Machine, Row, columns, results_folder, table, this_machine, write_csv
-from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting, is_ours, targets_preset
-from bench.targets import TARGETS, Target
+from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting
+from bench.targets import Target
 from bench.work import work
 from recemb.errors import ConfigError
 
@@ -117,18 +117,6 @@ def test_a_target_judges_its_own_ratio(
     assert target.met(tbe, like) is met
 
 
-def test_the_targets_preset_measures_every_target() -> None:
-    measured = {
-        (comparison.setting, case, path)
-        for comparison in targets_preset()
-        for case in comparison.cases
-        for path in comparison.paths
-    }
-    assert set(TARGETS) <= measured
-    assert all(comparison.cases[0] == TBE for comparison in targets_preset())
-    assert [is_ours(case) for case in (TBE, "tltorch R=16", f"{TT}16", DENSE)] == [False, False, True, True]
-
-
 def _batch(setting: Setting, ids: list[int]) -> Batch:
     bags = torch.arange(setting.batch + 1) * setting.hots
     return Batch(torch.tensor(ids), bags, bags.diff(), torch.ones(setting.batch, setting.dim))
@@ -174,3 +162,22 @@ def test_the_plot_marks_bounds_on_the_drawn_ratio_only() -> None:
     bounds = [line.get_xdata()[0] for line in axes.lines]  # type: ignore[index]
     assert sorted(bounds) == [0.8, 1]
     assert {text.get_text() for text in axes.texts} == {"0.4", "12"}
+
+
+def test_settings_that_one_page_does_not_hold_go_on_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.plot._MOST_BARS", 5)
+    rows = [
+        replace(ROW, setting=setting, case=f"TT R={rank}", ratio_tbe=0.5)
+        for setting in ("a", "b", "c")
+        for rank in (16, 32)
+    ]
+    names = [path.name for path in save_plot(rows, tmp_path, "ops")]
+    assert names == ["ops.png", "ops.svg", "ops_2.png", "ops_2.svg"]
+    # Nothing of the last run stays beside what this one wrote.
+    assert save_plot(rows[:4], tmp_path, "ops") == [tmp_path / "ops.png", tmp_path / "ops.svg"]
+    assert len(list(tmp_path.iterdir())) == 2
+    many = [replace(row, setting=str(k)) for k in range(3 * MOST_PAGES) for row in rows[:2]]
+    assert save_plot(many, tmp_path, "ops") == []
+    assert not list(tmp_path.iterdir())
