@@ -122,7 +122,7 @@ def targets_preset() -> list[Comparison]:
         Comparison(replace(BASE, batch=65536, ids="permuted"), few),
         Comparison(replace(BASE, optimizer="sgd"), against_peers(*trains[:2], SPARSE)),
         Comparison(replace(BASE, dim=64), against_peers(f"{TT}32", ROBE)),
-        Comparison(replace(BASE, dim=128), against_peers(ROBE)),
+        Comparison(replace(BASE, dim=128), against_peers(*trains, ROBE)),
         # The sizes of bench.scale: there a train against itself, here against tensorly-torch's.
         *(Comparison(replace(BASE, rows=(n,)), few) for n in (M, G)),
         Comparison(KAGGLE, against_peers(LARGEST_TT)),
@@ -170,4 +170,27 @@ def grid_preset() -> list[Comparison]:
     )
 
 
-PRESETS = {"targets": targets_preset, "grid": grid_preset, "quick": quick_preset}
+def sample_preset() -> list[Comparison]:
+    """Settings of the grid that take in every value of every size, each of our methods and rank at each.
+
+    Of tensorly-torch the smallest rank alone: the others take longer than all the rest together.
+    """
+    sizes = [
+        (100_000, 16, 4096, 20, "zipf", "rowwise_adagrad"),
+        (100_000, 64, 65536, 1, "zipf", "rowwise_adagrad"),
+        (100_000, 128, 4096, 1, "uniform", "rowwise_adagrad"),
+        (M, 16, 4096, 20, "permuted", "rowwise_adagrad"),
+        (M, 16, 65536, 20, "zipf", "rowwise_adagrad"),
+        (M, 64, 64, 20, "zipf", "sgd"),
+        (M, 128, 4096, 20, "zipf", "rowwise_adagrad"),
+        (M, 128, 65536, 1, "zipf", "rowwise_adagrad"),
+        (10 * M, 16, 4096, 20, "zipf", "rowwise_adagrad"),
+        (10 * M, 64, 4096, 1, "uniform", "rowwise_adagrad"),
+        (G, 16, 4096, 20, "zipf", "rowwise_adagrad"),
+        (G, 128, 4096, 1, "permuted", "rowwise_adagrad"),
+    ]
+    cases = (TBE, FUNCTIONAL, *methods(METHODS, RANKS), SPARSE, f"{TLTORCH}{RANKS[0]}")
+    return [Comparison(Setting((rows,), *others), cases, (OP, FORWARD)) for rows, *others in sizes]
+
+
+PRESETS = {"targets": targets_preset, "grid": grid_preset, "sample": sample_preset, "quick": quick_preset}

@@ -78,6 +78,7 @@ def _targets() -> dict[tuple[Setting, str, str], Target]:
     # The whole embedding step of a model in one module call.
     found[KAGGLE, LARGEST_TT, MODULE] = Target(0.8)
     trains = [(setting, case) for setting, case, _ in bounds if case.startswith(TT)]
+    trains += [(widest, f"{TT}{rank}") for rank in RANKS]
     trains += [(replace(BASE, rows=(n,)), f"{TT}{SCALE_RANK}") for n in (M, G)]
     for setting, case in trains:
         found[setting, TLTORCH + case.removeprefix(TT), OP] = Target(20, like=True, at_least=True)

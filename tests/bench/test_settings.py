@@ -23,15 +23,22 @@ from bench.settings import (
     TBE,
     TLTORCH,
     TT,
+    Comparison,
     Setting,
     against_peers,
     grid_preset,
     is_ours,
+    sample_preset,
     targets_preset,
 )
 from bench.targets import TARGETS
 
+AXES = ("rows", "dim", "batch", "hots", "ids", "optimizer")
 TRAINS = tuple(f"{TT}{rank}" for rank in RANKS)
+
+
+def _values(comparisons: list[Comparison]) -> dict[str, set[object]]:
+    return {axis: {getattr(comparison.setting, axis) for comparison in comparisons} for axis in AXES}
 
 
 def test_ours_are_told_from_peers() -> None:
@@ -79,6 +86,18 @@ def test_the_grid_is_all_combinations() -> None:
     # Neighbours share tables: each kind is built once.
     keys = [comparison.setting.tables_key for comparison in comparisons]
     assert sum(a != b for a, b in pairwise(keys)) == len(set(keys)) - 1
+
+
+def test_the_sample_takes_in_every_value_of_the_grid() -> None:
+    sample, whole = sample_preset(), grid_preset()
+    assert _values(sample) == _values(whole)
+    assert {comparison.setting for comparison in sample} <= {comparison.setting for comparison in whole}
+    assert len(sample) == 12
+    for comparison in sample:
+        assert set(TRAINS) < set(comparison.cases)
+        assert comparison.paths == (OP, FORWARD)
+    large = {(s.rows[0], s.hots) for s in (comparison.setting for comparison in sample) if s.dim == 128}
+    assert {(100_000, 1), (10**6, 20), (10**9, 1)} <= large
 
 
 def test_bytes_of_peers() -> None:
