@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
 
+from bench.accuracy import _write_csv
 from bench.provenance import compiler_version, git, head_commit
 
 
@@ -44,3 +46,9 @@ def test_the_compiler_is_named_without_its_path(monkeypatch: pytest.MonkeyPatch)
     assert not compiler_version().startswith("/")
     monkeypatch.setattr("bench.provenance.compiler", lambda: None)
     assert compiler_version() == "none"
+
+
+def test_the_csv_of_accuracies_has_both(tmp_path: Path) -> None:
+    _write_csv(tmp_path / "kaggle.csv", [])
+    with (tmp_path / "kaggle.csv").open() as handle:
+        assert {"compiler", "commit"} <= set(csv.DictReader(handle).fieldnames or ())
