@@ -3,7 +3,8 @@
     python bench/accuracy.py --data_dir data/kaggle --output runs/accuracy --results bench/results/NAME.csv
 
 Trains ``recemb train`` once per setting and seed, ``--jobs`` at a time on one thread each, skips what is
-finished already, and prints the comparison. The CSV holds one line per setting, with machine and versions.
+finished already, and prints the comparison. The CSV holds one line per setting, with machine,
+versions, compiler and commit.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bench.provenance import compiler_version, head_commit
 from recemb.stack import versions
 from recemb.training.html_report import write_report
 from recemb.training.report import Setting, Spread, comparison_table, load_runs, summarise
 
 _COLUMNS = (
     *("setting", "method", "seeds", "embedding_bytes", "compression_ratio", "auc", "auc_std"),
-    *("auc_minus_dense", "auc_minus_dense_std", "logloss", "machine", "versions"),
+    *("auc_minus_dense", "auc_minus_dense_std", "logloss", "machine", "versions", "compiler", "commit"),
 )
 
 
@@ -80,13 +82,14 @@ def _write_csv(path: Path, settings: list[Setting]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread a run"
     stack = " ".join(f"{name}={version}" for name, version in versions().items())
+    made_by = [machine, stack, compiler_version(), head_commit()]
     with path.open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(_COLUMNS)
         for s in settings:
             figures = [*_pair(s.auc), *_pair(s.auc_loss), _pair(s.logloss)[0]]
             writer.writerow(
-                [s.name, s.method, len(s.runs), s.embedding_bytes, f"{s.ratio:.2f}", *figures, machine, stack]
+                [s.name, s.method, len(s.runs), s.embedding_bytes, f"{s.ratio:.2f}", *figures, *made_by]
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from bench.guard import ROOT
 from bench.measure import Seconds, percentiles, ratio
+from bench.provenance import git
 from bench.results import Row
 from bench.session import Skipped, case_bytes, describe
 from bench.settings import Comparison, Setting, is_ours
@@ -28,9 +28,9 @@ class Pair:
     this: Seconds
     base: Seconds
 
-    def rows(self, ref: str) -> list[Row]:
+    def rows(self, commit: str) -> list[Row]:
         """The commit's figures, then this checkout's with the ratio to it."""
-        both = [(f"{self.case} @{ref}", self.base, ""), (self.case, self.this, f"{self.case} @{ref}")]
+        both = [(f"{self.case} @{commit}", self.base, ""), (self.case, self.this, f"{self.case} @{commit}")]
         return [self._row(name, times, like) for name, times, like in both]
 
     def _row(self, name: str, times: Seconds, like: str) -> Row:
@@ -51,26 +51,25 @@ class Pair:
 
 
 @contextmanager
-def checkout(ref: str) -> Iterator[Path]:
-    """recemb and its kernels as of ``ref``, in a temporary worktree.
+def checkout(commit: str) -> Iterator[Path]:
+    """recemb and its kernels as of a commit, in a temporary worktree.
 
     Raises:
         ConfigError: no such commit, or this is no git checkout.
     """
-    commit = _git(ROOT, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", hint=f"--base {ref}").strip()
     with tempfile.TemporaryDirectory(prefix="recemb-base-") as folder:
         tree = Path(folder).resolve() / "tree"
-        _git(ROOT, "worktree", "add", "--quiet", "--detach", "--no-checkout", str(tree), commit)
+        git(ROOT, "worktree", "add", "--quiet", "--detach", "--no-checkout", str(tree), commit)
         try:
             # The packages alone: the commit's own benchmark must not shadow this one.
-            _git(tree, "checkout", "--quiet", commit, "--", "recemb", "kernels")
+            git(tree, "checkout", "--quiet", commit, "--", "recemb", "kernels")
             yield tree
         finally:
-            _git(ROOT, "worktree", "remove", "--force", str(tree))
+            git(ROOT, "worktree", "remove", "--force", str(tree))
 
 
 def compare_with(
-    workers: Sequence[Worker], ref: str, comparison: Comparison, rounds: int, memory_limit: float
+    workers: Sequence[Worker], commit: str, comparison: Comparison, rounds: int, memory_limit: float
 ) -> tuple[list[Row], list[Skipped]]:
     """Time our cases of a comparison in two workers, this checkout's and the commit's.
 
@@ -102,15 +101,5 @@ def compare_with(
     for path in paths:
         for case in ready:
             this, base = times[f"{case} {path}"]
-            rows += Pair(setting, case, path, this, base).rows(ref)
+            rows += Pair(setting, case, path, this, base).rows(commit)
     return rows, skipped
-
-
-def _git(folder: Path, *words: str, hint: str = "") -> str:
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise ConfigError(
-            f"{hint or 'git ' + words[0]}: {said[-1] if said else 'no such commit; see git log --oneline'}"
-        )
-    return done.stdout

@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
+from bench.floor import floor
 from bench.ids import Batch, make_batches
 from bench.measure import Key, Runner, percentiles, ratio, take_turns
 from bench.ours import build_collection, table_bytes, table_specs
 from bench.peers import TBECollection, feature_names
-from bench.settings import BASE, DENSE, LARGEST_TT, TBE, Setting
+from bench.results import Row
+from bench.settings import BASE, DENSE, LARGEST_TT, MODULE, TBE, Setting
+from bench.work import work
 from recemb.data.synthetic import scaled_cardinalities
 from recemb.models import dlrm
 
 _DENSE_FEATURES = 13
 _DENSE_ARCH, _OVER_ARCH = (512, 256, 16), (512, 512, 256, 1)
 _CLICK_RATE = 0.256
-_PATH = "train"
 _OPTIMIZERS = {"adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 
 
@@ -33,6 +35,9 @@ class TrainRow:
     Args:
         samples_per_second: B over the median step.
         speed_ratio: samples per second over those of the uncompressed model, the median over the rounds.
+        gflop_s: arithmetic of the look-up (:mod:`bench.work`) and of the linear layers, over the median step.
+        gbyte_s: memory traffic of the look-up alone, over the median step.
+        floor_us: the least time for that work on this machine (:mod:`bench.floor`).
     """
 
     model: str
@@ -49,6 +54,12 @@ class TrainRow:
     p80_us: float
     samples_per_second: float
     speed_ratio: float
+    gflop_s: float
+    gbyte_s: float
+    floor_us: float
+    gemm_gflop_s: float
+    copy_gbyte_s: float
+    gather_gbyte_s: float
 
 
 @dataclass(frozen=True)
@@ -103,13 +114,16 @@ def train_rows(models: Models, batch: int, rounds: int) -> list[TrainRow]:
     batches = make_batches(setting)
     labels = torch.bernoulli(torch.full((batch,), _CLICK_RATE))
     runners: dict[Key, Runner] = {
-        (name, _PATH): Runner(_Step(model, models.dense_optimizer, len(setting.rows), labels), batches)
+        (name, MODULE): Runner(_Step(model, models.dense_optimizer, len(setting.rows), labels), batches)
         for name, model in models.models.items()
     }
     times = take_turns(runners, rounds)
+    least = floor(setting.dim)
     rows = []
     for name, path in times:
         spread = percentiles(times[name, path])
+        done = work(name, path, setting, batches)
+        flop = done.flop + _linear_flop(models.models[name], batch)
         rows.append(
             TrainRow(
                 model=name,
@@ -125,21 +139,60 @@ def train_rows(models: Models, batch: int, rounds: int) -> list[TrainRow]:
                 p50_us=spread.p50,
                 p80_us=spread.p80,
                 samples_per_second=batch / spread.p50 * 1e6,
-                speed_ratio=ratio(times[TBE, _PATH], times[name, path]),
+                speed_ratio=ratio(times[TBE, MODULE], times[name, path]),
+                gflop_s=flop / spread.p50 / 1e3,
+                gbyte_s=done.nbytes / spread.p50 / 1e3,
+                floor_us=least.microseconds(flop, done.nbytes),
+                gemm_gflop_s=least.gemm,
+                copy_gbyte_s=least.copy,
+                gather_gbyte_s=least.gather,
             )
         )
     return rows
 
 
+def _linear_flop(model: nn.Module, batch: int) -> float:
+    """Of the linear layers in one step, backward at twice forward; dot products of features are left out."""
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    return 3 * 2 * batch * weights
+
+
+def plot_rows(rows: Sequence[TrainRow]) -> list[Row]:
+    """The compressed model's steps as :mod:`bench.plot` draws them, against the uncompressed model's."""
+    return [
+        Row(
+            setting=f"DLRM, {row.tables} tables D={row.dim} B={row.batch:,} {row.ids} ids",
+            rows=str(row.rows),
+            dim=row.dim,
+            batch=row.batch,
+            hots=1,
+            ids=row.ids,
+            optimizer=row.dense_optimizer,
+            distinct=None,
+            case=row.model,
+            path=MODULE,
+            table_bytes=row.table_bytes,
+            rounds=row.rounds,
+            p20_us=row.p20_us,
+            p50_us=row.p50_us,
+            p80_us=row.p80_us,
+            ratio_tbe=1 / row.speed_ratio,
+        )
+        for row in rows
+        if row.model != TBE
+    ]
+
+
 def train_table(rows: Sequence[TrainRow]) -> str:
     """The figures of one batch size, within 100 columns."""
     lines = [
-        f"{'tables':<19} {'bytes':>14} {'P20 ms':>8} {'P50 ms':>8} {'P80 ms':>8} {'samples/s':>10}  x TBE"
+        f"{'tables':<19} {'bytes':>14} {'P20 ms':>8} {'P50 ms':>8} {'P80 ms':>8} {'samples/s':>10}  x TBE "
+        f"{'GF/s':>6} floor"
     ]
     for row in rows:
         p20, p50, p80 = (f"{value / 1e3:>8.1f}" for value in (row.p20_us, row.p50_us, row.p80_us))
         lines.append(
             f"{row.model:<19} {row.table_bytes:>14,} {p20} {p50} {p80} {row.samples_per_second:>10,.0f} "
-            f"{row.speed_ratio:>6.2f}"
+            f"{row.speed_ratio:>6.2f} {row.gflop_s:>6.0f} {row.floor_us / row.p50_us:>5.0%}"
         )
     return "\n".join(lines)

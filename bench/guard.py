@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from recemb.errors import ConfigError
-from recemb_kernels.build import cache_dir
+from recemb.stack import versions
+from recemb_kernels.build import _compiler_version, _cpu, cache_dir, compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels", "tests/optim")
@@ -21,7 +22,7 @@ _SUFFIXES = {".py", ".cpp", ".h"}
 
 
 def require_green(tests: Sequence[str] = TESTS, stamps: Path | None = None) -> str:
-    """Run the tests in a child process, unless they have passed on the same sources before.
+    """Run the tests in a child process, unless they have passed before on the same sources and system.
 
     Args:
         tests: files or folders, seen from the root of the checkout.
@@ -38,10 +39,13 @@ def require_green(tests: Sequence[str] = TESTS, stamps: Path | None = None) -> s
     if missing:
         raise ConfigError(f"--tests {missing[0]}: no such file or folder under {ROOT}")
     sources = source_hash(tests)
-    stamp = (stamps or cache_dir()) / f"bench-green-{sources}"
+    stamp = (stamps or cache_dir()) / f"bench-green-{sources}-{system_hash()}"
     if stamp.exists():
         return sources
-    print(f"bench: testing the operators first ({' '.join(tests)}), once for these sources", file=sys.stderr)
+    print(
+        f"bench: testing the operators first ({' '.join(tests)}), once for these sources and this system",
+        file=sys.stderr,
+    )
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -62,6 +66,12 @@ def source_hash(tests: Sequence[str]) -> str:
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
         digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def system_hash() -> str:
+    """Of what decides the results beside the sources: processor, compiler, libraries; 12 hex digits."""
+    parts = (_cpu(), _compiler_version(compiler()), versions())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def _files(names: Sequence[str]) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,9 @@ class Runner:
     batches: Sequence[Batch]
     first: int = 0
 
-    def warm_up(self) -> None:
-        """Compile kernels and allocate workspaces, on batches that come up last."""
-        for k in range(_WARM_UP):
-            self.run(-1 - k)
+    def warm_up(self) -> float:
+        """Compile kernels and allocate workspaces, on batches that come up last; seconds of the best step."""
+        return min(self.run(-1 - k) for k in range(_WARM_UP))
 
     def run(self, turn: int) -> float:
         """Seconds of one step."""
@@ -53,30 +53,41 @@ class Percentiles:
     p80: float
 
 
-def take_turns(runners: Mapping[Key, Runner], rounds: int) -> dict[Key, Seconds]:
+def take_turns(runners: Mapping[Key, Runner], rounds: int, slow: float = math.inf) -> dict[Key, Seconds]:
     """Time every runner once a round, so that a machine that slows down slows all of them.
 
     Each round has an order of its own, so that no case always follows the one that empties the caches.
 
+    Args:
+        runners: what takes turns.
+        rounds: from 1.
+        slow: seconds; a longer step takes part in every 2nd, 4th or 8th round only, so as to take about as
+            much time as a step of this length. Any two steps meet at least every 8th round.
+
     Returns:
-        [rounds] seconds of each runner.
+        [rounds] seconds of each runner, NaN in the rounds without it.
     """
-    for runner in runners.values():
-        runner.warm_up()
-    times = {key: np.empty(rounds) for key in runners}
+    every = {key: _every(runner.warm_up(), slow) for key, runner in runners.items()}
+    times = {key: np.full(rounds, np.nan) for key in runners}
     generator = np.random.default_rng(0)
     keys = list(runners)
     for turn in range(rounds):
         for k in generator.permutation(len(keys)):
-            times[keys[k]][turn] = runners[keys[k]].run(turn)
+            if turn % every[keys[k]] == 0:
+                times[keys[k]][turn] = runners[keys[k]].run(turn)
     return times
 
 
+def _every(seconds: float, slow: float) -> int:
+    """A step of so many seconds takes part in every k-th round: 1, 2, 4 or 8."""
+    return next((k for k in (1, 2, 4) if seconds <= k * slow), 8)
+
+
 def percentiles(times: Seconds) -> Percentiles:
-    """P20, P50 and P80."""
-    return Percentiles(*(float(p) for p in np.percentile(times, [20, 50, 80]) * 1e6))
+    """P20, P50 and P80 of the rounds that it took part in."""
+    return Percentiles(*(float(p) for p in np.nanpercentile(times, [20, 50, 80]) * 1e6))
 
 
 def ratio(times: Seconds, baseline: Seconds) -> float:
     """Median of the round-by-round ratios: a round in which the machine was slow cancels out."""
-    return float(np.median(times / baseline))
+    return float(np.nanmedian(times / baseline))

@@ -20,6 +20,7 @@ paths: op = ready ids and offsets, as TBE is given; module = a KeyedJaggedTensor
 _EPILOG = """\
 examples:
   recemb bench ops                                            every target, 3-5 minutes
+  recemb bench ops --preset sample                            12 settings of the grid, 4-6 minutes
   recemb bench ops --rows 1000000 --ranks 32 --batch 64 4096 --ids permuted
   recemb bench ops --preset quick --base HEAD~1               this checkout against another commit
 """
@@ -38,8 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--preset",
-        choices=("targets", "grid", "quick"),
-        help="targets (default): every promised figure; grid: all sizes, hours; quick: a minute",
+        choices=("targets", "grid", "sample", "quick"),
+        help="targets (default): every promised figure; grid: all sizes, hours; sample: a dozen settings "
+        "of the grid; quick: a minute",
     )
     one = parser.add_argument_group(
         "one-off sizes", "any of these replaces the preset; several values make all combinations"

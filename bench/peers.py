@@ -42,7 +42,7 @@ def feature_names(tables: int) -> list[str]:
 
 def absent(case: str, setting: Setting) -> str | None:
     """Why a peer cannot be measured at a setting, or ``None``."""
-    if case != TBE and len(setting.rows) > 1:
+    if case not in (TBE, FUNCTIONAL) and len(setting.rows) > 1:
         return "one table only"
     if not case.startswith(TLTORCH):
         return None
@@ -134,15 +134,20 @@ class TBETables:
 
 
 class FunctionalTables:
-    """``F.embedding_bag``, forward only, on the TBE's own weights."""
+    """``F.embedding_bag``, forward only, a call a table, on the TBE's own weights."""
 
     def __init__(self, tbe: TBETables) -> None:
-        (self.weight,) = tbe.collection.weights()
+        self.weights = tbe.collection.weights()
         self.steps: dict[str, Step] = {FORWARD: self._forward}
 
     @torch.no_grad()
-    def _forward(self, batch: Batch) -> None:
-        F.embedding_bag(batch.ids, self.weight, batch.offsets, mode="sum", include_last_offset=True)
+    def _forward(self, batch: Batch) -> list[Tensor]:
+        # All bags are equally long: every table's offsets are the first one's.
+        offsets = batch.offsets[: batch.grad.shape[0] + 1]
+        return [
+            F.embedding_bag(ids, weight, offsets, mode="sum", include_last_offset=True)
+            for ids, weight in zip(batch.ids.chunk(len(self.weights)), self.weights, strict=True)
+        ]
 
 
 class SparseTables:

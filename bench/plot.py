@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# More bars cannot be told apart on one page; the grid is for the CSV.
-MOST_BARS = 120
+# More bars cannot be told apart on one page, and nobody leafs through more pages: the grid is for the CSV.
+_MOST_BARS, MOST_PAGES = 120, 6
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _COLOURS = {"op": "#0072B2", "module": "#56B4E9", "forward": "#009E73", "peer": "#999999", "bound": "#D55E00"}
 _BAR_INCHES, _PANEL_INCHES = 0.21, 0.62
@@ -23,27 +24,53 @@ _COLUMN_INCHES, _TALL_INCHES = 7.5, 9.0
 
 
 def save_plot(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
-    """Write ``name``.png and ``name``.svg; nothing when no row has a ratio to TBE, or too many have one."""
-    drawn = [row for row in rows if row.ratio_tbe is not None]
-    if not drawn or len(drawn) > MOST_BARS:
-        return []
-    figure = ratio_figure(drawn)
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    figure.savefig(png, dpi=130)
-    svg.write_text(figure_svg(figure), encoding="utf-8")
-    return [png, svg]
+    """Write ``name``.png and ``name``.svg, and ``name``_2 and on where one page does not hold all settings.
+
+    Returns:
+        The files; none when no row has a ratio to TBE, or too many have one.
+    """
+    pages = _pages(rows)
+    names = [name, *(f"{name}_{number}" for number in range(2, MOST_PAGES + 1))]
+    files = []
+    for stem, page in zip_longest(names, pages if len(pages) <= MOST_PAGES else []):
+        png, svg = folder / f"{stem}.png", folder / f"{stem}.svg"
+        if page is None:
+            # Pages of a run that had more settings do not stay beside the CSV of this one.
+            png.unlink(missing_ok=True)
+            svg.unlink(missing_ok=True)
+            continue
+        figure = ratio_figure(page)
+        figure.savefig(png, dpi=130)
+        svg.write_text(figure_svg(figure), encoding="utf-8")
+        files += [png, svg]
+    return files
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The bars of each setting."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        # TBE against itself is the line.
+        if row.ratio_tbe is not None and (row.case, row.path) != (TBE, OP):
+            panels.setdefault(row.setting, []).append(row)
+    return panels
+
+
+def _pages(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows by whole settings, as many as a page holds."""
+    pages: list[list[Row]] = []
+    for panel in _panels(rows).values():
+        if not pages or len(pages[-1]) + len(panel) > _MOST_BARS:
+            pages.append([])
+        pages[-1] += panel
+    return pages
 
 
 def ratio_figure(rows: Sequence[Row]) -> Figure:
     """One panel a setting, all on the same log axis, TBE's 1.0 as a line and the targets as ticks."""
     from matplotlib.figure import Figure
 
-    panels: dict[str, list[Row]] = {}
-    for row in rows:
-        # TBE against itself is the line.
-        if (row.case, row.path) != (TBE, OP):
-            panels.setdefault(row.setting, []).append(row)
-    columns = _columns(panels)
+    columns = _columns(_panels(rows))
     height = max(sum(map(_height, column.values())) for column in columns)
     figure = Figure(figsize=(_COLUMN_INCHES * len(columns), height + 1.0), layout="constrained")
     limits = _limits(rows)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from bench.base import checkout, compare_with
 from bench.guard import ROOT
-from bench.plot import MOST_BARS, save_plot
+from bench.plot import MOST_PAGES, save_plot
+from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
@@ -58,15 +59,21 @@ class Report:
             print("".join(f"  missed: {name}\n" for name in missed), end="")
         if self.folder is None or not self.rows:
             return
-        files = [self.folder / f"{self.name}.csv"]
-        if not have_matplotlib():
-            print(MISSING_MATPLOTLIB, file=sys.stderr)
-        else:
-            plots = save_plot(self.rows, self.folder, self.name)
-            if not plots:
-                print(f"no plot: it is drawn for 1 to {MOST_BARS} ratios to TBE", file=sys.stderr)
-            files += plots
-        print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+        finish_files(self.rows, self.folder, self.name)
+
+
+def finish_files(rows: Sequence[Row], folder: Path, name: str) -> None:
+    """Draw the plot beside ``name``.csv, or say why not, and name the files."""
+    plots = []
+    if not have_matplotlib():
+        print(MISSING_MATPLOTLIB, file=sys.stderr)
+    else:
+        plots = save_plot(rows, folder, name)
+        if not plots:
+            print(
+                f"no plot: there is no ratio to TBE, or more than {MOST_PAGES} pages of them", file=sys.stderr
+            )
+    print(f"written: {', '.join(map(str, [folder / f'{name}.csv', *plots]))}", file=sys.stderr)
 
 
 def run_comparisons(
@@ -96,14 +103,15 @@ def run_base(
     comparisons: Sequence[Comparison], ref: str, rounds: int, memory_gb: float | None, report: Report
 ) -> int:
     """Measure our cases in this checkout and at ``ref``, alternately; exit code 0."""
-    limit = memory_limit(memory_gb)
-    with checkout(ref) as tree, ExitStack() as stack:
+    # The figures outlive a name such as HEAD~1 or a branch.
+    commit, limit = resolve(ref), memory_limit(memory_gb)
+    with checkout(commit) as tree, ExitStack() as stack:
         workers = [stack.enter_context(closing(Worker(root))) for root in (ROOT, tree)]
         bar = stack.enter_context(tqdm(comparisons, unit="setting", disable=None))
         for comparison in bar:
             bar.set_postfix_str(comparison.setting.title())
-            rows, skipped = compare_with(workers, ref, comparison, rounds, limit)
-            title = f"{comparison.setting.title()} (x like = this checkout / {ref})"
+            rows, skipped = compare_with(workers, commit, comparison, rounds, limit)
+            title = f"{comparison.setting.title()} (x like = this checkout / {commit})"
             report.add(title, rows, [_skip_line(case) for case in skipped])
     report.finish()
     return 0
@@ -119,9 +127,10 @@ def memory_limit(gigabytes: float | None) -> float:
 def _heading(comparison: Comparison, rows: Sequence[Row]) -> str:
     if not rows:
         return comparison.setting.title()
-    row = rows[0]
+    row, fewest, most = rows[0], *(pick(row.rounds for row in rows) for pick in (min, max))
+    fewer = f", slow steps {fewest} or more" if fewest < most else ""
     return (
-        f"{row.setting}, {row.distinct:,.0f} distinct ids a batch, {row.rounds} rounds\n"
+        f"{row.setting}, {row.distinct:,.0f} distinct ids a batch, {most} rounds{fewer}\n"
         f"floor: GEMM {row.gemm_gflop_s:,.0f} GFLOP/s, copy {row.copy_gbyte_s:.1f} GB/s, "
         f"random rows {row.gather_gbyte_s:.1f} GB/s"
     )

@@ -75,7 +75,7 @@ class Comparison:
 
     setting: Setting
     cases: tuple[str, ...]
-    paths: tuple[str, ...] = (OP, MODULE)
+    paths: tuple[str, ...] = PATHS
 
 
 KAGGLE = Setting(rows=KAGGLE_CARDINALITIES)
@@ -102,29 +102,36 @@ def is_ours(case: str) -> bool:
     return not case.startswith(PEERS)
 
 
+def against_peers(*cases: str) -> tuple[str, ...]:
+    """Cases with TBE and its forward pass before them and tensorly-torch's trains of the same ranks after."""
+    foreign = (TLTORCH + case.removeprefix(TT) for case in cases if case.startswith(TT))
+    # When memory runs short, the last cases are left out.
+    return (TBE, FUNCTIONAL, *cases, *foreign)
+
+
 def targets_preset() -> list[Comparison]:
     """Every setting that :mod:`bench.targets` has a target for, with the peers that belong to it."""
-    trains = tuple(f"{TT}{rank}" for rank in RANKS)
-    foreign = tuple(f"{TLTORCH}{rank}" for rank in RANKS)
-    few = (TBE, f"{TT}32")
-    base = (TBE, FUNCTIONAL, *trains, *STORED, SPARSE, *foreign)
+    trains = methods(["tt"], RANKS)
+    few = against_peers(f"{TT}32")
     return [
-        Comparison(BASE, base, PATHS),
+        Comparison(BASE, against_peers(*trains, *STORED, SPARSE)),
         Comparison(replace(BASE, ids="permuted"), few),
         Comparison(replace(BASE, ids="uniform"), few),
-        Comparison(replace(BASE, batch=64), (TBE, *trains, *STORED)),
+        Comparison(replace(BASE, batch=64), against_peers(*trains, *STORED)),
         Comparison(replace(BASE, batch=65536), few),
         Comparison(replace(BASE, batch=65536, ids="permuted"), few),
-        Comparison(replace(BASE, optimizer="sgd"), (TBE, *trains[:2], SPARSE)),
-        Comparison(replace(BASE, dim=64), (*few, ROBE)),
-        Comparison(replace(BASE, dim=128), (TBE, ROBE)),
-        Comparison(KAGGLE, (TBE, LARGEST_TT)),
+        Comparison(replace(BASE, optimizer="sgd"), against_peers(*trains[:2], SPARSE)),
+        Comparison(replace(BASE, dim=64), against_peers(f"{TT}32", ROBE)),
+        Comparison(replace(BASE, dim=128), against_peers(*trains, ROBE)),
+        # The sizes of bench.scale: there a train against itself, here against tensorly-torch's.
+        *(Comparison(replace(BASE, rows=(n,)), few) for n in (M, G)),
+        Comparison(KAGGLE, against_peers(LARGEST_TT)),
     ]
 
 
 def quick_preset() -> list[Comparison]:
     """The base setting and a small batch, without the slow peers."""
-    cases = (TBE, *(f"{TT}{rank}" for rank in RANKS), *STORED)
+    cases = (TBE, *methods(METHODS, RANKS))
     return [Comparison(BASE, cases), Comparison(replace(BASE, batch=64), cases)]
 
 
@@ -138,16 +145,14 @@ def grid(
 
     Peers run everywhere, the torch and tltorch ones on single tables. Neighbours share tables when they can.
     """
-    fields = [
+    settings = [
         replace(BASE, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
-    order = {key: k for k, key in enumerate(dict.fromkeys(setting.tables_key for setting in fields))}
-    foreign = (f"{TLTORCH}{rank}" for rank in ranks if "tt" in names)
-    # When memory runs short, the last cases are left out.
-    cases = (TBE, FUNCTIONAL, *methods(names, ranks), SPARSE, *foreign)
+    order = {key: k for k, key in enumerate(dict.fromkeys(setting.tables_key for setting in settings))}
+    cases = against_peers(*methods(names, ranks), SPARSE)
     return [
         Comparison(setting, cases, tuple(paths))
-        for setting in sorted(fields, key=lambda setting: order[setting.tables_key])
+        for setting in sorted(settings, key=lambda setting: order[setting.tables_key])
     ]
 
 
@@ -165,4 +170,27 @@ def grid_preset() -> list[Comparison]:
     )
 
 
-PRESETS = {"targets": targets_preset, "grid": grid_preset, "quick": quick_preset}
+def sample_preset() -> list[Comparison]:
+    """Settings of the grid that take in every value of every size, each of our methods and rank at each.
+
+    Of tensorly-torch the smallest rank alone: the others take longer than all the rest together.
+    """
+    sizes = [
+        (100_000, 16, 4096, 20, "zipf", "rowwise_adagrad"),
+        (100_000, 64, 65536, 1, "zipf", "rowwise_adagrad"),
+        (100_000, 128, 4096, 1, "uniform", "rowwise_adagrad"),
+        (M, 16, 4096, 20, "permuted", "rowwise_adagrad"),
+        (M, 16, 65536, 20, "zipf", "rowwise_adagrad"),
+        (M, 64, 64, 20, "zipf", "sgd"),
+        (M, 128, 4096, 20, "zipf", "rowwise_adagrad"),
+        (M, 128, 65536, 1, "zipf", "rowwise_adagrad"),
+        (10 * M, 16, 4096, 20, "zipf", "rowwise_adagrad"),
+        (10 * M, 64, 4096, 1, "uniform", "rowwise_adagrad"),
+        (G, 16, 4096, 20, "zipf", "rowwise_adagrad"),
+        (G, 128, 4096, 1, "permuted", "rowwise_adagrad"),
+    ]
+    cases = (TBE, FUNCTIONAL, *methods(METHODS, RANKS), SPARSE, f"{TLTORCH}{RANKS[0]}")
+    return [Comparison(Setting((rows,), *others), cases, (OP, FORWARD)) for rows, *others in sizes]
+
+
+PRESETS = {"targets": targets_preset, "grid": grid_preset, "sample": sample_preset, "quick": quick_preset}

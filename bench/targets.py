@@ -16,9 +16,12 @@ from bench.settings import (
     QR,
     RANKS,
     ROBE,
+    SCALE_RANK,
     STORED,
     TLTORCH,
     TT,
+    G,
+    M,
     Setting,
 )
 
@@ -74,8 +77,11 @@ def _targets() -> dict[tuple[Setting, str, str], Target]:
     found = {(setting, case, OP): Target(limit) for setting, case, limit in bounds}
     # The whole embedding step of a model in one module call.
     found[KAGGLE, LARGEST_TT, MODULE] = Target(0.8)
-    for rank in RANKS:
-        found[BASE, f"{TLTORCH}{rank}", OP] = Target(20, like=True, at_least=True)
+    trains = [(setting, case) for setting, case, _ in bounds if case.startswith(TT)]
+    trains += [(widest, f"{TT}{rank}") for rank in RANKS]
+    trains += [(replace(BASE, rows=(n,)), f"{TT}{SCALE_RANK}") for n in (M, G)]
+    for setting, case in trains:
+        found[setting, TLTORCH + case.removeprefix(TT), OP] = Target(20, like=True, at_least=True)
     return found
 
 

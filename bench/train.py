@@ -15,7 +15,11 @@ Time a DLRM training step (forward, loss, backward, all updates) on the 26 table
 rows of 16 columns, 2.2 GB. The 7 largest tables as tensor trains of rank 32, the rest uncompressed, against
 torchrec's model with all of them in one fbgemm TBE. Dense layers, fused row-wise Adagrad and batches are the
 same; the models take turns, and the ratio is the median of the round-by-round ratios. Ids are Zipf 1.05.
+
+The floor is the least time for the look-up's arithmetic and memory traffic and the linear layers' arithmetic.
+Two commits are compared look-up by look-up, by recemb bench ops --base; there is no such flag here.
 """
+_NAME = "train_kaggle"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tests", nargs="+", metavar="PATH", help="must pass first (default tests/kernels tests/optim)"
     )
-    add_output(parser, where="bench/results at full scale")
+    add_output(parser, "CSV and plot", "bench/results at full scale")
     return parser
 
 
@@ -53,7 +57,8 @@ def _run(args: argparse.Namespace) -> int:
 
     sources = require_green(args.tests or TESTS)
     # After the tests: torch takes seconds to load.
-    from bench.dlrm_step import Models, train_rows, train_table
+    from bench.dlrm_step import Models, plot_rows, train_rows, train_table
+    from bench.report import finish_files
     from bench.results import results_folder, this_machine, write_csv
 
     # A model of another size must not replace the results that git keeps.
@@ -66,9 +71,9 @@ def _run(args: argparse.Namespace) -> int:
         rows += train_rows(models, batch, args.rounds)
         print(f"\nB={batch:,}, {args.rounds} rounds\n{train_table(rows[-2:])}")
         if folder is not None:
-            write_csv(folder / "train_kaggle.csv", rows, machine)
+            write_csv(folder / f"{_NAME}.csv", rows, machine)
     if folder is not None:
-        print(f"written: {folder / 'train_kaggle.csv'}", file=sys.stderr)
+        finish_files(plot_rows(rows), folder, _NAME)
     return 0
 
 

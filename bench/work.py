@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -79,8 +80,9 @@ def _specs(case: str, setting: Setting) -> list[TableSpec]:
     ]
 
 
+@lru_cache(maxsize=_SAMPLED_BATCHES)
 def _per_table(setting: Setting, batch: Batch) -> list[Ids]:
-    """The distinct ids of each table, sorted."""
+    """The distinct ids of each table, sorted; every case on every path asks for those of the same batches."""
     return [np.unique(ids) for ids in np.split(batch.ids.numpy(), len(setting.rows))]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.base import Pair, checkout
 from bench.guard import ROOT
+from bench.ops import main
+from bench.provenance import git, resolve
 from bench.settings import BASE, FORWARD, OP
 from bench.worker import Worker, WorkerError, alternate
 from recemb.errors import ConfigError
@@ -30,11 +34,34 @@ def test_a_checkout_holds_the_packages_alone_and_goes_away() -> None:
 
 @needs_git
 def test_an_unknown_commit_is_named() -> None:
-    with (
-        pytest.raises(ConfigError, match="--base no-such-commit: no such commit; see git log"),
-        checkout("no-such-commit"),
-    ):
-        pass
+    with pytest.raises(ConfigError, match="--base no-such-commit: no such commit; see git log"):
+        resolve("no-such-commit")
+
+
+@needs_git
+def test_two_commits_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clone, green, output = tmp_path / "clone", tmp_path / "test_green.py", tmp_path / "out"
+    git(tmp_path, "clone", "--quiet", "--no-checkout", str(ROOT), str(clone))
+    monkeypatch.setattr("bench.base.ROOT", clone)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    green.write_text("def test_it():\n    assert True\n")
+    # Two trains fit into 0.1 MB, two tables of 64 kB do not.
+    sizes = "--rows 1000 --batch 16 --ranks 4 --methods tt dense --paths op --rounds 2 --memory_gb 0.0001"
+    words = [*sizes.split(), "--base", "HEAD", "--tests", str(green), "--output", str(output)]
+    assert main(words) == 0
+    commit = git(ROOT, "rev-parse", "--short", "HEAD").strip()
+    with (output / "ops_custom_base.csv").open() as handle:
+        base, this = csv.DictReader(handle)
+    assert (base["case"], base["like"], base["ratio_like"]) == (f"TT R=4 @{commit}", "", "")
+    assert (this["case"], this["like"]) == ("TT R=4", f"TT R=4 @{commit}")
+    assert float(this["ratio_like"]) > 0
+    assert {row["commit"].removesuffix("+") for row in (base, this)} == {commit}
+    out = capsys.readouterr().out
+    assert f"(x like = this checkout / {commit})" in out
+    assert "not measured: uncompressed: two of its tables take 0.0 GB, more than is left" in out
+    assert not list((clone / ".git" / "worktrees").glob("*"))
 
 
 def test_a_worker_measures_its_own_checkout() -> None:

@@ -1,4 +1,4 @@
-"""Red tests forbid a figure; green ones are remembered for the same sources."""
+"""Red tests forbid a figure; green ones are remembered for the same sources on the same system."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def test_green_tests_run_once_for_the_same_sources(tmp_path: Path) -> None:
     assert source_hash([other]) != first
     require_green([other], stamps)
     assert runs.read_text() == "xxy"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("versions", lambda: {"torch": "2.0"}),
+        ("_cpu", lambda: "model name: another"),
+        ("_compiler_version", lambda path: "g++ 1.0"),
+    ],
+)
+def test_another_system_is_tested_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: object
+) -> None:
+    stamps, runs = tmp_path / "stamps", tmp_path / "runs"
+    stamps.mkdir()
+    tests = _tests(tmp_path, f"Path({str(runs)!r}).open('a').write('x')")
+    first = require_green([tests], stamps)
+    monkeypatch.setattr(f"bench.guard.{name}", other)
+    assert require_green([tests], stamps) == first, "the sources are the same"
+    assert runs.read_text() == "xx"
 
 
 def test_a_missing_test_file_is_named(tmp_path: Path) -> None:

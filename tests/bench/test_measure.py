@@ -41,6 +41,30 @@ def test_every_case_runs_once_a_round_on_the_batch_of_the_round() -> None:
     assert len(orders) > 1, "a fixed order lets one case always follow the same neighbour"
 
 
+class _Slow(Runner):
+    """A runner that says how long its steps take."""
+
+    def warm_up(self) -> float:
+        return self.first / 100
+
+
+def test_slow_steps_take_part_in_fewer_rounds_all_of_them_the_fast_ones_too() -> None:
+    runners: dict[Key, Runner] = {
+        (str(hundredths), "op"): _Slow(lambda batch: None, [1, 2], hundredths)  # type: ignore[list-item]
+        for hundredths in (0, 10, 20, 40, 1000)
+    }
+    times = take_turns(runners, 17, slow=0.1)
+    rounds = {key[0]: np.flatnonzero(np.isfinite(found)).tolist() for key, found in times.items()}
+    assert rounds == {
+        "0": list(range(17)), "10": list(range(17)), "20": list(range(0, 17, 2)),
+        "40": list(range(0, 17, 4)), "1000": [0, 8, 16],
+    }  # fmt: skip
+    assert ratio(times["1000", "op"], times["40", "op"]) > 0
+    assert percentiles(times["1000", "op"]).p50 > 0
+    alone = np.array([np.nan, 2.0, np.nan, 8.0, np.nan])
+    assert ratio(alone, np.array([1.0, 1.0, 9.0, 2.0, 9.0])) == 3.0
+
+
 def test_warm_up_leaves_the_first_rounds_batches_cold() -> None:
     seen: list[object] = []
     Runner(seen.append, list(range(10))).warm_up()  # type: ignore[arg-type]

@@ -10,14 +10,27 @@ import pytest
 import torch
 
 from bench.ids import Batch
-from bench.plot import ratio_figure
-from bench.results import Machine, Row, columns, results_folder, table, write_csv
-from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting, is_ours, targets_preset
-from bench.targets import TARGETS, Target
+from bench.plot import MOST_PAGES, ratio_figure, save_plot
+from bench.program import RESULTS
+from bench.results import Machine, Row, columns, results_folder, table, this_machine, write_csv
+from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting
+from bench.targets import Target
 from bench.work import work
 from recemb.errors import ConfigError
 
-MACHINE = Machine("2030-01-02T03:04:05+00:00", "a CPU", 2, 2, "default", 0.1, "torch=2", "abc")
+MACHINE = Machine(
+    "2030-01-02T03:04:05+00:00",
+    "a CPU",
+    2,
+    2,
+    "default",
+    "default",
+    0.1,
+    "torch=2",
+    "g++ 12",
+    "1a2b3c4+",
+    "abc",
+)
 ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000.4, 2000.0, 3000.0)
 
 
@@ -29,11 +42,35 @@ def test_the_csv_has_a_row_a_case_with_machine_and_versions(tmp_path: Path) -> N
         lines = list(reader)
     assert reader.fieldnames == columns(Row)
     assert {"case", "path", "p20_us", "p50_us", "p80_us", "ratio_tbe", "target", "met"} <= set(columns(Row))
-    assert {"date", "cpu", "cores", "threads", "versions", "sources"} <= set(columns(Row))
+    machine = {
+        "date",
+        "cpu",
+        "cores",
+        "threads",
+        "thp_mem_alloc",
+        "versions",
+        "compiler",
+        "commit",
+        "sources",
+    }
+    assert machine <= set(columns(Row))
     assert [line["ratio_tbe"] for line in lines] == ["", "0.5", ""]
     assert [line["met"] for line in lines] == ["", "met", "missed"]
-    assert {line["versions"] for line in lines} == {"torch=2"}
+    assert {(line["versions"], line["compiler"], line["commit"]) for line in lines} == {
+        ("torch=2", "g++ 12", "1a2b3c4+")
+    }
     assert list(tmp_path.iterdir()) == [tmp_path / "ops.csv"]
+
+
+def test_huge_pages_of_tensors_are_recorded_and_stand_in_the_heading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    plain = this_machine("abc")
+    assert plain.thp_mem_alloc == "default"
+    assert "THP" not in plain.heading()
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    huge = this_machine("abc")
+    assert huge.thp_mem_alloc == "1"
+    assert "THP_MEM_ALLOC_ENABLE=1" in huge.heading().splitlines()
 
 
 def test_tables_fit_in_100_columns_and_leave_empty_columns_out() -> None:
@@ -57,6 +94,13 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert results_folder(None, tmp_path / "new") == tmp_path / "new"
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ops_*.csv")), ids=lambda path: path.stem)
+def test_kept_figures_have_columns_of_today(path: Path) -> None:
+    with path.open() as handle:
+        names = csv.DictReader(handle).fieldnames
+    assert set(names or ()) <= set(columns(Row)), "a renamed column leaves older figures behind"
+
+
 @pytest.mark.parametrize(
     ("target", "tbe", "like", "met"),
     [
@@ -71,18 +115,6 @@ def test_a_target_judges_its_own_ratio(
     target: Target, tbe: float | None, like: float | None, met: bool | None
 ) -> None:
     assert target.met(tbe, like) is met
-
-
-def test_the_targets_preset_measures_every_target() -> None:
-    measured = {
-        (comparison.setting, case, path)
-        for comparison in targets_preset()
-        for case in comparison.cases
-        for path in comparison.paths
-    }
-    assert set(TARGETS) <= measured
-    assert all(comparison.cases[0] == TBE for comparison in targets_preset())
-    assert [is_ours(case) for case in (TBE, "tltorch R=16", f"{TT}16", DENSE)] == [False, False, True, True]
 
 
 def _batch(setting: Setting, ids: list[int]) -> Batch:
@@ -130,3 +162,22 @@ def test_the_plot_marks_bounds_on_the_drawn_ratio_only() -> None:
     bounds = [line.get_xdata()[0] for line in axes.lines]  # type: ignore[index]
     assert sorted(bounds) == [0.8, 1]
     assert {text.get_text() for text in axes.texts} == {"0.4", "12"}
+
+
+def test_settings_that_one_page_does_not_hold_go_on_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.plot._MOST_BARS", 5)
+    rows = [
+        replace(ROW, setting=setting, case=f"TT R={rank}", ratio_tbe=0.5)
+        for setting in ("a", "b", "c")
+        for rank in (16, 32)
+    ]
+    names = [path.name for path in save_plot(rows, tmp_path, "ops")]
+    assert names == ["ops.png", "ops.svg", "ops_2.png", "ops_2.svg"]
+    # Nothing of the last run stays beside what this one wrote.
+    assert save_plot(rows[:4], tmp_path, "ops") == [tmp_path / "ops.png", tmp_path / "ops.svg"]
+    assert len(list(tmp_path.iterdir())) == 2
+    many = [replace(row, setting=str(k)) for k in range(3 * MOST_PAGES) for row in rows[:2]]
+    assert save_plot(many, tmp_path, "ops") == []
+    assert not list(tmp_path.iterdir())

@@ -146,6 +146,12 @@ def test_train_from_end_to_end(recemb: Recemb, tmp_path: Path, green: str) -> No
     for row in (dense, compressed):
         assert float(row["samples_per_second"]) == pytest.approx(32e6 / float(row["p50_us"]), rel=1e-3)
         assert (row["tables"], row["batch"], row["dense_optimizer"]) == ("26", "32", "adagrad")
+        assert 0 < float(row["floor_us"]) < float(row["p50_us"])
+    # Linear layers: 13-512-256-16, and 16 + 27 * 26 / 2 = 367 features into 512-512-256-1.
+    linear = 13 * 512 + 512 * 256 + 256 * 16 + 367 * 512 + 512 * 512 + 512 * 256 + 256
+    assert float(dense["gflop_s"]) * float(dense["p50_us"]) * 1e3 == pytest.approx(6 * 32 * linear, rel=0.01)
+    assert float(compressed["gflop_s"]) * float(compressed["p50_us"]) * 1e3 > 6 * 32 * linear
+    assert (tmp_path / "out" / "train_kaggle.svg").read_text().count("7 largest TT R=32") == 1
 
 
 def test_cache_from_end_to_end(recemb: Recemb, tmp_path: Path, green: str, log_dir: Path) -> None:
