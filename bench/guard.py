@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench.provenance import ROOT, compiler_version
 from recemb.errors import ConfigError
 from recemb.stack import versions
-from recemb_kernels.build import _compiler_version, _cpu, cache_dir, compiler
+from recemb_kernels.build import _cpu, cache_dir
 
-ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels", "tests/optim")
 _SOURCES = (
     *("kernels", "recemb/backends", "recemb/id_maps", "recemb/optim", "recemb/cache", "recemb/torchrec_io"),
@@ -70,7 +70,7 @@ def source_hash(tests: Sequence[str]) -> str:
 
 def system_hash() -> str:
     """Of what decides the results beside the sources: processor, compiler, libraries; 12 hex digits."""
-    parts = (_cpu(), _compiler_version(compiler()), versions())
+    parts = (_cpu(), compiler_version(), versions())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 

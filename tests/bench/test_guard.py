@@ -43,7 +43,7 @@ def test_green_tests_run_once_for_the_same_sources(tmp_path: Path) -> None:
     [
         ("versions", lambda: {"torch": "2.0"}),
         ("_cpu", lambda: "model name: another"),
-        ("_compiler_version", lambda path: "g++ 1.0"),
+        ("compiler_version", lambda: "g++ 1.0"),
     ],
 )
 def test_another_system_is_tested_anew(
