@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 from recemb.errors import ConfigError
-from recemb_kernels.build import KernelUnavailableError, _compiler_version, compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the benchmarks write is no change of what they measure.
@@ -61,6 +60,9 @@ def head_commit(root: Path = ROOT) -> str:
 
 def compiler_version() -> str:
     """The first line of the compiler's ``--version``; ``none`` without one that kernels can take."""
+    # An older commit that is compared with may have other names for these.
+    from recemb_kernels.build import KernelUnavailableError, _compiler_version, compiler
+
     try:
         return _compiler_version(compiler())
     except KernelUnavailableError:

@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -89,7 +90,7 @@ def probe() -> str:
     """Compile a tiny library as a kernel is, and load it.
 
     Returns:
-        The compiler's words, and what it says of itself.
+        The compiler's words, what it says of itself, and where libraries go if not into the cache.
 
     Raises:
         KernelUnavailableError: no kernel can be had.
@@ -98,8 +99,11 @@ def probe() -> str:
     version = _compiler_version(words)
     # Under a fixed name, so that it is compiled each time and kept once.
     library = _compile([_PROBE], {}, (*FULL, *FLAGS))
-    _load_or_build("probe.so", lambda: library)
-    return f"{shlex.join(words)}: {version}"
+    kept = Path(_load_or_build("probe.so", lambda: library)._name).parent
+    elsewhere = (
+        "" if kept == cache_dir() else f"; libraries are kept in {kept}, as {cache_dir()} is of no use"
+    )
+    return f"{shlex.join(words)}: {version}{elsewhere}"
 
 
 def compiler() -> tuple[str, ...]:
@@ -132,9 +136,18 @@ def cache_dir() -> Path:
 def _temporary_dir() -> Path:
     """Of this user, and where another holds the name, of this process."""
     fallback = Path(tempfile.gettempdir()) / f"recemb-{os.getuid()}"
-    if _writable(fallback) and fallback.stat().st_uid == os.getuid():
+    if _writable(fallback) and _is_private(fallback):
         return fallback
     return Path(tempfile.mkdtemp(prefix="recemb-"))
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody else can put a library there: a folder of this user, not a link to one; closes it."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return False
+    folder.chmod(0o700)
+    return True
 
 
 def _writable(folder: Path) -> bool:

@@ -188,17 +188,18 @@ class GatherOp(Generic[_S]):
 
     def _check_types(self, parameters: list[Tensor], ids: Tensor, offsets: Tensor, weights: Any) -> None:
         """Kernels take bytes for what they expect; a GPU's also read half precision."""
-        float32 = () if ids.is_cuda else parameters
+        stored = (torch.float32, torch.bfloat16, torch.float16) if ids.is_cuda else (torch.float32,)
         wanted = [
-            ("parameters", float32, torch.float32),
-            ("ids", (ids,), torch.int64),
-            ("offsets", (offsets,), torch.int64),
-            ("weights", () if weights is None else (weights,), torch.float32),
+            ("parameters", parameters, stored),
+            ("ids", [ids], (torch.int64,)),
+            ("offsets", [offsets], (torch.int64,)),
+            ("weights", [] if weights is None else [weights], (torch.float32,)),
         ]
-        for name, tensors, dtype in wanted:
-            wrong = next((tensor.dtype for tensor in tensors if tensor.dtype is not dtype), None)
+        for name, tensors, dtypes in wanted:
+            wrong = next((tensor.dtype for tensor in tensors if tensor.dtype not in dtypes), None)
             if wrong is not None:
-                raise TypeError(f"recemb::{self.name}: {name} of {wrong} must be {dtype}; convert them")
+                named = " or ".join(map(str, dtypes))
+                raise TypeError(f"recemb::{self.name}: {name} of {wrong} must be {named}; convert them")
 
     def _forward(self, parameters: list[Tensor], *rest: Any) -> Tensor:
         *batch, tables, features = rest

@@ -31,7 +31,8 @@ def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
         return call()
     except KernelUnavailableError as error:
         with _lock:  # Shapes are tried side by side.
-            known = any(text.startswith(error.reason) for text in _unavailable.values())
+            own = (error.reason, f"{error.reason}: ")
+            known = any(text == own[0] or text.startswith(own[1]) for text in _unavailable.values())
             _unavailable[what] = str(error)
         if not known:
             warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -239,16 +239,16 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
         step = fused.of(own) if ask and native else None
         if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
-        if ask and step is None:
-            _leave_to_torch(owner)
+        if ask:
+            _leave_to_torch(owner, range(len(own)) if step is None else step.left)
         found.append(_Storage(own, step, native))
     return found
 
 
-def _leave_to_torch(owner: Backend) -> None:
-    """torch's hooks step on a storage's parameters: Adam is to move the rows there that a kernel would."""
-    for name, parameter in owner.own_parameters().items():
-        if name not in owner.stepped_whole:
+def _leave_to_torch(owner: Backend, left: Container[int]) -> None:
+    """torch's hooks step on these parameters of a storage: Adam is to move the rows that a kernel would."""
+    for k, (name, parameter) in enumerate(owner.own_parameters().items()):
+        if k in left and name not in owner.stepped_whole:
             for optimizer in attached_to(parameter):
                 step_lazily(optimizer)
 

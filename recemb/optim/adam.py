@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +70,23 @@ class LazyAdam(torch.optim.Adam):
 
 def step_lazily(optimizer: torch.optim.Optimizer) -> None:
     """Make a ``torch.optim.Adam`` a :class:`LazyAdam`, with its state and settings; others stay."""
-    if type(optimizer) is torch.optim.Adam:
-        optimizer.__class__ = LazyAdam
-        optimizer._patch_step_function()  # torch's __init__ has it run the hooks of a step
+    if type(optimizer) is not torch.optim.Adam:
+        return
+    scheduled = vars(optimizer).pop("step", None)
+    optimizer.__class__ = LazyAdam
+    optimizer._patch_step_function()  # torch's __init__ has it run the hooks of a step
+    if scheduled is None:
+        return
+    # A learning-rate scheduler has put a step of Adam's before the class's own, to see when it is called.
+    own = ref(optimizer)
+
+    @wraps(scheduled)
+    def step(*arguments: Any, **named: Any) -> Any:
+        found: Any = own()
+        found._opt_called = True
+        return type(found).step(found, *arguments, **named)
+
+    optimizer.step = step  # type: ignore[method-assign]
 
 
 def _step_touched(

@@ -31,15 +31,13 @@ def attached_to(parameter: Tensor) -> list[torch.optim.Optimizer]:
     found: list[torch.optim.Optimizer] = getattr(parameter, "_in_backward_optimizers", [])
     for k, optimizer in enumerate(found):
         if not hasattr(optimizer, "param_groups"):
-            kind, arguments = _working(optimizer)
-            found[k] = kind([parameter], **arguments)
-            parameter._optimizer_classes[k] = kind  # type: ignore[attr-defined] # torch's idiom
-            parameter._optimizer_kwargs[k] = arguments  # type: ignore[attr-defined]
+            # What has been asked for stays beside it, for fbgemm.
+            found[k] = _working(optimizer, parameter)
     return found
 
 
-def _working(placeholder: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """What steps as a class of torchrec's asks, and its arguments."""
+def _working(placeholder: torch.optim.Optimizer, parameter: Tensor) -> torch.optim.Optimizer:
+    """What steps as a class of torchrec's asks."""
     name, given = type(placeholder).__name__, getattr(placeholder, "_kwargs", {})
     if name not in _WORKING or not type(placeholder).__module__.startswith("torchrec."):
         raise ConfigError(
@@ -58,4 +56,4 @@ def _working(placeholder: torch.optim.Optimizer) -> tuple[type[torch.optim.Optim
             f"torchrec.optim.{name}, attached to a parameter of a table, has {unknown}, which fbgemm alone "
             f"knows; leave out all but {', '.join(defaults)}"
         )
-    return kind, {key: arguments.get(key, value) for key, value in defaults.items()}
+    return kind([parameter], **{key: arguments.get(key, value) for key, value in defaults.items()})

@@ -44,7 +44,7 @@ def test_there_is_no_commit_outside_a_checkout(checkout: Path, monkeypatch: pyte
 def test_the_compiler_is_named_without_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler_version()
     assert not compiler_version().startswith("/")
-    monkeypatch.setattr("bench.provenance.compiler", lambda: ())
+    monkeypatch.setattr("recemb_kernels.build.compiler", lambda: ())
     assert compiler_version() == "none"
 
 

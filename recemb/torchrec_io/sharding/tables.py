@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torchrec
 from torch import Tensor, nn
 from torch.distributed.optim.apply_optimizer_in_backward import (
     _apply_optimizer_in_backward as apply_optimizer_in_backward,
@@ -25,6 +26,7 @@ from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.configs import table_spec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 
+_ADAMS = (torch.optim.Adam, torchrec.optim.Adam)
 _IN_BACKWARD = ("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")
 
 
@@ -56,14 +58,17 @@ class Attachment:
             raise ConfigError(
                 f"{key} has {len(attached)} optimizers attached; call apply_optimizer_in_backward once for it"
             )
-        arguments = dict(parameter._optimizer_kwargs[0])  # type: ignore[attr-defined] # torch's idiom
+        kind = type(attached[0])
+        kind = torch.optim.Adam if kind is LazyAdam else kind
+        # Of a name that torchrec has for fbgemm alone the settings say all.
+        known = parameter._optimizer_classes[0] is kind  # type: ignore[attr-defined] # torch's idiom
+        arguments = dict(parameter._optimizer_kwargs[0]) if known else {}  # type: ignore[attr-defined]
         # torchrec rewrites the caller's dict for fbgemm when it shards another collection that shares it.
         if "learning_rate" in arguments:
             arguments["lr"] = arguments.pop("learning_rate")
         arguments.pop("optimizer", None)
         settings = {name: value for name, value in attached[0].param_groups[0].items() if name != "params"}
-        kind = type(attached[0])
-        return cls(torch.optim.Adam if kind is LazyAdam else kind, arguments, settings)
+        return cls(kind, arguments, settings)
 
     def attach(self, parameter: nn.Parameter, lazy: bool) -> None:
         """Attach an optimizer of this kind and these settings, with fresh state.
@@ -140,7 +145,7 @@ def _is_ours(module: EmbeddingBagCollection, spec: TableSpec, device: torch.devi
         return True
     # The classes, which a table that is only planned carries too.
     kinds = getattr(module.embedding_bags[spec.name].weight, "_optimizer_classes", ())
-    return device.type == "cpu" and any(issubclass(kind, torch.optim.Adam) for kind in kinds)
+    return device.type == "cpu" and any(issubclass(kind, _ADAMS) for kind in kinds)
 
 
 class LogicalTables:
