@@ -139,11 +139,25 @@ def test_a_home_that_is_read_only_gives_way_to_a_temporary_folder(
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("taken", ["file", "link"])
 def test_a_temporary_folder_whose_name_is_taken(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, taken: str
 ) -> None:
-    (tmp_path / "temporary" / f"recemb-{os.getuid()}").write_text("of another user")
+    """By another user's file, or by a link, which its owner may turn to another folder."""
+    name = tmp_path / "temporary" / f"recemb-{os.getuid()}"
+    if taken == "file":
+        name.write_text("of another user")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        name.symlink_to(tmp_path / "elsewhere")
     monkeypatch.setenv("RECEMB_CACHE_DIR", "/dev/null/below")
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/below")
     assert build.cache_dir().parent == tmp_path / "temporary"
+    assert build.cache_dir() != name
     assert build.load("answer", [source], {"ANSWER": 8}).answer() == 8
+
+
+def test_a_temporary_folder_is_closed_to_others(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert build._is_private(tmp_path)
+    assert tmp_path.stat().st_mode & 0o077 == 0
