@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.optim.adagrad import adagrad_update
-from recemb.optim.adam import NOT_LAZY, LazyAdam, adam_update
+from recemb.optim.adam import NOT_LAZY, adam_update, kind_of
 from recemb.optim.attached import attached_to
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
@@ -135,8 +135,7 @@ def _resolve(attached: Sequence[torch.optim.Optimizer]) -> _Rule | None:
 
 def _settings(optimizer: torch.optim.Optimizer) -> tuple[type, dict[str, Any]]:
     (group,) = optimizer.param_groups
-    kind = torch.optim.Adam if type(optimizer) is LazyAdam else type(optimizer)
-    return kind, {key: value for key, value in group.items() if key != "params"}
+    return kind_of(optimizer), {key: value for key, value in group.items() if key != "params"}
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> _Rule | None:
@@ -144,6 +143,6 @@ def _rule(optimizer: torch.optim.Optimizer) -> _Rule | None:
         return sgd_update
     if type(optimizer) is torch.optim.Adagrad:
         return adagrad_update
-    if type(optimizer) in (torch.optim.Adam, LazyAdam):
+    if kind_of(optimizer) is torch.optim.Adam:
         return adam_update
     return rowwise_adagrad_update if is_rowwise_adagrad(optimizer) else None

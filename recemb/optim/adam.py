@@ -68,6 +68,11 @@ class LazyAdam(torch.optim.Adam):
         return loss
 
 
+def kind_of(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    """Its class as the user has named it: a :class:`LazyAdam` is an Adam."""
+    return torch.optim.Adam if type(optimizer) is LazyAdam else type(optimizer)
+
+
 def step_lazily(optimizer: torch.optim.Optimizer) -> None:
     """Make a ``torch.optim.Adam`` a :class:`LazyAdam`, with its state and settings; others stay."""
     if type(optimizer) is not torch.optim.Adam:

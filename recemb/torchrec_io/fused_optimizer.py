@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.optim.fused import FusedOptimizer
 
 from recemb.errors import ConfigError
-from recemb.optim.adam import LazyAdam, make_state
+from recemb.optim.adam import kind_of, make_state
 from recemb.optim.attached import attached_to
 
 _Optimizers = Mapping[Tensor, torch.optim.Optimizer]
@@ -181,8 +181,7 @@ def _groups(optimizers: _Optimizers) -> list[_Group]:
         current = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         # ``defaults`` are the settings as attached: two groups stay two while a schedule makes them equal.
         # Adam's step is taken in two ways, by where a parameter lies.
-        kind = torch.optim.Adam if type(optimizer) is LazyAdam else type(optimizer)
-        key = (kind, optimizer.defaults, current)
+        key = (kind_of(optimizer), optimizer.defaults, current)
         members = next((members for other, members in found if other == key), None)
         if members is None:
             found.append((key, [optimizer]))

@@ -20,7 +20,7 @@ from recemb.backends import build, storages
 from recemb.backends.base import Backend
 from recemb.errors import ConfigError
 from recemb.id_maps.radix import ceil_div
-from recemb.optim.adam import LazyAdam
+from recemb.optim.adam import LazyAdam, kind_of
 from recemb.optim.attached import attached_to
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.configs import table_spec
@@ -58,8 +58,7 @@ class Attachment:
             raise ConfigError(
                 f"{key} has {len(attached)} optimizers attached; call apply_optimizer_in_backward once for it"
             )
-        kind = type(attached[0])
-        kind = torch.optim.Adam if kind is LazyAdam else kind
+        kind = kind_of(attached[0])
         # Of a name that torchrec has for fbgemm alone the settings say all.
         known = parameter._optimizer_classes[0] is kind  # type: ignore[attr-defined] # torch's idiom
         arguments = dict(parameter._optimizer_kwargs[0]) if known else {}  # type: ignore[attr-defined]
