@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
 from bench.ids import Batch
-from bench.settings import FORWARD, FUNCTIONAL, MODULE, OP, SPARSE, TBE, TLTORCH, Setting
+from bench.settings import EMPTY, FORWARD, FUNCTIONAL, MODULE, OP, SPARSE, TBE, TLTORCH, Setting
 from recemb.backends.tt_shapes import tt_shapes
 from recemb.spec import TensorTrain
 
@@ -164,6 +164,33 @@ class SparseTables:
         self.optimizer.step()
 
 
+class _Empty(torch.autograd.Function):
+    """[B, D] that nothing is written to; its gradient is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, ids: Tensor, offsets: Tensor, dim: int) -> Tensor:
+        return torch.empty(offsets.shape[0] - 1, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+        return None, None, None, None
+
+
+class EmptyTables:
+    """``empty step``: an autograd function that computes nothing, for one table of any size.
+
+    The time that torch itself takes to record and run back a step, which no look-up in Python can be under.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.parameter = torch.zeros((), requires_grad=True)
+        self.dim = dim
+        self.steps: dict[str, Step] = {OP: self._op}
+
+    def _op(self, batch: Batch) -> None:
+        _Empty.apply(self.parameter, batch.ids, batch.offsets, self.dim).backward(batch.grad)
+
+
 class TLTorchTables:
     """``tltorch R=r``: tensorly-torch's block tensor train, in the shape of our own, with dense SGD."""
 
@@ -203,4 +230,6 @@ def build_peer(case: str, rows: Sequence[int], dim: int, optimizer: str, built: 
         return FunctionalTables(built[TBE])
     if case == SPARSE:
         return SparseTables(rows[0], dim)
+    if case == EMPTY:
+        return EmptyTables(dim)
     return TLTorchTables(rows[0], dim, int(case.removeprefix(TLTORCH)))

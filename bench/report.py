@@ -18,7 +18,7 @@ from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
-from bench.settings import Comparison
+from bench.settings import EMPTY, OP, SPARSE, Comparison
 from bench.worker import Worker
 from recemb.training.plots import MISSING_MATPLOTLIB, have_matplotlib
 
@@ -86,7 +86,8 @@ def run_comparisons(
         for comparison in bar:
             bar.set_postfix_str(comparison.setting.title())
             rows, skipped = compare(comparison, tables, rounds)
-            report.add(_heading(comparison, rows), rows, [_skip_line(case) for case in skipped])
+            notes = [*limits(rows), *map(_skip_line, skipped)]
+            report.add(_heading(comparison, rows), rows, notes)
             absent |= {case.case: case.reason for case in skipped if "not installed" in case.reason}
     tables.clear()
     if with_scale:
@@ -115,6 +116,20 @@ def run_base(
             report.add(title, rows, [_skip_line(case) for case in skipped])
     report.finish()
     return 0
+
+
+def limits(rows: Sequence[Row]) -> list[str]:
+    """What a peer's missed bound would ask of us, beside what torch's own steps take in the same rounds."""
+    took = {row.case: row.p50_us for row in rows if row.path == OP}
+    least = [f"{case} takes {took[case]:,.0f} us" for case in (EMPTY, SPARSE) if case in took]
+    if EMPTY not in took:
+        return []
+    return [
+        f"{row.target} for {row.case} asks for a step of {row.p50_us / float(row.target[2:]):,.0f} us: "
+        f"{', '.join(least)}"
+        for row in rows
+        if row.target.startswith(">=") and not row.met
+    ]
 
 
 def memory_limit(gigabytes: float | None) -> float:

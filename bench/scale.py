@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.floor import floor, update_growth
@@ -39,7 +40,7 @@ def measure_scale(rounds: int) -> tuple[list[Row], list[str]]:
     return [replace(row, peak_rss_bytes=peak) for row in rows], [
         f"peak memory of all above the imports: {peak / 1e6:,.0f} MB, "
         f"target < {SCALE_PEAK_BYTES / 1e6:,.0f} MB: {verdict}",
-        _growth(),
+        _growth(rows),
     ]
 
 
@@ -60,8 +61,8 @@ def _sizes(worker: Worker, ids: str, rounds: int) -> list[Row]:
     return rows
 
 
-def _growth() -> str:
-    """What a billion rows do more, and what that costs at the machine's own speed."""
+def _growth(measured: Sequence[Row]) -> str:
+    """What a billion rows do more, what that costs at the machine's own speed, and the ratio that leaves."""
     settings = [replace(BASE, rows=(n,)) for n in (M, G)]
     batches = [make_batches(setting) for setting in settings]
     laid = make_batches(replace(BASE, rows=(M,), ids=TREE_OF_1G))
@@ -69,12 +70,16 @@ def _growth() -> str:
     flop = [work(_CASE, OP, s, made).flop for s, made in zip(settings, batches, strict=True)]
     touched = [touched_bytes(_CASE, s, made) for s, made in zip(settings, batches, strict=True)]
     arithmetic = (flop[1] - flop[0]) / (floor(BASE.dim).gemm * 1e9)
+    slices = 1e6 * update_growth(*touched)
+    million, _, tree = (row for row in measured if (row.path, row.ids != "permuted") == (OP, True))
+    assert tree.ratio_like is not None
     return (
         f"a batch of the billion has {rows[1]:,.0f} distinct rows, of the million {rows[0]:,.0f}, with the "
         f"billion's prefixes {rows[2]:,.0f}. At the machine's own speed the billion's takes "
         f"{1e6 * arithmetic:.0f} us more for {flop[1] / 1e6:.0f} MFLOP instead of {flop[0] / 1e6:.0f} (as "
-        f"GEMM), and {1e6 * update_growth(*touched):.0f} us more to read and write {touched[1] / 1e6:.2f} MB "
-        f"of core slices instead of {touched[0] / 1e6:.2f} once (in one block)"
+        f"GEMM), and {slices:.0f} us more to read and write {touched[1] / 1e6:.2f} MB "
+        f"of core slices instead of {touched[0] / 1e6:.2f} once (in one block). With the prefixes as "
+        f"measured and the slices at that speed: {tree.ratio_like + slices / million.p50_us:.2f} x"
     )
 
 

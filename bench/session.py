@@ -15,7 +15,19 @@ from bench.measure import Key, Runner, Seconds, percentiles, ratio, take_turns
 from bench.ours import OurTables, table_bytes, table_specs
 from bench.peers import absent, build_peer
 from bench.results import Row
-from bench.settings import FORWARD, FUNCTIONAL, MODULE, OP, TBE, TLTORCH, TT, Comparison, Setting, is_ours
+from bench.settings import (
+    EMPTY,
+    FORWARD,
+    FUNCTIONAL,
+    MODULE,
+    OP,
+    TBE,
+    TLTORCH,
+    TT,
+    Comparison,
+    Setting,
+    is_ours,
+)
 from bench.targets import TARGETS
 from bench.work import distinct_ids, work
 from recemb.errors import ConfigError
@@ -35,8 +47,8 @@ class Skipped:
 
 
 def case_bytes(case: str, setting: Setting) -> int:
-    """Bytes of a case's tables; F.embedding_bag reads the TBE's."""
-    if case == FUNCTIONAL:
+    """Bytes of a case's tables; F.embedding_bag reads the TBE's, an empty step none."""
+    if case in (FUNCTIONAL, EMPTY):
         return 0
     if case.startswith(TLTORCH):
         case = TT + case.removeprefix(TLTORCH)

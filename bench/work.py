@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from bench.ids import Batch
 from bench.ours import table_specs
-from bench.settings import FORWARD, TLTORCH, TT, Setting, is_ours
+from bench.settings import EMPTY, FORWARD, TLTORCH, TT, Setting, is_ours
 from recemb import ROBE, MixedDimension, QuotientRemainder, TensorTrain
 from recemb.backends.tt_shapes import core_sizes, table_shapes
 from recemb.spec import TableSpec
@@ -42,6 +42,8 @@ def distinct_ids(setting: Setting, batches: Sequence[Batch]) -> float:
 
 def work(case: str, path: str, setting: Setting, batches: Sequence[Batch]) -> Work:
     """What a case does at a setting, the mean over a few of the batches."""
+    if case == EMPTY:
+        return Work(0, 0)
     touched, flop = _touched_and_flop(case, setting, batches)
     lookups = setting.batch * setting.hots * len(setting.rows)
     outputs = setting.batch * setting.dim * len(setting.rows)

@@ -12,8 +12,9 @@ import torch
 from bench.ids import Batch
 from bench.plot import MOST_PAGES, ratio_figure, save_plot
 from bench.program import RESULTS
+from bench.report import limits
 from bench.results import Machine, Row, columns, results_folder, table, this_machine, write_csv
-from bench.settings import BASE, DENSE, FORWARD, MD, OP, QR, TBE, TT, Setting
+from bench.settings import BASE, DENSE, EMPTY, FORWARD, MD, OP, QR, SPARSE, TBE, TLTORCH, TT, Setting
 from bench.targets import Target
 from bench.work import work
 from recemb.errors import ConfigError
@@ -32,6 +33,19 @@ MACHINE = Machine(
     "abc",
 )
 ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000.4, 2000.0, 3000.0)
+
+
+def test_a_missed_bound_on_a_peer_is_held_against_torchs_own_steps() -> None:
+    peer = replace(ROW, case=f"{TLTORCH}16", p50_us=2000.0, target=">=20", met=False)
+    empty = replace(ROW, case=EMPTY, p50_us=97.0)
+    forward = replace(ROW, case=SPARSE, path=FORWARD, p50_us=1.0)
+    line = ">=20 for tltorch R=16 asks for a step of 100 us: empty step takes 97 us"
+    assert limits([peer, empty, forward]) == [line]
+    sparse = replace(ROW, case=SPARSE, p50_us=385.0)
+    assert limits([peer, empty, sparse]) == [f"{line}, nn.EmbeddingBag takes 385 us"]
+    assert limits([replace(peer, met=True), empty, replace(ROW, target="<=1", met=False)]) == []
+    # Without the empty step there is nothing to hold it against.
+    assert limits([peer, sparse]) == []
 
 
 def test_the_csv_has_a_row_a_case_with_machine_and_versions(tmp_path: Path) -> None:

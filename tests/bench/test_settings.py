@@ -7,11 +7,12 @@ from itertools import pairwise
 import torch
 
 from bench.ids import make_batches
-from bench.peers import FunctionalTables, TBETables, absent
+from bench.peers import EmptyTables, FunctionalTables, TBETables, absent
 from bench.session import case_bytes
 from bench.settings import (
     BASE,
     DENSE,
+    EMPTY,
     FORWARD,
     FUNCTIONAL,
     KAGGLE,
@@ -32,6 +33,7 @@ from bench.settings import (
     targets_preset,
 )
 from bench.targets import TARGETS
+from bench.work import Work, work
 
 AXES = ("rows", "dim", "batch", "hots", "ids", "optimizer")
 TRAINS = tuple(f"{TT}{rank}" for rank in RANKS)
@@ -98,6 +100,18 @@ def test_the_sample_takes_in_every_value_of_the_grid() -> None:
         assert comparison.paths == (OP, FORWARD)
     large = {(s.rows[0], s.hots) for s in (comparison.setting for comparison in sample) if s.dim == 128}
     assert {(100_000, 1), (10**6, 20), (10**9, 1)} <= large
+
+
+def test_an_empty_step_computes_nothing_and_is_recorded() -> None:
+    setting = Setting(rows=(50,), dim=8, batch=5, hots=3)
+    (batch, *_) = make_batches(setting)
+    empty = EmptyTables(setting.dim)
+    empty.steps[OP](batch)
+    assert empty.parameter.grad is None
+    assert work(EMPTY, OP, setting, [batch]) == Work(0, 0)
+    assert case_bytes(EMPTY, setting) == 0
+    (small,) = (comparison for comparison in targets_preset() if comparison.setting.batch == 64)
+    assert {EMPTY, SPARSE} < set(small.cases)
 
 
 def test_bytes_of_peers() -> None:
