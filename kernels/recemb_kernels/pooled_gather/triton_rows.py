@@ -292,7 +292,7 @@ class RowFamily(Family[RowShape]):
         grad = sums
         if longest > _WHOLE:
             grad = torch.empty(min(count, most + 1), width, dtype=torch.float32, device=self.device)
-            sum_segments(grad, sums, runs.run_piece, runs.cuts, None, most)
+            sum_segments(grad, sums, runs.run_piece, runs.cuts, most, relative=False)
         return located(self, keys, runs.key, runs.cuts), grad
 
     @cached_property

@@ -166,7 +166,7 @@ class BlockFamily(Family[RobeShape]):
             **constants,
         )
         sums = torch.empty(most, width, dtype=torch.float32, device=self.device)
-        sum_segments(sums, parts, runs.run_piece, runs.cuts, None, most)
+        sum_segments(sums, parts, runs.run_piece, runs.cuts, most, relative=False)
         last = order % self._blocks == self._blocks - 1
         length = torch.where(last, self._dim - (self._blocks - 1) * self._block, self._block)
         return self._join(runs, sums, start % self._block + length > self._block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,68 +11,103 @@ from torch import Tensor
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Call, Family
 from recemb_kernels.triton_frame.kernels import find_gradients, segment_sum, sum_pieces
-from recemb_kernels.triton_frame.launches import find_constants, piece_constants, segment_constants
+from recemb_kernels.triton_frame.launches import (
+    PIECE,
+    find_constants,
+    piece_constants,
+    segment_constants,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What each place of a sorted batch gets of the pooled bags' gradient.
+
+    Positions of one row are summed by pieces of at most ``PIECE``, then piece by piece: one owner for each
+    sum, in the order of positions, so that the bits do not depend on scheduling, nor on which rows are asked
+    for together.
+
+    Attributes:
+        call: the look-up.
+        grad_out: [B, columns] float32.
+        start: [L] where in it the gradient of the place's bag starts.
+        scale: [L] float32, what multiplies that.
+    """
+
+    call: Call
+    grad_out: Tensor
+    start: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, family: Family[Any], call: Call, grad_out: Tensor) -> Places:
+        """The places of the family's features; the others mean nothing."""
+        batch, count = call.batch, call.batch.ids.numel()
+        start = torch.empty(count, dtype=torch.int64, device=family.device)
+        scale = torch.empty(count, dtype=torch.float32, device=family.device)
+        weights = batch.weights
+        constants = find_constants(weights is not None)
+        find_gradients[(cdiv(count, constants["BL"]),)](
+            start,
+            scale,
+            call.plan.order,
+            call.bag,
+            batch.offsets if weights is None else weights,
+            batch.offsets,
+            family.batch_features,
+            batch.size,
+            grad_out.shape[1],
+            count,
+            **constants,
+        )
+        return cls(call, grad_out, start, scale)
+
+    def rows(self, cuts: Tensor, dim: int, most: int | None = None) -> Tensor:
+        """[L, D] float32: the gradients of rows from ``cuts[0]`` to ``cuts[1]``; others are not written.
+
+        With ``most``, [most, D]: there are no more of them, and the first is that of row ``cuts[0]``.
+        """
+        plan, count = self.call.plan, len(self.start)
+        relative = most is not None
+        rows = count if most is None else most
+        # A piece begins with its row or at a multiple of PIECE.
+        pieces = min(count, rows + cdiv(count, PIECE))
+        sums = torch.empty(pieces, dim, dtype=torch.float32, device=self.start.device)
+        constants = piece_constants(dim, relative)
+        sum_pieces[(cdiv(pieces, constants["BP"]), cdiv(dim, constants["BD"]))](
+            sums,
+            self.grad_out,
+            self.start,
+            self.scale,
+            plan.piece_first,
+            plan.row_piece,
+            cuts,
+            **constants,
+        )
+        out = torch.empty(rows, dim, dtype=torch.float32, device=self.start.device)
+        sum_segments(out, sums, plan.row_piece, cuts, rows, relative=relative)
+        return out
 
 
 def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -> Tensor:
-    """[L, D] float32: the gradient of each distinct row that belongs to the family; others are not written.
-
-    Positions of one row are summed by pieces of at most ``PIECE``, then piece by piece: one owner for each
-    sum, in the order of positions, so that the bits do not depend on scheduling.
-    """
-    plan, batch = call.plan, call.batch
-    count = batch.ids.numel()
-    cuts = plan.cuts[family.index :]
-    pieces = torch.empty(count, dim, dtype=torch.float32, device=family.device)
-    rows = torch.empty_like(pieces)
-    start = torch.empty(count, dtype=torch.int64, device=family.device)
-    scale = torch.empty(count, dtype=torch.float32, device=family.device)
-    weights = batch.weights
-    constants = find_constants(weights is not None)
-    find_gradients[(cdiv(count, constants["BL"]),)](
-        start,
-        scale,
-        plan.order,
-        call.bag,
-        batch.offsets if weights is None else weights,
-        batch.offsets,
-        family.batch_features,
-        batch.size,
-        grad_out.shape[1],
-        count,
-        **constants,
-    )
-    constants = piece_constants(dim)
-    grid = (cdiv(count, constants["BP"]), cdiv(dim, constants["BD"]))
-    sum_pieces[grid](
-        pieces,
-        grad_out,
-        start,
-        scale,
-        plan.piece_first,
-        plan.row_piece,
-        cuts,
-        **constants,
-    )
-    sum_segments(rows, pieces, plan.row_piece, cuts, None, count)
-    return rows
+    """[L, D] float32: the gradients of the distinct rows of the family; others are not written."""
+    return Places.of(family, call, grad_out).rows(call.plan.cuts[family.index :], dim)
 
 
 def sum_segments(
-    out: Tensor, source: Tensor, first: Tensor, cuts: Tensor, source_base: Tensor | None, most: int
+    out: Tensor, source: Tensor, first: Tensor, cuts: Tensor, most: int, *, relative: bool
 ) -> None:
     """``out[n]`` = sum of ``source[first[n] : first[n + 1]]`` for n in ``cuts``, at most ``most`` of them.
 
-    With ``source_base``, both are workspaces of one micro-batch: ``out`` starts at row ``cuts[0]`` and
-    ``source`` at row ``source_base[0]``.
+    ``relative``: both are workspaces of one micro-batch: ``out`` starts at row ``cuts[0]`` and ``source`` at
+    that one's first.
     """
     width = out.shape[1]
-    constants = segment_constants(width, source_base is not None)
+    constants = segment_constants(width, relative)
     segment_sum[(cdiv(most, constants["BN"]), cdiv(width, constants["BW"]))](
         out,
         source,
         first,
         cuts,
-        cuts if source_base is None else source_base,
         **constants,
     )

@@ -207,15 +207,16 @@ def sum_pieces(
     piece_first,
     row_piece,
     cuts,
+    RELATIVE: tl.constexpr,
     D: tl.constexpr,
     BP: tl.constexpr,
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out[p] = sum over the places of piece p of ``scale`` * the gradient from ``start`` on, of one family.
+    """out[p] = sum over the places of piece p of ``scale`` * the gradient from ``start`` on.
 
-    Grid (pieces / BP, D / BD). ``cuts`` points at the family's first row and the one after its last. The
-    loads of BI places are under way at once.
+    Of the rows from ``cuts[0]`` to ``cuts[1]``; with RELATIVE, ``out`` starts at their first piece. Grid
+    (pieces / BP, D / BD). The loads of BI places are under way at once.
     """
     piece, here, first, length = pieces_of(row_piece, piece_first, cuts, BP)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -227,6 +228,8 @@ def sum_pieces(
             by = tl.load(scale + (first + begin + i), mask=inside, other=0.0)
             mask = inside[:, None] & (d < D)[None, :]
             total += tl.load(address[:, None] + d[None, :], mask=mask, other=0.0) * by[:, None]
+    if RELATIVE:
+        piece -= tl.load(row_piece + tl.load(cuts))
     mask = here[:, None] & (d < D)[None, :]
     tl.store(out + piece[:, None] * D + d[None, :], total, mask=mask)
 
@@ -237,7 +240,6 @@ def segment_sum(
     source,
     first,
     cuts,
-    source_base,
     RELATIVE: tl.constexpr,
     W: tl.constexpr,
     BN: tl.constexpr,
@@ -247,7 +249,7 @@ def segment_sum(
     """out[n] = sum of source[first[n] : first[n + 1]], for n from ``cuts[0]`` to ``cuts[1]``.
 
     Grid (segments / BN, W / BW). The loads of BC rows are under way at once. With RELATIVE, ``out`` starts at
-    row ``cuts[0]`` and ``source`` at row ``source_base[0]``: the workspaces of one micro-batch.
+    row ``cuts[0]`` and ``source`` at that one's first: the workspaces of one micro-batch.
     """
     low = tl.load(cuts)
     high = tl.load(cuts + 1)
@@ -256,10 +258,10 @@ def segment_sum(
         return
     here = n < high
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    begin = tl.load(first + n, mask=here, other=0)
-    length = tl.load(first + n + 1, mask=here, other=0) - begin
+    begin = tl.load(first + n, mask=here, other=0).to(tl.int64)
+    length = tl.load(first + n + 1, mask=here, other=0).to(tl.int64) - begin
     if RELATIVE:
-        begin -= tl.load(source_base)
+        begin -= tl.load(first + low)
         n -= low
     total = tl.zeros((BN, BW), dtype=tl.float32)
     for start in range(0, tl.max(length, 0), BC):

@@ -70,10 +70,10 @@ def find_constants(weighted: bool) -> dict[str, Any]:
     return {"WEIGHTED": weighted, "BL": 256, "num_warps": 4}
 
 
-def piece_constants(dim: int) -> dict[str, Any]:
+def piece_constants(dim: int, relative: bool) -> dict[str, Any]:
     """Of ``sum_pieces``."""
     pieces, block = tile_of(dim, *PIECE_TILE)
-    return {"D": dim, "BP": pieces, "BI": _AT_ONCE, "BD": block, "num_warps": 4}
+    return {"RELATIVE": relative, "D": dim, "BP": pieces, "BI": _AT_ONCE, "BD": block, "num_warps": 4}
 
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def product(a, b, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def split_digits(
     digits,
+    last,
     new,
     row_key,
     cuts,
@@ -48,10 +49,11 @@ def split_digits(
 ):
     """Each row's core slices, and where a new prefix of each length begins.
 
-    ``digits`` [ORDER, count]: entry of each of its slices, ``entry_base[table, k]`` + digit k. ``new``
-    [ORDER - 1, count]: whether the row's first k + 1 digits differ from those of the row before, or a
-    micro-batch begins. ``table_keys`` [tables + 1] and ``radices`` [tables, ORDER] describe the tables;
-    ``first_key`` is the family's first key. Grid (count / BR).
+    ``digits`` [ORDER - 1, count] and ``last`` [count]: the entry of each of its slices, ``entry_base[table,
+    k]`` + digit k, that of the last core apart. ``new`` [ORDER - 1, count]: whether the row's first k + 1
+    digits differ from those of the row before, or a micro-batch begins. ``table_keys`` [tables + 1] and
+    ``radices`` [tables, ORDER] describe the tables; ``first_key`` is the family's first key. Grid
+    (count / BR).
     """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     total = tl.zeros((), tl.int64) + count
@@ -73,7 +75,8 @@ def split_digits(
         key = key // radix
         before = before // radix
         is_new = inside & (fresh | (key != before))
-        tl.store(digits + (k * total + row), entry, mask=row < total)
+        to = digits + (k * total + row) if down else last + row
+        tl.store(to, entry, mask=row < total)
         tl.store(new + ((k - 1) * total + row), is_new.to(tl.int8), mask=row < total)
     tl.store(digits + row, tl.load(entry_base + table * ORDER) + key, mask=row < total)
 
@@ -98,9 +101,11 @@ def place_nodes(
     group_key,
     counts,
     digits,
+    last,
     new,
     cuts,
     slices,
+    prefixes,
     count,
     blocks,
     num_micro_batches,
@@ -111,10 +116,12 @@ def place_nodes(
 ):
     """The nodes of every level, numbered in the order of their rows; rows are those of the last.
 
-    ``entry`` and ``parent`` [ORDER, L], ``child`` [ORDER - 1, L + 1] and ``node_cuts`` [ORDER, S + 1] are
-    those of :class:`~recemb_kernels.tt_gather.triton_levels.Level`, S micro-batches. ``group_key``
-    [ORDER - 1, L] of levels 2 and on: micro-batch times ``slices[k]`` plus slice; S times that where there is
-    no node. ``digits`` and ``new`` come from ``split_digits``. Grid (P, P BL > L).
+    ``entry`` of the first level, ``parent`` and ``group_key`` of the others, ``child`` of all but the last,
+    one level after the other, and ``node_cuts`` [ORDER, S + 1] are those of
+    :class:`~recemb_kernels.tt_gather.triton_levels.Level`, S micro-batches. Level k has room for
+    ``prefixes[k]`` + S - 1 nodes, L at most, and rows for L; ``child`` for one more. ``group_key``:
+    micro-batch times ``slices[k]`` plus slice; S times that where there is no node. ``digits``, ``last`` and
+    ``new`` come from ``split_digits``. Grid (P, P BL > L).
     """
     block = tl.program_id(0).to(tl.int64)
     at = block * BL + tl.arange(0, BL)
@@ -128,34 +135,41 @@ def place_nodes(
     # Rows, the nodes of the last level, are numbered from the first of the batch, not of the family.
     above = at
     above_end = high
+    # Where the level's parents, and the children of the one above, begin.
+    own_at = tl.zeros((), tl.int64)
+    child_at = tl.zeros((), tl.int64)
+    size = total
     for level in tl.static_range(ORDER):
-        digit = tl.load(digits + (level * total + at), mask=here, other=0)
+        above_size = size
         if level < ORDER - 1:
+            size = tl.minimum(total, tl.load(prefixes + level) + num_micro_batches - 1)
+            digit = tl.load(digits + (level * total + at), mask=here, other=0)
             begins = tl.load(new + (level * total + at), mask=here, other=0) != 0
             before, every = totals(counts, ORDER - 1, level, block, blocks, BB)
             node = before + tl.cumsum(begins.to(tl.int64), 0) - 1
             end = every
         else:
+            size = total
+            digit = tl.load(last + at, mask=here, other=0)
             begins = inside
             node = at
             end = high
-        tl.store(entry + (level * total + node), digit, mask=begins)
+        if level == 0:
+            tl.store(entry + node, digit, mask=begins)
         if level > 0:
-            tl.store(parent + (level * total + node), above, mask=begins)
+            tl.store(parent + (own_at + node), above, mask=begins)
             # The first node of a prefix is the first child of the one above.
             opened = tl.load(new + ((level - 1) * total + at), mask=here, other=0) != 0
-            tl.store(child + ((level - 1) * (total + 1) + above), node, mask=opened)
+            tl.store(child + (child_at + above), node, mask=opened)
             if block == 0:
-                tl.store(child + ((level - 1) * (total + 1) + above_end), end)
+                tl.store(child + (child_at + above_end), end)
+            child_at += above_size + 1
             wide = tl.load(slices + level)
             key = micro_batch * wide + digit
-            tl.store(group_key + ((level - 1) * total + node), key, mask=begins)
-            none = here & ((at >= end) | (at < (low if level == ORDER - 1 else 0)))
-            tl.store(
-                group_key + ((level - 1) * total + at),
-                tl.zeros_like(at) + num_micro_batches * wide,
-                mask=none,
-            )
+            tl.store(group_key + (own_at + node), key, mask=begins)
+            none = (at < size) & ((at >= end) | (at < (low if level == ORDER - 1 else 0)))
+            tl.store(group_key + (own_at + at), tl.zeros_like(at) + num_micro_batches * wide, mask=none)
+            own_at += size
         tl.store(node_cuts + (level * (num_micro_batches + 1) + micro_batch), node, mask=opens)
         if block == 0:
             for s in range(num_micro_batches + 1):
@@ -273,16 +287,16 @@ def multiply(
     tile = tl.load(tile_first + first_group) + tl.program_id(0)
     if tile >= tl.load(tile_first + (first_group + num_entries)):
         return
-    group = tl.load(tile_group + tile)
+    group = tl.load(tile_group + tile).to(tl.int64)
     begin = tl.load(group_first + group)
     size = (tl.load(group_first + group + 1) - begin) * Q
     m = (tile - tl.load(tile_first + group)) * BM + tl.arange(0, BM)
     entry = group - first_group
     core = tl.multiple_of(tl.load(cores + tl.load(entry_table + entry)).to(tl.pointer_type(ELEMENT)), 16)
     core += tl.load(entry_row + entry) * (K * N)
-    node = tl.load(nodes + begin + m // Q, mask=m < size, other=0)
+    node = tl.load(nodes + begin + m // Q, mask=m < size, other=0).to(tl.int64)
     if FORWARD:
-        at = tl.load(parent + node, mask=m < size, other=0) - tl.load(source_base)
+        at = tl.load(parent + node, mask=m < size, other=0).to(tl.int64) - tl.load(source_base)
     else:
         at = node - tl.load(source_base)
     at = (at * Q + m % Q) * K
@@ -339,8 +353,8 @@ def slice_gradient(
     total = tl.zeros((BK, BN), dtype=tl.float32)
     for start in range(0, size, BM):
         m = start + tl.arange(0, BM)
-        node = tl.load(nodes + begin + m // Q, mask=m < size, other=0)
-        at = ((tl.load(parent + node, mask=m < size, other=0) - low) * Q + m % Q) * K
+        node = tl.load(nodes + begin + m // Q, mask=m < size, other=0).to(tl.int64)
+        at = ((tl.load(parent + node, mask=m < size, other=0).to(tl.int64) - low) * Q + m % Q) * K
         to = ((node - low_out) * Q + m % Q) * N
         a = tl.load(source + at[None, :] + k[:, None], mask=(m < size)[None, :] & (k < K)[:, None], other=0.0)
         b = tl.load(
@@ -350,3 +364,58 @@ def slice_gradient(
     address = grad + entry * (K * N) + k[:, None] * N + n[None, :]
     mask = (k < K)[:, None] & (n < N)[None, :]
     tl.store(address, tl.load(address, mask=mask, other=0.0) + total, mask=mask)
+
+
+@triton.jit
+def sum_children(
+    out,
+    source,
+    cores,
+    child,
+    entry,
+    entry_table,
+    entry_row,
+    cuts,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BC: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The way back from rows: out[node] [Q, K] = the sum over a node's rows of source[row] [Q, N] times the
+    transpose [N, K] of the row's slice, ``entry[row]``.
+
+    Of nodes from ``cuts[0]`` to ``cuts[1]``; ``out`` starts at the first, ``source`` at its first row. A
+    row's share of its node, K / N times as large as its gradient, is added up as it is computed. The loads of
+    BC rows are under way at once. Grid (nodes, K / BK).
+    """
+    low = tl.load(cuts)
+    node = low + tl.program_id(0)
+    if node >= tl.load(cuts + 1):
+        return
+    first = tl.load(child + node).to(tl.int64)
+    end = tl.load(child + node + 1).to(tl.int64)
+    q = tl.arange(0, BQ)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    to_source = (first - tl.load(child + low).to(tl.int64)) * (Q * N)
+    total = tl.zeros((BQ, BK), dtype=tl.float32)
+    while first < end:
+        for i in tl.static_range(BC):
+            inside = first + i < end
+            of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
+            core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
+            core += tl.load(entry_row + of) * (K * N)
+            share = tl.zeros((BQ, BK), dtype=tl.float32)
+            for n in tl.static_range(N):
+                left = source + (to_source + i * (Q * N)) + (q * N + n)
+                left = tl.load(left, mask=inside & (q < Q), other=0.0)
+                right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
+                left, right = tl.broadcast(left[:, None], right[None, :])
+                share = tl.fma(left, right, share)
+            total += share
+        first += BC
+        to_source += BC * Q * N
+    to = ((node - low) * Q + q[:, None]) * K + k[None, :]
+    tl.store(out + to, total, mask=(q < Q)[:, None] & (k < K)[None, :])

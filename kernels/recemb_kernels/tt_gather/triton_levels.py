@@ -33,10 +33,10 @@ class Groups:
     """The nodes of a level by core slice, micro-batch by micro-batch.
 
     Attributes:
-        nodes: [L] nodes, sorted by (micro-batch, slice).
+        nodes: [N] nodes, int32, sorted by (micro-batch, slice).
         first: [S G + 1] where each group starts in ``nodes``.
         tile_first: [S G + 1] the same in tiles of ``TILE_ROWS`` rows.
-        tile_group: the group of each tile.
+        tile_group: the group of each tile, int32 where that will do.
     """
 
     nodes: Tensor
@@ -47,18 +47,18 @@ class Groups:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The nodes of one level, numbered in the order of their rows.
+    """The nodes of one level, numbered in the order of their rows; N is how many there are at most.
 
     Attributes:
-        entry: [L] the core slice of each node.
-        parent: [L] its node of the level before; means nothing of the first level's.
-        child: [L + 1] its first child in the next level; ``None`` of rows, which have none.
+        entry: [N] int32, the core slice of each node; ``None`` between the first level and the rows.
+        parent: [N] int32, its node of the level before; ``None`` of the first level's.
+        child: [N + 1] int32, its first child in the next level; ``None`` of rows, which have none.
         cuts: [S + 1] first node of each micro-batch.
         groups: by slice; ``None`` of the first level, whose nodes are slices.
     """
 
-    entry: Tensor
-    parent: Tensor
+    entry: Tensor | None
+    parent: Tensor | None
     child: Tensor | None
     cuts: Tensor
     groups: Groups | None
@@ -75,6 +75,8 @@ class TrainTables:
         entry_table: per core, [G_k] the table of each slice.
         entry_row: per core, [G_k] its row in the core.
         slices: [d] G_k.
+        prefixes: [d - 1] of each length, how many there are in all tables.
+        num_prefixes: the same, as the host knows it.
         prefix_columns: Q before each core.
     """
 
@@ -84,43 +86,29 @@ class TrainTables:
     entry_table: Sequence[Tensor]
     entry_row: Sequence[Tensor]
     slices: Tensor
+    prefixes: Tensor
+    num_prefixes: Sequence[int]
     prefix_columns: Sequence[int]
 
 
 def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Level]:
     """Levels 1 .. d of a batch with ids."""
     plan, count = call.plan, call.batch.ids.numel()
-    num_tables, order = tables.radices.shape
-    micro, device = family.micro_batch_rows, family.device
-    digits = torch.empty(order, count, dtype=torch.int64, device=device)
-    new = torch.empty(order - 1, count, dtype=torch.int8, device=device)
-    cuts = plan.cuts[family.index :]
-    constants = digit_constants(order, num_tables)
-    split_digits[(cdiv(count, constants["BR"]),)](
-        digits,
-        new,
-        plan.row_key,
-        cuts,
-        call.keys.bounds[family.index :],
-        tables.keys,
-        tables.radices,
-        tables.entry_base,
-        num_tables,
-        count,
-        micro,
-        **constants,
-    )
-    constants = node_constants(order)
-    blocks, slices = cdiv(count + 1, constants["BL"]), cdiv(count, micro)
+    order, micro, device = len(tables.entry_row), family.micro_batch_rows, family.device
+    blocks, slices = cdiv(count + 1, count_constants(order)["BL"]), cdiv(count, micro)
+    digits, last, new = _digits(family, call, tables)
     counts = torch.empty(blocks, order - 1, dtype=torch.int32, device=device)
     count_nodes[(blocks,)](counts, new, count, **count_constants(order))
-    entry, parent = torch.empty(2, order, count, dtype=torch.int64, device=device)
-    child = torch.empty(order - 1, count + 1, dtype=torch.int64, device=device)
-    node_cuts = torch.empty(order, slices + 1, dtype=torch.int64, device=device)
+    # A micro-batch that begins within a prefix makes one node more of it.
+    sizes = [*(min(count, prefixes + slices - 1) for prefixes in tables.num_prefixes), count]
+    entry, parent, child = (
+        torch.empty(numel, dtype=torch.int32, device=device)
+        for numel in (sizes[0], sum(sizes[1:]), sum(sizes[:-1]) + order - 1)
+    )
     most = slices * max(core.numel() for core in tables.entry_row)
     # 32-bit keys sort in half the time.
-    kind = torch.int32 if most < 2**31 else torch.int64
-    group_key = torch.empty(order - 1, count, dtype=kind, device=device)
+    group_key = torch.empty_like(parent, dtype=torch.int32 if most < 2**31 else torch.int64)
+    node_cuts = torch.empty(order, slices + 1, dtype=torch.int64, device=device)
     place_nodes[(blocks,)](
         entry,
         parent,
@@ -129,32 +117,66 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
         group_key,
         counts,
         digits,
+        last,
         new,
-        cuts,
+        plan.cuts[family.index :],
         tables.slices,
+        tables.prefixes,
         count,
         blocks,
         slices,
         micro,
-        **constants,
+        **node_constants(order),
     )
+    # Given back before the sorts take theirs.
+    del digits, new
+    parents, keys = torch.split(parent, sizes[1:]), torch.split(group_key, sizes[1:])
+    children = torch.split(child, [size + 1 for size in sizes[:-1]])
     return [
         Level(
-            entry=entry[k],
-            parent=parent[k],
-            child=child[k] if k < order - 1 else None,
+            entry=entry if k == 0 else last if k == order - 1 else None,
+            parent=parents[k - 1] if k else None,
+            child=children[k] if k < order - 1 else None,
             cuts=node_cuts[k],
-            groups=_group(group_key[k - 1], slices, tables, k) if k else None,
+            groups=_group(keys[k - 1], slices, tables, k) if k else None,
         )
         for k in range(order)
     ]
+
+
+def _digits(family: Family[Any], call: Call, tables: TrainTables) -> tuple[Tensor, Tensor, Tensor]:
+    """[d - 1, L] and [L] int32: each row's core slices; [d - 1, L] int8: where a new prefix begins."""
+    count, device = call.batch.ids.numel(), family.device
+    num_tables, order = tables.radices.shape
+    digits = torch.empty(order - 1, count, dtype=torch.int32, device=device)
+    last = torch.empty(count, dtype=torch.int32, device=device)
+    new = torch.empty(order - 1, count, dtype=torch.int8, device=device)
+    constants = digit_constants(order, num_tables)
+    split_digits[(cdiv(count, constants["BR"]),)](
+        digits,
+        last,
+        new,
+        call.plan.row_key,
+        call.plan.cuts[family.index :],
+        call.keys.bounds[family.index :],
+        tables.keys,
+        tables.radices,
+        tables.entry_base,
+        num_tables,
+        count,
+        family.micro_batch_rows,
+        **constants,
+    )
+    return digits, last, new
 
 
 def _group(key: Tensor, micro_batches: int, tables: TrainTables, core: int) -> Groups:
     """Sort a level's nodes by micro-batch and slice, which is their key."""
     count, device = key.numel(), key.device
     num_groups, wide = micro_batches * tables.entry_row[core].numel(), tables.prefix_columns[core]
-    sorted_key, nodes = torch.sort(key, stable=True)
+    sorted_key, order = torch.sort(key, stable=True)
+    nodes = order.to(torch.int32)
+    del order
     first, tiles = torch.empty(2, num_groups + 1, dtype=torch.int64, device=device)
     constants = group_constants(count)
     group_bounds[(cdiv(num_groups + 1, constants["BG"]),)](
@@ -162,7 +184,7 @@ def _group(key: Tensor, micro_batches: int, tables: TrainTables, core: int) -> G
     )
     tile_first = torch.cumsum(tiles, 0)
     most = min(num_groups, count) + cdiv(count * wide, TILE_ROWS)
-    tile_group = torch.empty(most, dtype=torch.int64, device=device)
+    tile_group = torch.empty(most, dtype=key.dtype, device=device)
     constants = find_constants(num_groups)
     find_groups[(cdiv(most, constants["BT"]),)](tile_group, tile_first, num_groups, most, **constants)
     return Groups(nodes, first, tile_first, tile_group)

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
-from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
+from recemb_kernels.triton_frame.gradients import Places, sum_segments
 from recemb_kernels.triton_frame.pooling import pool, weigh
 from recemb_kernels.triton_frame.steps import Entries, step
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched
+from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched, sum_children
 from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
 from recemb_kernels.tt_gather.triton_variants import (
     TILE_ROWS,
+    children_constants,
     gradient_constants,
     multiply_constants,
     multiply_tuned,
@@ -36,6 +37,32 @@ class _Kept:
     levels: list[Level]
     rows: Tensor | None = None
     products: list[Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A micro-batch.
+
+    Attributes:
+        levels: of the whole batch.
+        parameters: of the family.
+        count: L, ids of the whole batch.
+        number: from 0.
+    """
+
+    levels: Sequence[Level]
+    parameters: Sequence[Tensor]
+    count: int
+    number: int
+
+    @property
+    def last(self) -> int:
+        """The level of the rows."""
+        return len(self.levels) - 1
+
+    def cuts(self, k: int) -> Tensor:
+        """Its first node of level k, then the one after its last."""
+        return self.levels[k].cuts[self.number :]
 
 
 class TrainFamily(Family[TrainShape]):
@@ -64,8 +91,10 @@ class TrainFamily(Family[TrainShape]):
         products: list[Tensor] = []
         slices = cdiv(count, self.micro_batch_rows)
         for micro_batch in range(slices):
-            products = self._products(levels, parameters, micro_batch)
-            self._multiply(levels, parameters, micro_batch, len(levels) - 1, products[-1], rows)
+            products.clear()  # before the next ones are made
+            part = _Part(levels, parameters, count, micro_batch)
+            products += self._products(part)
+            self._multiply(part, part.last, products[-1], rows)
         pool(self, call, out, rows, call.plan.inverse, self._row_cuts(call), self._dim)
         if keep:
             weighted = call.batch.weights is not None
@@ -78,16 +107,16 @@ class TrainFamily(Family[TrainShape]):
         if asked.grad_weights is not None:
             assert kept.rows is not None
             weigh(self, call, asked, kept.rows, call.plan.inverse, self._row_cuts(call), self._dim)
-        grad_rows = row_gradients(self, call, asked.grad_out, self._dim)
+        places = Places.of(self, call, asked.grad_out)
         grads = [
             torch.zeros(table.numel(), width, dtype=torch.float32, device=self.device)
             for table, width in zip(self._tables.entry_table, self._widths, strict=True)
         ]
         first_touched = torch.zeros(len(grads[0]), dtype=torch.int32, device=self.device)
-        for micro_batch in range(cdiv(call.batch.ids.numel(), self.micro_batch_rows)):
-            products = kept.products or self._products(kept.levels, parameters, micro_batch)
-            grad_node = self._back(kept.levels, parameters, micro_batch, products, grad_rows, grads)
-            self._add(kept.levels[0], micro_batch, grad_node, grads[0], first_touched)
+        count = call.batch.ids.numel()
+        for micro_batch in range(cdiv(count, self.micro_batch_rows)):
+            part = _Part(kept.levels, parameters, count, micro_batch)
+            self._back(part, kept.products, places, grads, first_touched)
         touched = [first_touched]
         for level, grad in zip(kept.levels[1:], grads[1:], strict=True):
             touched.append(self._touched(level, len(grad)))
@@ -103,13 +132,10 @@ class TrainFamily(Family[TrainShape]):
         )
         return touched
 
-    def _products(
-        self, levels: Sequence[Level], parameters: Sequence[Tensor], micro_batch: int
-    ) -> list[Tensor]:
-        """The products of a micro-batch's prefixes, level by level; those of its rows are left out."""
-        capacity = min(levels[0].entry.numel(), self.micro_batch_rows)
+    def _products(self, part: _Part) -> list[Tensor]:
+        """The products of its prefixes, level by level; those of its rows are left out."""
         products = [
-            torch.empty(self._most_nodes(k, capacity), columns * rank, dtype=self.dtype, device=self.device)
+            torch.empty(self._most_nodes(k, part), columns * rank, dtype=self.dtype, device=self.device)
             for k, (columns, rank) in enumerate(
                 zip(self._tables.prefix_columns[1:], self._ranks[1:-1], strict=True)
             )
@@ -118,53 +144,36 @@ class TrainFamily(Family[TrainShape]):
         block = slice_block(width)
         copy_slices[(len(products[0]), cdiv(width, block["BW"]))](
             products[0],
-            self._cores(parameters, 0),
-            levels[0].entry,
+            self._cores(part, 0),
+            part.levels[0].entry,
             self._tables.entry_table[0],
             self._tables.entry_row[0],
-            levels[0].cuts[micro_batch:],
+            part.cuts(0),
             W=width,
             ELEMENT=ELEMENTS[self.dtype],
             **block,
         )
-        for k in range(1, len(levels) - 1):
-            self._multiply(levels, parameters, micro_batch, k, products[k - 1], products[k])
+        for k in range(1, part.last):
+            self._multiply(part, k, products[k - 1], products[k])
         return products
 
-    def _most_nodes(self, k: int, capacity: int) -> int:
-        """How many nodes level k has at most, of a micro-batch with ``capacity`` rows."""
-        prefixes = [math.prod(shape.row_shape[: k + 1]) for shape in self.shapes]
-        return min(capacity, sum(prefixes))
+    def _most_nodes(self, k: int, part: _Part) -> int:
+        """How many nodes of level k a micro-batch has at most."""
+        rows = min(part.count, self.micro_batch_rows)
+        return rows if k == part.last else min(rows, self._tables.num_prefixes[k])
 
-    def _multiply(
-        self,
-        levels: Sequence[Level],
-        parameters: Sequence[Tensor],
-        micro_batch: int,
-        k: int,
-        source: Tensor,
-        out: Tensor,
-        *,
-        forward: bool = True,
-    ) -> None:
+    def _multiply(self, part: _Part, k: int, source: Tensor, out: Tensor, *, forward: bool = True) -> None:
         """Multiply the nodes of level k by their slices of core k, or on the way back by their transposes."""
-        level, tables = levels[k], self._tables
+        level, tables = part.levels[k], self._tables
         groups, entries = level.groups, tables.entry_table[k].numel()
         assert groups is not None
         constants = multiply_constants(self.shapes[0], k, self.dtype, forward)
-        nodes = self._most_nodes(k, min(level.entry.numel(), self.micro_batch_rows))
-        rows, own = self._zero, level.cuts[micro_batch:]
-        # Rows are counted from the first of the batch, nodes from the first of the micro-batch.
-        last = k == len(levels) - 1
-        if forward:
-            source_base, out_base = levels[k - 1].cuts[micro_batch:], rows if last else own
-        else:
-            source_base, out_base = rows if last else own, own
+        nodes, own = self._most_nodes(k, part), part.cuts(k)
         tiles = min(entries, nodes) + cdiv(nodes * constants["Q"], TILE_ROWS)
         multiply_tuned[(tiles, cdiv(constants["N"], constants["BN"]))](
             out,
             source,
-            self._cores(parameters, k),
+            self._cores(part, k),
             groups.nodes,
             level.parent,
             groups.first,
@@ -172,68 +181,91 @@ class TrainFamily(Family[TrainShape]):
             groups.tile_group,
             tables.entry_table[k],
             tables.entry_row[k],
-            source_base,
-            out_base,
+            part.cuts(k - 1) if forward else own,
+            # Rows are counted from the first of the batch, nodes from the first of the micro-batch.
+            self._zero if k == part.last else own,
             entries,
-            micro_batch,
+            part.number,
             **constants,
         )
 
     def _back(
         self,
-        levels: Sequence[Level],
-        parameters: Sequence[Tensor],
-        micro_batch: int,
-        products: Sequence[Tensor],
-        grad_rows: Tensor,
+        part: _Part,
+        products: Sequence[Tensor] | None,
+        places: Places,
         grads: Sequence[Tensor],
-    ) -> Tensor:
-        """From the rows' gradients to those of the slices of cores 2 .. d, and of the first level's nodes."""
-        tables, last = self._tables, len(levels) - 1
-        capacity = min(levels[0].entry.numel(), self.micro_batch_rows)
-        grad_node = grad_rows
-        for k in range(last, 0, -1):
-            level, groups = levels[k], levels[k].groups
-            assert groups is not None
-            constants, entries = (
-                gradient_constants(self.shapes[0], k, self.dtype),
-                tables.entry_table[k].numel(),
-            )
-            grid = (entries, *(cdiv(constants[x], constants[f"B{x}"]) for x in ("K", "N")))
-            own, before = level.cuts[micro_batch:], levels[k - 1].cuts[micro_batch:]
-            slice_gradient_tuned[grid](
-                grads[k],
-                products[k - 1],
-                grad_node,
-                groups.nodes,
-                level.parent,
-                groups.first,
-                before,
-                self._zero if k == last else own,
-                entries,
-                micro_batch,
-                **constants,
-            )
-            width, nodes = constants["Q"] * constants["K"], self._most_nodes(k - 1, capacity)
-            shares = torch.empty(
-                self._most_nodes(k, capacity), width, dtype=torch.float32, device=self.device
-            )
-            self._multiply(levels, parameters, micro_batch, k, grad_node, shares, forward=False)
-            grad_node = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
-            child = levels[k - 1].child
-            assert child is not None
-            sum_segments(grad_node, shares, child, before, own, nodes)
-        return grad_node
+        first_touched: Tensor,
+    ) -> None:
+        """Add its part to the gradients of the cores' slices."""
+        rows = self._most_nodes(part.last, part)
+        grad_node = places.rows(part.cuts(part.last), self._dim, rows)
+        products = products or self._products(part)
+        for k in range(part.last, 0, -1):
+            self._add_products(part, k, products[k - 1], grad_node, grads[k])
+            back = self._rows_back if k == part.last else self._nodes_back
+            grad_node = back(part, k, grad_node)
+        self._add(part, grad_node, grads[0], first_touched)
 
-    def _add(self, level: Level, micro_batch: int, grad_node: Tensor, grad: Tensor, touched: Tensor) -> None:
+    def _add_products(self, part: _Part, k: int, products: Tensor, grad_node: Tensor, grad: Tensor) -> None:
+        """Add to the gradients of core k's slices: the products above, times the gradients of their nodes."""
+        level, entries = part.levels[k], len(grad)
+        assert level.groups is not None
+        constants = gradient_constants(self.shapes[0], k, self.dtype)
+        slice_gradient_tuned[(entries, *(cdiv(constants[x], constants[f"B{x}"]) for x in ("K", "N")))](
+            grad,
+            products,
+            grad_node,
+            level.groups.nodes,
+            level.parent,
+            level.groups.first,
+            part.cuts(k - 1),
+            part.cuts(k),
+            entries,
+            part.number,
+            **constants,
+        )
+
+    def _rows_back(self, part: _Part, k: int, grad_rows: Tensor) -> Tensor:
+        """The gradients of level k - 1's products from those of its rows, each of which has a slice."""
+        tables = self._tables
+        constants = children_constants(self.shapes[0], self.dtype)
+        nodes = self._most_nodes(k - 1, part)
+        out = torch.empty(nodes, constants["Q"] * constants["K"], dtype=torch.float32, device=self.device)
+        sum_children[(nodes, cdiv(constants["K"], constants["BK"]))](
+            out,
+            grad_rows,
+            self._cores(part, k),
+            part.levels[k - 1].child,
+            part.levels[k].entry,
+            tables.entry_table[k],
+            tables.entry_row[k],
+            part.cuts(k - 1),
+            **constants,
+        )
+        return out
+
+    def _nodes_back(self, part: _Part, k: int, grad_node: Tensor) -> Tensor:
+        """The same from those of its nodes, of which many share a slice: products first, then their sums."""
+        child = part.levels[k - 1].child
+        assert child is not None
+        constants = multiply_constants(self.shapes[0], k, self.dtype, False)
+        nodes, width = self._most_nodes(k - 1, part), constants["Q"] * constants["N"]
+        shares = torch.empty(self._most_nodes(k, part), width, dtype=torch.float32, device=self.device)
+        self._multiply(part, k, grad_node, shares, forward=False)
+        out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
+        sum_segments(out, shares, child, part.cuts(k - 1), nodes, relative=True)
+        return out
+
+    def _add(self, part: _Part, grad_node: Tensor, grad: Tensor, touched: Tensor) -> None:
         width = grad.shape[1]
         block = slice_block(width)
         add_slices[(len(grad_node), cdiv(width, block["BW"]))](
             grad,
             touched,
             grad_node,
-            level.entry,
-            level.cuts[micro_batch:],
+            part.levels[0].entry,
+            part.cuts(0),
             W=width,
             **block,
         )
@@ -265,8 +297,8 @@ class TrainFamily(Family[TrainShape]):
                 found.append(own.to(self.dtype) if asked.writes(t, k, order) else None)
         return found
 
-    def _cores(self, parameters: Sequence[Tensor], k: int) -> Tensor:
-        return self.addresses(parameters[k :: len(self._dims)])
+    def _cores(self, part: _Part, k: int) -> Tensor:
+        return self.addresses(part.parameters[k :: len(self._dims)])
 
     def _row_cuts(self, call: Call) -> Tensor:
         return call.plan.cuts[self.index :]
@@ -304,6 +336,7 @@ class TrainFamily(Family[TrainShape]):
         for shape in self.shapes:
             keys.append(keys[-1] + self.num_keys(shape))
         cores = range(len(self._dims))
+        prefixes = [sum(math.prod(s.row_shape[: k + 1]) for s in self.shapes) for k in cores[:-1]]
         each = [[(t, row) for t, s in enumerate(self.shapes) for row in range(s.row_shape[k])] for k in cores]
         return TrainTables(
             keys=self.constant(keys),
@@ -312,5 +345,7 @@ class TrainFamily(Family[TrainShape]):
             entry_table=[self.constant([t for t, _ in own]) for own in each],
             entry_row=[self.constant([row for _, row in own]) for own in each],
             slices=self.constant([len(own) for own in each]),
+            prefixes=self.constant(prefixes),
+            num_prefixes=prefixes,
             prefix_columns=[math.prod(self._dims[:k]) for k in cores],
         )

@@ -24,6 +24,7 @@ from recemb_kernels.tt_gather.triton_kernel import (
     place_nodes,
     slice_gradient,
     split_digits,
+    sum_children,
 )
 
 # Rows of a matrix product that one program takes; plans count in them.
@@ -109,6 +110,24 @@ def gradient_constants(shape: TrainShape, k: int, dtype: torch.dtype) -> dict[st
     }
 
 
+def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of ``sum_children``, which comes back from rows."""
+    q, inner, outer = product_of(shape, len(shape.dim_shape) - 1)
+    columns = tile(q, q)
+    block = tile(inner, max(8, _CHILDREN_TILE // columns))
+    return {
+        "Q": q,
+        "K": inner,
+        "N": outer,
+        "ELEMENT": ELEMENTS[dtype],
+        # About 16 loads of each factor under way at once; 32 spill registers in two cores.
+        "BC": max(1, 16 // outer),
+        "BQ": columns,
+        "BK": block,
+        "num_warps": min(4, max(1, columns * block // 128)),
+    }
+
+
 def slice_block(width: int) -> dict[str, int]:
     """Tile and warps of the kernels that copy or add whole slices."""
     block = tile(width, 1024)
@@ -148,6 +167,8 @@ def touched_constants() -> dict[str, int]:
 
 
 _NODE_BLOCK = 256
+# Elements of a program's tile of ``sum_children``, four for each thread.
+_CHILDREN_TILE = 512
 # The splits of D = 16, 32 and 64 into two to four, and of 128 into three, that recemb's default takes; the
 # README's table shows the first.
 _SPLITS = ((2, 2, 4), (2, 4, 4), (4, 4, 4))
@@ -159,7 +180,14 @@ _UNLISTED = (
 )
 _RANKS = (16, 32, 64)
 _INDEX = "*i64"
-_PLAN = ("nodes", "parent", "group_first", "tile_first", "tile_group")
+_NUMBER = "*i32"
+_PLAN = {
+    "nodes": _NUMBER,
+    "parent": _NUMBER,
+    "group_first": _INDEX,
+    "tile_first": _INDEX,
+    "tile_group": _NUMBER,
+}
 _DESCRIPTORS = ("cores", "entry_table", "entry_row", "source_base", "out_base")
 
 
@@ -220,7 +248,8 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
     last = len(shape.dim_shape) - 1
     for k in range(1, last + 1):
         q, inner, outer = product_of(shape, k)
-        for forward in (True, False):
+        # Rows come back by a kernel of their own.
+        for forward in (True, False) if k < last else (True,):
             constants = multiply_constants(shape, k, dtype, forward)
             source, out = (size, 4 if k == last else size) if forward else (4, 4)
             types = {4: "*fp32", 2: element}
@@ -234,7 +263,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                         "out": types[out],
                         "source": types[source],
                         "cores": _INDEX,
-                        **dict.fromkeys(_PLAN, _INDEX),
+                        **_PLAN,
                         **dict.fromkeys(("entry_table", "entry_row", "source_base", "out_base"), _INDEX),
                         "num_entries": "i32",
                         "micro_batch": "i32",
@@ -258,7 +287,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     "grad": "*fp32",
                     "source": element,
                     "grad_out": "*fp32",
-                    **dict.fromkeys(("nodes", "parent", "group_first"), _INDEX),
+                    **{name: _PLAN[name] for name in ("nodes", "parent", "group_first")},
                     **dict.fromkeys(("source_base", "grad_base"), _INDEX),
                     "num_entries": "i32",
                     "micro_batch": "i32",
@@ -272,7 +301,25 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                 note=f"{note}, core {k + 1}",
                 small=("source_base", "grad_base"),
             )
+    yield _children(shape, dtype, note)
     yield from _slices(shape, dtype, note)
+
+
+def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Configuration:
+    """The kernel that comes back from rows."""
+    constants = children_constants(shape, dtype)
+    types = {**dict.fromkeys(("out", "source"), "*fp32"), **dict.fromkeys(("child", "entry"), _NUMBER)}
+    q, k, n = (constants[name] for name in "QKN")
+    return Configuration(
+        kernel="tt_gather.sum_children",
+        dtype=NAMES[dtype][0],
+        **as_compiled(sum_children, constants, types),
+        flops_per_lookup=2.0 * q * k * n,
+        bytes_per_lookup=4.0 * q * (n + k) + 12,
+        min_occupancy=0.5,
+        note=note,
+        small=("cores", "entry_table", "entry_row", "cuts"),
+    )
 
 
 def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Configuration]:
@@ -286,7 +333,8 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
         function=copy_slices,
         signature={
             "out": element,
-            **dict.fromkeys(("cores", "digit", "entry_table", "entry_row", "cuts"), _INDEX),
+            **dict.fromkeys(("cores", "entry_table", "entry_row", "cuts"), _INDEX),
+            "digit": _NUMBER,
         },
         constants={"W": width, "ELEMENT": ELEMENTS[dtype], "BW": block["BW"]},
         flops_per_lookup=0.0,
@@ -303,7 +351,7 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
                 "grad": "*fp32",
                 "touched": "*i32",
                 "source": "*fp32",
-                "digit": _INDEX,
+                "digit": _NUMBER,
                 "cuts": _INDEX,
             },
             constants={"W": width, "BW": block["BW"]},
@@ -321,14 +369,15 @@ def _nodes(order: int) -> Iterator[Configuration]:
     types = {
         **dict.fromkeys(("num_tables", "count", "micro_batch_rows", "blocks"), "i32"),
         **dict.fromkeys(("num_micro_batches", "num_groups", "num_entries", "wide"), "i32"),
-        **dict.fromkeys(("counts", "keys", "group_key", "touched"), "*i32"),
+        **dict.fromkeys(("counts", "keys", "group_key", "touched"), _NUMBER),
+        **dict.fromkeys(("digits", "last", "entry", "parent", "child", "group"), _NUMBER),
         "new": "*i8",
     }
-    digits = 8.0 * order + order - 1
+    digits = 4.0 * order + order - 1
     for kernel, constants, nbytes in (
         (split_digits, digit_constants(order, 26), 8.0 + digits),
         (count_nodes, count_constants(order), order - 1.0),
-        (place_nodes, node_constants(order), 2 * digits + 20.0 * (order - 1)),
+        (place_nodes, node_constants(order), 2 * digits + 12.0 * (order - 1)),
         (group_bounds, group_constants(count), 4.0),
         (find_groups, find_constants(groups), 8.0),
         (mark_touched, touched_constants(), 4.0),
@@ -336,7 +385,7 @@ def _nodes(order: int) -> Iterator[Configuration]:
         compiled = as_compiled(kernel, constants, types)
         small = (
             *("cuts", "first_key", "table_keys", "radices", "entry_base", "counts", "node_cuts", "slices"),
-            *("first", "tiles", "tile_first", "touched", "group_first"),
+            *("first", "tiles", "tile_first", "touched", "group_first", "prefixes"),
         )
         yield Configuration(
             kernel=f"tt_gather.{kernel.__name__}",
