@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
 
-from recemb_kernels.build import KernelUnavailableError, cache_dir, compiler
+from recemb_kernels.build import KernelUnavailableError, compiler
 
 _T = TypeVar("_T")
 OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split")
@@ -55,5 +55,5 @@ def status(failure: str = "") -> dict[str, str]:
         if failed or failure:
             report[op] = f"plain torch: {(failed or [failure])[0]}"
         else:
-            report[op] = f"native CPU, compiled on first use by {shlex.join(compiler())} into {cache_dir()}"
+            report[op] = f"native CPU, compiled on first use by {shlex.join(compiler())}"
     return report

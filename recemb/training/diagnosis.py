@@ -145,7 +145,11 @@ def _gpu() -> Finding:
 
 
 def _cache(folder: Path) -> Finding:
-    if folder.is_relative_to(tempfile.gettempdir()) and "RECEMB_CACHE_DIR" not in os.environ:
+    asked = os.environ.get("RECEMB_CACHE_DIR")
+    if asked and Path(asked) != folder:
+        text = f"RECEMB_CACHE_DIR={asked} cannot be written; {folder} is used"
+        return Finding("cache", "note", text, "set RECEMB_CACHE_DIR to a writable folder")
+    if folder.is_relative_to(tempfile.gettempdir()) and not asked:
         text = f"{folder}: the user's cache is not writable, so kernels may be compiled again at each start"
         return Finding("cache", "note", text, "set RECEMB_CACHE_DIR to a writable folder")
     return Finding("cache", "ok", f"{folder} is writable")

@@ -129,6 +129,10 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
         found = cache()
         assert found.status == "ok"
         assert str(tmp_path / "cache") in found.value
+        monkeypatch.setenv("RECEMB_CACHE_DIR", str(tmp_path / "file"))
+        found = cache()
+        assert (found.status, found.repair) == ("note", "set RECEMB_CACHE_DIR to a writable folder")
+        assert str(tmp_path / "file") in found.value
     finally:
         build.cache_dir.cache_clear()
 
