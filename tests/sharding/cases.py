@@ -35,6 +35,8 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rowwise_adagrad": (torchrec.optim.RowWiseAdagrad, {"lr": 0.05, "eps": 1e-6}),
 }
 DENSE_LR = 0.5
+# One parameter of each of three tables.
+PARTLY_FROZEN = ("tt.core_1", "qr.r", "md.p")
 N = 400
 BAD_ID = 12345
 # Feature f0 is looked up in two tables, table qr serves two features, and two tables share a ROBE array.

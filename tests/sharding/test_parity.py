@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchrec.optim.keyed import CombinedOptimizer
 
-from tests.sharding.cases import BAD_ID, BATCH, Model, attach, batch, collection, is_fused
+from tests.sharding.cases import BAD_ID, BATCH, PARTLY_FROZEN, Model, attach, batch, collection, is_fused
 from tests.sharding.places import CASES, COMPRESSED, ROWS, Case
 from tests.sharding.saved import FORMATS, load, of_compressed, save
 from tests.sharding.shared import Found, differences, of_case, of_ranks
@@ -164,6 +164,18 @@ def test_frozen_tables_and_half_precision(found: dict[int, list[Found]]) -> None
         assert moved["tt.core_0"] > 0 or rank == 1
         assert moved["md.p"] > 0 or rank == 1
         assert not any("qr.q" in key or "robe_a" in key for key in one["asks"])
+
+
+@pytest.mark.parametrize("place", ["adam", "adam_replicated"])
+def test_tables_with_a_frozen_parameter_step_lazily_beside_it(
+    found: dict[int, list[Found]], place: str
+) -> None:
+    each = _of(found, f"partly_frozen {place}")
+    for one in each:
+        assert max(one["weights"].values()) <= WEIGHTS, one["weights"]
+        assert all(by == 0 for key, by in one["moved"].items() if key.endswith(PARTLY_FROZEN))
+    for key in each[0]["moved"]:
+        assert key.endswith(PARTLY_FROZEN) or max(one["moved"][key] for one in each) >= MOVED, key
 
 
 def test_a_state_of_another_table_is_refused_on_every_rank(found: dict[int, list[Found]]) -> None:

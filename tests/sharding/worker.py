@@ -27,6 +27,7 @@ from tests.sharding.cases import (
     BAD_ID,
     BATCH,
     DENSE_LR,
+    PARTLY_FROZEN,
     STEPS,
     Model,
     attach,
@@ -187,6 +188,34 @@ def frozen(rank: int) -> Found:
     }
 
 
+def partly_frozen(rank: int, place: str) -> Found:
+    """Tables of which one parameter is frozen train under Adam as the unsharded ones do."""
+    case = Case(place, "sum", "adam")
+
+    def made(device: str) -> Model:
+        model = Model(collection(case, device))
+        for name, parameter in model.ebc.named_parameters():
+            parameter.requires_grad_(not name.endswith(PARTLY_FROZEN))
+        attach(case, [parameter for parameter in model.ebc.parameters() if parameter.requires_grad])
+        return model
+
+    reference = made("cpu")
+    start = {key: value.clone() for key, value in reference.state_dict().items()}
+    model = distributed(case, made("meta"), start)
+    dense = dense_optimizer(model)
+    plain = torch.optim.SGD(reference.lin.parameters(), lr=DENSE_LR)
+    for step in range(STEPS):
+        local = [batch(10 * step + at, case) for at in range(case.world)]
+        for own, optimizer, features in ((reference, plain, joined(local)), (model, dense, local[rank])):
+            optimizer.zero_grad()
+            own(features)[0].backward()
+            optimizer.step()
+    return {
+        "weights": differences(model.state_dict(), reference.state_dict()),
+        "moved": differences(model.state_dict(), start),
+    }
+
+
 def another_table(rank: int) -> Found:
     """A state of another shape is refused on every rank before anything of the collection is loaded."""
     case = Case("table_wise", "sum", None)
@@ -325,6 +354,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     if world == 2:
         for run in (round_trip, variable, frozen, another_table, schedule, pipeline):
             runs[run.__name__] = lambda run=run: run(rank)
+        for place in ("adam", "adam_replicated"):
+            runs[f"partly_frozen {place}"] = lambda place=place: partly_frozen(rank, place)
         runs["other_plan"] = lambda: saved.other_plan(rank, folder)
     for kind in saved.FORMATS:
         runs[kind] = lambda kind=kind: saved.resharded(kind, world, folder)
