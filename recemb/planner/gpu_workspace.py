@@ -27,12 +27,16 @@ _INT32 = 4
 # Rows of a tile of the products, positions of a piece of a run; the kernels' modules would import Triton.
 _TILE_ROWS = 32
 _PIECE = 64
-# Of each id: its key and bag, the order, row and key of the plan, and three starts of runs.
-_PLAN = 8 * _INT64
+# Of each id: its bag, the order, the row and key of the plan, and two starts of runs.
+_PLAN = 5 * _INT32 + _INT64
 # cub sorts pairs from one pair of buffers to another, besides what goes in and comes out.
 _SORT = 3 * _INT64
+# What goes in, and what comes out: keys, and an order, which is narrowed then.
+_SORTED = 3 * _INT64 + _INT32
 # Of each run of equal keys: its number, its key, and three starts.
-_RUNS = 5 * _INT64
+_RUNS = _INT64 + 4 * _INT32
+# Of each position: where its bag's gradient starts, and its scale.
+_PLACES = _INT64 + _FLOAT
 # Of each row that is stepped: its table, its row and whether it is touched.
 _ENTRIES = 2 * _INT64 + _INT32
 # Pooled rows [B, sum of D]: the graph's, its copy of their gradient, and that with a refused batch's out.
@@ -108,7 +112,7 @@ def gpu_workspace(loads: Sequence[Load], world: int, micro_batch_rows: int, *, w
     batch = ids * (_INT64 + (2 * _FLOAT if weighted else 0)) + _INT64 * _share(
         [x.bags for x in streams], world
     )
-    within = max(_SORT * ids, *(max(need.forward, need.backward) for need in needs))
+    within = max((_SORT + _SORTED) * ids, *(max(need.forward, need.backward) for need in needs))
     return math.ceil(_PLAN * ids + batch + _POOLED * pooled + sum(need.held for need in needs) + within)
 
 
@@ -169,8 +173,7 @@ def _row_gradients(rank: _Rank, dim: int, then: float) -> float:
         then: bytes that are needed when the pieces are done with.
     """
     rows = rank.ids * dim * _FLOAT
-    # Where each position's bag starts, and its scale.
-    return rows + max(rows + rank.ids * (_INT64 + _FLOAT), then)
+    return rows + max(rows + rank.ids * _PLACES, then)
 
 
 def _stepped(rank: _Rank) -> float:
@@ -186,27 +189,41 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     columns = [math.prod(dims[:k]) for k in range(order)]
     slices = [rank.share([p[k] for p in rows]) for k in range(order)]
     micro_batches = max(1, math.ceil(ids / rank.micro_batch_rows))
-    capacity = min(ids, float(rank.micro_batch_rows))
-    nodes = [min(capacity, sum(math.prod(p[: k + 1]) for p in rows)) for k in range(order)]
+    whole, capacity = micro_batches == 1, min(ids, float(rank.micro_batch_rows))
+    prefixes = [float(sum(math.prod(p[: k + 1]) for p in rows)) for k in range(order - 1)]
+    # Of a batch, and of a micro-batch; one that begins within a prefix makes a node more of it.
+    every = [*(min(ids, most + micro_batches - 1) for most in prefixes), ids]
+    nodes = [*(min(capacity, most) for most in prefixes), capacity]
 
-    # Of each node, by level: its slice, parent and first child; their order by slice, and tiles of that.
-    levels = ids * _INT64 * (2 * order + 2 * (order - 1) + sum(columns[1:]) / _TILE_ROWS)
+    # Of each node, by level: its parent and first child, its place in the order by slice, and tiles of that;
+    # slices of the first level and of rows.
+    levels = _INT32 * (every[0] + ids + 2 * sum(every[1:]) + sum(every[:-1]))
+    levels += _INT32 * sum(
+        n * (1 + width / _TILE_ROWS) for n, width in zip(every[1:], columns[1:], strict=True)
+    )
     groups = 3 * _INT64 * micro_batches * sum(slices[1:])
     products = sum(nodes[k] * columns[k + 1] * ranks[k + 1] for k in range(order - 1)) * element
     pooled = ids * dim * _FLOAT
-    # Digits, whether they open a node, and keys of the groups.
-    planning = ids * (_INT64 * order + (1 + _INT64) * (order - 1) + _SORT)
+    # Digits, whether they open a node, and keys of the groups; rows are sorted last.
+    planning = ids * (_INT32 + 1) * (order - 1) + _INT64 * sum(every[1:])
+    planning = max(planning, _INT64 * sum(every[1:]) + ids * (_SORT + _SORTED))
 
-    # On the way back: each child's share of its parent's gradient, and that gradient, by level.
-    back = sum((nodes[k] + nodes[k - 1]) * columns[k] * ranks[k] for k in range(1, order)) * _FLOAT
+    # On the way back: the gradients of a micro-batch's rows, with their pieces as long as they are summed;
+    # those of the nodes above; and by level each child's share of its parent's gradient, and that.
+    own = capacity * dim * _FLOAT
+    pieces = min(ids, capacity + ids / _PIECE) * dim * _FLOAT
+    above = [nodes[k - 1] * columns[k] * ranks[k] * _FLOAT for k in range(1, order)]
+    shares = [nodes[k] * columns[k] * ranks[k] * _FLOAT for k in range(1, order - 1)]
+    # Nodes with many rows are summed in parts.
+    parts = (capacity / _PIECE + 1) * columns[-1] * ranks[order - 1] * _FLOAT
+    steps = [own + above[-1] + parts]
+    steps += [above[k] + shares[k - 1] + above[k - 1] for k in range(1, order - 1)]
     gradients = sum(share * width for share, width in zip(slices, widths, strict=True)) * _FLOAT
-    whole = micro_batches == 1
-    # The products of a micro-batch are made before those of the one before it are given back.
-    again = 0.0 if whole else products + max(products, back)
+    back = max(own + pieces, (0 if whole else products) + max(steps))
     return _Needs(
         held=levels + groups + (products if whole else 0) + (pooled if rank.weighted else 0),
-        forward=max(planning, pooled + (0 if whole else 2 * products)),
-        backward=_row_gradients(rank, dim, gradients + (back if whole else again)),
+        forward=max(planning, pooled + (0 if whole else products)),
+        backward=ids * _PLACES + gradients + back,
     )
 
 

@@ -19,11 +19,12 @@ from recemb.backends.tt_shapes import core_sizes, tt_shapes
 from recemb.spec import TensorTrain
 from recemb_kernels.aot.registry import MODULES
 from recemb_kernels.triton_frame.elements import tuned
-from recemb_kernels.triton_frame.launches import segment_constants, update_constants
+from recemb_kernels.triton_frame.launches import piece_constants, segment_constants, update_constants
 from recemb_kernels.triton_frame.variants import shipped as frame_shipped
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_kernel import multiply
 from recemb_kernels.tt_gather.triton_variants import (
+    children_constants,
     gradient_constants,
     multiply_constants,
     shipped,
@@ -72,9 +73,12 @@ def test_trains_of_the_default_shapes_are_shipped(num_cores: int) -> None:
         for split in {tt_shapes(int(100 * 1.9**k), dim, method)[1] for k in range(20)}:
             shape = TrainShape((1,) * num_cores, split, (1, *[rank] * (num_cores - 1), 1))
             for k, dtype in product(range(1, num_cores), (torch.float32, torch.bfloat16)):
-                for forward in (True, False):
+                for forward in (True, False) if k < num_cores - 1 else (True,):
                     assert ("multiply", repr(multiply_constants(shape, k, dtype, forward))) in found
                 assert ("slice_gradient", repr(gradient_constants(shape, k, dtype))) in found
+                children = children_constants(shape, dtype)
+                children.pop("num_warps")
+                assert ("sum_children", repr(children)) in found
 
 
 @pytest.mark.parametrize("num_cores", [2, 3, 4])
@@ -96,8 +100,9 @@ def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
             assert steps(Kind.ROWWISE_ADAGRAD, (*slices, dim))
             if (dim, rank, num_cores) == (16, 32, 3):
                 assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
-            for k in range(1, num_cores):
-                assert compiled("segment_sum", segment_constants(math.prod(split[:k]) * rank, True))
+            for width in (dim, *(math.prod(split[:k]) * rank for k in range(1, num_cores - 1))):
+                assert compiled("segment_sum", segment_constants(width, True))
+            assert compiled("sum_pieces", piece_constants(dim, True))
 
 
 def test_what_is_tried_at_first_is_shipped() -> None:

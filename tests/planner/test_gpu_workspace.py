@@ -1,4 +1,4 @@
-"""What a GPU's workspace is taken to be, against what a GPU took."""
+"""What a GPU's workspace is taken to be; ``tests/kernels/triton`` holds it to the launches' arrays."""
 
 from __future__ import annotations
 
@@ -25,17 +25,6 @@ def loads(count: int, compression: Compression, dim: int = 16, batch: int = 65_5
     ]
 
 
-# H100, 2026-11-26, by hand: 26 tables of 1 M rows, TT R = 32, D = 16, B = 65,536, one id a bag, row-wise
-# Adagrad; the peak of forward and backward above the weights. Zipf ids and uniform ones took the same.
-@pytest.mark.parametrize(
-    ("micro_batch_rows", "measured_mb"),
-    [(2**30, 1504), (2**19, 908), (2**18, 775), (2**17, 709), (2**16, 601)],
-)
-def test_it_is_little_more_than_was_measured(micro_batch_rows: int, measured_mb: int) -> None:
-    estimate = gpu_workspace(loads(26, TensorTrain(rank=32)), 1, micro_batch_rows)
-    assert 1 <= estimate / (measured_mb * 1e6) <= 1.6
-
-
 def test_families_hold_their_plans_beside_each_other() -> None:
     alike = gpu_workspace(loads(4, TensorTrain(rank=8)), 1, 2**14)
     unlike = gpu_workspace(
@@ -43,8 +32,8 @@ def test_families_hold_their_plans_beside_each_other() -> None:
         1,
         2**14,
     )
-    # Of L = 4 x 65,536 ids, each family's three levels: slices, parents, children and orders.
-    assert unlike - alike > 4 * 65_536 * 10 * 8
+    # Of L = 4 x 65,536 ids, each family's rows: slices, parents and orders.
+    assert unlike - alike > 4 * 65_536 * 3 * 4
 
 
 def test_ranks_share_the_ids_but_a_table_is_whole() -> None:

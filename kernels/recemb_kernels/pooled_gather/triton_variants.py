@@ -60,6 +60,7 @@ def split_constants(shape: RowShape, dtype: torch.dtype, num_tables: int) -> dic
 _TYPES = {
     **dict.fromkeys(("out", "weights", "grad_rows"), "*fp32"),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
+    **dict.fromkeys(("piece_first", "run_piece"), "*i32"),
 }
 _FLOAT, _HALF = torch.float32, torch.bfloat16
 # Operation, D and type; the first of them with weights too.
@@ -86,17 +87,19 @@ def shipped() -> list[Configuration]:
         found += list(_backward(shape, dtype))
     descriptors = ("cuts", "first_key", "table_keys", "radices", "left_keys", "right_keys", "lefts", "rights")
     split = split_constants(RowShape(Operation.MULT, (1, 1), (64, 64)), _FLOAT, 26)
-    last = Configuration(
-        kernel="pooled_gather.split_rows",
-        dtype="float32",
-        **as_compiled(split_rows, split, _TYPES),
-        flops_per_lookup=0.0,
-        bytes_per_lookup=8.0 + 32,
-        min_occupancy=0.5,
-        note="26 tables",
-        small=descriptors,
-    )
-    return [*found, last]
+    for keys, size in (("*i32", 4), ("*i64", 8)):
+        last = Configuration(
+            kernel="pooled_gather.split_rows",
+            dtype="float32",
+            **as_compiled(split_rows, split, {**_TYPES, "row_key": keys}),
+            flops_per_lookup=0.0,
+            bytes_per_lookup=size + 32.0,
+            min_occupancy=0.5,
+            note=f"26 tables, {8 * size}-bit keys",
+            small=descriptors,
+        )
+        found.append(last)
+    return found
 
 
 def _forward(shape: RowShape, dtype: torch.dtype, weights: bool) -> Iterator[Configuration]:

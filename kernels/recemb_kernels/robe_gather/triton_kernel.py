@@ -296,8 +296,8 @@ def match_rows(
     previous = find(run_row, cuts, tl.where(at == low, last, at - 1), STEPS)
     following = tl.where(at == last, low, at + 1)
     owned = find(run_row, cuts, following, STEPS) >= 0
-    first = tl.load(run_first + run, mask=here, other=0)
-    end = tl.load(run_first + run + 1, mask=here, other=0)
+    first = tl.load(run_first + run, mask=here, other=0).to(tl.int64)
+    end = tl.load(run_first + run + 1, mask=here, other=0).to(tl.int64)
     reaches = tl.load(spilled + end, mask=here, other=0) > tl.load(spilled + first, mask=here, other=0)
     one = tl.full((BR,), 1, tl.int32)
     tl.store(table + 2 * run, a, mask=here)

@@ -81,7 +81,7 @@ def join_constants(block_size: int) -> dict[str, Any]:
 
 _TYPES = {
     **dict.fromkeys(("out", "weights", "grad_rows", "sums"), "*fp32"),
-    **dict.fromkeys(("start", "touched"), "*i32"),
+    **dict.fromkeys(("start", "touched", "run_first", "piece_first", "run_piece"), "*i32"),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "num_arrays", "count", "most"), "i32"),
     "negative": "*i8",
     "weights_of_all": "i32",
@@ -148,19 +148,21 @@ def _read(shape: RobeShape, dtype: torch.dtype) -> Configuration:
 
 def _backward(shape: RobeShape) -> Iterator[Configuration]:
     blocks, size = cdiv(shape.dim, shape.block_size), shape.block_size
-    common: dict[str, Any] = {"dtype": "float32", "note": _note(shape)}
-    yield Configuration(
-        kernel="robe_gather.place_blocks",
-        **common,
-        **as_compiled(place_blocks, place_constants(shape, 26), _TYPES),
-        flops_per_lookup=0.0,
-        bytes_per_lookup=8.0 + 5 * blocks,
-        min_occupancy=0.5,
-        small=("cuts", "first_key", "table_keys", "tables"),
-    )
+    for keys, bits in (("*i32", 32), ("*i64", 64)):
+        yield Configuration(
+            kernel="robe_gather.place_blocks",
+            dtype="float32",
+            note=f"{_note(shape)}, {bits}-bit keys",
+            **as_compiled(place_blocks, place_constants(shape, 26), {**_TYPES, "row_key": keys}),
+            flops_per_lookup=0.0,
+            bytes_per_lookup=bits / 8 + 5 * blocks,
+            min_occupancy=0.5,
+            small=("cuts", "first_key", "table_keys", "tables"),
+        )
     yield Configuration(
         kernel="robe_gather.sum_blocks",
-        **common,
+        dtype="float32",
+        note=_note(shape),
         **as_compiled(sum_blocks, sum_constants(shape), _TYPES),
         flops_per_lookup=float(shape.dim),
         bytes_per_lookup=4.0 * shape.dim + blocks * (8 * size + 8 + 4 + 1 + 8),

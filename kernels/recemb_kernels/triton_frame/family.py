@@ -64,19 +64,19 @@ class Call:
             self.ready.take(self)
 
     @cached_property
-    def placed(self) -> tuple[Tensor, Tensor]:
-        """[L] each: the key and the bag of each position."""
-        return keys_of(self.batch.ids, self.batch.offsets, self.keys, self.batch.size)
-
-    @property
     def bag(self) -> Tensor:
-        """[L]: the bag of each position."""
-        return self.placed[1]
+        """[L] int32: the bag of each position."""
+        return self._placed()[1]
 
     @cached_property
     def plan(self) -> BatchPlan:
         """The distinct rows, worked out by the first kernel that asks."""
-        return plan_batch(self.placed[0], self.keys.bounds)
+        # The keys are not kept: rows have theirs.
+        key, self.bag = self._placed()
+        return plan_batch(key, self.keys.bounds)
+
+    def _placed(self) -> tuple[Tensor, Tensor]:
+        return keys_of(self.batch.ids, self.batch.offsets, self.keys, self.batch.size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Triton kernels that every op uses: pooling, the way back of gradients, sums over segments, updates.
 
-Positions, rows, bags and elements are int64 throughout. Letters: B samples, D columns of a row, W elements
+Positions, rows, bags and elements are int64 wherever they are computed with; arrays of positions, rows and
+bags are int32. Letters: B samples, D columns of a row, W elements
 of a parameter row. Names in capitals are compile-time constants, BB, BD, ... the sizes of a program's tile.
 """
 
@@ -52,8 +53,8 @@ def pieces_of(pieces, piece_first, cuts, BP: tl.constexpr):
     high = tl.load(pieces + tl.load(cuts + 1))
     piece = tl.load(pieces + tl.load(cuts)) + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     here = piece < high
-    first = tl.load(piece_first + piece, mask=here, other=0)
-    return piece, here, first, tl.load(piece_first + piece + 1, mask=here, other=0) - first
+    first = tl.load(piece_first + piece, mask=here, other=0).to(tl.int64)
+    return piece, here, first, tl.load(piece_first + piece + 1, mask=here, other=0).to(tl.int64) - first
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def pool_rows(
     total = tl.zeros((BB, BD), dtype=tl.float32)
     for i in range(tl.max(length, 0)):
         at = first + i
-        row = tl.load(index + at, mask=i < length, other=-1)
+        row = tl.load(index + at, mask=i < length, other=-1).to(tl.int64)
         stored = (i < length) & (row >= low) & (row < high)
         mask = stored[:, None] & (d < D)[None, :]
         value = tl.load(source + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -181,8 +182,8 @@ def find_gradients(
     """
     at = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
     here = at < count
-    position = tl.load(order + at, mask=here, other=0)
-    own = tl.load(bag + position, mask=here, other=0)
+    position = tl.load(order + at, mask=here, other=0).to(tl.int64)
+    own = tl.load(bag + position, mask=here, other=0).to(tl.int64)
     feature = own // batch_size
     column = tl.load(features + 3 * feature, mask=here, other=0)
     mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
@@ -299,14 +300,14 @@ def weight_gradients(
     """
     position = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
     here = position < num_ids
-    own = tl.load(bag + position, mask=here, other=0)
+    own = tl.load(bag + position, mask=here, other=0).to(tl.int64)
     feature = own // batch_size
     sample = own % batch_size
     column = tl.load(features + 3 * feature, mask=here, other=0)
     mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
     f = tl.load(features + 3 * feature + 2, mask=here, other=-1)
     ours = here & (f >= 0)
-    row = tl.load(index + position, mask=ours, other=-1)
+    row = tl.load(index + position, mask=ours, other=-1).to(tl.int64)
     stored = ours & (row >= tl.load(limits + f * LIMITS, mask=ours, other=0))
     stored = stored & (row < tl.load(limits + f * LIMITS + 1, mask=ours, other=0))
     total = tl.zeros((BL,), dtype=tl.float32)

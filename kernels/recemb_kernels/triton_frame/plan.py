@@ -33,15 +33,16 @@ from recemb_kernels.triton_frame.plan_kernels import (
 class BatchPlan:
     """Ids sorted by key; equal keys are one row, and rows are numbered in the order of their keys.
 
-    L ids give U <= L rows. What belongs to no row is padding: keys ``total``, starts L.
+    L ids give U <= L rows. What belongs to no row is padding: keys ``total``, starts L. Numbers of positions,
+    rows and pieces are int32, as a batch has fewer than 2**31 positions.
 
     Attributes:
         order: [L] positions, sorted by key.
         inverse: [L] row of each position.
-        row_key: [L] key of each row.
+        row_key: [L] key of each row, in the type of the batch's keys.
         piece_first: [L + 1] where each piece of a run starts.
         row_piece: [L + 1] first piece of each row.
-        cuts: rows at which the key reaches each of the bounds asked for.
+        cuts: rows at which the key reaches each of the bounds asked for, int64.
     """
 
     order: Tensor
@@ -54,12 +55,12 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Equal neighbours among L sorted keys, at most L runs; padding as of :class:`BatchPlan`.
+    """Equal neighbours among L sorted keys, at most L runs; padding and types as of :class:`BatchPlan`.
 
     Attributes:
         number: [L] run of each place, or of each position where the order is known.
         key: [L] key of each run.
-        first: [L + 1] where each run starts.
+        first: [L + 1] where each run starts; not of runs by position, where nobody asks.
         piece_first: [L + 1] where each piece of a run starts.
         run_piece: [L + 1] first piece of each run.
         cuts: runs at which the key reaches each of the bounds asked for.
@@ -67,7 +68,7 @@ class Runs:
 
     number: Tensor
     key: Tensor
-    first: Tensor
+    first: Tensor | None
     piece_first: Tensor
     run_piece: Tensor
     cuts: Tensor
@@ -133,10 +134,10 @@ def infinite(values: Tensor) -> Tensor:
 
 
 def keys_of(ids: Tensor, offsets: Tensor, keys: Keys, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The key, int32 where that will do, and the bag of each position; [L] each, L > 0."""
+    """The key, int32 where that will do, and the bag, int32, of each position; [L] each, L > 0."""
     count, bags = ids.numel(), offsets.numel() - 1
     key = torch.empty(count, dtype=torch.int32 if keys.narrow else torch.int64, device=ids.device)
-    bag = torch.empty(count, dtype=torch.int64, device=ids.device)
+    bag = torch.empty(count, dtype=torch.int32, device=ids.device)
     constants = key_constants(bags)
     place_ids[(cdiv(count, constants["BL"]),)](
         key,
@@ -162,9 +163,11 @@ def plan_batch(keys: Tensor, bounds: Tensor) -> BatchPlan:
         bounds: [K] int64, rising; keys below the last are rows.
     """
     sorted_keys, order = torch.sort(keys, stable=True)
-    runs = runs_of(sorted_keys, bounds, order=order)
+    places = order.to(torch.int32)
+    del order
+    runs = runs_of(sorted_keys, bounds, order=places)
     return BatchPlan(
-        order=order,
+        order=places,
         inverse=runs.number,
         row_key=runs.key,
         piece_first=runs.piece_first,
@@ -181,12 +184,18 @@ def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False, order: 
         whole: every run is one piece, because none is long.
         order: [L] the position of each place: runs are then numbered by position.
     """
+    assert not (whole and order is not None), "runs by position have pieces"
     count, device = sorted_keys.numel(), sorted_keys.device
     constants = run_constants(whole, order is not None)
     blocks = cdiv(count + 1, constants["BL"])
     counts = torch.empty(2 * blocks, dtype=torch.int32, device=device)
-    number, key = torch.empty(2, count, dtype=torch.int64, device=device)
-    first, piece_first, run_piece = torch.empty(3, count + 1, dtype=torch.int64, device=device)
+    kind = torch.int32 if count < 2**31 else torch.int64
+    number, key = torch.empty(count, dtype=kind, device=device), torch.empty_like(sorted_keys)
+    piece_first, run_piece = torch.empty(2, count + 1, dtype=kind, device=device)
+    # Of whole runs, pieces are runs.
+    first = piece_first if whole else None
+    if order is None and not whole:
+        first = torch.empty_like(piece_first)
     cuts = torch.empty_like(bounds)
     counted = {name: constants[name] for name in ("PIECE", "BL", "num_warps")}
     count_runs[(blocks,)](counts, sorted_keys, count, **counted)
@@ -194,13 +203,13 @@ def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False, order: 
         number,
         number,
         key,
-        first,
+        piece_first if first is None else first,
         piece_first,
         run_piece,
         cuts,
         counts,
         sorted_keys,
-        first if order is None else order,
+        number if order is None else order,
         bounds,
         bounds.numel(),
         count,
@@ -211,7 +220,7 @@ def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False, order: 
         number=number,
         key=key,
         first=first,
-        piece_first=first if whole else piece_first,
+        piece_first=piece_first,
         run_piece=run_piece,
         cuts=cuts,
     )

@@ -152,7 +152,7 @@ def number_runs(
     """What :class:`~recemb_kernels.triton_frame.plan.Runs` holds, of rising ``keys`` [L]. Grid (P, P BL > L).
 
     With WHOLE, every run is one piece and ``piece_first`` is not written. With INVERSE, ``inverse`` takes the
-    run of each position ``order`` names; ``number`` is written without.
+    run of each position ``order`` names; ``number`` and ``first`` are written without.
     """
     block = tl.program_id(0).to(tl.int64)
     at = block * BL + tl.arange(0, BL)
@@ -161,13 +161,14 @@ def number_runs(
     here = at < count
     run = runs_before + tl.cumsum(new.to(tl.int64), 0) - 1
     if INVERSE:
-        tl.store(inverse + tl.load(order + at, mask=here, other=0), run, mask=here)
+        tl.store(inverse + tl.load(order + at, mask=here, other=0).to(tl.int64), run, mask=here)
     else:
         tl.store(number + at, run, mask=here)
-    tl.store(run_key + run, key.to(tl.int64), mask=new)
-    tl.store(first + run, at, mask=new)
+    tl.store(run_key + run, key, mask=new)
     rest = (at >= runs) & (at <= count)
-    tl.store(first + at, tl.zeros_like(at) + count, mask=rest)
+    if not INVERSE:
+        tl.store(first + run, at, mask=new)
+        tl.store(first + at, tl.zeros_like(at) + count, mask=rest)
     nothing = tl.load(bounds + num_bounds - 1)
     tl.store(run_key + at, tl.zeros_like(at) + nothing, mask=rest & here)
     if WHOLE:

@@ -27,6 +27,7 @@ _BAGS = 26 * 4096
 _TYPES = {
     **dict.fromkeys(("batch_size", "num_bags", "count", "num_bounds", "blocks"), "i32"),
     **dict.fromkeys(("refused", "mark", "counts"), "*i32"),
+    **dict.fromkeys(("bag", "order", "number", "inverse", "first", "piece_first", "run_piece"), "*i32"),
     **dict.fromkeys(("weights", "values"), "*fp32"),
 }
 
@@ -41,11 +42,11 @@ def shipped() -> list[Configuration]:
     for keys, size in (("*i32", 4), ("*i64", 8)):
         note = f"{8 * size}-bit keys"
         counted = {name: value for name, value in run_constants(False, False).items() if name in _COUNTED}
-        found.append(_of(place_ids, key_constants(_BAGS), 16.0 + size, note, keys))
+        found.append(_of(place_ids, key_constants(_BAGS), 12.0 + size, note, keys))
         found.append(_of(count_runs, counted, float(size), note, keys))
         for whole, inverse in ((False, True), (False, False), (True, False)):
             kind = note + ", by position" * inverse + ", whole" * whole
-            moved = size + 8.0 * (4 + inverse + 2 * (not whole))
+            moved = 2.0 * size + 4.0 * (2 + inverse + (not inverse) + (not whole))
             found.append(_of(number_runs, run_constants(whole, inverse), moved, kind, keys))
     return found
 
@@ -56,7 +57,7 @@ _COUNTED = ("PIECE", "BL", "num_warps")
 def _of(
     kernel: Any, constants: dict[str, Any], nbytes: float, note: str, keys: str = "*i64"
 ) -> Configuration:
-    compiled = as_compiled(kernel, constants, {**_TYPES, "keys": keys})
+    compiled = as_compiled(kernel, constants, {**_TYPES, "keys": keys, "run_key": keys})
     small = ("refused", "mark", "rows", "base", "nothing", "cuts", "bounds", "counts")
     return Configuration(
         kernel=f"frame.{kernel.__name__}",

@@ -64,7 +64,7 @@ def located(
         keys: how they are numbered.
         key: [L], those from ``cuts[0]`` to ``cuts[1]`` counted from ``base[0]``, or from 0.
     """
-    table, row = torch.empty_like(key), torch.empty_like(key)
+    table, row = torch.empty(2, len(key), dtype=torch.int64, device=key.device)
     touched = torch.empty(len(key), dtype=torch.int32, device=key.device)
     num_tables = len(family.shapes)
     constants = locate_constants(num_tables)

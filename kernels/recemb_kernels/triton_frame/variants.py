@@ -38,8 +38,10 @@ _TYPES = {
     **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad", "rates", "scale"), "*fp32"),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
     **dict.fromkeys(("touched", "refused"), "*i32"),
+    **dict.fromkeys(("index", "order", "bag", "piece_first", "row_piece"), "*i32"),
 }
-_ADDRESSES = {**_TYPES, "sources": "*i64"}
+# Rows of a table are numbered by ids.
+_ADDRESSES = {**_TYPES, "sources": "*i64", "index": "*i64"}
 _WIDTHS = (16, 64, 128)
 _FLOAT, _HALF = torch.float32, torch.bfloat16
 # Floating-point operations an element of one step, and its states.
@@ -60,7 +62,7 @@ def shipped() -> list[Configuration]:
     found += [_weigh(32, None), _pieces(32, relative=True), _segments(32, relative=True)]
     found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
-    found += [_segments(width, relative=True) for width in (256, 1024)]
+    found.append(_segments(256, relative=True))
     for kind in _STEPS:
         # A row of a table, and a slice of a core at R = 64.
         found += [_update(kind, width, _FLOAT, None) for width in (64, 8192)]
@@ -116,7 +118,7 @@ def _sources(weighted: bool) -> Configuration:
         dtype="float32",
         **as_compiled(find_gradients, find_constants(weighted), _TYPES),
         flops_per_lookup=1.0 + weighted,
-        bytes_per_lookup=44.0 + 4 * weighted,
+        bytes_per_lookup=36.0 + 4 * weighted,
         min_occupancy=0.5,
         note="weighted" * weighted,
         small=("features",),
@@ -129,7 +131,7 @@ def _pieces(width: int, relative: bool) -> Configuration:
         dtype="float32",
         **as_compiled(sum_pieces, piece_constants(width, relative), _TYPES),
         flops_per_lookup=2.0 * width,
-        bytes_per_lookup=8.0 * width + 20,
+        bytes_per_lookup=8.0 * width + 16,
         min_occupancy=0.5,
         note=f"D={width}" + ", micro-batch" * relative,
         small=("cuts",),
@@ -140,9 +142,9 @@ def _segments(width: int, relative: bool) -> Configuration:
     return Configuration(
         kernel="frame.segment_sum",
         dtype="float32",
-        **as_compiled(segment_sum, segment_constants(width, relative), _TYPES),
+        **as_compiled(segment_sum, segment_constants(width, relative), {**_TYPES, "first": "*i32"}),
         flops_per_lookup=float(width),
-        bytes_per_lookup=8.0 * width + 8,
+        bytes_per_lookup=8.0 * width + 4,
         min_occupancy=0.5,
         note=f"W={width}" + ", micro-batch" * relative,
         small=("cuts",),
@@ -166,16 +168,17 @@ def _update(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | Non
 
 def _entries() -> Iterator[Configuration]:
     """Where gradients go."""
-    yield Configuration(
-        kernel="frame.locate",
-        dtype="float32",
-        **as_compiled(locate, locate_constants(26), _TYPES),
-        flops_per_lookup=0.0,
-        bytes_per_lookup=8.0 + 20,
-        min_occupancy=0.5,
-        note="26 tables",
-        small=("cuts", "first_key", "table_keys"),
-    )
+    for keys, size in (("*i32", 4), ("*i64", 8)):
+        yield Configuration(
+            kernel="frame.locate",
+            dtype="float32",
+            **as_compiled(locate, locate_constants(26), {**_TYPES, "key": keys}),
+            flops_per_lookup=0.0,
+            bytes_per_lookup=size + 20.0,
+            min_occupancy=0.5,
+            note=f"26 tables, {8 * size}-bit keys",
+            small=("cuts", "first_key", "table_keys"),
+        )
     for dtype in (_FLOAT, _HALF):
         types = {**_TYPES, "out": NAMES[dtype][1]}
         yield Configuration(

@@ -111,6 +111,7 @@ def place_nodes(
     num_micro_batches,
     micro_batch_rows,
     ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BL: tl.constexpr,
     BB: tl.constexpr,
 ):
@@ -119,7 +120,8 @@ def place_nodes(
     ``entry`` of the first level, ``parent`` and ``group_key`` of the others, ``child`` of all but the last,
     one level after the other, and ``node_cuts`` [ORDER, S + 1] are those of
     :class:`~recemb_kernels.tt_gather.triton_levels.Level`, S micro-batches. Level k has room for
-    ``prefixes[k]`` + S - 1 nodes, L at most, and rows for L; ``child`` for one more. ``group_key``:
+    ``prefixes[k]`` + S - 1 nodes, L at most, made a multiple of ALIGNED, and rows for L; ``child`` for
+    ALIGNED more. ``group_key``:
     micro-batch times ``slices[k]`` plus slice; S times that where there is no node. ``digits``, ``last`` and
     ``new`` come from ``split_digits``. Grid (P, P BL > L).
     """
@@ -143,6 +145,7 @@ def place_nodes(
         above_size = size
         if level < ORDER - 1:
             size = tl.minimum(total, tl.load(prefixes + level) + num_micro_batches - 1)
+            size = (size + (ALIGNED - 1)) // ALIGNED * ALIGNED
             digit = tl.load(digits + (level * total + at), mask=here, other=0)
             begins = tl.load(new + (level * total + at), mask=here, other=0) != 0
             before, every = totals(counts, ORDER - 1, level, block, blocks, BB)
@@ -163,7 +166,7 @@ def place_nodes(
             tl.store(child + (child_at + above), node, mask=opened)
             if block == 0:
                 tl.store(child + (child_at + above_end), end)
-            child_at += above_size + 1
+            child_at += above_size + ALIGNED
             wide = tl.load(slices + level)
             key = micro_batch * wide + digit
             tl.store(group_key + (own_at + node), key, mask=begins)
@@ -225,7 +228,7 @@ def copy_slices(
     if n >= tl.load(cuts + 1):
         return
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    entry = tl.load(digit + n)
+    entry = tl.load(digit + n).to(tl.int64)
     core = tl.load(cores + tl.load(entry_table + entry)).to(tl.pointer_type(ELEMENT))
     value = tl.load(core + tl.load(entry_row + entry) * W + w, mask=w < W)
     tl.store(out + (n - low) * W + w, value, mask=w < W)
@@ -242,7 +245,7 @@ def add_slices(grad, touched, source, digit, cuts, W: tl.constexpr, BW: tl.const
     if n >= tl.load(cuts + 1):
         return
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    entry = tl.load(digit + n)
+    entry = tl.load(digit + n).to(tl.int64)
     tl.store(touched + entry, 1)
     total = tl.load(grad + entry * W + w, mask=w < W, other=0.0)
     total += tl.load(source + (n - low) * W + w, mask=w < W, other=0.0)
@@ -364,58 +367,3 @@ def slice_gradient(
     address = grad + entry * (K * N) + k[:, None] * N + n[None, :]
     mask = (k < K)[:, None] & (n < N)[None, :]
     tl.store(address, tl.load(address, mask=mask, other=0.0) + total, mask=mask)
-
-
-@triton.jit
-def sum_children(
-    out,
-    source,
-    cores,
-    child,
-    entry,
-    entry_table,
-    entry_row,
-    cuts,
-    Q: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    BC: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """The way back from rows: out[node] [Q, K] = the sum over a node's rows of source[row] [Q, N] times the
-    transpose [N, K] of the row's slice, ``entry[row]``.
-
-    Of nodes from ``cuts[0]`` to ``cuts[1]``; ``out`` starts at the first, ``source`` at its first row. A
-    row's share of its node, K / N times as large as its gradient, is added up as it is computed. The loads of
-    BC rows are under way at once. Grid (nodes, K / BK).
-    """
-    low = tl.load(cuts)
-    node = low + tl.program_id(0)
-    if node >= tl.load(cuts + 1):
-        return
-    first = tl.load(child + node).to(tl.int64)
-    end = tl.load(child + node + 1).to(tl.int64)
-    q = tl.arange(0, BQ)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    to_source = (first - tl.load(child + low).to(tl.int64)) * (Q * N)
-    total = tl.zeros((BQ, BK), dtype=tl.float32)
-    while first < end:
-        for i in tl.static_range(BC):
-            inside = first + i < end
-            of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
-            core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
-            core += tl.load(entry_row + of) * (K * N)
-            share = tl.zeros((BQ, BK), dtype=tl.float32)
-            for n in tl.static_range(N):
-                left = source + (to_source + i * (Q * N)) + (q * N + n)
-                left = tl.load(left, mask=inside & (q < Q), other=0.0)
-                right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
-                left, right = tl.broadcast(left[:, None], right[None, :])
-                share = tl.fma(left, right, share)
-            total += share
-        first += BC
-        to_source += BC * Q * N
-    to = ((node - low) * Q + q[:, None]) * K + k[None, :]
-    tl.store(out + to, total, mask=(q < Q)[:, None] & (k < K)[None, :])

@@ -19,7 +19,9 @@ from recemb_kernels.tt_gather.triton_kernel import (
     split_digits,
 )
 from recemb_kernels.tt_gather.triton_variants import (
+    ALIGNED,
     TILE_ROWS,
+    aligned,
     count_constants,
     digit_constants,
     find_constants,
@@ -52,7 +54,7 @@ class Level:
     Attributes:
         entry: [N] int32, the core slice of each node; ``None`` between the first level and the rows.
         parent: [N] int32, its node of the level before; ``None`` of the first level's.
-        child: [N + 1] int32, its first child in the next level; ``None`` of rows, which have none.
+        child: [N + 1 and more] int32, its first child in the next level; ``None`` of rows, which have none.
         cuts: [S + 1] first node of each micro-batch.
         groups: by slice; ``None`` of the first level, whose nodes are slices.
     """
@@ -100,10 +102,11 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
     counts = torch.empty(blocks, order - 1, dtype=torch.int32, device=device)
     count_nodes[(blocks,)](counts, new, count, **count_constants(order))
     # A micro-batch that begins within a prefix makes one node more of it.
-    sizes = [*(min(count, prefixes + slices - 1) for prefixes in tables.num_prefixes), count]
+    sizes = [aligned(min(count, prefixes + slices - 1)) for prefixes in tables.num_prefixes] + [count]
+    of_child = [size + ALIGNED for size in sizes[:-1]]
     entry, parent, child = (
         torch.empty(numel, dtype=torch.int32, device=device)
-        for numel in (sizes[0], sum(sizes[1:]), sum(sizes[:-1]) + order - 1)
+        for numel in (sizes[0], sum(sizes[1:]), sum(of_child))
     )
     most = slices * max(core.numel() for core in tables.entry_row)
     # 32-bit keys sort in half the time.
@@ -131,7 +134,7 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
     # Given back before the sorts take theirs.
     del digits, new
     parents, keys = torch.split(parent, sizes[1:]), torch.split(group_key, sizes[1:])
-    children = torch.split(child, [size + 1 for size in sizes[:-1]])
+    children = torch.split(child, of_child)
     return [
         Level(
             entry=entry if k == 0 else last if k == order - 1 else None,

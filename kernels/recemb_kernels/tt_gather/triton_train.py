@@ -13,15 +13,18 @@ from torch import Tensor
 from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import Places, sum_segments
+from recemb_kernels.triton_frame.launches import PIECE
 from recemb_kernels.triton_frame.pooling import pool, weigh
 from recemb_kernels.triton_frame.steps import Entries, step
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched, sum_children
+from recemb_kernels.tt_gather.triton_children import join_children, sum_children
+from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched
 from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
 from recemb_kernels.tt_gather.triton_variants import (
     TILE_ROWS,
     children_constants,
     gradient_constants,
+    join_constants,
     multiply_constants,
     multiply_tuned,
     slice_block,
@@ -228,20 +231,28 @@ class TrainFamily(Family[TrainShape]):
 
     def _rows_back(self, part: _Part, k: int, grad_rows: Tensor) -> Tensor:
         """The gradients of level k - 1's products from those of its rows, each of which has a slice."""
-        tables = self._tables
-        constants = children_constants(self.shapes[0], self.dtype)
-        nodes = self._most_nodes(k - 1, part)
-        out = torch.empty(nodes, constants["Q"] * constants["K"], dtype=torch.float32, device=self.device)
-        sum_children[(nodes, cdiv(constants["K"], constants["BK"]))](
+        tables, level, above = self._tables, part.levels[k], part.levels[k - 1]
+        constants, joining = children_constants(self.shapes[0], self.dtype), join_constants(self.shapes[0])
+        nodes, pieces, width = self._most_nodes(k - 1, part), cdiv(len(grad_rows), PIECE), joining["W"]
+        out, parts = (
+            torch.empty(most, width, dtype=torch.float32, device=self.device) for most in (nodes, pieces)
+        )
+        sum_children[(nodes + pieces, cdiv(constants["K"], constants["BK"]))](
             out,
+            parts,
             grad_rows,
             self._cores(part, k),
-            part.levels[k - 1].child,
-            part.levels[k].entry,
+            above.child,
+            level.parent,
+            level.entry,
             tables.entry_table[k],
             tables.entry_row[k],
             part.cuts(k - 1),
+            nodes,
             **constants,
+        )
+        join_children[(pieces, cdiv(width, joining["BW"]))](
+            out, parts, above.child, level.parent, part.cuts(k - 1), **joining
         )
         return out
 

@@ -12,7 +12,9 @@ import triton.language as tl
 
 from recemb_kernels.aot.configuration import Configuration
 from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, as_compiled, factor, precision, tile, tuned
+from recemb_kernels.triton_frame.launches import PIECE
 from recemb_kernels.tt_gather import TrainShape
+from recemb_kernels.tt_gather.triton_children import join_children, sum_children
 from recemb_kernels.tt_gather.triton_kernel import (
     add_slices,
     copy_slices,
@@ -24,11 +26,12 @@ from recemb_kernels.tt_gather.triton_kernel import (
     place_nodes,
     slice_gradient,
     split_digits,
-    sum_children,
 )
 
 # Rows of a matrix product that one program takes; plans count in them.
 TILE_ROWS = 32
+# Arrays of levels lie one behind the other: each begins at a multiple of 16 bytes, as Triton likes them.
+ALIGNED = 4
 
 
 def variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -113,19 +116,27 @@ def gradient_constants(shape: TrainShape, k: int, dtype: torch.dtype) -> dict[st
 def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
     """The constants of ``sum_children``, which comes back from rows."""
     q, inner, outer = product_of(shape, len(shape.dim_shape) - 1)
-    columns = tile(q, q)
+    columns = tile(q, 2 * q)
     block = tile(inner, max(8, _CHILDREN_TILE // columns))
     return {
         "Q": q,
         "K": inner,
         "N": outer,
         "ELEMENT": ELEMENTS[dtype],
+        "PIECE": PIECE,
         # About 16 loads of each factor under way at once; 32 spill registers in two cores.
         "BC": max(1, 16 // outer),
         "BQ": columns,
         "BK": block,
         "num_warps": min(4, max(1, columns * block // 128)),
     }
+
+
+def join_constants(shape: TrainShape) -> dict[str, Any]:
+    """The constants of ``join_children``."""
+    q, inner, _ = product_of(shape, len(shape.dim_shape) - 1)
+    block = tile(q * inner, 512)
+    return {"W": q * inner, "PIECE": PIECE, "BC": 8, "BW": block, "num_warps": min(4, max(1, block // 128))}
 
 
 def slice_block(width: int) -> dict[str, int]:
@@ -146,9 +157,21 @@ def count_constants(order: int) -> dict[str, int]:
     return {"ORDER": order, "BL": _NODE_BLOCK, "num_warps": 4}
 
 
+def aligned(numel: int) -> int:
+    """``numel`` or a few more."""
+    return -(-numel // ALIGNED) * ALIGNED
+
+
 def node_constants(order: int) -> dict[str, int]:
     """Of ``place_nodes``."""
-    return {"ORDER": order, "BL": _NODE_BLOCK, "BB": 256, "num_warps": 4}
+    # Two rows a thread take too many registers from four cores on.
+    return {
+        "ORDER": order,
+        "ALIGNED": ALIGNED,
+        "BL": _NODE_BLOCK,
+        "BB": 256,
+        "num_warps": 4 if order < 4 else 8,
+    }
 
 
 def group_constants(count: int) -> dict[str, int]:
@@ -301,16 +324,31 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                 note=f"{note}, core {k + 1}",
                 small=("source_base", "grad_base"),
             )
-    yield _children(shape, dtype, note)
+    yield from _children(shape, dtype, note)
     yield from _slices(shape, dtype, note)
 
 
-def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Configuration:
-    """The kernel that comes back from rows."""
+def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Configuration]:
+    """The kernels that come back from rows."""
     constants = children_constants(shape, dtype)
-    types = {**dict.fromkeys(("out", "source"), "*fp32"), **dict.fromkeys(("child", "entry"), _NUMBER)}
+    types = {
+        **dict.fromkeys(("out", "parts", "source"), "*fp32"),
+        **dict.fromkeys(("child", "parent", "entry"), _NUMBER),
+        "num_nodes": "i32",
+    }
     q, k, n = (constants[name] for name in "QKN")
-    return Configuration(
+    if dtype is torch.float32:
+        yield Configuration(
+            kernel="tt_gather.join_children",
+            dtype=NAMES[dtype][0],
+            **as_compiled(join_children, join_constants(shape), types),
+            flops_per_lookup=q * k / PIECE,
+            bytes_per_lookup=(4.0 * q * k + 12) / PIECE,
+            min_occupancy=0.5,
+            note=note,
+            small=("cuts",),
+        )
+    yield Configuration(
         kernel="tt_gather.sum_children",
         dtype=NAMES[dtype][0],
         **as_compiled(sum_children, constants, types),
@@ -370,19 +408,21 @@ def _nodes(order: int) -> Iterator[Configuration]:
         **dict.fromkeys(("num_tables", "count", "micro_batch_rows", "blocks"), "i32"),
         **dict.fromkeys(("num_micro_batches", "num_groups", "num_entries", "wide"), "i32"),
         **dict.fromkeys(("counts", "keys", "group_key", "touched"), _NUMBER),
-        **dict.fromkeys(("digits", "last", "entry", "parent", "child", "group"), _NUMBER),
+        **dict.fromkeys(("row_key", "digits", "last", "entry", "parent", "child", "group"), _NUMBER),
         "new": "*i8",
     }
     digits = 4.0 * order + order - 1
-    for kernel, constants, nbytes in (
-        (split_digits, digit_constants(order, 26), 8.0 + digits),
-        (count_nodes, count_constants(order), order - 1.0),
-        (place_nodes, node_constants(order), 2 * digits + 12.0 * (order - 1)),
-        (group_bounds, group_constants(count), 4.0),
-        (find_groups, find_constants(groups), 8.0),
-        (mark_touched, touched_constants(), 4.0),
+    wide = {"row_key": _INDEX}
+    for kernel, constants, nbytes, other in (
+        (split_digits, digit_constants(order, 26), 4.0 + digits, {}),
+        (split_digits, digit_constants(order, 26), 8.0 + digits, wide),
+        (count_nodes, count_constants(order), order - 1.0, {}),
+        (place_nodes, node_constants(order), 2 * digits + 12.0 * (order - 1), {}),
+        (group_bounds, group_constants(count), 4.0, {}),
+        (find_groups, find_constants(groups), 8.0, {}),
+        (mark_touched, touched_constants(), 4.0, {}),
     ):
-        compiled = as_compiled(kernel, constants, types)
+        compiled = as_compiled(kernel, constants, {**types, **other})
         small = (
             *("cuts", "first_key", "table_keys", "radices", "entry_base", "counts", "node_cuts", "slices"),
             *("first", "tiles", "tile_first", "touched", "group_first", "prefixes"),
@@ -394,6 +434,6 @@ def _nodes(order: int) -> Iterator[Configuration]:
             flops_per_lookup=0.0,
             bytes_per_lookup=nbytes,
             min_occupancy=0.43,
-            note=f"26 tables, d={order}",
+            note=f"26 tables, d={order}" + ", 64-bit keys" * bool(other),
             small=tuple(name for name in small if name in compiled["signature"]),
         )

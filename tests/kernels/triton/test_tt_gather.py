@@ -176,6 +176,31 @@ def test_micro_batches_give_the_bits_of_the_whole() -> None:
             torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("micro_batch_rows", [150, MICRO_BATCH_ROWS])
+def test_nodes_with_more_rows_than_a_piece(micro_batch_rows: int) -> None:
+    """Every row of three tables: nodes of 180 and 70 rows, and of 64, which begin and end at a cut."""
+    split, ranks = (2, 1, 2), (1, 2, 3, 1)
+    shapes = [TrainShape((1, 1, 180), split, ranks), TrainShape((1, 2, 70), split, ranks)]
+    tables = _tables([*shapes, TrainShape((2, 64), (2, 2), (1, 3, 1))])
+    ids = torch.arange(180)
+    batch = Batch(torch.cat((ids, ids % 140, ids % 128)), torch.arange(541), None, 180)
+    assert_near(tables, batch, micro_batch_rows=micro_batch_rows)
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 2, 3])
+def test_micro_batches_that_begin_within_a_prefix(micro_batch_rows: int) -> None:
+    """A node more for each: of trains with one prefix and with two, behind another family's rows."""
+    shapes = [
+        SHAPES[1],
+        TrainShape((1, 1, 9), (2, 1, 2), (1, 2, 3, 1)),
+        TrainShape((2, 1, 5), (2, 1, 2), (1, 2, 3, 1)),
+    ]
+    tables = _tables(shapes)
+    ids = torch.tensor([3, 40, 3, -1, 8, 2, 0, 1, 7, 6, 8, 5, 9, 4, 0, 1, 2, 3])
+    batch = Batch(ids, torch.arange(0, 19, 2), None, 3)
+    assert_near(tables, batch, micro_batch_rows=micro_batch_rows)
+
+
 def test_one_row_beyond_a_piece() -> None:
     """In two features."""
     tables = _tables(SHAPES[:1], [FeatureCode(0, False), FeatureCode(0, True)])

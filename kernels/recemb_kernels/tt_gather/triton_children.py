@@ -1,0 +1,116 @@
+"""Triton kernels of tensor-train tables: the way back from rows to the products that they are made of.
+
+A row's gradient is [Q, N], Q = q_1 .. q_(d-1) and N = q_d; its share of the gradient of its parent's product
+is that times the transpose of its slice, [Q, K], K = R_(d-1).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sum_children(
+    out,
+    parts,
+    source,
+    cores,
+    child,
+    parent,
+    entry,
+    entry_table,
+    entry_row,
+    cuts,
+    num_nodes,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    PIECE: tl.constexpr,
+    BC: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The way back from rows: out[node] [Q, K] = the sum over a node's rows of source[row] [Q, N] times the
+    transpose [N, K] of the row's slice, ``entry[row]``.
+
+    Of nodes from ``cuts[0]`` to ``cuts[1]``; ``out`` starts at the first, ``source`` at its first row. A
+    row's share of its node, K / N times as large as its gradient, is added up as it is computed. The loads of
+    BC rows are under way at once.
+
+    Every PIECE rows a node that goes on is cut: ``parts[p]`` gets the sum of its rows from the p-th cut to
+    the next, which ``join_children`` adds. Grid (num_nodes + rows / PIECE, K / BK), ``num_nodes`` as many as
+    there may be.
+    """
+    low = tl.load(cuts)
+    high = tl.load(cuts + 1)
+    base = tl.load(child + low).to(tl.int64)
+    past = tl.load(child + high).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    piece = program - num_nodes
+    whole = piece < 0
+    cut = base + piece * PIECE
+    cuts_here = (piece >= 0) & (cut < past)
+    here = tl.where(whole, low + program < high, cuts_here)
+    node = tl.where(whole, low + program, tl.load(parent + cut, mask=cuts_here, other=0).to(tl.int64))
+    begin = tl.load(child + node, mask=here, other=0).to(tl.int64)
+    if (here == 0) | ((whole == 0) & (begin == cut)):
+        return
+    first = tl.where(whole, begin, cut)
+    end = first + PIECE - (first - base) % PIECE
+    end = tl.minimum(end, tl.load(child + node + 1).to(tl.int64))
+    q = tl.arange(0, BQ)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    to_source = (first - base) * (Q * N)
+    total = tl.zeros((BQ, BK), dtype=tl.float32)
+    while first < end:
+        for i in tl.static_range(BC):
+            inside = first + i < end
+            of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
+            core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
+            core += tl.load(entry_row + of) * (K * N)
+            share = tl.zeros((BQ, BK), dtype=tl.float32)
+            for n in tl.static_range(N):
+                left = source + (to_source + i * (Q * N)) + (q * N + n)
+                left = tl.load(left, mask=inside & (q < Q), other=0.0)
+                right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
+                left, right = tl.broadcast(left[:, None], right[None, :])
+                share = tl.fma(left, right, share)
+            total += share
+        first += BC
+        to_source += BC * Q * N
+    to = q[:, None] * K + k[None, :]
+    mask = (q < Q)[:, None] & (k < K)[None, :]
+    tl.store(out + ((node - low) * (Q * K) + to), total, mask=mask & whole)
+    tl.store(parts + (piece * (Q * K) + to), total, mask=mask & (whole == 0))
+
+
+@triton.jit
+def join_children(
+    out, parts, child, parent, cuts, W: tl.constexpr, PIECE: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr
+):
+    """out[node] [W] += the parts of a node that ``sum_children`` cut, one after the other.
+
+    By the program of its first cut; the loads of BC parts are under way at once. Grid (rows / PIECE, W / BW).
+    """
+    low = tl.load(cuts)
+    base = tl.load(child + low).to(tl.int64)
+    piece = tl.program_id(0).to(tl.int64)
+    cut = base + piece * PIECE
+    if cut >= tl.load(child + tl.load(cuts + 1)):
+        return
+    node = tl.load(parent + cut).to(tl.int64)
+    begin = tl.load(child + node).to(tl.int64)
+    if (begin == cut) | (begin < cut - PIECE):
+        return
+    past = piece + (tl.load(child + node + 1) - cut + (PIECE - 1)) // PIECE
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    at = out + ((node - low) * W + w)
+    total = tl.load(at, mask=w < W, other=0.0)
+    while piece < past:
+        for i in tl.static_range(BC):
+            part = parts + ((piece + i) * W + w)
+            total += tl.load(part, mask=(piece + i < past) & (w < W), other=0.0)
+        piece += BC
+    tl.store(at, total, mask=w < W)
