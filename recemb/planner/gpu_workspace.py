@@ -2,8 +2,9 @@
 
 Counted as the Triton kernels allocate it (``kernels/recemb_kernels/triton_frame``). They size every array by
 what the host knows: with L ids in a call of all tables, arrays of each family (tables of one op, equal
-constants and one dtype) have L entries, whatever part of the ids is the family's. Plans are held from the
-forward to the backward; what else a family needs is given back before the next one's turn.
+constants and one dtype) have L entries, whatever part of the ids is the family's; those of a train's nodes
+above the rows as many as there are prefixes, if these are fewer. Plans are held from the forward to the
+backward; what else a family needs is given back before the next one's turn.
 
 A shape that recurs is captured as a CUDA graph, which keeps the memory of its step and copies of the batch
 and of both sides' pooled rows. One such shape is counted, the training step's.

@@ -26,6 +26,7 @@ from recemb_kernels.tt_gather.triton_kernel import multiply
 from recemb_kernels.tt_gather.triton_variants import (
     children_constants,
     gradient_constants,
+    join_constants,
     multiply_constants,
     shipped,
     variants,
@@ -79,6 +80,9 @@ def test_trains_of_the_default_shapes_are_shipped(num_cores: int) -> None:
                 children = children_constants(shape, dtype)
                 children.pop("num_warps")
                 assert ("sum_children", repr(children)) in found
+            joined = join_constants(shape)
+            joined.pop("num_warps")
+            assert ("join_children", repr(joined)) in found
 
 
 @pytest.mark.parametrize("num_cores", [2, 3, 4])

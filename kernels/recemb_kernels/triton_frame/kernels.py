@@ -1,8 +1,8 @@
 """Triton kernels that every op uses: pooling, the way back of gradients, sums over segments, updates.
 
 Positions, rows, bags and elements are int64 wherever they are computed with; arrays of positions, rows and
-bags are int32. Letters: B samples, D columns of a row, W elements
-of a parameter row. Names in capitals are compile-time constants, BB, BD, ... the sizes of a program's tile.
+bags are int32. Letters: B samples, D columns of a row, W elements of a parameter row. Names in capitals are
+compile-time constants, BB, BD, ... the sizes of a program's tile.
 """
 
 from __future__ import annotations

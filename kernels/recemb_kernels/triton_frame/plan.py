@@ -55,7 +55,9 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Equal neighbours among L sorted keys, at most L runs; padding and types as of :class:`BatchPlan`.
+    """Equal neighbours among L sorted keys, at most L runs; padding as of :class:`BatchPlan`.
+
+    Numbers are int32, or int64 of 2**31 keys and more, which blocks of rows may be.
 
     Attributes:
         number: [L] run of each place, or of each position where the order is known.
@@ -191,7 +193,7 @@ def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False, order: 
     counts = torch.empty(2 * blocks, dtype=torch.int32, device=device)
     kind = torch.int32 if count < 2**31 else torch.int64
     number, key = torch.empty(count, dtype=kind, device=device), torch.empty_like(sorted_keys)
-    piece_first, run_piece = torch.empty(2, count + 1, dtype=kind, device=device)
+    piece_first, run_piece = (torch.empty(count + 1, dtype=kind, device=device) for _ in range(2))
     # Of whole runs, pieces are runs.
     first = piece_first if whole else None
     if order is None and not whole:

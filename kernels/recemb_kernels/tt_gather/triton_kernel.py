@@ -121,9 +121,8 @@ def place_nodes(
     one level after the other, and ``node_cuts`` [ORDER, S + 1] are those of
     :class:`~recemb_kernels.tt_gather.triton_levels.Level`, S micro-batches. Level k has room for
     ``prefixes[k]`` + S - 1 nodes, L at most, made a multiple of ALIGNED, and rows for L; ``child`` for
-    ALIGNED more. ``group_key``:
-    micro-batch times ``slices[k]`` plus slice; S times that where there is no node. ``digits``, ``last`` and
-    ``new`` come from ``split_digits``. Grid (P, P BL > L).
+    ALIGNED more. ``group_key``: micro-batch times ``slices[k]`` plus slice; S times that where there is no
+    node. ``digits``, ``last`` and ``new`` come from ``split_digits``. Grid (P, P BL > L).
     """
     block = tl.program_id(0).to(tl.int64)
     at = block * BL + tl.arange(0, BL)

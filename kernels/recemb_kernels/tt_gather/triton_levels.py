@@ -180,7 +180,7 @@ def _group(key: Tensor, micro_batches: int, tables: TrainTables, core: int) -> G
     sorted_key, order = torch.sort(key, stable=True)
     nodes = order.to(torch.int32)
     del order
-    first, tiles = torch.empty(2, num_groups + 1, dtype=torch.int64, device=device)
+    first, tiles = (torch.empty(num_groups + 1, dtype=torch.int64, device=device) for _ in range(2))
     constants = group_constants(count)
     group_bounds[(cdiv(num_groups + 1, constants["BG"]),)](
         first, tiles, sorted_key, count, num_groups, wide, **constants

@@ -171,7 +171,7 @@ def test_micro_batches_give_the_bits_of_the_whole() -> None:
         sliced = run(ALL.triton(micro_batch_rows=rows), parameters, batch, grad)
         assert torch.equal(whole[0], sliced[0])
         assert torch.equal(whole[-1], sliced[-1]), "gradients of the weights"
-        # A core slice sums over the same nodes in another order.
+        # A core slice sums over the same nodes, and a node over its rows, in another order.
         for first, second in zip(whole[1:-1], sliced[1:-1], strict=True):
             torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
 

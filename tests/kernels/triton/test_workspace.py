@@ -184,7 +184,7 @@ AT_ONCE_BEFORE = 1504e6
 
 
 @pytest.mark.parametrize("micro_batch_rows", [2**30, 2**19, MICRO_BATCH_ROWS, 2**17, 2**16])
-def test_a_large_step_takes_a_quarter_of_what_it_took(
+def test_a_large_step_takes_a_fraction_of_what_it_took(
     micro_batch_rows: int, no_kernels: Callable[[], None]
 ) -> None:
     size, tables = 65_536, 26
