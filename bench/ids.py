@@ -77,24 +77,35 @@ def draw(kind: str, rows: int, size: int, generator: np.random.Generator) -> npt
 
 
 def lay_tree(ids: npt.NDArray[np.int64], wide: int, rows: int, narrow: int) -> npt.NDArray[np.int64]:
-    """Ids of a table of ``rows`` rows with as many distinct prefixes as ``ids``, each as often.
+    """Ids of a table of ``rows`` rows with as many distinct rows and prefixes as ``ids``, each row as often.
 
     A prefix is an id without its last digit, which has ``wide`` values in ``ids`` and ``narrow`` in the
-    result: of the distinct rows below a prefix as many stay distinct. The k-th prefix has the same place in
-    every batch; which prefixes share a shorter one is not kept.
+    result. What is more below a prefix goes to others, one each in turn. The k-th prefix has the same place
+    in every batch; which prefixes share a shorter one is not kept.
 
     Raises:
-        ValueError: the table has fewer prefixes than ``ids``.
+        ValueError: the table has fewer prefixes than ``ids``, or these no room for the rows.
     """
     generator = np.random.default_rng(0)
     distinct, row = np.unique(ids, return_inverse=True)
-    prefixes, first, above = np.unique(distinct // wide, return_index=True, return_inverse=True)
+    prefixes, first, above, sizes = np.unique(
+        distinct // wide, return_index=True, return_inverse=True, return_counts=True
+    )
     if len(prefixes) > rows // narrow:
         raise ValueError(f"{len(prefixes)} prefixes do not fit a table of {rows // narrow}")
+    if len(distinct) > len(prefixes) * narrow:
+        raise ValueError(f"{len(distinct)} rows do not fit {len(prefixes)} prefixes of {narrow}")
     places = generator.permutation(rows // narrow)
     starts = generator.integers(narrow, size=len(places))
-    digits = (starts[above] + np.arange(len(distinct)) - first[above]) % narrow
-    laid: npt.NDArray[np.int64] = (places[above] * narrow + digits)[row]
+    ranks = np.arange(len(distinct)) - first[above]
+    room = np.maximum(narrow - sizes, 0)
+    homes = np.repeat(np.arange(len(prefixes)), room)
+    turns = np.arange(len(homes)) - np.repeat(np.cumsum(room) - room, room)
+    more = np.flatnonzero(ranks >= narrow)
+    taken = np.lexsort((homes, turns))[: len(more)]
+    above[more] = homes[taken]
+    ranks[more] = sizes[homes[taken]] + turns[taken]
+    laid: npt.NDArray[np.int64] = (places[above] * narrow + (starts[above] + ranks) % narrow)[row]
     return laid
 
 

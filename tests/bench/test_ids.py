@@ -54,13 +54,14 @@ def test_permuted_ids_are_the_zipf_ids_elsewhere() -> None:
     assert not np.array_equal(permuted, zipf)
 
 
-def test_a_tree_laid_on_a_smaller_table_keeps_its_prefixes_and_how_often_each_comes() -> None:
+def test_a_tree_laid_on_a_smaller_table_keeps_its_prefixes_and_rows() -> None:
     wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=SCALE_RANK))[0][-1] for n in (G, M))
     zipf, laid = (draw(kind, n, 4096, np.random.default_rng(5)) for kind, n in (("zipf", G), (TREE_OF_1G, M)))
     assert laid.min() >= 0
     assert laid.max() < M
-    counts = [np.unique(ids // last, return_counts=True)[1] for ids, last in ((zipf, wide), (laid, narrow))]
-    assert len(counts[0]) > 1000
+    prefixes = [np.unique(ids // last) for ids, last in ((zipf, wide), (laid, narrow))]
+    assert len(prefixes[0]) == len(prefixes[1]) > 1000
+    counts = [np.unique(ids, return_counts=True)[1] for ids in (zipf, laid)]
     assert np.array_equal(*map(np.sort, counts))
 
 
@@ -71,6 +72,17 @@ def test_a_batch_laid_is_the_batch_that_the_billion_gets() -> None:
     wide, narrow = (tt_shapes(n, BASE.dim, TensorTrain(rank=SCALE_RANK))[0][-1] for n in (G, M))
     for k in (0, 1, 63):
         assert len((zipf[k].ids // wide).unique()) == len((laid[k].ids // narrow).unique())
+        assert len(zipf[k].ids.unique()) == len(laid[k].ids.unique())
+
+
+def test_rows_that_a_prefix_has_no_room_for_go_to_others() -> None:
+    # 7 prefixes, of 30 rows and the last of 4, onto digits of 27 values.
+    ids = np.random.default_rng(0).permutation(np.tile(np.arange(184), 3))
+    laid = lay_tree(ids, 30, 10_000, 27)
+    assert len(np.unique(laid)) == len(np.unique(np.stack([ids, laid]), axis=1).T) == 184
+    assert sorted(np.unique(np.unique(laid) // 27, return_counts=True)[1]) == [22, *[27] * 6]
+    with pytest.raises(ValueError, match="184 rows do not fit 7 prefixes of 26"):
+        lay_tree(ids, 30, 10_000, 26)
 
 
 def test_rows_of_a_laid_tree_stay_distinct_while_there_is_room() -> None:
