@@ -18,7 +18,7 @@ from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
-from bench.settings import EMPTY, OP, SPARSE, Comparison
+from bench.settings import DENSE, EMPTY, OP, SPARSE, Comparison
 from bench.worker import Worker
 from recemb.training.plots import MISSING_MATPLOTLIB, have_matplotlib
 
@@ -119,9 +119,9 @@ def run_base(
 
 
 def limits(rows: Sequence[Row]) -> list[str]:
-    """What a peer's missed bound would ask of us, beside what torch's own steps take in the same rounds."""
+    """What a peer's missed bound would ask of us, beside what steps take that compute little or nothing."""
     took = {row.case: row.p50_us for row in rows if row.path == OP}
-    least = [f"{case} takes {took[case]:,.0f} us" for case in (EMPTY, SPARSE) if case in took]
+    least = [f"{case} takes {took[case]:,.0f} us" for case in (EMPTY, DENSE, SPARSE) if case in took]
     if EMPTY not in took:
         return []
     return [

@@ -35,14 +35,15 @@ MACHINE = Machine(
 ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000.4, 2000.0, 3000.0)
 
 
-def test_a_missed_bound_on_a_peer_is_held_against_torchs_own_steps() -> None:
+def test_a_missed_bound_on_a_peer_is_held_against_steps_that_compute_little() -> None:
     peer = replace(ROW, case=f"{TLTORCH}16", p50_us=2000.0, target=">=20", met=False)
     empty = replace(ROW, case=EMPTY, p50_us=97.0)
     forward = replace(ROW, case=SPARSE, path=FORWARD, p50_us=1.0)
     line = ">=20 for tltorch R=16 asks for a step of 100 us: empty step takes 97 us"
     assert limits([peer, empty, forward]) == [line]
-    sparse = replace(ROW, case=SPARSE, p50_us=385.0)
-    assert limits([peer, empty, sparse]) == [f"{line}, nn.EmbeddingBag takes 385 us"]
+    sparse, dense = (replace(ROW, case=case, p50_us=p50) for case, p50 in ((SPARSE, 385.0), (DENSE, 245.0)))
+    also = f"{line}, uncompressed takes 245 us, nn.EmbeddingBag takes 385 us"
+    assert limits([sparse, peer, dense, empty]) == [also]
     assert limits([replace(peer, met=True), empty, replace(ROW, target="<=1", met=False)]) == []
     # Without the empty step there is nothing to hold it against.
     assert limits([peer, sparse]) == []
