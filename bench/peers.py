@@ -172,7 +172,7 @@ class _Empty(torch.autograd.Function):
         return torch.empty(offsets.shape[0] - 1, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return None, None, None, None
 
 

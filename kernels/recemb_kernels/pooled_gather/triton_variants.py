@@ -10,7 +10,7 @@ import torch
 from recemb_kernels.aot.configuration import Configuration
 from recemb_kernels.pooled_gather import Operation, RowShape
 from recemb_kernels.pooled_gather.triton_kernel import pair_rows, pool_pairs, split_rows, sum_sides
-from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, as_compiled, tile_of
+from recemb_kernels.triton_frame.elements import ELEMENTS, KEYS, NAMES, as_compiled, tile_of
 
 # Most columns, and elements, of a program's tile; twice as many spill registers.
 _TILE = (128, 512)
@@ -87,7 +87,7 @@ def shipped() -> list[Configuration]:
         found += list(_backward(shape, dtype))
     descriptors = ("cuts", "first_key", "table_keys", "radices", "left_keys", "right_keys", "lefts", "rights")
     split = split_constants(RowShape(Operation.MULT, (1, 1), (64, 64)), _FLOAT, 26)
-    for keys, size in (("*i32", 4), ("*i64", 8)):
+    for keys, size in KEYS:
         last = Configuration(
             kernel="pooled_gather.split_rows",
             dtype="float32",

@@ -17,7 +17,7 @@ from recemb_kernels.robe_gather.triton_kernel import (
     read_rows,
     sum_blocks,
 )
-from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, as_compiled, cdiv, tile, tile_of
+from recemb_kernels.triton_frame.elements import ELEMENTS, KEYS, NAMES, as_compiled, cdiv, tile, tile_of
 
 # Elements of a program's tile of pooled bags: twice as many take 160 registers a thread.
 _POOL_AREA = 512
@@ -148,14 +148,14 @@ def _read(shape: RobeShape, dtype: torch.dtype) -> Configuration:
 
 def _backward(shape: RobeShape) -> Iterator[Configuration]:
     blocks, size = cdiv(shape.dim, shape.block_size), shape.block_size
-    for keys, bits in (("*i32", 32), ("*i64", 64)):
+    for keys, nbytes in KEYS:
         yield Configuration(
             kernel="robe_gather.place_blocks",
             dtype="float32",
-            note=f"{_note(shape)}, {bits}-bit keys",
+            note=f"{_note(shape)}, {8 * nbytes}-bit keys",
             **as_compiled(place_blocks, place_constants(shape, 26), {**_TYPES, "row_key": keys}),
             flops_per_lookup=0.0,
-            bytes_per_lookup=bits / 8 + 5 * blocks,
+            bytes_per_lookup=nbytes + 5.0 * blocks,
             min_occupancy=0.5,
             small=("cuts", "first_key", "table_keys", "tables"),
         )

@@ -11,6 +11,9 @@ import triton.language as tl
 
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# Keys of a batch are 32-bit where that will do: their types in Triton's signatures, and bytes.
+KEYS = (("*i32", 4), ("*i64", 8))
+
 # What Triton takes when a launch does not say how many stages its pipelines have.
 _STAGES = 3
 # Names in reports, and pointer types in Triton's signatures.

@@ -57,6 +57,7 @@ class Call:
     keys: Keys
     kept: dict[int, Any] = field(default_factory=dict)
     ready: HandOver | None = None
+    _key: Tensor | None = None
 
     def wait(self) -> None:
         """Have the current stream wait for what another one has prepared, and keep its memory until then."""
@@ -66,17 +67,16 @@ class Call:
     @cached_property
     def bag(self) -> Tensor:
         """[L] int32: the bag of each position."""
-        return self._placed()[1]
+        self._key, bag = keys_of(self.batch.ids, self.batch.offsets, self.keys, self.batch.size)
+        return bag
 
     @cached_property
     def plan(self) -> BatchPlan:
         """The distinct rows, worked out by the first kernel that asks."""
-        # The keys are not kept: rows have theirs.
-        key, self.bag = self._placed()
+        _ = self.bag  # which comes with the keys
+        key, self._key = self._key, None  # not kept: rows have theirs
+        assert key is not None
         return plan_batch(key, self.keys.bounds)
-
-    def _placed(self) -> tuple[Tensor, Tensor]:
-        return keys_of(self.batch.ids, self.batch.offsets, self.keys, self.batch.size)
 
 
 @dataclass(frozen=True, eq=False)

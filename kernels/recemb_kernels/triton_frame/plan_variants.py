@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from recemb_kernels.aot.configuration import Configuration
-from recemb_kernels.triton_frame.elements import as_compiled
+from recemb_kernels.triton_frame.elements import KEYS, as_compiled
 from recemb_kernels.triton_frame.launches import (
     check_constants,
     key_constants,
@@ -39,7 +39,7 @@ def shipped() -> list[Configuration]:
         for weighted in (False, True)
     ]
     found.append(_of(mark_infinite, mark_constants(), 64.0, "D=16"))
-    for keys, size in (("*i32", 4), ("*i64", 8)):
+    for keys, size in KEYS:
         note = f"{8 * size}-bit keys"
         counted = {name: value for name, value in run_constants(False, False).items() if name in _COUNTED}
         found.append(_of(place_ids, key_constants(_BAGS), 12.0 + size, note, keys))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from recemb_kernels.aot.configuration import Configuration
-from recemb_kernels.triton_frame.elements import NAMES, as_compiled
+from recemb_kernels.triton_frame.elements import KEYS, NAMES, as_compiled
 from recemb_kernels.triton_frame.kernels import (
     find_gradients,
     locate,
@@ -168,7 +168,7 @@ def _update(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | Non
 
 def _entries() -> Iterator[Configuration]:
     """Where gradients go."""
-    for keys, size in (("*i32", 4), ("*i64", 8)):
+    for keys, size in KEYS:
         yield Configuration(
             kernel="frame.locate",
             dtype="float32",
