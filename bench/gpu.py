@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bench.program import RESULTS, add_output, make_parser, positive, run_program
-from recemb.errors import ConfigError
+from bench.program import RESULTS, add_output, make_parser, positive, require_gpu, run_program
 
 if TYPE_CHECKING:
     from bench.ids import Batch
@@ -52,15 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError("torch sees no GPU here; recemb bench ops measures the CPU kernels")
+    require_gpu()
     from bench.guard import TESTS, require_green
     from bench.results import results_folder, table, this_machine, write_csv
     from bench.settings import Setting
 
-    machine = replace(this_machine(require_green(TESTS)), cpu=torch.cuda.get_device_name())
+    machine = this_machine(require_green(TESTS), "cuda")
     folder, rows = results_folder(args.output, RESULTS), []
     print(machine.heading())
     for dim in args.dim:

@@ -8,19 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.program import RESULTS, add_output, make_parser, positive, run_program
+from bench.program import RESULTS, add_output, make_parser, positive, require_gpu, run_program
 
 if TYPE_CHECKING:
     from bench.ids import Batch
+    from bench.settings import Setting
 
 _DESCRIPTION = """\
 Time a training step (forward, backward, fused row-wise Adagrad) of the 26 Criteo Kaggle tables, those of 200
 rows and more as tensor trains, with products of cores computed for so many distinct rows of a table at once.
-The workspace is what the kernels hold for these products and rows. Steps take turns, round by round; ratios
-are medians of the round-by-round ratios to the whole batch at once.
+The workspace is what the kernels hold for these products and rows; with --device cuda, the most memory that
+an eager step takes above what is held before it (tables, ids, the gradient), pooled rows included. Steps take
+turns, round by round; ratios are medians of the round-by-round ratios to the whole batch at once.
 """
 _WHOLE = 2**30
 _THRESHOLD = 200
+# Smaller than what a device takes by default, and larger.
+_SLICES = {"cpu": [2**14, 2**13, 2**12, 2**11], "cuda": [2**19, 2**18, 2**17, 2**16]}
+# Steps of a shape that stay eager on a GPU: the last one's memory is measured.
+_EAGER = 3
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--ids", choices=("zipf", "permuted", "uniform"), nargs="+", default=["zipf", "uniform"]
     )
     parser.add_argument(
-        "--micro_batch_rows", type=positive, nargs="+", default=[2**14, 2**13, 2**12, 2**11], metavar="M"
+        "--micro_batch_rows",
+        type=positive,
+        nargs="+",
+        metavar="M",
+        help="default: of each device, its own four",
     )
+    parser.add_argument("--rows", type=positive, metavar="N", help="26 tables of N rows in place of Kaggle's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=positive, default=11, metavar="K", help="default %(default)s")
     add_output(parser)
     return parser
@@ -68,37 +80,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from bench.guard import TESTS, require_green
     from bench.results import results_folder, this_machine, write_csv
-    from bench.settings import KAGGLE
+    from bench.settings import KAGGLE, Setting
 
-    machine = this_machine(require_green(TESTS))
+    if args.device == "cuda":
+        require_gpu()
+    machine = this_machine(require_green(TESTS), args.device)
     folder, rows = results_folder(args.output, RESULTS), []
     print(machine.heading())
+    tables = KAGGLE.rows if args.rows is None else (args.rows,) * len(KAGGLE.rows)
+    slices = args.micro_batch_rows or _SLICES[args.device]
     for batch in args.batch:
         for ids in args.ids:
-            rows += measure(KAGGLE.rows, batch, ids, args.rank, args.micro_batch_rows, args.rounds)
+            rows += measure(
+                Setting(tables, batch=batch, ids=ids), args.rank, slices, args.rounds, args.device
+            )
     print(table(rows))
     if folder is not None:
-        write_csv(folder / "micro_batches.csv", rows, machine)
+        suffix = "" if args.device == "cpu" else f"_{args.device}"
+        write_csv(folder / f"micro_batches{suffix}.csv", rows, machine)
     return 0
 
 
 def measure(
-    tables: tuple[int, ...], batch: int, ids: str, rank: int, micro_batch_rows: Sequence[int], rounds: int
+    setting: Setting, rank: int, micro_batch_rows: Sequence[int], rounds: int, device: str = "cpu"
 ) -> list[Row]:
     """Every way to take a step at one batch size, in turns."""
     from functools import partial
 
     from bench.ids import make_batches
     from bench.measure import Runner, percentiles, ratio, take_turns
-    from bench.settings import Setting
 
-    setting = Setting(rows=tables, batch=batch, ids=ids)
-    batches = make_batches(setting)
+    batches = [batch.to(device) for batch in make_batches(setting)]
     ways = [(_WHOLE, False), *((rows, False) for rows in micro_batch_rows)]
     ways += [(micro_batch_rows[-1] if len(micro_batch_rows) == 1 else micro_batch_rows[1], True)]
     runners, collections = {}, {}
     for k, (rows, ahead) in enumerate(ways):
-        steps = Steps(tables, rank, setting.dim, rows, ahead)
+        steps = Steps(setting, rank, rows, ahead, device)
+        if device == "cuda":
+            steps.weigh(batches)
         key = (str(rows), str(ahead))
         # Each starts at another batch, so that none finds the rows in cache that another has just read.
         runners[key] = Runner(partial(steps.step, batches), batches, first=3 * k)
@@ -111,7 +130,16 @@ def measure(
         space = collections[key].workspace_bytes()
         middle = percentiles(times[key]).p50
         found.append(
-            Row(batch, ids, rows, ahead, space, middle, ratio(times[key], times[whole]), space / base)
+            Row(
+                batch=setting.batch,
+                ids=setting.ids,
+                micro_batch_rows=rows,
+                prefetch=ahead,
+                workspace_bytes=space,
+                p50_us=middle,
+                ratio=ratio(times[key], times[whole]),
+                workspace_ratio=space / base,
+            )
         )
     return found
 
@@ -120,7 +148,7 @@ class Steps:
     """One collection, and its training step on ready KeyedJaggedTensors."""
 
     def __init__(
-        self, tables: Sequence[int], rank: int, dim: int, micro_batch_rows: int, ahead: bool
+        self, setting: Setting, rank: int, micro_batch_rows: int, ahead: bool, device: str = "cpu"
     ) -> None:
         import torchrec
         from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -130,36 +158,56 @@ class Steps:
         from recemb.spec import TableSpec
         from recemb.torchrec_io.configs import to_configs
 
-        self.names, self.ahead = feature_names(len(tables)), ahead
+        self.names, self.ahead, self._device = feature_names(len(setting.rows)), ahead, device
         specs = [
             TableSpec(
                 name=f"t_{name}",
                 num_embeddings=rows,
-                embedding_dim=dim,
+                embedding_dim=setting.dim,
                 feature_names=(name,),
                 compression=TensorTrain(rank=rank) if rows >= _THRESHOLD else Dense(),
             )
-            for name, rows in zip(self.names, tables, strict=True)
+            for name, rows in zip(self.names, setting.rows, strict=True)
         ]
-        self.collection = EmbeddingBagCollection(to_configs(specs), micro_batch_rows=micro_batch_rows)
+        self.collection = EmbeddingBagCollection(
+            to_configs(specs), micro_batch_rows=micro_batch_rows, device=device
+        )
         kind = torchrec.optim.RowWiseAdagrad
         apply_optimizer_in_backward(kind, self.collection.parameters(), {"lr": 0.01})
         self._features: dict[int, object] = {}
+        self._peak = 0
 
     def step(self, batches: Sequence[Batch], batch: Batch) -> None:
         """Forward, the next batch's preparation when asked for, backward."""
+        import torch
+
         pooled = self.collection(self._kjt(batch)).values()
         if self.ahead:
             following = batches[(batches.index(batch) + 1) % len(batches)]
             self.collection.prefetch(self._kjt(following))
         pooled.backward(batch.grad)
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def weigh(self, batches: Sequence[Batch]) -> None:
+        """Take the eager steps of a GPU, and see what the last of them needs."""
+        import torch
+
+        *first, last = batches[:_EAGER]
+        for batch in first:
+            self.step(batches, batch)
+        self._kjt(last)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(batches, last)
+        self._peak = torch.cuda.max_memory_allocated() - before
 
     def workspace_bytes(self) -> int:
-        """Of all groups of the collection's native kernels."""
-        total = 0
+        """What :meth:`weigh` has seen; on a CPU, of all groups of the collection's native kernels."""
+        total = self._peak
         for table in self.collection.embedding_bags.values():
             for prepared in table.memo.values():
-                if prepared.lookup is not None:
+                if prepared.lookup is not None and self._device == "cpu":
                     total += sum(group.workspace_bytes for group in prepared.lookup._groups.values())
         return total
 

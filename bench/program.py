@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from recemb.errors import RecembError
+from recemb.errors import ConfigError, RecembError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -85,3 +85,11 @@ def run_program(
     except RecembError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def require_gpu() -> None:
+    """Raise :class:`ConfigError` where torch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU here; recemb bench ops measures the CPU kernels")

@@ -111,11 +111,11 @@ def columns(kind: type) -> list[str]:
     return names
 
 
-def this_machine(sources: str) -> Machine:
-    """The machine of this process."""
+def this_machine(sources: str, device: str = "cpu") -> Machine:
+    """The machine of this process; named by its GPU when that is what is measured (``cuda``)."""
     return Machine(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        cpu=cpu_model(),
+        cpu=cpu_model() if device == "cpu" else torch.cuda.get_device_name(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", _UNSET),

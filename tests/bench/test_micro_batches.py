@@ -8,7 +8,7 @@ from bench.settings import Setting
 
 
 def test_smaller_micro_batches_take_less_workspace() -> None:
-    rows = measure((5000, 100), 2048, "uniform", 8, [1024, 256], rounds=3)
+    rows = measure(Setting(rows=(5000, 100), batch=2048, ids="uniform"), 8, [1024, 256], rounds=3)
     assert [(row.micro_batch_rows, row.prefetch) for row in rows] == [
         (2**30, False),
         (1024, False),
@@ -24,12 +24,12 @@ def test_smaller_micro_batches_take_less_workspace() -> None:
 
 
 def test_slices_of_an_eighth_of_the_rows_take_a_quarter_of_the_workspace() -> None:
-    tables = (50_000, 100)
-    batches = make_batches(Setting(rows=tables, batch=8192, ids="uniform"))
+    setting = Setting(rows=(50_000, 100), batch=8192, ids="uniform")
+    batches = make_batches(setting)
     # Some 7,700 distinct rows of the first table.
     taken = []
     for micro_batch_rows in (2**30, 1024):
-        steps = Steps(tables, 32, 16, micro_batch_rows, ahead=False)
+        steps = Steps(setting, 32, micro_batch_rows, ahead=False)
         steps.step(batches, batches[0])
         taken.append(steps.workspace_bytes())
     whole, slices = taken
