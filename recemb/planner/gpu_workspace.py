@@ -25,7 +25,7 @@ from recemb.spec import DTYPE_BYTES, ROBE, Dense, MixedDimension, QuotientRemain
 _FLOAT = 4
 _INT64 = 8
 _INT32 = 4
-# Rows of a tile of the products, positions of a piece of a run; the kernels' modules would import Triton.
+# Rows of a tile of the products, positions of a piece of a row; the kernels' modules would import Triton.
 _TILE_ROWS = 32
 _PIECE = 64
 # Of each id: its bag, the order, the row and key of the plan, and two starts of runs.
@@ -168,13 +168,18 @@ def _family(loads: Sequence[Load], rank: _Rank) -> _Needs:
 
 
 def _row_gradients(rank: _Rank, dim: int, then: float) -> float:
-    """Gradients of distinct rows [L, D], with those of their pieces as long as they are summed.
+    """Gradients of distinct rows [L, D], with those of long rows' pieces as long as they are summed.
 
     Args:
         then: bytes that are needed when the pieces are done with.
     """
     rows = rank.ids * dim * _FLOAT
-    return rows + max(rows + rank.ids * _PLACES, then)
+    return rows + max(_pieces(rank, dim) + rank.ids * _PLACES, then)
+
+
+def _pieces(rank: _Rank, dim: int) -> float:
+    """Sums of the pieces that rows with many positions are cut into."""
+    return (rank.ids / _PIECE + 1) * dim * _FLOAT
 
 
 def _stepped(rank: _Rank) -> float:
@@ -190,11 +195,14 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     columns = [math.prod(dims[:k]) for k in range(order)]
     slices = [rank.share([p[k] for p in rows]) for k in range(order)]
     micro_batches = max(1, math.ceil(ids / rank.micro_batch_rows))
-    whole, capacity = micro_batches == 1, min(ids, float(rank.micro_batch_rows))
+    capacity = min(ids, float(rank.micro_batch_rows))
     prefixes = [float(sum(math.prod(p[: k + 1]) for p in rows)) for k in range(order - 1)]
-    # Of a batch, and of a micro-batch; one that begins within a prefix makes a node more of it.
-    every = [*(min(ids, most + micro_batches - 1) for most in prefixes), ids]
-    nodes = [*(min(capacity, most) for most in prefixes), capacity]
+    # Nodes above the rows are computed at once where a micro-batch could have them all.
+    whole = prefixes[-1] <= rank.micro_batch_rows or micro_batches == 1
+    parts = 1 if whole else micro_batches
+    # Of a batch, and of a part of it; one that begins within a prefix makes a node more of it.
+    every = [*(min(ids, most + parts - 1) for most in prefixes), ids]
+    nodes = [*(min(ids if whole else capacity, most) for most in prefixes), capacity]
 
     # Of each node, by level: its parent and first child, its place in the order by slice, and tiles of that;
     # slices of the first level and of rows.
@@ -202,25 +210,24 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     levels += _INT32 * sum(
         n * (1 + width / _TILE_ROWS) for n, width in zip(every[1:], columns[1:], strict=True)
     )
-    groups = 3 * _INT64 * micro_batches * sum(slices[1:])
+    groups = 3 * _INT64 * (parts * sum(slices[1:-1]) + micro_batches * slices[-1])
     products = sum(nodes[k] * columns[k + 1] * ranks[k + 1] for k in range(order - 1)) * element
     pooled = ids * dim * _FLOAT
     # Digits, whether they open a node, and keys of the groups; rows are sorted last.
     planning = ids * (_INT32 + 1) * (order - 1) + _INT64 * sum(every[1:])
     planning = max(planning, _INT64 * sum(every[1:]) + ids * (_SORT + _SORTED))
 
-    # On the way back: the gradients of a micro-batch's rows, with their pieces as long as they are summed;
-    # those of the nodes above; and by level each child's share of its parent's gradient, and that.
-    own = capacity * dim * _FLOAT
-    pieces = min(ids, capacity + ids / _PIECE) * dim * _FLOAT
+    # On the way back: the gradients of a micro-batch's rows, with long rows' pieces; those of the nodes
+    # above; and by level each child's share of its parent's gradient, and that.
+    own = capacity * dim * _FLOAT + _pieces(rank, dim)
     above = [nodes[k - 1] * columns[k] * ranks[k] * _FLOAT for k in range(1, order)]
     shares = [nodes[k] * columns[k] * ranks[k] * _FLOAT for k in range(1, order - 1)]
-    # Nodes with many rows are summed in parts.
-    parts = (capacity / _PIECE + 1) * columns[-1] * ranks[order - 1] * _FLOAT
-    steps = [own + above[-1] + parts]
+    # Nodes with many rows are summed in pieces.
+    sums = (capacity / _PIECE + 1) * columns[-1] * ranks[order - 1] * _FLOAT
+    steps = [own + above[-1] + sums]
     steps += [above[k] + shares[k - 1] + above[k - 1] for k in range(1, order - 1)]
     gradients = sum(share * width for share, width in zip(slices, widths, strict=True)) * _FLOAT
-    back = max(own + pieces, (0 if whole else products) + max(steps))
+    back = (0 if whole else products) + max(steps)
     return _Needs(
         held=levels + groups + (products if whole else 0) + (pooled if rank.weighted else 0),
         forward=max(planning, pooled + (0 if whole else products)),

@@ -19,7 +19,8 @@ from recemb.backends.tt_shapes import core_sizes, tt_shapes
 from recemb.spec import TensorTrain
 from recemb_kernels.aot.registry import MODULES
 from recemb_kernels.triton_frame.elements import tuned
-from recemb_kernels.triton_frame.launches import piece_constants, segment_constants, update_constants
+from recemb_kernels.triton_frame.launches import join_constants as frame_join_constants
+from recemb_kernels.triton_frame.launches import place_constants, segment_constants, update_constants
 from recemb_kernels.triton_frame.variants import shipped as frame_shipped
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_kernel import multiply
@@ -104,9 +105,10 @@ def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
             assert steps(Kind.ROWWISE_ADAGRAD, (*slices, dim))
             if (dim, rank, num_cores) == (16, 32, 3):
                 assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
-            for width in (dim, *(math.prod(split[:k]) * rank for k in range(1, num_cores - 1))):
+            for width in (math.prod(split[:k]) * rank for k in range(1, num_cores - 1)):
                 assert compiled("segment_sum", segment_constants(width, True))
-            assert compiled("sum_pieces", piece_constants(dim, True))
+            assert compiled("sum_places", place_constants(dim, True))
+            assert compiled("join_places", frame_join_constants(dim, True))
 
 
 def test_what_is_tried_at_first_is_shipped() -> None:

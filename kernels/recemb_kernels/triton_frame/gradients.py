@@ -10,11 +10,13 @@ from torch import Tensor
 
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Call, Family
-from recemb_kernels.triton_frame.kernels import find_gradients, segment_sum, sum_pieces
+from recemb_kernels.triton_frame.gradient_kernels import find_gradients, join_places, sum_places
+from recemb_kernels.triton_frame.kernels import segment_sum
 from recemb_kernels.triton_frame.launches import (
     PIECE,
     find_constants,
-    piece_constants,
+    join_constants,
+    place_constants,
     segment_constants,
 )
 
@@ -23,9 +25,9 @@ from recemb_kernels.triton_frame.launches import (
 class Places:
     """What each place of a sorted batch gets of the pooled bags' gradient.
 
-    Positions of one row are summed by pieces of at most ``PIECE``, then piece by piece: one owner for each
-    sum, in the order of positions, so that the bits do not depend on scheduling, nor on which rows are asked
-    for together.
+    Positions of one row are summed by pieces of at most ``PIECE``, then piece by piece
+    (:mod:`~recemb_kernels.triton_frame.gradient_kernels`): one owner for each sum, in the order of positions,
+    so that the bits do not depend on scheduling, nor on which rows are asked for together.
 
     Attributes:
         call: the look-up.
@@ -69,23 +71,18 @@ class Places:
         """
         plan, count = self.call.plan, len(self.start)
         relative = most is not None
-        rows = count if most is None else most
-        # A piece begins with its row or at a multiple of PIECE.
-        pieces = min(count, rows + cdiv(count, PIECE))
-        sums = torch.empty(pieces, dim, dtype=torch.float32, device=self.start.device)
-        constants = piece_constants(dim, relative)
-        sum_pieces[(cdiv(pieces, constants["BP"]), cdiv(dim, constants["BD"]))](
-            sums,
-            self.grad_out,
-            self.start,
-            self.scale,
-            plan.piece_first,
-            plan.row_piece,
-            cuts,
-            **constants,
+        rows, pieces = count if most is None else most, cdiv(count, PIECE)
+        out, parts = (
+            torch.empty(numel, dim, dtype=torch.float32, device=self.start.device) for numel in (rows, pieces)
         )
-        out = torch.empty(rows, dim, dtype=torch.float32, device=self.start.device)
-        sum_segments(out, sums, plan.row_piece, cuts, rows, relative=relative)
+        runs = plan.order, plan.inverse, plan.piece_first, plan.row_piece, cuts, count
+        constants, joining = place_constants(dim, relative), join_constants(dim, relative)
+        row_programs = cdiv(rows, constants["BP"])
+        programs = row_programs + cdiv(pieces, constants["BP"]), cdiv(dim, constants["BD"])
+        sum_places[programs](
+            out, parts, self.grad_out, self.start, self.scale, *runs, row_programs, **constants
+        )
+        join_places[cdiv(pieces, joining["BN"]), cdiv(dim, joining["BD"])](out, parts, *runs, **joining)
         return out
 
 

@@ -42,8 +42,9 @@ def key_constants(num_bags: int) -> dict[str, Any]:
 
 def run_constants(whole: bool, inverse: bool) -> dict[str, Any]:
     """Of ``number_runs``; ``count_runs`` takes some of them."""
-    blocks = {"PIECE": PIECE, "BL": 256, "BB": 256}
-    return {"WHOLE": whole, "INVERSE": inverse, **blocks, "num_warps": 4}
+    # Each block adds up what those before it count: that grows with the square of how many there are.
+    blocks = {"PIECE": PIECE, "BL": 512, "BB": 512}
+    return {"WHOLE": whole, "INVERSE": inverse, **blocks, "num_warps": 16}
 
 
 def pool_constants(width: int, weighted: bool, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -70,10 +71,18 @@ def find_constants(weighted: bool) -> dict[str, Any]:
     return {"WEIGHTED": weighted, "BL": 256, "num_warps": 4}
 
 
-def piece_constants(dim: int, relative: bool) -> dict[str, Any]:
-    """Of ``sum_pieces``."""
-    pieces, block = tile_of(dim, *PIECE_TILE)
-    return {"RELATIVE": relative, "D": dim, "BP": pieces, "BI": _AT_ONCE, "BD": block, "num_warps": 4}
+def place_constants(dim: int, relative: bool) -> dict[str, Any]:
+    """Of ``sum_places``."""
+    rows, block = tile_of(dim, *PIECE_TILE)
+    tiles = {"BP": rows, "BI": _AT_ONCE, "BD": block}
+    return {"RELATIVE": relative, "PIECE": PIECE, "D": dim, **tiles, "num_warps": 4}
+
+
+def join_constants(dim: int, relative: bool) -> dict[str, Any]:
+    """Of ``join_places``."""
+    cuts, block = tile_of(dim, 256, 512)
+    tiles = {"BN": cuts, "BC": _ROWS_AT_ONCE, "BD": block}
+    return {"RELATIVE": relative, "PIECE": PIECE, "D": dim, **tiles, "num_warps": 4}
 
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:

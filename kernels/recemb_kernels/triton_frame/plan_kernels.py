@@ -117,14 +117,15 @@ def count_runs(counts, keys, count, PIECE: tl.constexpr, BL: tl.constexpr):
 @triton.jit
 def totals(counts, width, column, block, blocks, BB: tl.constexpr):
     """Sums of one column of ``counts`` [P, width]: of the blocks before this one, and of all."""
-    before = tl.zeros((), tl.int64)
-    every = tl.zeros((), tl.int64)
+    before = tl.zeros((BB,), tl.int64)
+    every = tl.zeros((BB,), tl.int64)
     for start in range(0, blocks, BB):
         b = start + tl.arange(0, BB)
         own = tl.load(counts + b * width + column, mask=b < blocks, other=0).to(tl.int64)
-        before += tl.sum(tl.where(b < block, own, 0), 0)
-        every += tl.sum(own, 0)
-    return before, every
+        before += tl.where(b < block, own, 0)
+        every += own
+    # Once: threads that add up wait for each other.
+    return tl.sum(before, 0), tl.sum(every, 0)
 
 
 @triton.jit

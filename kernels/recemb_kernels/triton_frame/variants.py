@@ -12,20 +12,21 @@ import torch
 
 from recemb_kernels.aot.configuration import Configuration
 from recemb_kernels.triton_frame.elements import KEYS, NAMES, as_compiled
+from recemb_kernels.triton_frame.gradient_kernels import find_gradients, join_places, sum_places
 from recemb_kernels.triton_frame.kernels import (
-    find_gradients,
     locate,
     pool_rows,
     scatter_rows,
     segment_sum,
-    sum_pieces,
     update_rows,
     weight_gradients,
 )
 from recemb_kernels.triton_frame.launches import (
+    PIECE,
     find_constants,
+    join_constants,
     locate_constants,
-    piece_constants,
+    place_constants,
     pool_constants,
     scatter_constants,
     segment_constants,
@@ -35,10 +36,12 @@ from recemb_kernels.triton_frame.launches import (
 from recemb_kernels.update import Kind
 
 _TYPES = {
-    **dict.fromkeys(("out", "weights", "grad_out", "source", "sources", "grad", "rates", "scale"), "*fp32"),
-    **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count"), "i32"),
+    **dict.fromkeys(
+        ("out", "parts", "weights", "grad_out", "source", "sources", "grad", "rates", "scale"), "*fp32"
+    ),
+    **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count", "row_programs"), "i32"),
     **dict.fromkeys(("touched", "refused"), "*i32"),
-    **dict.fromkeys(("index", "order", "bag", "piece_first", "row_piece"), "*i32"),
+    **dict.fromkeys(("index", "order", "inverse", "bag", "piece_first", "row_piece"), "*i32"),
 }
 # Rows of a table are numbered by ids.
 _ADDRESSES = {**_TYPES, "sources": "*i64", "index": "*i64"}
@@ -52,14 +55,14 @@ def shipped() -> list[Configuration]:
     """What is compiled ahead of time in CI."""
     found = []
     for width in _WIDTHS:
-        found += [_pieces(width, relative) for relative in (False, True)]
+        found += [own for relative in (False, True) for own in _places(width, relative)]
         found += [_pool(width, None, weighted) for weighted in (False, True)]
         found += [_pool(width, dtype, False) for dtype in (_FLOAT, _HALF)]
         found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
-        found += [_segments(width, relative) for relative in (False, True)]
+        found += [_segments(width, relative) for relative in (False, True) if width > 16 or not relative]
     # D = 32 of a train.
     found += [_pool(32, None, weighted) for weighted in (False, True)]
-    found += [_weigh(32, None), _pieces(32, relative=True), _segments(32, relative=True)]
+    found += [_weigh(32, None), *_places(32, relative=True), _segments(32, relative=True)]
     found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
     found.append(_segments(256, relative=True))
@@ -125,15 +128,26 @@ def _sources(weighted: bool) -> Configuration:
     )
 
 
-def _pieces(width: int, relative: bool) -> Configuration:
-    return Configuration(
-        kernel="frame.sum_pieces",
+def _places(width: int, relative: bool) -> Iterator[Configuration]:
+    note = f"D={width}" + ", micro-batch" * relative
+    yield Configuration(
+        kernel="frame.sum_places",
         dtype="float32",
-        **as_compiled(sum_pieces, piece_constants(width, relative), _TYPES),
+        **as_compiled(sum_places, place_constants(width, relative), _TYPES),
         flops_per_lookup=2.0 * width,
-        bytes_per_lookup=8.0 * width + 16,
+        bytes_per_lookup=8.0 * width + 24,
         min_occupancy=0.5,
-        note=f"D={width}" + ", micro-batch" * relative,
+        note=note,
+        small=("cuts",),
+    )
+    yield Configuration(
+        kernel="frame.join_places",
+        dtype="float32",
+        **as_compiled(join_places, join_constants(width, relative), _TYPES),
+        flops_per_lookup=width / PIECE,
+        bytes_per_lookup=(4.0 * width + 24) / PIECE,
+        min_occupancy=0.5,
+        note=note,
         small=("cuts",),
     )
 

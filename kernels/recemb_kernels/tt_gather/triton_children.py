@@ -22,7 +22,7 @@ def sum_children(
     entry_table,
     entry_row,
     cuts,
-    num_nodes,
+    node_cuts,
     Q: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -35,78 +35,96 @@ def sum_children(
     """The way back from rows: out[node] [Q, K] = the sum over a node's rows of source[row] [Q, N] times the
     transpose [N, K] of the row's slice, ``entry[row]``.
 
-    Of nodes from ``cuts[0]`` to ``cuts[1]``; ``out`` starts at the first, ``source`` at its first row. A
-    row's share of its node, K / N times as large as its gradient, is added up as it is computed. The loads of
-    BC rows are under way at once.
+    Of the rows from ``cuts[0]`` to ``cuts[1]``, the first of which ``source`` starts at; ``out`` starts at
+    node ``node_cuts[0]``, and has the sum of a node's rows before these, if it has such. A row's share of its
+    node, K / N times as large as its gradient, is added up as it is computed. The loads of BC rows are under
+    way at once.
 
     Every PIECE rows a node that goes on is cut: ``parts[p]`` gets the sum of its rows from the p-th cut to
-    the next, which ``join_children`` adds. Grid (num_nodes + rows / PIECE, K / BK), ``num_nodes`` as many as
-    there may be.
+    the next, which ``join_children`` adds. Grid (any, K / BK): programs share nodes and cuts out among them,
+    as the host knows but a bound of how many there are.
     """
-    low = tl.load(cuts)
-    high = tl.load(cuts + 1)
-    base = tl.load(child + low).to(tl.int64)
-    past = tl.load(child + high).to(tl.int64)
-    program = tl.program_id(0).to(tl.int64)
-    piece = program - num_nodes
-    whole = piece < 0
-    cut = base + piece * PIECE
-    cuts_here = (piece >= 0) & (cut < past)
-    here = tl.where(whole, low + program < high, cuts_here)
-    node = tl.where(whole, low + program, tl.load(parent + cut, mask=cuts_here, other=0).to(tl.int64))
-    begin = tl.load(child + node, mask=here, other=0).to(tl.int64)
-    if (here == 0) | ((whole == 0) & (begin == cut)):
+    base = tl.load(cuts)
+    past = tl.load(cuts + 1)
+    if base == past:
         return
-    first = tl.where(whole, begin, cut)
-    end = first + PIECE - (first - base) % PIECE
-    end = tl.minimum(end, tl.load(child + node + 1).to(tl.int64))
+    low = tl.load(parent + base).to(tl.int64)
+    num_nodes = tl.load(parent + past - 1).to(tl.int64) - low + 1
+    of_out = tl.load(node_cuts)
     q = tl.arange(0, BQ)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    to_source = (first - base) * (Q * N)
-    total = tl.zeros((BQ, BK), dtype=tl.float32)
-    while first < end:
-        for i in tl.static_range(BC):
-            inside = first + i < end
-            of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
-            core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
-            core += tl.load(entry_row + of) * (K * N)
-            share = tl.zeros((BQ, BK), dtype=tl.float32)
-            for n in tl.static_range(N):
-                left = source + (to_source + i * (Q * N)) + (q * N + n)
-                left = tl.load(left, mask=inside & (q < Q), other=0.0)
-                right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
-                left, right = tl.broadcast(left[:, None], right[None, :])
-                share = tl.fma(left, right, share)
-            total += share
-        first += BC
-        to_source += BC * Q * N
     to = q[:, None] * K + k[None, :]
     mask = (q < Q)[:, None] & (k < K)[None, :]
-    tl.store(out + ((node - low) * (Q * K) + to), total, mask=mask & whole)
-    tl.store(parts + (piece * (Q * K) + to), total, mask=mask & (whole == 0))
+    work = tl.program_id(0).to(tl.int64)
+    while work < num_nodes + (past - base + (PIECE - 1)) // PIECE:
+        piece = work - num_nodes
+        whole = piece < 0
+        cut = base + piece * PIECE
+        node = tl.where(whole, low + work, tl.load(parent + cut, mask=whole == 0, other=0).to(tl.int64))
+        opened = tl.load(child + node).to(tl.int64)
+        begin = tl.maximum(opened, base)
+        first = tl.where(whole, begin, cut)
+        end = first + PIECE - (first - base) % PIECE
+        end = tl.minimum(end, tl.minimum(past, tl.load(child + node + 1).to(tl.int64)))
+        # A cut where a node begins cuts none.
+        end = tl.where(whole | (begin < cut), end, first)
+        stored = mask & (first < end)
+        to_source = (first - base) * (Q * N)
+        total = tl.zeros((BQ, BK), dtype=tl.float32)
+        while first < end:
+            for i in tl.static_range(BC):
+                inside = first + i < end
+                of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
+                core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
+                core += tl.load(entry_row + of) * (K * N)
+                share = tl.zeros((BQ, BK), dtype=tl.float32)
+                for n in tl.static_range(N):
+                    left = source + (to_source + i * (Q * N)) + (q * N + n)
+                    left = tl.load(left, mask=inside & (q < Q), other=0.0)
+                    right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
+                    left, right = tl.broadcast(left[:, None], right[None, :])
+                    share = tl.fma(left, right, share)
+                total += share
+            first += BC
+            to_source += BC * Q * N
+        at = out + ((node - of_out) * (Q * K) + to)
+        total += tl.load(at, mask=stored & whole & (opened < base), other=0.0)
+        tl.store(at, total, mask=stored & whole)
+        tl.store(parts + (piece * (Q * K) + to), total, mask=stored & (whole == 0))
+        work += tl.num_programs(0)
 
 
 @triton.jit
 def join_children(
-    out, parts, child, parent, cuts, W: tl.constexpr, PIECE: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr
+    out,
+    parts,
+    child,
+    parent,
+    cuts,
+    node_cuts,
+    W: tl.constexpr,
+    PIECE: tl.constexpr,
+    BC: tl.constexpr,
+    BW: tl.constexpr,
 ):
     """out[node] [W] += the parts of a node that ``sum_children`` cut, one after the other.
 
     By the program of its first cut; the loads of BC parts are under way at once. Grid (rows / PIECE, W / BW).
     """
-    low = tl.load(cuts)
-    base = tl.load(child + low).to(tl.int64)
+    base = tl.load(cuts)
+    past_rows = tl.load(cuts + 1)
     piece = tl.program_id(0).to(tl.int64)
     cut = base + piece * PIECE
-    if cut >= tl.load(child + tl.load(cuts + 1)):
+    if cut >= past_rows:
         return
     node = tl.load(parent + cut).to(tl.int64)
-    begin = tl.load(child + node).to(tl.int64)
+    begin = tl.maximum(tl.load(child + node).to(tl.int64), base)
     if (begin == cut) | (begin < cut - PIECE):
         return
-    past = piece + (tl.load(child + node + 1) - cut + (PIECE - 1)) // PIECE
+    end = tl.minimum(past_rows, tl.load(child + node + 1).to(tl.int64))
+    past = piece + (end - cut + (PIECE - 1)) // PIECE
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    at = out + ((node - low) * W + w)
+    at = out + ((node - tl.load(node_cuts)) * W + w)
     total = tl.load(at, mask=w < W, other=0.0)
     while piece < past:
         for i in tl.static_range(BC):

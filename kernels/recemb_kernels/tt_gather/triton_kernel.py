@@ -42,7 +42,7 @@ def split_digits(
     entry_base,
     num_tables,
     count,
-    micro_batch_rows,
+    part_rows,
     ORDER: tl.constexpr,
     STEPS: tl.constexpr,
     BR: tl.constexpr,
@@ -51,9 +51,9 @@ def split_digits(
 
     ``digits`` [ORDER - 1, count] and ``last`` [count]: the entry of each of its slices, ``entry_base[table,
     k]`` + digit k, that of the last core apart. ``new`` [ORDER - 1, count]: whether the row's first k + 1
-    digits differ from those of the row before, or a micro-batch begins. ``table_keys`` [tables + 1] and
-    ``radices`` [tables, ORDER] describe the tables; ``first_key`` is the family's first key. Grid
-    (count / BR).
+    digits differ from those of the row before, or a part of ``part_rows`` rows begins. ``table_keys``
+    [tables + 1] and ``radices`` [tables, ORDER] describe the tables; ``first_key`` is the family's first key.
+    Grid (count / BR).
     """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     total = tl.zeros((), tl.int64) + count
@@ -67,7 +67,7 @@ def split_digits(
     key -= tl.load(table_keys + table)
     before -= tl.load(table_keys + table)
     # A key of an earlier table is negative here, and no quotient of it equals one that is not.
-    fresh = ((row - low) % micro_batch_rows == 0) | (before < 0)
+    fresh = ((row - low) % part_rows == 0) | (before < 0)
     for down in tl.static_range(ORDER - 1):
         k = ORDER - 1 - down
         radix = tl.load(radices + table * ORDER + k)
@@ -108,6 +108,8 @@ def place_nodes(
     prefixes,
     count,
     blocks,
+    num_parts,
+    part_rows,
     num_micro_batches,
     micro_batch_rows,
     ORDER: tl.constexpr,
@@ -119,10 +121,11 @@ def place_nodes(
 
     ``entry`` of the first level, ``parent`` and ``group_key`` of the others, ``child`` of all but the last,
     one level after the other, and ``node_cuts`` [ORDER, S + 1] are those of
-    :class:`~recemb_kernels.tt_gather.triton_levels.Level`, S micro-batches. Level k has room for
-    ``prefixes[k]`` + S - 1 nodes, L at most, made a multiple of ALIGNED, and rows for L; ``child`` for
-    ALIGNED more. ``group_key``: micro-batch times ``slices[k]`` plus slice; S times that where there is no
-    node. ``digits``, ``last`` and ``new`` come from ``split_digits``. Grid (P, P BL > L).
+    :class:`~recemb_kernels.tt_gather.triton_levels.Level`: of T parts, ``num_parts``, or of rows S
+    micro-batches. Level k has room for ``prefixes[k]`` + T - 1 nodes, L at most, made a multiple of ALIGNED,
+    and rows for L; ``child`` for ALIGNED more. ``group_key``: part times ``slices[k]`` plus slice, one past
+    the last of these where there is no node. ``digits``, ``last`` and ``new`` come from ``split_digits``.
+    Grid (P, P BL > L).
     """
     block = tl.program_id(0).to(tl.int64)
     at = block * BL + tl.arange(0, BL)
@@ -131,8 +134,6 @@ def place_nodes(
     low = tl.load(cuts)
     high = tl.load(cuts + 1)
     inside = (at >= low) & (at < high)
-    micro_batch = tl.where(inside, (at - low) // micro_batch_rows, 0)
-    opens = inside & ((at - low) % micro_batch_rows == 0)
     # Rows, the nodes of the last level, are numbered from the first of the batch, not of the family.
     above = at
     above_end = high
@@ -141,9 +142,12 @@ def place_nodes(
     child_at = tl.zeros((), tl.int64)
     size = total
     for level in tl.static_range(ORDER):
+        own_parts = num_parts if level < ORDER - 1 else num_micro_batches
+        own_rows = tl.zeros((), tl.int64) + (part_rows if level < ORDER - 1 else micro_batch_rows)
+        part = tl.where(inside, (at - low) // own_rows, 0)
         above_size = size
         if level < ORDER - 1:
-            size = tl.minimum(total, tl.load(prefixes + level) + num_micro_batches - 1)
+            size = tl.minimum(total, tl.load(prefixes + level) + num_parts - 1)
             size = (size + (ALIGNED - 1)) // ALIGNED * ALIGNED
             digit = tl.load(digits + (level * total + at), mask=here, other=0)
             begins = tl.load(new + (level * total + at), mask=here, other=0) != 0
@@ -167,15 +171,16 @@ def place_nodes(
                 tl.store(child + (child_at + above_end), end)
             child_at += above_size + ALIGNED
             wide = tl.load(slices + level)
-            key = micro_batch * wide + digit
+            key = part * wide + digit
             tl.store(group_key + (own_at + node), key, mask=begins)
             none = (at < size) & ((at >= end) | (at < (low if level == ORDER - 1 else 0)))
-            tl.store(group_key + (own_at + at), tl.zeros_like(at) + num_micro_batches * wide, mask=none)
+            tl.store(group_key + (own_at + at), tl.zeros_like(at) + own_parts * wide, mask=none)
             own_at += size
-        tl.store(node_cuts + (level * (num_micro_batches + 1) + micro_batch), node, mask=opens)
+        opens = inside & ((at - low) % own_rows == 0)
+        tl.store(node_cuts + (level * (num_micro_batches + 1) + part), node, mask=opens)
         if block == 0:
-            for s in range(num_micro_batches + 1):
-                if low + s * micro_batch_rows >= high:
+            for s in range(own_parts + 1):
+                if low + s * own_rows >= high:
                     tl.store(node_cuts + (level * (num_micro_batches + 1) + s), end)
         above = node
         above_end = end
@@ -206,12 +211,12 @@ def find_groups(group, tile_first, num_groups, count, STEPS: tl.constexpr, BT: t
 
 
 @triton.jit
-def mark_touched(touched, group_first, num_entries, num_micro_batches, BE: tl.constexpr):
-    """touched[slice] = whether any micro-batch has a node with it. Grid (slices / BE)."""
+def mark_touched(touched, group_first, num_entries, num_parts, BE: tl.constexpr):
+    """touched[slice] = whether any part has a node with it. Grid (slices / BE)."""
     entry = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     here = entry < num_entries
     found = tl.zeros((BE,), dtype=tl.int64)
-    for s in range(num_micro_batches):
+    for s in range(num_parts):
         group = group_first + (tl.zeros((), tl.int64) + s) * num_entries + entry
         found += tl.load(group + 1, mask=here, other=0) - tl.load(group, mask=here, other=0)
     tl.store(touched + entry, (found != 0).to(tl.int32), mask=here)
@@ -235,7 +240,7 @@ def copy_slices(
 
 @triton.jit
 def add_slices(grad, touched, source, digit, cuts, W: tl.constexpr, BW: tl.constexpr):
-    """grad[digit of node n] += source[n], of level 1, whose nodes in one micro-batch have distinct slices.
+    """grad[digit of node n] += source[n], of level 1, whose nodes in one part have distinct slices.
 
     Grid (nodes, W / BW).
     """
@@ -266,7 +271,7 @@ def multiply(
     source_base,
     out_base,
     num_entries,
-    micro_batch,
+    part,
     FORWARD: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -285,7 +290,7 @@ def multiply(
     ``source`` and ``out`` start at rows ``source_base[0]`` and ``out_base[0]``. Grid (tiles, N / BN).
     """
     # An argument of 1 is a Python number here.
-    first_group = (tl.zeros((), tl.int64) + micro_batch) * num_entries
+    first_group = (tl.zeros((), tl.int64) + part) * num_entries
     tile = tl.load(tile_first + first_group) + tl.program_id(0)
     if tile >= tl.load(tile_first + (first_group + num_entries)):
         return
@@ -328,7 +333,7 @@ def slice_gradient(
     source_base,
     grad_base,
     num_entries,
-    micro_batch,
+    part,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     Q: tl.constexpr,
@@ -343,7 +348,7 @@ def slice_gradient(
     One program owns each tile of a slice, so the sum's order is fixed. Grid (slices, K / BK, N / BN).
     """
     entry = tl.program_id(0).to(tl.int64)
-    group = (tl.zeros((), tl.int64) + micro_batch) * num_entries + entry
+    group = (tl.zeros((), tl.int64) + part) * num_entries + entry
     begin = tl.load(group_first + group)
     size = (tl.load(group_first + group + 1) - begin) * Q
     if size == 0:
@@ -352,7 +357,7 @@ def slice_gradient(
     n = tl.program_id(2) * BN + tl.arange(0, BN)
     low = tl.load(source_base)
     low_out = tl.load(grad_base)
-    total = tl.zeros((BK, BN), dtype=tl.float32)
+    total = tl.zeros((BK, BN) if DOT else (BK, BM, BN), dtype=tl.float32)
     for start in range(0, size, BM):
         m = start + tl.arange(0, BM)
         node = tl.load(nodes + begin + m // Q, mask=m < size, other=0).to(tl.int64)
@@ -362,7 +367,14 @@ def slice_gradient(
         b = tl.load(
             grad_out + to[:, None] + n[None, :], mask=(m < size)[:, None] & (n < N)[None, :], other=0.0
         )
-        total = product(a.to(tl.float32), b, total, DOT, PRECISION)
+        if DOT:
+            total = product(a.to(tl.float32), b, total, DOT, PRECISION)
+        else:
+            left, right = tl.broadcast(a.to(tl.float32)[:, :, None], b[None, :, :])
+            total = tl.fma(left, right, total)
+    if not DOT:
+        # Once: threads that add up wait for each other.
+        total = tl.sum(total, 1)
     address = grad + entry * (K * N) + k[:, None] * N + n[None, :]
     mask = (k < K)[:, None] & (n < N)[None, :]
     tl.store(address, tl.load(address, mask=mask, other=0.0) + total, mask=mask)

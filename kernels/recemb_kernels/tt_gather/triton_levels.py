@@ -32,10 +32,10 @@ from recemb_kernels.tt_gather.triton_variants import (
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The nodes of a level by core slice, micro-batch by micro-batch.
+    """The nodes of a level by core slice, part by part.
 
     Attributes:
-        nodes: [N] nodes, int32, sorted by (micro-batch, slice).
+        nodes: [N] nodes, int32, sorted by (part, slice).
         first: [S G + 1] where each group starts in ``nodes``.
         tile_first: [S G + 1] the same in tiles of ``TILE_ROWS`` rows.
         tile_group: the group of each tile, int32 where that will do.
@@ -51,11 +51,13 @@ class Groups:
 class Level:
     """The nodes of one level, numbered in the order of their rows; N is how many there are at most.
 
+    S is how many parts they are computed in: micro-batches of rows; of nodes above them :func:`tree_parts`.
+
     Attributes:
         entry: [N] int32, the core slice of each node; ``None`` between the first level and the rows.
         parent: [N] int32, its node of the level before; ``None`` of the first level's.
         child: [N + 1 and more] int32, its first child in the next level; ``None`` of rows, which have none.
-        cuts: [S + 1] first node of each micro-batch.
+        cuts: [S + 1] first node of each part.
         groups: by slice; ``None`` of the first level, whose nodes are slices.
     """
 
@@ -93,16 +95,29 @@ class TrainTables:
     prefix_columns: Sequence[int]
 
 
+def tree_parts(family: Family[Any], count: int, tables: TrainTables) -> int:
+    """How many parts the nodes above the rows of a batch of ``count`` ids are computed in.
+
+    One where all the prefixes that there are take no more room than those of a micro-batch of rows may;
+    else as many as there are micro-batches, which then have nodes of their own.
+    """
+    micro_batch_rows = family.micro_batch_rows
+    return 1 if tables.num_prefixes[-1] <= micro_batch_rows else cdiv(count, micro_batch_rows)
+
+
 def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Level]:
     """Levels 1 .. d of a batch with ids."""
     plan, count = call.plan, call.batch.ids.numel()
     order, micro, device = len(tables.entry_row), family.micro_batch_rows, family.device
     blocks, slices = cdiv(count + 1, count_constants(order)["BL"]), cdiv(count, micro)
-    digits, last, new = _digits(family, call, tables)
+    trees = tree_parts(family, count, tables)
+    part_rows = micro if trees > 1 else count
+    parts = [trees] * (order - 1) + [slices]
+    digits, last, new = _digits(family, call, tables, part_rows)
     counts = torch.empty(blocks, order - 1, dtype=torch.int32, device=device)
     count_nodes[(blocks,)](counts, new, count, **count_constants(order))
-    # A micro-batch that begins within a prefix makes one node more of it.
-    sizes = [aligned(min(count, prefixes + slices - 1)) for prefixes in tables.num_prefixes] + [count]
+    # A part that begins within a prefix makes one node more of it.
+    sizes = [aligned(min(count, prefixes + trees - 1)) for prefixes in tables.num_prefixes] + [count]
     of_child = [size + ALIGNED for size in sizes[:-1]]
     entry, parent, child = (
         torch.empty(numel, dtype=torch.int32, device=device)
@@ -127,6 +142,8 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
         tables.prefixes,
         count,
         blocks,
+        trees,
+        part_rows,
         slices,
         micro,
         **node_constants(order),
@@ -140,14 +157,16 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
             entry=entry if k == 0 else last if k == order - 1 else None,
             parent=parents[k - 1] if k else None,
             child=children[k] if k < order - 1 else None,
-            cuts=node_cuts[k],
-            groups=_group(keys[k - 1], slices, tables, k) if k else None,
+            cuts=node_cuts[k, : parts[k] + 1],
+            groups=_group(keys[k - 1], parts[k], tables, k) if k else None,
         )
         for k in range(order)
     ]
 
 
-def _digits(family: Family[Any], call: Call, tables: TrainTables) -> tuple[Tensor, Tensor, Tensor]:
+def _digits(
+    family: Family[Any], call: Call, tables: TrainTables, part_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """[d - 1, L] and [L] int32: each row's core slices; [d - 1, L] int8: where a new prefix begins."""
     count, device = call.batch.ids.numel(), family.device
     num_tables, order = tables.radices.shape
@@ -167,16 +186,16 @@ def _digits(family: Family[Any], call: Call, tables: TrainTables) -> tuple[Tenso
         tables.entry_base,
         num_tables,
         count,
-        family.micro_batch_rows,
+        part_rows,
         **constants,
     )
     return digits, last, new
 
 
-def _group(key: Tensor, micro_batches: int, tables: TrainTables, core: int) -> Groups:
-    """Sort a level's nodes by micro-batch and slice, which is their key."""
+def _group(key: Tensor, parts: int, tables: TrainTables, core: int) -> Groups:
+    """Sort a level's nodes by part and slice, which is their key."""
     count, device = key.numel(), key.device
-    num_groups, wide = micro_batches * tables.entry_row[core].numel(), tables.prefix_columns[core]
+    num_groups, wide = parts * tables.entry_row[core].numel(), tables.prefix_columns[core]
     sorted_key, order = torch.sort(key, stable=True)
     nodes = order.to(torch.int32)
     del order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from recemb_kernels.tt_gather.triton_children import join_children, sum_children
 from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched
 from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
 from recemb_kernels.tt_gather.triton_variants import (
+    MOST_PROGRAMS,
     TILE_ROWS,
     children_constants,
     gradient_constants,
@@ -35,7 +36,7 @@ from recemb_kernels.tt_gather.triton_variants import (
 
 @dataclass(eq=False)
 class _Kept:
-    """The tree of a batch, and the products of its nodes while one micro-batch holds them all."""
+    """The tree of a batch, and the products of its nodes above the rows where it has one part."""
 
     levels: list[Level]
     rows: Tensor | None = None
@@ -44,28 +45,39 @@ class _Kept:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A micro-batch.
+    """A micro-batch of rows, and the part of the tree above them.
 
     Attributes:
         levels: of the whole batch.
         parameters: of the family.
         count: L, ids of the whole batch.
-        number: from 0.
+        number: of the part, from 0.
+        micro_batch: from 0; a part has one, but for a tree of one part, which has all.
     """
 
     levels: Sequence[Level]
     parameters: Sequence[Tensor]
     count: int
     number: int
+    micro_batch: int
 
     @property
     def last(self) -> int:
         """The level of the rows."""
         return len(self.levels) - 1
 
+    @property
+    def whole(self) -> bool:
+        """Whether its tree has one part."""
+        return self.levels[0].cuts.numel() == 2
+
+    def at(self, k: int) -> int:
+        """Its number among the parts of level k."""
+        return self.micro_batch if k == self.last else self.number
+
     def cuts(self, k: int) -> Tensor:
         """Its first node of level k, then the one after its last."""
-        return self.levels[k].cuts[self.number :]
+        return self.levels[k].cuts[self.at(k) :]
 
 
 class TrainFamily(Family[TrainShape]):
@@ -92,17 +104,16 @@ class TrainFamily(Family[TrainShape]):
         levels = kept.levels if kept else make_levels(self, call, self._tables)
         rows = torch.empty(count, self._dim, dtype=torch.float32, device=self.device)
         products: list[Tensor] = []
-        slices = cdiv(count, self.micro_batch_rows)
-        for micro_batch in range(slices):
+        for parts in self._parts(levels, parameters, count):
             products.clear()  # before the next ones are made
-            part = _Part(levels, parameters, count, micro_batch)
-            products += self._products(part)
-            self._multiply(part, part.last, products[-1], rows)
+            products += self._products(parts[0])
+            for part in parts:
+                self._multiply(part, part.last, products[-1], rows)
         pool(self, call, out, rows, call.plan.inverse, self._row_cuts(call), self._dim)
         if keep:
             weighted = call.batch.weights is not None
             call.kept[self.index] = _Kept(
-                levels, rows if weighted else None, products if slices == 1 else None
+                levels, rows if weighted else None, products if part.whole else None
             )
 
     def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
@@ -116,14 +127,21 @@ class TrainFamily(Family[TrainShape]):
             for table, width in zip(self._tables.entry_table, self._widths, strict=True)
         ]
         first_touched = torch.zeros(len(grads[0]), dtype=torch.int32, device=self.device)
-        count = call.batch.ids.numel()
-        for micro_batch in range(cdiv(count, self.micro_batch_rows)):
-            part = _Part(kept.levels, parameters, count, micro_batch)
-            self._back(part, kept.products, places, grads, first_touched)
+        for parts in self._parts(kept.levels, parameters, call.batch.ids.numel()):
+            self._back(parts, kept.products, places, grads, first_touched)
         touched = [first_touched]
         for level, grad in zip(kept.levels[1:], grads[1:], strict=True):
             touched.append(self._touched(level, len(grad)))
         return self._finish(parameters, asked, grads, touched)
+
+    def _parts(
+        self, levels: Sequence[Level], parameters: Sequence[Tensor], count: int
+    ) -> Iterator[list[_Part]]:
+        """The micro-batches of each part of the tree."""
+        micro_batches, parts = range(cdiv(count, self.micro_batch_rows)), levels[0].cuts.numel() - 1
+        for number in range(parts):
+            own = micro_batches if parts == 1 else (number,)
+            yield [_Part(levels, parameters, count, number, micro_batch) for micro_batch in own]
 
     def _touched(self, level: Level, entries: int) -> Tensor:
         """[G] int32: the slices of a level that the batch has."""
@@ -161,8 +179,8 @@ class TrainFamily(Family[TrainShape]):
         return products
 
     def _most_nodes(self, k: int, part: _Part) -> int:
-        """How many nodes of level k a micro-batch has at most."""
-        rows = min(part.count, self.micro_batch_rows)
+        """How many nodes of level k a part has at most."""
+        rows = part.count if part.whole and k < part.last else min(part.count, self.micro_batch_rows)
         return rows if k == part.last else min(rows, self._tables.num_prefixes[k])
 
     def _multiply(self, part: _Part, k: int, source: Tensor, out: Tensor, *, forward: bool = True) -> None:
@@ -185,29 +203,28 @@ class TrainFamily(Family[TrainShape]):
             tables.entry_table[k],
             tables.entry_row[k],
             part.cuts(k - 1) if forward else own,
-            # Rows are counted from the first of the batch, nodes from the first of the micro-batch.
+            # Rows are counted from the first of the batch, nodes from the first of the part.
             self._zero if k == part.last else own,
             entries,
-            part.number,
+            part.at(k),
             **constants,
         )
 
     def _back(
         self,
-        part: _Part,
+        parts: Sequence[_Part],
         products: Sequence[Tensor] | None,
         places: Places,
         grads: Sequence[Tensor],
         first_touched: Tensor,
     ) -> None:
-        """Add its part to the gradients of the cores' slices."""
-        rows = self._most_nodes(part.last, part)
-        grad_node = places.rows(part.cuts(part.last), self._dim, rows)
+        """Add the share of a part of the tree to the gradients of the cores' slices."""
+        part = parts[0]
         products = products or self._products(part)
-        for k in range(part.last, 0, -1):
+        grad_node = self._rows_back(parts, products[-1], places, grads[-1])
+        for k in range(part.last - 1, 0, -1):
             self._add_products(part, k, products[k - 1], grad_node, grads[k])
-            back = self._rows_back if k == part.last else self._nodes_back
-            grad_node = back(part, k, grad_node)
+            grad_node = self._nodes_back(part, k, grad_node)
         self._add(part, grad_node, grads[0], first_touched)
 
     def _add_products(self, part: _Part, k: int, products: Tensor, grad_node: Tensor, grad: Tensor) -> None:
@@ -225,39 +242,58 @@ class TrainFamily(Family[TrainShape]):
             part.cuts(k - 1),
             part.cuts(k),
             entries,
-            part.number,
+            part.at(k),
             **constants,
         )
 
-    def _rows_back(self, part: _Part, k: int, grad_rows: Tensor) -> Tensor:
-        """The gradients of level k - 1's products from those of its rows, each of which has a slice."""
-        tables, level, above = self._tables, part.levels[k], part.levels[k - 1]
+    def _rows_back(self, parts: Sequence[_Part], products: Tensor, places: Places, grad: Tensor) -> Tensor:
+        """The gradients of the rows' parents; ``grad`` gets those of their slices. By micro-batch both."""
+        last, rows = parts[0].last, self._most_nodes(parts[0].last, parts[0])
+        nodes, width = self._most_nodes(last - 1, parts[0]), join_constants(self.shapes[0])["W"]
+        out: Tensor | None = None
+        for part in parts:
+            grad_rows = places.rows(part.cuts(last), self._dim, rows)
+            if out is None:  # not beside the pieces of all the rows
+                out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
+            self._add_products(part, last, products, grad_rows, grad)
+            self._sum_children(part, out, grad_rows)
+            del grad_rows  # before the next ones are made
+        assert out is not None
+        return out
+
+    def _sum_children(self, part: _Part, out: Tensor, grad_rows: Tensor) -> None:
+        """Add the gradients of a micro-batch's rows, each of which has a slice, to their parents'."""
+        tables, level, above = self._tables, part.levels[part.last], part.levels[part.last - 1]
         constants, joining = children_constants(self.shapes[0], self.dtype), join_constants(self.shapes[0])
-        nodes, pieces, width = self._most_nodes(k - 1, part), cdiv(len(grad_rows), PIECE), joining["W"]
-        out, parts = (
-            torch.empty(most, width, dtype=torch.float32, device=self.device) for most in (nodes, pieces)
-        )
-        sum_children[(nodes + pieces, cdiv(constants["K"], constants["BK"]))](
+        pieces, width = cdiv(len(grad_rows), PIECE), joining["W"]
+        parts = torch.empty(pieces, width, dtype=torch.float32, device=self.device)
+        programs = min(len(out) + pieces, MOST_PROGRAMS)
+        sum_children[(programs, cdiv(constants["K"], constants["BK"]))](
             out,
             parts,
             grad_rows,
-            self._cores(part, k),
+            self._cores(part, part.last),
             above.child,
             level.parent,
             level.entry,
-            tables.entry_table[k],
-            tables.entry_row[k],
-            part.cuts(k - 1),
-            nodes,
+            tables.entry_table[part.last],
+            tables.entry_row[part.last],
+            part.cuts(part.last),
+            part.cuts(part.last - 1),
             **constants,
         )
         join_children[(pieces, cdiv(width, joining["BW"]))](
-            out, parts, above.child, level.parent, part.cuts(k - 1), **joining
+            out,
+            parts,
+            above.child,
+            level.parent,
+            part.cuts(part.last),
+            part.cuts(part.last - 1),
+            **joining,
         )
-        return out
 
     def _nodes_back(self, part: _Part, k: int, grad_node: Tensor) -> Tensor:
-        """The same from those of its nodes, of which many share a slice: products first, then their sums."""
+        """The gradients of level k - 1 from those of level k, where nodes share slices: products, then sums."""
         child = part.levels[k - 1].child
         assert child is not None
         constants = multiply_constants(self.shapes[0], k, self.dtype, False)

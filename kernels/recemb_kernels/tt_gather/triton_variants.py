@@ -30,6 +30,8 @@ from recemb_kernels.tt_gather.triton_kernel import (
 
 # Rows of a matrix product that one program takes; plans count in them.
 TILE_ROWS = 32
+# Of kernels that share out what the host knows but a bound of: a few for each place on the largest GPUs.
+MOST_PROGRAMS = 2**14
 # Arrays of levels lie one behind the other: each begins at a multiple of 16 bytes, as Triton likes them.
 ALIGNED = 4
 
@@ -41,7 +43,10 @@ def variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     with a slice's transpose a third stage spills registers, beside the tile's sum and the total.
     """
     spills = constants.get("PRECISION") == "ieee" and not constants.get("FORWARD", True)
-    return ((8, 2), (8, 3)) if constants["DOT"] and not spills else ((8, 2),)
+    if constants["DOT"]:
+        return ((8, 2),) if spills else ((8, 2), (8, 3))
+    # A tile of M x N elements is narrow: more warps than its products need repeat each other's addresses.
+    return ((4, 2),) if "FORWARD" in constants else ((8, 2),)
 
 
 multiply_tuned = tuned(multiply, ("FORWARD", "PRECISION", "Q", "K", "N"), variants)
@@ -107,7 +112,7 @@ def gradient_constants(shape: TrainShape, k: int, dtype: torch.dtype) -> dict[st
         "Q": q,
         "K": inner,
         "N": outer,
-        "BM": TILE_ROWS if tiles.dot else 16,
+        "BM": TILE_ROWS,
         "BK": tiles.k,
         "BN": tiles.n,
     }
@@ -124,8 +129,8 @@ def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
         "N": outer,
         "ELEMENT": ELEMENTS[dtype],
         "PIECE": PIECE,
-        # About 16 loads of each factor under way at once; 32 spill registers in two cores.
-        "BC": max(1, 16 // outer),
+        # Up to 16 loads of each factor under way at once, and 8 of wide rows, which take registers enough.
+        "BC": 16 // outer if outer < 8 else 1,
         "BQ": columns,
         "BK": block,
         "num_warps": min(4, max(1, columns * block // 128)),
@@ -164,14 +169,8 @@ def aligned(numel: int) -> int:
 
 def node_constants(order: int) -> dict[str, int]:
     """Of ``place_nodes``."""
-    # Two rows a thread take too many registers from four cores on.
-    return {
-        "ORDER": order,
-        "ALIGNED": ALIGNED,
-        "BL": _NODE_BLOCK,
-        "BB": 256,
-        "num_warps": 4 if order < 4 else 8,
-    }
+    # Two rows a thread take too many registers.
+    return {"ORDER": order, "ALIGNED": ALIGNED, "BL": _NODE_BLOCK, "BB": _NODE_BLOCK, "num_warps": 16}
 
 
 def group_constants(count: int) -> dict[str, int]:
@@ -189,7 +188,7 @@ def touched_constants() -> dict[str, int]:
     return {"BE": 128, "num_warps": 4}
 
 
-_NODE_BLOCK = 256
+_NODE_BLOCK = 512
 # Elements of a program's tile of ``sum_children``, four for each thread.
 _CHILDREN_TILE = 512
 # The splits of D = 16, 32 and 64 into two to four, and of 128 into three, that recemb's default takes; the
@@ -289,7 +288,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                         **_PLAN,
                         **dict.fromkeys(("entry_table", "entry_row", "source_base", "out_base"), _INDEX),
                         "num_entries": "i32",
-                        "micro_batch": "i32",
+                        "part": "i32",
                     },
                     constants=constants,
                     num_warps=warps,
@@ -313,7 +312,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     **{name: _PLAN[name] for name in ("nodes", "parent", "group_first")},
                     **dict.fromkeys(("source_base", "grad_base"), _INDEX),
                     "num_entries": "i32",
-                    "micro_batch": "i32",
+                    "part": "i32",
                 },
                 constants=constants,
                 num_warps=warps,
@@ -334,7 +333,6 @@ def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Conf
     types = {
         **dict.fromkeys(("out", "parts", "source"), "*fp32"),
         **dict.fromkeys(("child", "parent", "entry"), _NUMBER),
-        "num_nodes": "i32",
     }
     q, k, n = (constants[name] for name in "QKN")
     if dtype is torch.float32:
@@ -356,7 +354,7 @@ def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Conf
         bytes_per_lookup=4.0 * q * (n + k) + 12,
         min_occupancy=0.5,
         note=note,
-        small=("cores", "entry_table", "entry_row", "cuts"),
+        small=("cores", "entry_table", "entry_row", "cuts", "node_cuts"),
     )
 
 
@@ -405,8 +403,8 @@ def _nodes(order: int) -> Iterator[Configuration]:
     """The kernels that make a batch's tree, of 26 tables and 4,096 samples."""
     count, groups = 26 * 4096, 26 * 250
     types = {
-        **dict.fromkeys(("num_tables", "count", "micro_batch_rows", "blocks"), "i32"),
-        **dict.fromkeys(("num_micro_batches", "num_groups", "num_entries", "wide"), "i32"),
+        **dict.fromkeys(("num_tables", "count", "part_rows", "micro_batch_rows", "blocks"), "i32"),
+        **dict.fromkeys(("num_parts", "num_micro_batches", "num_groups", "num_entries", "wide"), "i32"),
         **dict.fromkeys(("counts", "keys", "group_key", "touched"), _NUMBER),
         **dict.fromkeys(("row_key", "digits", "last", "entry", "parent", "child", "group"), _NUMBER),
         "new": "*i8",

@@ -176,7 +176,7 @@ def test_micro_batches_give_the_bits_of_the_whole() -> None:
             torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("micro_batch_rows", [150, MICRO_BATCH_ROWS])
+@pytest.mark.parametrize("micro_batch_rows", [100, MICRO_BATCH_ROWS])
 def test_nodes_with_more_rows_than_a_piece(micro_batch_rows: int) -> None:
     """Every row of three tables: nodes of 180 and 70 rows, and of 64, which begin and end at a cut."""
     split, ranks = (2, 1, 2), (1, 2, 3, 1)
