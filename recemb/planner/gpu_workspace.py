@@ -195,14 +195,11 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     columns = [math.prod(dims[:k]) for k in range(order)]
     slices = [rank.share([p[k] for p in rows]) for k in range(order)]
     micro_batches = max(1, math.ceil(ids / rank.micro_batch_rows))
-    capacity = min(ids, float(rank.micro_batch_rows))
+    whole, capacity = micro_batches == 1, min(ids, float(rank.micro_batch_rows))
     prefixes = [float(sum(math.prod(p[: k + 1]) for p in rows)) for k in range(order - 1)]
-    # Nodes above the rows are computed at once where a micro-batch could have them all.
-    whole = prefixes[-1] <= rank.micro_batch_rows or micro_batches == 1
-    parts = 1 if whole else micro_batches
-    # Of a batch, and of a part of it; one that begins within a prefix makes a node more of it.
-    every = [*(min(ids, most + parts - 1) for most in prefixes), ids]
-    nodes = [*(min(ids if whole else capacity, most) for most in prefixes), capacity]
+    # Of a batch, and of a micro-batch; one that begins within a prefix makes a node more of it.
+    every = [*(min(ids, most + micro_batches - 1) for most in prefixes), ids]
+    nodes = [*(min(capacity, most) for most in prefixes), capacity]
 
     # Of each node, by level: its parent and first child, its place in the order by slice, and tiles of that;
     # slices of the first level and of rows.
@@ -210,7 +207,7 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     levels += _INT32 * sum(
         n * (1 + width / _TILE_ROWS) for n, width in zip(every[1:], columns[1:], strict=True)
     )
-    groups = 3 * _INT64 * (parts * sum(slices[1:-1]) + micro_batches * slices[-1])
+    groups = 3 * _INT64 * micro_batches * sum(slices[1:])
     products = sum(nodes[k] * columns[k + 1] * ranks[k + 1] for k in range(order - 1)) * element
     pooled = ids * dim * _FLOAT
     # Digits, whether they open a node, and keys of the groups; rows are sorted last.

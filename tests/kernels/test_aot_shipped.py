@@ -23,14 +23,15 @@ from recemb_kernels.triton_frame.launches import join_constants as frame_join_co
 from recemb_kernels.triton_frame.launches import place_constants, segment_constants, update_constants
 from recemb_kernels.triton_frame.variants import shipped as frame_shipped
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_kernel import multiply
+from recemb_kernels.tt_gather.triton_kernel import multiply, slice_gradient
 from recemb_kernels.tt_gather.triton_variants import (
     children_constants,
     gradient_constants,
+    gradient_variants,
     join_constants,
     multiply_constants,
+    multiply_variants,
     shipped,
-    variants,
 )
 from recemb_kernels.update import Kind
 
@@ -115,19 +116,24 @@ def test_what_is_tried_at_first_is_shipped() -> None:
     """Of every product's constants, all the warps and stages that a launch with them tries."""
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = False  # whose launches try nothing
-        tuner = tuned(multiply, ("Q",), variants)
-    tuner.nargs = {}
+        tuners = {
+            "tt_gather.multiply": tuned(multiply, ("Q",), multiply_variants),
+            "tt_gather.slice_gradient": tuned(slice_gradient, ("Q",), gradient_variants),
+        }
+    for tuner in tuners.values():
+        tuner.nargs = {}
     own: dict[tuple[object, ...], set[tuple[int, int]]] = {}
     constants: dict[tuple[object, ...], dict[str, object]] = {}
     for c in shipped():
-        if c.kernel in ("tt_gather.multiply", "tt_gather.slice_gradient"):
+        if c.kernel in tuners:
             key = (c.kernel, repr(dict(c.signature)), repr(dict(c.constants)))
             own.setdefault(key, set()).add((c.num_warps, c.num_stages))
             constants[key] = dict(c.constants)
     numbers = {len(each) for each in own.values()}
     assert numbers == {1, 2}
     for key, found in own.items():
-        assert found == {(c.num_warps, c.num_stages) for c in tuner.prune_configs(constants[key])}, key
+        tried = tuners[str(key[0])].prune_configs(constants[key])
+        assert found == {(c.num_warps, c.num_stages) for c in tried}, key
 
 
 def _named(rows: list[dict[str, Any]], *keys: str) -> list[str]:

@@ -265,7 +265,7 @@ class RowFamily(Family[RowShape]):
         """The touched rows of one side of the pairs, and their gradients.
 
         Distinct rows are sorted by quotient; by remainder they are sorted here. Remainders are few and their
-        runs long: they are summed piece by piece, as :func:`row_gradients` does.
+        runs long: pieces of them are summed first.
         """
         keys, key = self._keys[which], split.key[which]
         count, width = len(key), self._widths[which]

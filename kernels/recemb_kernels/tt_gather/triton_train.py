@@ -36,7 +36,7 @@ from recemb_kernels.tt_gather.triton_variants import (
 
 @dataclass(eq=False)
 class _Kept:
-    """The tree of a batch, and the products of its nodes above the rows where it has one part."""
+    """The tree of a batch, and the products of its nodes while one micro-batch holds them all."""
 
     levels: list[Level]
     rows: Tensor | None = None
@@ -253,7 +253,7 @@ class TrainFamily(Family[TrainShape]):
         out: Tensor | None = None
         for part in parts:
             grad_rows = places.rows(part.cuts(last), self._dim, rows)
-            if out is None:  # not beside the pieces of all the rows
+            if out is None:  # not beside what a batch of one micro-batch needs for its rows
                 out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
             self._add_products(part, last, products, grad_rows, grad)
             self._sum_children(part, out, grad_rows)
@@ -293,7 +293,7 @@ class TrainFamily(Family[TrainShape]):
         )
 
     def _nodes_back(self, part: _Part, k: int, grad_node: Tensor) -> Tensor:
-        """The gradients of level k - 1 from those of level k, where nodes share slices: products, then sums."""
+        """The gradients of level k - 1 from those of level k, which share slices: products, then sums."""
         child = part.levels[k - 1].child
         assert child is not None
         constants = multiply_constants(self.shapes[0], k, self.dtype, False)

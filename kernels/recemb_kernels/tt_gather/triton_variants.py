@@ -36,21 +36,28 @@ MOST_PROGRAMS = 2**14
 ALIGNED = 4
 
 
-def variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Warps and pipeline stages that are tried at the first product of each shape.
+def multiply_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Warps and pipeline stages of ``multiply`` that are tried at the first product of each shape.
 
-    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. In exact products
-    with a slice's transpose a third stage spills registers, beside the tile's sum and the total.
+    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. Their tiles are
+    narrow, and more warps would repeat each other's addresses. In exact products with a slice's transpose a
+    third stage spills registers, beside the tile's sum and the total.
     """
+    if not constants["DOT"]:
+        return ((4, 2),)
     spills = constants.get("PRECISION") == "ieee" and not constants.get("FORWARD", True)
-    if constants["DOT"]:
-        return ((8, 2),) if spills else ((8, 2), (8, 3))
-    # A tile of M x N elements is narrow: more warps than its products need repeat each other's addresses.
-    return ((4, 2),) if "FORWARD" in constants else ((8, 2),)
+    return ((8, 2),) if spills else ((8, 2), (8, 3))
 
 
-multiply_tuned = tuned(multiply, ("FORWARD", "PRECISION", "Q", "K", "N"), variants)
-slice_gradient_tuned = tuned(slice_gradient, ("PRECISION", "Q", "K", "N"), variants, restore=("grad",))
+def gradient_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The same of ``slice_gradient``."""
+    return ((8, 2), (8, 3)) if constants["DOT"] else ((8, 2),)
+
+
+multiply_tuned = tuned(multiply, ("FORWARD", "PRECISION", "Q", "K", "N"), multiply_variants)
+slice_gradient_tuned = tuned(
+    slice_gradient, ("PRECISION", "Q", "K", "N"), gradient_variants, restore=("grad",)
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
         "N": outer,
         "ELEMENT": ELEMENTS[dtype],
         "PIECE": PIECE,
-        # Up to 16 loads of each factor under way at once, and 8 of wide rows, which take registers enough.
+        # Up to 16 loads of each factor under way at once; a row of 8 columns and more, 8 loads itself, takes
+        # registers enough, and 32 spill in two cores.
         "BC": 16 // outer if outer < 8 else 1,
         "BQ": columns,
         "BK": block,
@@ -259,7 +267,8 @@ def _rounded(shape: TrainShape) -> Iterator[Configuration]:
             every.setdefault(f"{c.kernel} {c.note}", c)
     for c in every.values():
         constants = {**c.constants, "PRECISION": "tf32"}
-        for warps, stages in variants(constants):
+        of_kernel = multiply_variants if "FORWARD" in constants else gradient_variants
+        for warps, stages in of_kernel(constants):
             own = replace(c, constants=constants, num_warps=warps, num_stages=stages)
             yield replace(own, note=f"{c.note}, TF32", rounds=True)
 
@@ -276,7 +285,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
             source, out = (size, 4 if k == last else size) if forward else (4, 4)
             types = {4: "*fp32", 2: element}
             way = "" if forward else ", back"
-            for warps, stages in variants(constants):
+            for warps, stages in multiply_variants(constants):
                 yield Configuration(
                     kernel="tt_gather.multiply",
                     function=multiply,
@@ -300,7 +309,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     small=_DESCRIPTORS,
                 )
         constants = gradient_constants(shape, k, dtype)
-        for warps, stages in variants(constants):
+        for warps, stages in gradient_variants(constants):
             yield Configuration(
                 kernel="tt_gather.slice_gradient",
                 function=slice_gradient,

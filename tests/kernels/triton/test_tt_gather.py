@@ -15,7 +15,8 @@ from torch import Tensor
 from recemb.id_maps.radix import mixed_radix
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
-from recemb_kernels.tt_gather import TrainShape, tt_gather
+from recemb_kernels.tt_gather import TrainShape, triton_train, tt_gather
+from recemb_kernels.tt_gather.triton_variants import MOST_PROGRAMS
 from recemb_kernels.update import Kind
 from tests.kernels.triton.harness import (
     DTYPES,
@@ -163,11 +164,13 @@ def test_half_precision_steps_in_float32(dtype: torch.dtype, kinds: list[Kind]) 
             torch.testing.assert_close(x, y, rtol=4 * unit, atol=4 * unit)
 
 
-def test_micro_batches_give_the_bits_of_the_whole() -> None:
-    batch = make_batch(ALL, 4, 3, weighted=True)
+@pytest.mark.parametrize(("size", "micro_batch_rows"), [(4, (2, 7)), (70, (100,))], ids=["parts", "one part"])
+def test_micro_batches_give_the_bits_of_the_whole(size: int, micro_batch_rows: Sequence[int]) -> None:
+    """The families have 92 and 21 prefixes: with fewer rows at once micro-batches have nodes of their own."""
+    batch = make_batch(ALL, size, 3, weighted=True)
     parameters, grad = ALL.parameters(), upstream(ALL, batch)
     whole = run(ALL.triton(), parameters, batch, grad)
-    for rows in (2, 7):
+    for rows in micro_batch_rows:
         sliced = run(ALL.triton(micro_batch_rows=rows), parameters, batch, grad)
         assert torch.equal(whole[0], sliced[0])
         assert torch.equal(whole[-1], sliced[-1]), "gradients of the weights"
@@ -176,9 +179,19 @@ def test_micro_batches_give_the_bits_of_the_whole() -> None:
             torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("micro_batch_rows", [100, MICRO_BATCH_ROWS])
-def test_nodes_with_more_rows_than_a_piece(micro_batch_rows: int) -> None:
-    """Every row of three tables: nodes of 180 and 70 rows, and of 64, which begin and end at a cut."""
+def test_every_table_steps_where_one_part_has_several_micro_batches() -> None:
+    assert_same_steps(ALL, make_batch(ALL, 70, 3), [Kind.ADAGRAD] * 3, micro_batch_rows=100)
+
+
+@pytest.mark.parametrize(("micro_batch_rows", "programs"), [(100, 3), (MICRO_BATCH_ROWS, MOST_PROGRAMS)])
+def test_nodes_with_more_rows_than_a_piece(
+    micro_batch_rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of three tables: nodes of 180 and 70 rows, and of 64, which begin and end at a cut.
+
+    Three programs take turns; nodes have rows in several micro-batches.
+    """
+    monkeypatch.setattr(triton_train, "MOST_PROGRAMS", programs)
     split, ranks = (2, 1, 2), (1, 2, 3, 1)
     shapes = [TrainShape((1, 1, 180), split, ranks), TrainShape((1, 2, 70), split, ranks)]
     tables = _tables([*shapes, TrainShape((2, 64), (2, 2), (1, 3, 1))])
@@ -189,7 +202,8 @@ def test_nodes_with_more_rows_than_a_piece(micro_batch_rows: int) -> None:
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 2, 3])
 def test_micro_batches_that_begin_within_a_prefix(micro_batch_rows: int) -> None:
-    """A node more for each: of trains with one prefix and with two, behind another family's rows."""
+    """A node more for each of one or two rows: of trains with one prefix and with two, behind another
+    family's rows. Three can have all prefixes: nodes then have rows in several."""
     shapes = [
         SHAPES[1],
         TrainShape((1, 1, 9), (2, 1, 2), (1, 2, 3, 1)),
