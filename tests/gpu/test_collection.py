@@ -107,7 +107,7 @@ def test_fused_steps(name: str) -> None:
 
 @pytest.mark.parametrize("micro_batch_rows", [100, 150])
 def test_several_micro_batches(micro_batch_rows: int) -> None:
-    """A second one is another number to the compiler than the first; one of 150 rows can have all prefixes."""
+    """A second one is another number to the compiler than the first; one of 150 rows can have all nodes."""
     torch.manual_seed(0)
     config = EmbeddingBagConfig(
         name="t_tt",
