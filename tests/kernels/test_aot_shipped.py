@@ -25,6 +25,7 @@ from recemb_kernels.triton_frame.variants import shipped as frame_shipped
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_kernel import multiply, slice_gradient
 from recemb_kernels.tt_gather.triton_variants import (
+    EVERY,
     children_constants,
     gradient_constants,
     gradient_variants,
@@ -117,8 +118,8 @@ def test_what_is_tried_at_first_is_shipped() -> None:
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = False  # whose launches try nothing
         tuners = {
-            "tt_gather.multiply": tuned(multiply, ("Q",), multiply_variants),
-            "tt_gather.slice_gradient": tuned(slice_gradient, ("Q",), gradient_variants),
+            "tt_gather.multiply": tuned(multiply, ("Q",), EVERY, multiply_variants),
+            "tt_gather.slice_gradient": tuned(slice_gradient, ("Q",), EVERY, gradient_variants),
         }
     for tuner in tuners.values():
         tuner.nargs = {}

@@ -27,19 +27,19 @@ NAMES = {
 def tuned(
     kernel: Any,
     key: Sequence[str],
-    variants: Callable[[Mapping[str, Any]], tuple[tuple[int, int], ...]],
+    every: Sequence[tuple[int, int]],
+    variants: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]],
     restore: Sequence[str] = (),
 ) -> Any:
     """A kernel that tries its variants at the first call of each shape, and keeps the fastest.
 
     Args:
-        kernel: a Triton kernel, with a constant ``DOT``.
+        kernel: a Triton kernel.
         key: arguments that make a shape.
-        variants: (warps, pipeline stages) of a launch with these constants, of which ``DOT`` alone adds any.
-            The interpreter, which has neither, takes the first.
+        every: (warps, pipeline stages) of any launch. The interpreter, which has neither, takes the first.
+        variants: those of a launch with these constants.
         restore: arguments that the kernel adds to, which a trial must not leave changed.
     """
-    every = tuple(dict.fromkeys(variants({"DOT": True}) + variants({"DOT": False})))
     tried = every[:1] if triton.knobs.runtime.interpret else every
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in tried]
 

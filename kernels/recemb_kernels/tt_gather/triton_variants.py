@@ -36,27 +36,33 @@ MOST_PROGRAMS = 2**14
 ALIGNED = 4
 
 
+# (Warps, pipeline stages) of a product.
+_DOT, _BACK, _LONG, _SHORT = ((8, 2), (8, 3)), (4, 2), (2, 2), (1, 2)
+EVERY = (*_DOT, _BACK, _LONG, _SHORT)
+
+
 def multiply_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """Warps and pipeline stages of ``multiply`` that are tried at the first product of each shape.
 
     Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. Their tiles are
-    narrow, and more warps would repeat each other's addresses. In exact products with a slice's transpose a
-    third stage spills registers, beside the tile's sum and the total.
+    narrow, and each warp more repeats the addresses: one is the fastest (kernels/README.md), though its
+    registers leave room for fewer, but beyond K = 32 it spills. In exact products with a slice's transpose a
+    third stage spills, beside the tile's sum and the total, and four warps are faster than eight.
     """
     if not constants["DOT"]:
-        return ((4, 2),)
-    spills = constants.get("PRECISION") == "ieee" and not constants.get("FORWARD", True)
-    return ((8, 2),) if spills else ((8, 2), (8, 3))
+        return (_SHORT,) if constants["K"] <= 32 else (_LONG,)
+    back = constants["PRECISION"] == "ieee" and not constants["FORWARD"]
+    return (_BACK,) if back else _DOT
 
 
 def gradient_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """The same of ``slice_gradient``."""
-    return ((8, 2), (8, 3)) if constants["DOT"] else ((8, 2),)
+    return _DOT if constants["DOT"] else _DOT[:1]
 
 
-multiply_tuned = tuned(multiply, ("FORWARD", "PRECISION", "Q", "K", "N"), multiply_variants)
+multiply_tuned = tuned(multiply, ("FORWARD", "PRECISION", "Q", "K", "N"), EVERY, multiply_variants)
 slice_gradient_tuned = tuned(
-    slice_gradient, ("PRECISION", "Q", "K", "N"), gradient_variants, restore=("grad",)
+    slice_gradient, ("PRECISION", "Q", "K", "N"), EVERY, gradient_variants, restore=("grad",)
 )
 
 
@@ -304,7 +310,8 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     num_stages=stages,
                     flops_per_lookup=2.0 * q * inner * outer,
                     bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
-                    min_occupancy=0.37,
+                    # One or two warps hold a plain tile, and four an exact one on the way back, in registers.
+                    min_occupancy={_SHORT: 0.18, _LONG: 0.25, _BACK: 0.25}.get((warps, stages), 0.37),
                     note=f"{note}, core {k + 1}{way}",
                     small=_DESCRIPTORS,
                 )
