@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_gpu()
+    require_gpu("recemb bench ops measures the CPU kernels")
     from bench.guard import TESTS, require_green
     from bench.results import results_folder, table, this_machine, write_csv
     from bench.settings import Setting

@@ -87,9 +87,9 @@ def run_program(
         return error.exit_code
 
 
-def require_gpu() -> None:
-    """Raise :class:`ConfigError` where torch sees no GPU."""
+def require_gpu(instead: str) -> None:
+    """Raise :class:`ConfigError`, which says what to do ``instead``, where torch sees no GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("torch sees no GPU here; recemb bench ops measures the CPU kernels")
+        raise ConfigError(f"torch sees no GPU here; {instead}")

@@ -27,8 +27,9 @@ class Engine:
 
     Args:
         tables: the tables; feature f of a batch is the f-th entry of ``targets``.
-        micro_batch_rows: distinct rows of a table that the native kernels compute at once, which bounds their
-            workspace whatever the batch; the device's default when ``None``.
+        micro_batch_rows: distinct rows (on a GPU of all tables of one shape, else of a table) that the native
+            kernels compute at once, which bounds their workspace whatever the batch; the device's default
+            when ``None``.
     """
 
     def __init__(self, tables: Sequence[TableSpec], micro_batch_rows: int | None = None) -> None:

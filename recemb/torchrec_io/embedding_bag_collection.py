@@ -40,8 +40,9 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         tables: recemb configs, or plain torchrec configs for uncompressed tables.
         is_weighted: whether the input carries per-sample weights.
         device: where the parameters live; ``meta`` allocates nothing.
-        micro_batch_rows: distinct rows of a table whose products of cores are computed at once, which bounds
-            the workspace whatever the batch; ``None`` for 2**13 on the CPU and 2**18 on a GPU.
+        micro_batch_rows: distinct rows (on a GPU of all tables of one shape, else of a table) whose products
+            of cores are computed at once, which bounds the workspace whatever the batch; ``None`` for 2**13
+            on the CPU and 2**18 on a GPU.
 
     Raises:
         ConfigError: a table that cannot be stored as asked, before anything is allocated.

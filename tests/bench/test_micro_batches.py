@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from bench.ids import make_batches
-from bench.micro_batches import Steps, measure, table
+from bench.micro_batches import Steps, main, measure, table
 from bench.settings import Setting
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cuda"]) == 2
+    assert "sees no GPU here; leave out --device cuda" in capsys.readouterr().err
 
 
 def test_smaller_micro_batches_take_less_workspace() -> None:

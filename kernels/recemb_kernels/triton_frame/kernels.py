@@ -1,4 +1,4 @@
-"""Triton kernels that every op uses: pooling, the way back of gradients, sums over segments, updates.
+"""Triton kernels that every op uses: pooling, sums over segments, gradients of weights, updates.
 
 Positions, rows, bags and elements are int64 wherever they are computed with; arrays of positions, rows and
 bags are int32. Letters: B samples, D columns of a row, W elements of a parameter row. Names in capitals are

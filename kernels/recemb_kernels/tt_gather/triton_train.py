@@ -112,9 +112,9 @@ class TrainFamily(Family[TrainShape]):
         pool(self, call, out, rows, call.plan.inverse, self._row_cuts(call), self._dim)
         if keep:
             weighted = call.batch.weights is not None
-            call.kept[self.index] = _Kept(
-                levels, rows if weighted else None, products if part.whole else None
-            )
+            # All families keep theirs: the workspace would grow with them if larger batches did, too.
+            whole = count <= self.micro_batch_rows
+            call.kept[self.index] = _Kept(levels, rows if weighted else None, products if whole else None)
 
     def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
         kept: _Kept = call.kept[self.index]

@@ -211,3 +211,25 @@ def test_a_large_step_takes_a_fraction_of_what_it_took(
     )
     assert 1 <= estimate / most <= 1.6
     assert step <= AT_ONCE_BEFORE / (3 if micro_batch_rows == 2**30 else 4)
+
+
+def test_families_with_one_part_and_several_micro_batches(no_kernels: Callable[[], None]) -> None:
+    """Each has all its prefixes at once, and gives them back before the next: the most of one is added."""
+    size, ranks, micro_batch_rows = 8192, range(57, 65), 2**14
+    specs = [
+        TableSpec(
+            name=f"t_{rank}_{t}",
+            num_embeddings=1_000_000,
+            embedding_dim=64,
+            feature_names=(f"f_{rank}_{t}",),
+            compression=TensorTrain(rank=rank),
+        )
+        for rank in ranks
+        for t in range(3)
+    ]
+    group, parameters = group_of(specs, micro_batch_rows)
+    no_kernels()
+    ids = torch.zeros(size * len(specs), dtype=torch.int64)
+    most = peak(group, parameters, ids, len(specs), size, False)
+    estimate = gpu_workspace([Load(spec, float(size), float(size)) for spec in specs], 1, micro_batch_rows)
+    assert 1 <= estimate / most <= 1.6
