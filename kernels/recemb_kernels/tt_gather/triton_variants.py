@@ -30,24 +30,23 @@ from recemb_kernels.tt_gather.triton_kernel import (
 
 # Rows of a matrix product that one program takes; plans count in them.
 TILE_ROWS = 32
-# Of kernels that share out what the host knows but a bound of: a few for each place on the largest GPUs.
+# Of kernels that share out what the host knows but a bound of: a few for each place on a GPU.
 MOST_PROGRAMS = 2**14
 # Arrays of levels lie one behind the other: each begins at a multiple of 16 bytes, as Triton likes them.
 ALIGNED = 4
 
 
 # (Warps, pipeline stages) of a product.
-_DOT, _BACK, _LONG, _SHORT = ((8, 2), (8, 3)), (4, 2), (2, 2), (1, 2)
+_DOT, _BACK, _LONG, _SHORT = ((8, 2), (8, 3)), (4, 2), (2, 2), (1, 2)  # the last three live in registers
 EVERY = (*_DOT, _BACK, _LONG, _SHORT)
 
 
 def multiply_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """Warps and pipeline stages of ``multiply`` that are tried at the first product of each shape.
 
-    Triton pipelines the operands of ``tl.dot``: plain multiply-adds have nothing to choose. Their tiles are
-    narrow, and each warp more repeats the addresses: one is the fastest (kernels/README.md), though its
-    registers leave room for fewer, but beyond K = 32 it spills. In exact products with a slice's transpose a
-    third stage spills, beside the tile's sum and the total, and four warps are faster than eight.
+    Triton pipelines the operands of ``tl.dot`` alone. Plain tiles are narrow, and each warp more repeats the
+    addresses: one is the fastest (kernels/README.md), but beyond K = 32 it spills. In exact products with a
+    slice's transpose a third stage spills, and four warps are faster than eight.
     """
     if not constants["DOT"]:
         return (_SHORT,) if constants["K"] <= 32 else (_LONG,)
@@ -142,8 +141,7 @@ def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
         "N": outer,
         "ELEMENT": ELEMENTS[dtype],
         "PIECE": PIECE,
-        # Up to 16 loads of each factor under way at once; a row of 8 columns and more, 8 loads itself, takes
-        # registers enough, and 32 spill in two cores.
+        # Up to 16 loads of each factor under way at once; rows of 8 columns and more are loads enough.
         "BC": 16 // outer if outer < 8 else 1,
         "BQ": columns,
         "BK": block,
@@ -310,7 +308,6 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     num_stages=stages,
                     flops_per_lookup=2.0 * q * inner * outer,
                     bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
-                    # One or two warps hold a plain tile, and four an exact one on the way back, in registers.
                     min_occupancy={_SHORT: 0.18, _LONG: 0.25, _BACK: 0.25}.get((warps, stages), 0.37),
                     note=f"{note}, core {k + 1}{way}",
                     small=_DESCRIPTORS,
