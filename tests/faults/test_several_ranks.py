@@ -58,15 +58,15 @@ def test_two_ranks_equal_one_process(
     assert "AUC" not in ended.logs[1]
 
 
-# On an EPYC one of a cache's 548 elements differs by 2.3e-5 under Adagrad, the rest by less than 1e-6.
+# Adagrad's eps keeps gradients near rounding from steps of the full rate, which differ from CPU to CPU.
 CACHED = [
-    ("tt", 4, "adagrad", "importance", 1e-4),
-    ("robe", 8, "rowwise_adagrad", "lfu", 1e-5),
-    ("md", 3, "adam", "lru", 1e-5),
+    ("tt", 4, "adagrad", "importance", {"eps": 1e-5}),
+    ("robe", 8, "rowwise_adagrad", "lfu", {}),
+    ("md", 3, "adam", "lru", {}),
 ]
 
 
-@pytest.mark.parametrize(("method", "rate", "optimizer", "policy", "tolerance"), CACHED)
+@pytest.mark.parametrize(("method", "rate", "optimizer", "policy", "more"), CACHED)
 def test_cached_tables(
     launcher: Launcher,
     tmp_path: Path,
@@ -74,16 +74,16 @@ def test_cached_tables(
     rate: int,
     optimizer: str,
     policy: str,
-    tolerance: float,
+    more: dict[str, Any],
 ) -> None:
     """The caches of both ranks' tables hold what one process's hold, and are reported by rank 0."""
     flags = {"method": method, "compress_rate": rate, "optimizer": optimizer, "limit_train_batches": 12}
-    flags |= {"cache_fraction": 0.05, "cache_policy": policy, "cache_refresh_every": 3}
+    flags |= {"cache_fraction": 0.05, "cache_policy": policy, "cache_refresh_every": 3} | more
     one, two = tmp_path / "one", tmp_path / "two"
     assert launcher.train(one, 1, batch_size=200, **flags).codes == [0]
     ended = launcher.train(two, 2, batch_size=100, **flags)
     assert ended.codes == [0, 0], ended.logs
-    assert distance(one, two) < tolerance
+    assert distance(one, two) < 1e-5
     mine, theirs = weights(one), weights(two)
     ids = [name for name in mine if name.endswith("cache.ids")]
     assert len(ids) > 4

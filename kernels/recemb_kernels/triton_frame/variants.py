@@ -59,13 +59,14 @@ def shipped() -> list[Configuration]:
         found += [_pool(width, None, weighted) for weighted in (False, True)]
         found += [_pool(width, dtype, False) for dtype in (_FLOAT, _HALF)]
         found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
-        found += [_segments(width, relative) for relative in (False, True) if width > 16 or not relative]
+        found.append(_segments(width, relative=False))
     # D = 32 of a train.
     found += [_pool(32, None, weighted) for weighted in (False, True)]
-    found += [_weigh(32, None), *_places(32, relative=True), _segments(32, relative=True)]
+    found += [_weigh(32, None), *_places(32, relative=True)]
     found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
-    found.append(_segments(256, relative=True))
+    # Nodes of trains.
+    found += [_segments(width, relative=True) for width in (32, 64, 128, 256)]
     for kind in _STEPS:
         # A row of a table, and a slice of a core at R = 64.
         found += [_update(kind, width, _FLOAT, None) for width in (64, 8192)]

@@ -250,15 +250,12 @@ class TrainFamily(Family[TrainShape]):
         """The gradients of the rows' parents; ``grad`` gets those of their slices. By micro-batch both."""
         last, rows = parts[0].last, self._most_nodes(parts[0].last, parts[0])
         nodes, width = self._most_nodes(last - 1, parts[0]), join_constants(self.shapes[0])["W"]
-        out: Tensor | None = None
+        out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
         for part in parts:
             grad_rows = places.rows(part.cuts(last), self._dim, rows)
-            if out is None:  # not beside what a batch of one micro-batch needs for its rows
-                out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
             self._add_products(part, last, products, grad_rows, grad)
             self._sum_children(part, out, grad_rows)
             del grad_rows  # before the next ones are made
-        assert out is not None
         return out
 
     def _sum_children(self, part: _Part, out: Tensor, grad_rows: Tensor) -> None:

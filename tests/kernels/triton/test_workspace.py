@@ -22,8 +22,9 @@ from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.update import Kind, Update
 
 CPU = torch.device("cpu")
-CASES: dict[str, list[tuple[int, int, int, Compression]]] = {
-    # Tables, rows, D, compression.
+# Tables, rows, D, compression.
+Alike = tuple[int, int, int, Compression]
+CASES: dict[str, list[Alike]] = {
     "tt": [(3, 100_000, 16, TensorTrain(rank=8))],
     "wide tt": [(2, 1_000_000, 64, TensorTrain(rank=16))],
     "qr": [(3, 1_000_000, 16, QuotientRemainder(collisions=4))],
@@ -94,6 +95,20 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return replace
 
 
+def specs_of(kinds: Sequence[Alike]) -> list[TableSpec]:
+    return [
+        TableSpec(
+            name=f"t_{k}_{t}",
+            num_embeddings=rows,
+            embedding_dim=dim,
+            feature_names=(f"f_{k}_{t}",),
+            compression=compression,
+        )
+        for k, (count, rows, dim, compression) in enumerate(kinds)
+        for t in range(count)
+    ]
+
+
 def group_of(
     specs: Sequence[TableSpec], micro_batch_rows: int
 ) -> tuple[TritonGroup, list[list[torch.Tensor]]]:
@@ -155,17 +170,7 @@ def test_the_estimate_is_a_bound_and_no_idle_one(
     no_kernels: Callable[[], None],
 ) -> None:
     size = 2048
-    specs = [
-        TableSpec(
-            name=f"t_{k}_{t}",
-            num_embeddings=rows,
-            embedding_dim=dim,
-            feature_names=(f"f_{k}_{t}",),
-            compression=compression,
-        )
-        for k, (count, rows, dim, compression) in enumerate(CASES[case])
-        for t in range(count)
-    ]
+    specs = specs_of(CASES[case])
     group, parameters = group_of(specs, micro_batch_rows)
     no_kernels()
     ids = torch.zeros(size * pooling * len(specs), dtype=torch.int64)
@@ -188,16 +193,7 @@ def test_a_large_step_takes_a_fraction_of_what_it_took(
     micro_batch_rows: int, no_kernels: Callable[[], None]
 ) -> None:
     size, tables = 65_536, 26
-    specs = [
-        TableSpec(
-            name=f"t_{t}",
-            num_embeddings=1_000_000,
-            embedding_dim=16,
-            feature_names=(f"f_{t}",),
-            compression=TensorTrain(rank=32),
-        )
-        for t in range(tables)
-    ]
+    specs = specs_of([(tables, 1_000_000, 16, TensorTrain(rank=32))])
     group, parameters = group_of(specs, micro_batch_rows)
     no_kernels()
     ids = torch.zeros(size * tables, dtype=torch.int64)
@@ -216,17 +212,7 @@ def test_a_large_step_takes_a_fraction_of_what_it_took(
 def test_families_with_one_part_and_several_micro_batches(no_kernels: Callable[[], None]) -> None:
     """Each has all its prefixes at once, and gives them back before the next: the most of one is added."""
     size, ranks, micro_batch_rows = 8192, range(57, 65), 2**14
-    specs = [
-        TableSpec(
-            name=f"t_{rank}_{t}",
-            num_embeddings=1_000_000,
-            embedding_dim=64,
-            feature_names=(f"f_{rank}_{t}",),
-            compression=TensorTrain(rank=rank),
-        )
-        for rank in ranks
-        for t in range(3)
-    ]
+    specs = specs_of([(3, 1_000_000, 64, TensorTrain(rank=rank)) for rank in ranks])
     group, parameters = group_of(specs, micro_batch_rows)
     no_kernels()
     ids = torch.zeros(size * len(specs), dtype=torch.int64)
