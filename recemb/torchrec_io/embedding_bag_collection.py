@@ -133,10 +133,9 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
     def prefetch(self, features: KeyedJaggedTensor) -> None:
         """Prepare the next batch beside what runs now: check it, sort and group its ids, find cached rows.
 
-        In a thread on the CPU; on a GPU on a stream of its own while look-ups of as many ids are eager. Once
-        they are replayed as a CUDA graph, sorting and grouping are part of it, and are not done ahead. The
-        :meth:`forward` that is given this very object then finds the rest done; its results do not depend on
-        it. Two batches can be under way.
+        In a thread on the CPU; on a GPU on a stream of its own, by a CUDA graph once look-ups of as many
+        prepared ids are replayed as one. The :meth:`forward` that is given this very object then finds that
+        done; its results do not depend on it. Two batches can be under way, the second without a graph.
 
         Example::
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.plan import BatchPlan, Keys, keys_of, plan_batch
-from recemb_kernels.triton_frame.streams import HandOver
+from recemb_kernels.triton_frame.streams import HandOver, copied
 from recemb_kernels.triton_frame.verdict import capturing
 from recemb_kernels.update import Update, is_stepped
 
@@ -63,6 +63,13 @@ class Call:
         """Have the current stream wait for what another one has prepared, and keep its memory until then."""
         if self.ready is not None:
             self.ready.take(self)
+
+    def copied(self) -> Call:
+        """The same, as far as it has been prepared, in memory of its own."""
+        made = Call(copied(self.batch), self.columns, self.keys, copied(self.kept))
+        known = {name: value for name, value in vars(self).items() if name in ("bag", "plan")}
+        vars(made).update(copied(known))
+        return made
 
     @cached_property
     def bag(self) -> Tensor:

@@ -3,7 +3,8 @@
 A look-up's kernels are launched for bounds that the host knows, and read all else on the device, so the
 same launches serve every batch with as many ids. From the fourth such batch on (the fifth for its backward)
 they are replayed from a graph, which reads the batch from memory of its own. Steps read their rates from the
-device too, so a schedule changes nothing about a graph. ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
+device too, so a schedule changes nothing about a graph. Batches that are prepared ahead have graphs to
+themselves (``graph_plans.py``). ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.triton_frame.family import Call
+from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
 from recemb_kernels.triton_frame.verdict import capturing, poll
@@ -103,16 +105,19 @@ class _Graph:
         parameters: Sequence[Tensor],
         batch: Batch,
         keep: bool,
+        beside: Recorder | None,
     ) -> None:
         self._group, self.record, self._failures = group, record, failures
         self._parameters = list(parameters)
-        weights, refused = (None if x is None else x.clone() for x in (batch.weights, batch.refused))
-        self.batch = Batch(batch.ids.clone(), batch.offsets.clone(), weights, batch.size, refused)
+        self.source: Source = (
+            PlannedWithin(group, batch, keep)
+            if beside is None
+            else PlannedAhead(group, beside, record, batch)
+        )
+        self.batch = self.source.batch
 
         def run() -> tuple[Tensor, Call]:
-            # A backward must find the plan here: what it works out itself would be of its first batch.
-            call = group.plan(self.batch) if keep else None
-            return group.run_forward(self._parameters, self.batch, keep=keep, state=call)
+            return group.run_forward(self._parameters, self.batch, keep=keep, state=self.source.call())
 
         run()  # These addresses may be aligned otherwise than the batches' before, and compile kernels anew.
         (self._out, self._call), self._replay = record(run)
@@ -128,13 +133,13 @@ class _Graph:
         """Whether a look-up through this graph still waits for its backward."""
         return self._user is not None and self._user() is not None
 
-    def forward(self, batch: Batch, keep: bool) -> tuple[Tensor, _Held]:
-        pairs = (
-            (getattr(self.batch, x), getattr(batch, x)) for x in ("ids", "offsets", "weights", "refused")
-        )
-        for own, given in pairs:
-            if own is not None:
-                own.copy_(given)
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that it holds."""
+        return self.record.num_bytes + self.source.num_bytes
+
+    def forward(self, batch: Batch, keep: bool, planned: Planned | None = None) -> tuple[Tensor, _Held]:
+        self.source.bring(batch, planned)
         self.turn += 1
         held = _Held(self, self.turn)
         self._user = ref(held) if keep else None
@@ -226,15 +231,16 @@ class GraphedGroup:
         """How many shapes are captured."""
         return len(self._graphs)
 
-    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | None:
-        """As of the group; ``None`` where a graph will do it, with the rest of the look-up."""
-        shape = self._shape(parameters, batch, True)
-        with self._lock:
-            recorded = any(key[:-1] == shape for key in self._graphs)
-            if self._recurs(shape) and (recorded or self._patience <= 0):
-                return None
-            # Its look-up, which comes with what is prepared here, does not get to the graphs.
-            self._patience -= 1
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | Planned:
+        """As of the group; of a shape whose prepared look-ups are replayed, by a graph too."""
+        if batch.size and batch.ids.numel() and not capturing():
+            shape = self._shape(parameters, batch, torch.is_grad_enabled(), True)
+            with self._lock:
+                for key, graph in reversed(self._graphs.items()):  # the one used last is the likeliest
+                    source = graph.source
+                    if key[:-1] == shape and isinstance(source, PlannedAhead) and not source.busy:
+                        with self._group.on_device():
+                            return source.prepare(batch)
         return self._group.prepare(parameters, batch)
 
     def forward(
@@ -246,11 +252,18 @@ class GraphedGroup:
             if state.stale:
                 return self._group.forward(parameters, batch, keep=keep)
             return state.graph.again(), state
-        graph = None if state is not None else self._graph(parameters, batch, keep)
-        if graph is None:
-            return self._group.forward(parameters, batch, keep=keep, state=state)
+        if isinstance(state, Planned) and state.taken:
+            state = None
+        graph = self._graph(parameters, batch, keep, state is not None)
         with self._group.on_device():
-            return graph.forward(batch, keep)
+            if isinstance(state, Planned):
+                if graph is not None and graph.source is state.source:
+                    return graph.forward(batch, keep, state)
+                state = state.source.leave(state)
+            elif state is None and graph is not None:
+                return graph.forward(batch, keep)
+        # What has been prepared without a graph is looked up without one.
+        return self._group.forward(parameters, batch, keep=keep, state=state)
 
     def backward(
         self,
@@ -282,11 +295,11 @@ class GraphedGroup:
         self._group.end_backward(updates, mark)
         return grads, weights
 
-    def _graph(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
+    def _graph(self, parameters: Sequence[Tensor], batch: Batch, keep: bool, prepared: bool) -> _Graph | None:
         """The graph of a shape that has recurred, unless an earlier look-up is not done with it."""
         if not (batch.size and batch.ids.numel()) or capturing():
             return None
-        shape = self._shape(parameters, batch, keep)
+        shape = self._shape(parameters, batch, keep, prepared)
         key = (*shape, _who(batch.ids.device))
         with self._lock:
             self._patience -= 1
@@ -294,7 +307,7 @@ class GraphedGroup:
                 return None
             known = self._graphs.pop(key, None)
             if known is None:
-                return self._capture(key, parameters, batch, keep)
+                return self._capture(key, parameters, batch, keep, prepared)
             self._graphs[key] = known  # the last used is the last to go
             return known if self._fits(key) and not known.busy else None
 
@@ -307,7 +320,9 @@ class GraphedGroup:
         self._seen[shape] = self._seen.get(shape, 0) + 1
         return self._seen[shape] > _EAGER
 
-    def _capture(self, key: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> _Graph | None:
+    def _capture(
+        self, key: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool, prepared: bool
+    ) -> _Graph | None:
         # Tables that have been replaced must not stay in memory for their graphs' sake.
         for other in [other for other in self._graphs if other[-2] != key[-2]]:
             del self._graphs[other]
@@ -315,11 +330,11 @@ class GraphedGroup:
             return None
         if len(self._graphs) >= _MOST_GRAPHS:
             self._let_go()
-        recorder = self._recorder()
+        record, beside = self._recorder(), self._recorder() if prepared else None
         try:
             # The graph's memory serves look-ups in inference mode and others.
             with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
-                made = _Graph(self._group, recorder, self._failures, parameters, batch, keep)
+                made = _Graph(self._group, record, self._failures, parameters, batch, keep, beside)
         except RuntimeError as error:
             self._failures.note(error)
             self._refused[key[:-1]] += 2
@@ -340,7 +355,7 @@ class GraphedGroup:
     def _fits(self, key: Any) -> bool:
         """Whether the graph used last may stay; others make room for it."""
         most = self._graphs[key].record.most_bytes
-        while sum(graph.record.num_bytes for graph in self._graphs.values()) > most:
+        while sum(graph.num_bytes for graph in self._graphs.values()) > most:
             alone = len(self._graphs) == 1
             self._let_go()
             if alone:  # another thread's memory may have been taken for its own, once
@@ -355,11 +370,13 @@ class GraphedGroup:
         self._seen[oldest[:-1]] = 0
         self._patience = _PATIENCE
 
-    def _shape(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> tuple[Any, ...]:
-        """What a graph is captured for: sizes, types, precision, and addresses."""
+    def _shape(
+        self, parameters: Sequence[Tensor], batch: Batch, keep: bool, prepared: bool
+    ) -> tuple[Any, ...]:
+        """What a graph is captured for: sizes, types, precision, addresses, whether prepared ahead."""
         weights = None if batch.weights is None else batch.weights.dtype
         return (
-            (batch.ids.numel(), batch.size, weights, batch.refused is None, keep),
+            (batch.ids.numel(), batch.size, weights, batch.refused is None, keep, prepared),
             precision(torch.float32),
             tuple(parameter.data_ptr() for parameter in parameters),
         )

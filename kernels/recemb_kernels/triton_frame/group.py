@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from recemb_kernels.triton_frame.steps import rates_of
 from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
+
+_T = TypeVar("_T")
 
 
 def not_finite() -> Exception:
@@ -112,14 +114,26 @@ class TritonGroup:
         """Sort and group a batch ahead of its forward, on a stream beside what runs now."""
         if not (batch.size and batch.ids.numel()):
             return Call(batch, self.columns, self._keys)
-        if self.device.type != "cuda":
-            return self.plan(batch)
-        current = torch.cuda.current_stream(self.device)
-        self._beside.wait_stream(current)  # the ids may still be on their way
-        with torch.cuda.stream(self._beside):
-            call = self.plan(batch)
-            call.ready = HandOver.of(self._beside)
+        call, ready = self.run_beside(lambda: self.plan(batch))
+        call.ready = ready
         return call
+
+    def run_beside(self, run: Callable[[], _T]) -> tuple[_T, HandOver | None]:
+        """Run launches on a stream beside the current one, and after what that has been given by now.
+
+        Returns:
+            Its result, and what a stream that reads it is to wait for; ``None`` where there are no streams.
+        """
+        if self.device.type != "cuda":
+            return run(), None
+        self.hold_beside()  # the ids may still be on their way
+        with torch.cuda.stream(self._beside):
+            return run(), HandOver.of(self._beside)
+
+    def hold_beside(self) -> None:
+        """Have what runs beside from now on wait for what the current stream has been given."""
+        if self.device.type == "cuda":
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
 
     @cached_property
     def _beside(self) -> torch.cuda.Stream:

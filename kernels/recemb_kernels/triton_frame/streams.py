@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, is_dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +58,18 @@ def tensors_of(held: Any) -> Iterator[Tensor]:
     elif isinstance(held, list | tuple):
         for item in held:
             yield from tensors_of(item)
+
+
+def copied(held: _T) -> _T:
+    """The same dataclasses, lists and dictionaries, with tensors of their own memory."""
+    made: Any = held
+    if isinstance(held, Tensor):
+        made = held.clone()
+    elif is_dataclass(held) and hasattr(held, "__dict__"):
+        made = copy(held)
+        vars(made).update({name: copied(value) for name, value in vars(held).items()})
+    elif isinstance(held, Mapping):
+        made = {key: copied(value) for key, value in held.items()}
+    elif isinstance(held, list | tuple):
+        made = type(held)(copied(item) for item in held)
+    return cast(_T, made)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torchrec
@@ -16,6 +16,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.streams import tensors_of
 from tests.kernels.cases import make_bags, make_engine
@@ -28,6 +29,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
     "adam": (torch.optim.Adam, {"lr": 0.1}),
 }
 Tables = dict[str, Backend]
+_T = TypeVar("_T")
 
 
 class FakeRecorder:
@@ -115,7 +117,16 @@ class StubGroup:
     def on_device(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def plan(self, batch: Batch) -> None:
+    def plan(self, batch: Batch) -> Call:
+        return Call(batch, 1, cast(Any, None))
+
+    def prepare(self, parameters: Any, batch: Batch) -> Call:
+        return self.plan(batch)
+
+    def run_beside(self, run: Callable[[], _T]) -> tuple[_T, None]:
+        return run(), None
+
+    def hold_beside(self) -> None:
         return None
 
     def remembered(self) -> list[Tensor]:

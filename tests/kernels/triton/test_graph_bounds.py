@@ -15,6 +15,8 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
+from recemb_kernels.triton_frame.family import Call
+from recemb_kernels.triton_frame.graph_plans import Planned
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from tests.kernels.triton.graph_cases import (
     FakeRecorder,
@@ -149,54 +151,36 @@ def test_a_group_with_graphs_is_freed_without_the_collector() -> None:
         gc.enable()
 
 
-def two_in_turn(group: GraphedGroup) -> tuple[list[Tensor], Batch, Batch]:
-    """Parameters, and two batches that have recurred, one after the other."""
-    parameters = [torch.zeros(1)]
-    small, large = (Batch(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), None, n) for n in (2, 3))
-    for batch in (small, large):
-        for _ in range(5):
-            group.forward(parameters, batch, keep=True)
-    return parameters, small, large
+def prepared(group: GraphedGroup, parameters: list[Tensor], size: int) -> Any:
+    """Prepare a batch of that size, and look it up."""
+    batch = Batch(torch.zeros(size, dtype=torch.int64), torch.arange(size + 1), None, size)
+    state = group.prepare(parameters, batch)
+    group.forward(parameters, batch, keep=True, state=state)
+    return state
 
 
 def test_what_waits_for_a_graph_in_vain_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
-
-    class Prepares(StubGroup):
-        prepared = 0
-
-        def prepare(self, parameters: Any, batch: Batch) -> None:
-            self.prepared += 1
-
-    inner = Prepares()
-    group = GraphedGroup(cast(Any, inner), lambda: StubRecorder())
-    parameters, small, large = two_in_turn(group)
-    assert group.graphs == 1  # that of the large one, which took the small one's place
-    for _ in range(6):
-        group.prepare(parameters, small)
-    assert inner.prepared == 6
-    group.prepare(parameters, large)
-    assert inner.prepared == 6
+    group, parameters = GraphedGroup(cast(Any, StubGroup()), lambda: StubRecorder()), [torch.zeros(1)]
+    kinds = [type(prepared(group, parameters, size)) for size in (2, 3) for _ in range(5)]
+    # The second size takes the place of the first, which has to wait for long.
+    assert kinds == 2 * [*4 * [Call], Planned]
+    assert group.graphs == 1
+    assert [type(prepared(group, parameters, 2)) for _ in range(6)] == 6 * [Call]
+    assert type(prepared(group, parameters, 3)) is Planned
 
 
 def test_batches_that_are_all_prepared_get_their_graph_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
     monkeypatch.setattr(graphs, "_PATIENCE", 10)
-
-    class Prepares(StubGroup):
-        def prepare(self, parameters: Any, batch: Batch) -> object:
-            return object()
-
-    inner = Prepares()
-    group = GraphedGroup(cast(Any, inner), lambda: StubRecorder())
-    parameters, small, _ = two_in_turn(group)
-    held = []
-    for _ in range(20):
-        state = group.prepare(parameters, small)
-        held.append(state is None)
-        group.forward(parameters, small, keep=True, state=state)
-    assert held == sorted(held), "prepared until the wait is over, and by its graph from then on"
-    assert 8 <= held.count(False) <= 10
+    group, parameters = GraphedGroup(cast(Any, StubGroup()), lambda: StubRecorder()), [torch.zeros(1)]
+    for _ in range(5):
+        prepared(group, parameters, 3)
+    for _ in range(4):
+        prepared(group, parameters, 2)
+    held = [isinstance(prepared(group, parameters, 3), Planned) for _ in range(20)]
+    assert held == sorted(held), "by others until the wait is over, and by its graph from then on"
+    assert 8 <= held.count(False) <= 12
 
 
 def test_threads_that_look_up_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

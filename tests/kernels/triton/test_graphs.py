@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from recemb.errors import NonFiniteError
 from tests.kernels.triton.graph_cases import (
     Model,
-    at_once,
     gradient,
     graphed,
     trained,
@@ -141,28 +139,6 @@ def test_threads_have_graphs_of_their_own() -> None:
             thread.start()
             thread.join()
         assert groups[0].graphs >= 2
-
-
-def test_prefetched_batches_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On the CPU another thread prepares; on a GPU, where there are graphs, the one that looks up.
-    monkeypatch.setattr("recemb_kernels.lookup._beside", lambda: SimpleNamespace(submit=at_once))
-    plain, model = Model("adagrad"), Model("adagrad")
-
-    def run(model: Model, ahead: bool) -> list[Tensor]:
-        given = [model.bags(seed) for seed in range(7)]
-        for k, bags in enumerate(given):
-            out = model.look_up(bags)
-            if ahead and k + 1 < len(given):
-                model.engine.prefetch(model.tables, given[k + 1])
-            out.backward(gradient(out))
-        return [p.detach().clone() for p in model.parameters]
-
-    with by_triton():
-        expected = run(plain, False)
-    with graphed(model) as (_, recorder):
-        found = run(model, True)
-    assert recorder.recorded == 2
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -1,0 +1,240 @@
+"""Batches that a graph prepares ahead of the graph that looks them up: the same bits, whatever comes between.
+
+With the stand-ins of ``graph_cases.py``; ``tests/gpu`` has real graphs and streams.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from recemb.bags import Bags
+from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.family import Call
+from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead
+from recemb_kernels.triton_frame.graphs import GraphedGroup
+from recemb_kernels.triton_frame.streams import copied, tensors_of
+from tests.kernels.triton.graph_cases import Model, StubGroup, StubRecorder, at_once, gradient, graphed
+from tests.kernels.triton.harness import by_triton
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
+
+
+@pytest.fixture(autouse=True)
+def _in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the CPU another thread prepares; on a GPU, where there are graphs, the one that looks up.
+    monkeypatch.setattr("recemb_kernels.lookup._beside", lambda: SimpleNamespace(submit=at_once))
+
+
+def prefetch(model: Model, bags: Bags) -> Any:
+    """Prepare a batch; what was prepared."""
+    model.engine.prefetch(model.tables, bags)
+    assert bags.ahead is not None
+    return bags.ahead.wait()
+
+
+def steps(model: Model, batches: Sequence[Bags], ahead: bool = True) -> list[Tensor]:
+    """Outputs, gradients of the weights and of what no optimizer holds, and the parameters in the end."""
+    found = []
+    for k, bags in enumerate(batches):
+        for p in model.parameters:
+            p.grad = None
+        out = model.look_up(bags)
+        if ahead and k + 1 < len(batches):
+            prefetch(model, batches[k + 1])
+        out.backward(gradient(out))
+        found += [out.detach(), *(p.grad for p in model.parameters if p.grad is not None)]
+        if bags.weights is not None:
+            assert bags.weights.grad is not None
+            found.append(bags.weights.grad)
+    return [*found, *(p.detach().clone() for p in model.parameters)]
+
+
+def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "methods", "weighted"),
+    [(None, ("qr",), True), ("adagrad", ("tt",), False), ("adam", ("dense", "md", "robe"), True)],
+)
+def test_bits_of_batches_that_come_as_they_are(
+    optimizer: str | None, methods: Sequence[str], weighted: bool
+) -> None:
+    plain, model = Model(optimizer, methods), Model(optimizer, methods)
+    with by_triton():
+        expected = steps(plain, [plain.bags(seed, weighted=weighted) for seed in range(9)], ahead=False)
+    with graphed(model) as (groups, recorder):
+        found = steps(model, [model.bags(seed, weighted=weighted) for seed in range(9)])
+    assert equal(expected, found)
+    # The first look-up is not prepared; of the others, the fourth is recorded, and the last four replay it.
+    assert recorder.recorded == 4 * len(groups), "plan, copy, forward, backward"
+    # Plan and copy are so at once, and a backward of a kind comes first without its graph.
+    assert recorder.replayed == (2 + 4 + 4 + 4 + 3) * len(groups)
+
+
+def captured(model: Model) -> None:
+    """Have the model prepare its batches by a graph."""
+    steps(model, [model.bags(seed) for seed in range(7)])
+
+
+def test_what_is_prepared_is_planned_by_the_graph_and_one_batch_at_a_time() -> None:
+    model = Model("sgd")
+    with graphed(model):
+        captured(model)
+        one, two = model.bags(20), model.bags(21)
+        assert isinstance(prefetch(model, one), Planned)
+        assert isinstance(prefetch(model, two), Call), "its memory still holds the first one"
+        model.look_up(one)
+        assert isinstance(prefetch(model, model.bags(22)), Planned)
+
+
+SCRIPTS = {
+    "two batches ahead": "p1 p2 l1 l2 b1 b2",
+    "the later one first": "p1 p2 l2 l1 b1 b2",
+    "never looked up": "p1 x1 p2 l2 b2 p3 l3 b3",
+    "looked up twice": "p1 l1 p2 l1 b1 b1 l2 b2",
+    "its place has been taken": "p1 l1 b1 p2 l1 b1 l2 b2",
+    "another comes as it is": "p1 l2 b2 l1 b1",
+    "before an earlier backward": "p1 l1 p2 l2 p3 b1 l3 b3 b2",
+    "in inference": "p1 i1 p2 l2 b2",
+    "parameters have moved": "p1 m l1 b1 p2 l2 b2",
+    "in another thread": "p3 t3 b3 p1 l1 b1 p2 t2 b2",
+    "no graph any more": "p1 g l1 b1 p2 l2 b2",
+}
+
+
+def follow(model: Model, script: str, groups: Sequence[GraphedGroup]) -> list[Tensor]:
+    """Prepare (p), drop (x), look up (l, i in inference, t in a thread), step back (b), as a script says."""
+    batches, outs, found = {k: model.bags(30 + k) for k in (1, 2, 3)}, defaultdict(list), []
+
+    def look_up(k: int) -> None:
+        found.append(model.look_up(batches[k]))
+
+    for word in script.split():
+        do, k = word[0], int(word[1:] or 0)
+        if do == "p" and groups:
+            prefetch(model, batches[k])
+        elif do == "x":
+            batches[k].ahead = None
+        elif do == "l":
+            look_up(k)
+            outs[k].append(found[-1])
+        elif do == "i":
+            with torch.inference_mode():
+                look_up(k)
+        elif do == "t":
+            thread = Thread(target=look_up, args=(k,))
+            thread.start()
+            thread.join()
+            outs[k].append(found[-1])
+        elif do == "b":
+            out = outs[k].pop(0)
+            out.backward(gradient(out))
+        elif do == "m":
+            for p in model.parameters:
+                p.data = p.data.clone()
+        elif do == "g":
+            for group in groups:
+                group._graphs.clear()
+    return [*(out.detach() for out in found), *(p.detach().clone() for p in model.parameters)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_whatever_comes_between(script: str) -> None:
+    plain, model = Model("adagrad"), Model("adagrad")
+    with by_triton():
+        steps(plain, [plain.bags(seed) for seed in range(7)], ahead=False)
+        expected = follow(plain, script, [])
+    with graphed(model) as (groups, _):
+        captured(model)
+        found = follow(model, script, groups)
+    assert equal(expected, found)
+
+
+def test_prepared_look_ups_without_gradients() -> None:
+    plain, model = Model(None), Model(None)
+    with by_triton(), torch.no_grad():
+        expected = [plain.look_up(plain.bags(seed)) for seed in range(7)]
+    found = []
+    with graphed(model) as (_, recorder), torch.no_grad():
+        for seed in range(7):
+            bags = model.bags(seed)
+            prefetch(model, bags)
+            found.append(model.look_up(bags))
+    assert equal(expected, found)
+    assert recorder.recorded == 3, "plan, copy, forward"
+
+
+class Streams(StubGroup):
+    """Notes in which order the streams are given work and waits."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def plan(self, batch: Batch) -> Call:
+        self.calls.append("plan")
+        return super().plan(batch)
+
+    def run_beside(self, run: Any) -> tuple[Any, Any]:
+        self.calls.append("beside (")
+        made = run()
+        self.calls.append(")")
+        return made, SimpleNamespace(take=lambda held: self.calls.append("wait"))
+
+    def hold_beside(self) -> None:
+        self.calls.append("hold")
+
+
+class Records(StubRecorder):
+    def __init__(self, calls: list[str], name: str) -> None:
+        self._calls, self._name = calls, name
+
+    def __call__(self, run: Any) -> tuple[Any, Any]:
+        self._calls.append(f"record {self._name}")
+        return run(), lambda: self._calls.append(f"replay {self._name}")
+
+
+def test_the_streams_wait_for_each_other() -> None:
+    """A copy follows its plan, and the next plan that copy."""
+    group = Streams()
+    calls = group.calls
+    batch = Batch(torch.zeros(3, dtype=torch.int64), torch.arange(4), None, 3)
+    source = PlannedAhead(cast(Any, group), Records(calls, "plan"), Records(calls, "copy"), batch)
+    assert calls == [
+        *("beside (", "plan", "record plan", "plan", "replay plan", ")"),
+        *("wait", "record copy", "replay copy", "hold"),
+    ]
+    for use in (lambda planned: source.bring(batch, planned), source.leave):
+        calls.clear()
+        planned = source.prepare(batch)
+        assert source.busy
+        assert calls == ["beside (", "replay plan", ")"]
+        use(planned)
+        assert calls[3] == "wait"
+        assert calls[-1] == "hold"
+        assert not source.busy
+    source.prepare(batch)
+    assert not source.busy, "dropped without a look-up"
+
+
+def test_copies_share_no_memory() -> None:
+    model = Model("sgd", ("tt",))
+    with graphed(model) as _:
+        call = prefetch(model, model.bags(1))
+        assert isinstance(call, Call)
+        own = call.copied()
+    pairs = list(zip(tensors_of(call), tensors_of(own), strict=True))
+    assert len(pairs) > 10
+    for old, new in pairs:
+        assert torch.equal(old, new)
+        shared = old.data_ptr() == new.data_ptr()
+        assert shared == any(old is key for key in tensors_of(call.keys)), "keys never change"
+    assert copied([1, None, "x"]) == [1, None, "x"]
