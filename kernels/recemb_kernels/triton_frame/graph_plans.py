@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from threading import Lock
 from typing import Protocol
 from weakref import ref
 
@@ -12,6 +14,24 @@ from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
 from recemb_kernels.triton_frame.streams import HandOver, copied
+
+
+@dataclass(eq=False)
+class Planned:
+    """A batch that a graph prepares; refers to none, whose memory it would keep.
+
+    Attributes:
+        batch: the caller's.
+        ready: when it is done; ``None`` where there are no streams.
+    """
+
+    batch: Batch
+    ready: HandOver | None
+
+    def wait(self) -> None:
+        """Have the current stream wait for it, and keep the memory of what it reads until then."""
+        if self.ready is not None:
+            self.ready.take(self.batch)
 
 
 class Source(Protocol):
@@ -28,32 +48,10 @@ class Source(Protocol):
     def num_bytes(self) -> int: ...
 
     def bring(self, batch: Batch, planned: Planned | None) -> None:
-        """Have the graph's next replay look up this batch."""
+        """Have the graph's next replay look up this batch, of which ``planned`` has been prepared."""
 
     def call(self) -> Call | None:
-        """What its launches, recorded or not, start with."""
-
-
-@dataclass(eq=False)
-class Planned:
-    """A batch that has been prepared ahead, by a graph that serves one batch at a time.
-
-    Attributes:
-        source: what has prepared it.
-        batch: the caller's; its memory may be freed once the look-up has waited for what reads it.
-        ready: when it is done; ``None`` where there are no streams.
-        taken: whether its copy is under way: the next batch may come in its place.
-    """
-
-    source: PlannedAhead
-    batch: Batch
-    ready: HandOver | None
-    taken: bool = False
-
-    def wait(self) -> None:
-        """Have the current stream wait for it."""
-        if self.ready is not None:
-            self.ready.take(())
+        """What the graph's launches start with, recorded or not."""
 
 
 class PlannedWithin:
@@ -73,7 +71,7 @@ class PlannedWithin:
 
     def bring(self, batch: Batch, planned: Planned | None) -> None:
         """Have the graph's next replay look up this batch."""
-        fill(self.batch, batch)
+        _fill(self.batch, batch)
 
     def call(self) -> Call | None:
         """The plan, where a backward must find it: what it worked out itself would be of its first batch."""
@@ -83,8 +81,8 @@ class PlannedWithin:
 class PlannedAhead:
     """Batches that a graph of its own sorts and groups, on a stream beside what runs then.
 
-    The look-up takes a copy of what it needs, with which the next batch can be prepared while this one's
-    forward and backward read theirs. A batch that comes before the last one is taken is prepared by others.
+    The look-up takes a copy of what it needs, so that the next batch can be prepared while this one's forward
+    and backward read theirs. One batch is prepared at a time: another look-up takes its place.
 
     Args:
         group: the tables.
@@ -98,6 +96,7 @@ class PlannedAhead:
 
     def __init__(self, group: TritonGroup, beside: Recorder, record: Recorder, batch: Batch) -> None:
         self._group, self._beside = group, beside
+        self._lock = Lock()  # of which batch is in the graph's memory; another thread may prepare the next
         self._last: ref[Planned] | None = None
 
         def prepare() -> tuple[Batch, Call, Callable[[], None]]:
@@ -108,9 +107,13 @@ class PlannedAhead:
             return given, ahead, replay
 
         (self._given, self._ahead, self._plan), ready = group.run_beside(prepare)
-        if ready is not None:
-            ready.take(())
-        (self._call, self.batch), self._copy = record(self._copied)
+        Planned(batch, ready).wait()
+
+        def take() -> tuple[Call, Batch]:
+            call = self._ahead.copied()
+            return call, call.batch
+
+        (self._call, self.batch), self._take = record(take)
         self._bring()
 
     @property
@@ -118,54 +121,44 @@ class PlannedAhead:
         """Of memory that the graph beside holds."""
         return self._beside.num_bytes
 
-    @property
-    def busy(self) -> bool:
-        """Whether the batch that was prepared last waits for its look-up."""
-        last = None if self._last is None else self._last()
-        return last is not None and not last.taken
+    def prepare(self, batch: Batch) -> Planned | None:
+        """Sort and group a batch of this shape beside what runs now; ``None`` while another waits."""
+        with self._lock:
+            last = None if self._last is None else self._last()
+            return self._prepare(batch) if last is None else None
 
-    def prepare(self, batch: Batch) -> Planned:
-        """Sort and group a batch of this shape beside what runs now, unless :attr:`busy`."""
+    def bring(self, batch: Batch, planned: Planned | None) -> None:
+        """Have the graph's next replay look up this batch, prepared now if it is not."""
+        with self._lock:
+            if planned is None or self._last is None or self._last() is not planned:
+                planned = self._prepare(batch)
+            planned.wait()
+            self._bring()
+            self._last = None
 
+    def call(self) -> Call:
+        """The plan; what a look-up adds to it is its own."""
+        made = copy(self._call)
+        made.kept = dict(self._call.kept)
+        return made
+
+    def _prepare(self, batch: Batch) -> Planned:
         def replay() -> None:
-            fill(self._given, batch)
+            _fill(self._given, batch)
             self._plan()
 
         _, ready = self._group.run_beside(replay)
-        planned = Planned(self, batch, ready)
+        planned = Planned(batch, ready)
         self._last = ref(planned)
         return planned
 
-    def bring(self, batch: Batch, planned: Planned | None) -> None:
-        """Have the graph's next replay look up what has been prepared."""
-        assert planned is not None
-        planned.wait()
-        self._bring()
-        planned.taken = True
-
-    def call(self) -> Call | None:
-        """The plan."""
-        return self._call
-
-    def leave(self, planned: Planned) -> Call:
-        """What has been prepared, for a look-up that does not go through this graph."""
-        planned.wait()
-        call, _ = self._copied()
-        self._group.hold_beside()
-        planned.taken = True
-        return call
-
-    def _copied(self) -> tuple[Call, Batch]:
-        call = self._ahead.copied()
-        return call, call.batch
-
     def _bring(self) -> None:
-        self._copy()
-        # Also keeps the memory that the copy reads, should this source be dropped before it has.
+        self._take()
+        # Also keeps the memory that is copied, should this source be dropped before it has been.
         self._group.hold_beside()
 
 
-def fill(own: Batch, given: Batch) -> None:
+def _fill(own: Batch, given: Batch) -> None:
     """Copy a batch into one of its shape."""
     pairs = ((getattr(own, x), getattr(given, x)) for x in ("ids", "offsets", "weights", "refused"))
     for mine, new in pairs:

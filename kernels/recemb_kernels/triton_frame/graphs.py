@@ -94,8 +94,20 @@ class _Failures:
         self.count += 1
 
 
+@dataclass(eq=False, slots=True)
+class _Fresh:
+    """A batch that has been prepared without a graph, and not yet looked up."""
+
+    call: Call
+
+
 class _Graph:
-    """The look-ups of one shape."""
+    """The look-ups of one shape.
+
+    Attributes:
+        turn: how many there have been.
+        asked: batches that might have been prepared ahead, had there been a graph for that.
+    """
 
     def __init__(
         self,
@@ -126,7 +138,7 @@ class _Graph:
         self._backwards: dict[Any, _Backward] = {}
         self._user: ref[_Held] | None = None
         self._may_record = True
-        self.turn = 0
+        self.turn = self.asked = 0
 
     @property
     def busy(self) -> bool:
@@ -138,7 +150,14 @@ class _Graph:
         """Of memory that it holds."""
         return self.record.num_bytes + self.source.num_bytes
 
-    def forward(self, batch: Batch, keep: bool, planned: Planned | None = None) -> tuple[Tensor, _Held]:
+    def prepare(self, batch: Batch) -> Planned | None:
+        """Begin with a batch to come, if another graph does that and has none in hand."""
+        if isinstance(self.source, PlannedAhead):
+            return self.source.prepare(batch)
+        self.asked += 1
+        return None
+
+    def forward(self, batch: Batch, keep: bool, planned: Planned | None) -> tuple[Tensor, _Held]:
         self.source.bring(batch, planned)
         self.turn += 1
         held = _Held(self, self.turn)
@@ -214,6 +233,7 @@ class GraphedGroup:
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
+        self._within: set[Any] = set()  # shapes that no graph prepares ahead
         self._failures = _Failures()
 
     @property
@@ -231,17 +251,15 @@ class GraphedGroup:
         """How many shapes are captured."""
         return len(self._graphs)
 
-    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Call | Planned:
-        """As of the group; of a shape whose prepared look-ups are replayed, by a graph too."""
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> _Fresh | Planned | None:
+        """As of the group, by a graph of a shape that has one; ``None`` where the look-up will do it."""
         if batch.size and batch.ids.numel() and not capturing():
-            shape = self._shape(parameters, batch, torch.is_grad_enabled(), True)
             with self._lock:
-                for key, graph in reversed(self._graphs.items()):  # the one used last is the likeliest
-                    source = graph.source
-                    if key[:-1] == shape and isinstance(source, PlannedAhead) and not source.busy:
-                        with self._group.on_device():
-                            return source.prepare(batch)
-        return self._group.prepare(parameters, batch)
+                graph = self._likely(self._shape(parameters, batch, torch.is_grad_enabled()))
+            if graph is not None:
+                with self._group.on_device():
+                    return graph.prepare(batch)
+        return _Fresh(self._group.prepare(parameters, batch))
 
     def forward(
         self, parameters: Sequence[Tensor], batch: Batch, *, keep: bool, state: Any = None
@@ -252,18 +270,14 @@ class GraphedGroup:
             if state.stale:
                 return self._group.forward(parameters, batch, keep=keep)
             return state.graph.again(), state
-        if isinstance(state, Planned) and state.taken:
-            state = None
-        graph = self._graph(parameters, batch, keep, state is not None)
+        if isinstance(state, Call):  # of a look-up without a graph, whose parameters have changed
+            return self._group.forward(parameters, batch, keep=keep, state=state)
+        graph = self._graph(parameters, batch, keep, isinstance(state, _Fresh))
+        if graph is None:
+            call = state.call if isinstance(state, _Fresh) else None
+            return self._group.forward(parameters, batch, keep=keep, state=call)
         with self._group.on_device():
-            if isinstance(state, Planned):
-                if graph is not None and graph.source is state.source:
-                    return graph.forward(batch, keep, state)
-                state = state.source.leave(state)
-            elif state is None and graph is not None:
-                return graph.forward(batch, keep)
-        # What has been prepared without a graph is looked up without one.
-        return self._group.forward(parameters, batch, keep=keep, state=state)
+            return graph.forward(batch, keep, state if isinstance(state, Planned) else None)
 
     def backward(
         self,
@@ -299,17 +313,23 @@ class GraphedGroup:
         """The graph of a shape that has recurred, unless an earlier look-up is not done with it."""
         if not (batch.size and batch.ids.numel()) or capturing():
             return None
-        shape = self._shape(parameters, batch, keep, prepared)
+        shape = self._shape(parameters, batch, keep)
         key = (*shape, _who(batch.ids.device))
         with self._lock:
             self._patience -= 1
             if not self._recurs(shape):
                 return None
             known = self._graphs.pop(key, None)
-            if known is None:
-                return self._capture(key, parameters, batch, keep, prepared)
+            ahead = shape not in self._within and (prepared if known is None else self._has_asked(known))
+            if known is None or ahead:
+                known = None  # gives its memory back before another is captured
+                return self._capture(key, parameters, batch, keep, ahead)
             self._graphs[key] = known  # the last used is the last to go
             return known if self._fits(key) and not known.busy else None
+
+    def _has_asked(self, graph: _Graph) -> bool:
+        """Whether another graph, that prepares batches ahead, is to take the place of this one."""
+        return graph.asked > _EAGER and self._patience <= 0 and not graph.busy
 
     def _recurs(self, shape: Any) -> bool:
         """Whether look-ups of a shape go through graphs by now; counts them."""
@@ -321,7 +341,7 @@ class GraphedGroup:
         return self._seen[shape] > _EAGER
 
     def _capture(
-        self, key: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool, prepared: bool
+        self, key: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool, ahead: bool
     ) -> _Graph | None:
         # Tables that have been replaced must not stay in memory for their graphs' sake.
         for other in [other for other in self._graphs if other[-2] != key[-2]]:
@@ -330,14 +350,14 @@ class GraphedGroup:
             return None
         if len(self._graphs) >= _MOST_GRAPHS:
             self._let_go()
-        record, beside = self._recorder(), self._recorder() if prepared else None
+        record, beside = self._recorder(), self._recorder() if ahead else None
         try:
             # The graph's memory serves look-ups in inference mode and others.
             with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
                 made = _Graph(self._group, record, self._failures, parameters, batch, keep, beside)
         except RuntimeError as error:
             self._failures.note(error)
-            self._refused[key[:-1]] += 2
+            self._refuse(key[:-1], 2, ahead)
             self._hopeless()
             return None
         if not keep:
@@ -356,12 +376,19 @@ class GraphedGroup:
         """Whether the graph used last may stay; others make room for it."""
         most = self._graphs[key].record.most_bytes
         while sum(graph.num_bytes for graph in self._graphs.values()) > most:
-            alone = len(self._graphs) == 1
+            alone, ahead = len(self._graphs) == 1, isinstance(self._graphs[key].source, PlannedAhead)
             self._let_go()
             if alone:  # another thread's memory may have been taken for its own, once
-                self._refused[key[:-1]] += 1
+                self._refuse(key[:-1], 1, ahead)
                 return False
         return True
+
+    def _refuse(self, shape: Any, times: int, ahead: bool) -> None:
+        """Note that a shape has no graph, or none for batches that are prepared ahead."""
+        if ahead:
+            self._within.add(shape)
+        else:
+            self._refused[shape] += times
 
     def _let_go(self) -> None:
         """Drop the graph that has not been used for longest, and capture none in its place for a while."""
@@ -370,16 +397,24 @@ class GraphedGroup:
         self._seen[oldest[:-1]] = 0
         self._patience = _PATIENCE
 
-    def _shape(
-        self, parameters: Sequence[Tensor], batch: Batch, keep: bool, prepared: bool
-    ) -> tuple[Any, ...]:
-        """What a graph is captured for: sizes, types, precision, addresses, whether prepared ahead."""
+    def _shape(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> tuple[Any, ...]:
+        """What a graph is captured for: sizes, types, precision, whether a backward comes, addresses."""
         weights = None if batch.weights is None else batch.weights.dtype
         return (
-            (batch.ids.numel(), batch.size, weights, batch.refused is None, keep, prepared),
-            precision(torch.float32),
+            (batch.ids.numel(), batch.size, weights, batch.refused is None, precision(torch.float32)),
+            keep,
             tuple(parameter.data_ptr() for parameter in parameters),
         )
+
+    def _likely(self, shape: tuple[Any, ...]) -> _Graph | None:
+        """The graph that a batch will be looked up through, as far as can be said before."""
+        what, keep, addresses = shape
+        found = [
+            (key[3][0] == get_ident(), key[1] == keep, at)
+            for at, key in enumerate(self._graphs)  # the one used last is the likeliest
+            if (key[0], key[2]) == (what, addresses)
+        ]
+        return list(self._graphs.values())[max(found)[2]] if found else None
 
 
 def _who(device: torch.device) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
-from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_plans import Planned
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from tests.kernels.triton.graph_cases import (
@@ -135,13 +134,17 @@ def test_failing_backwards_end_graphs_though_forwards_are_captured() -> None:
     assert [group.graphs for group in groups] == [0]
 
 
-def test_a_group_with_graphs_is_freed_without_the_collector() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_group_with_graphs_is_freed_without_the_collector(ahead: bool) -> None:
     group = GraphedGroup(cast(Any, StubGroup()), lambda: StubRecorder())
     batch = Batch(torch.zeros(3, dtype=torch.int64), torch.arange(4), None, 3)
     parameter = torch.zeros(1)
     for _ in range(5):
-        group.forward([parameter], batch, keep=False)
+        state = group.prepare([parameter], batch) if ahead else None
+        group.forward([parameter], batch, keep=False, state=state)
     assert group.graphs == 1
+    waits = group.prepare([parameter], batch) if ahead else None
+    assert isinstance(waits, Planned) == ahead
     watched = ref(parameter)
     gc.disable()
     try:
@@ -151,23 +154,24 @@ def test_a_group_with_graphs_is_freed_without_the_collector() -> None:
         gc.enable()
 
 
-def prepared(group: GraphedGroup, parameters: list[Tensor], size: int) -> Any:
-    """Prepare a batch of that size, and look it up."""
+def prepared(group: GraphedGroup, parameters: list[Tensor], size: int) -> bool:
+    """Prepare a batch of that size, and look it up; whether a graph has prepared it."""
     batch = Batch(torch.zeros(size, dtype=torch.int64), torch.arange(size + 1), None, size)
     state = group.prepare(parameters, batch)
     group.forward(parameters, batch, keep=True, state=state)
-    return state
+    assert state is not None
+    return isinstance(state, Planned)
 
 
 def test_what_waits_for_a_graph_in_vain_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
     group, parameters = GraphedGroup(cast(Any, StubGroup()), lambda: StubRecorder()), [torch.zeros(1)]
-    kinds = [type(prepared(group, parameters, size)) for size in (2, 3) for _ in range(5)]
+    by_graph = [prepared(group, parameters, size) for size in (2, 3) for _ in range(5)]
     # The second size takes the place of the first, which has to wait for long.
-    assert kinds == 2 * [*4 * [Call], Planned]
+    assert by_graph == 2 * [*4 * [False], True]
     assert group.graphs == 1
-    assert [type(prepared(group, parameters, 2)) for _ in range(6)] == 6 * [Call]
-    assert type(prepared(group, parameters, 3)) is Planned
+    assert not any(prepared(group, parameters, 2) for _ in range(6))
+    assert prepared(group, parameters, 3)
 
 
 def test_batches_that_are_all_prepared_get_their_graph_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +182,7 @@ def test_batches_that_are_all_prepared_get_their_graph_in_the_end(monkeypatch: p
         prepared(group, parameters, 3)
     for _ in range(4):
         prepared(group, parameters, 2)
-    held = [isinstance(prepared(group, parameters, 3), Planned) for _ in range(20)]
+    held = [prepared(group, parameters, 3) for _ in range(20)]
     assert held == sorted(held), "by others until the wait is over, and by its graph from then on"
     assert 8 <= held.count(False) <= 12
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,11 +18,20 @@ from torch import Tensor
 
 from recemb.bags import Bags
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame import graphs
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.streams import copied, tensors_of
-from tests.kernels.triton.graph_cases import Model, StubGroup, StubRecorder, at_once, gradient, graphed
+from tests.kernels.triton.graph_cases import (
+    FakeRecorder,
+    Model,
+    StubGroup,
+    StubRecorder,
+    at_once,
+    gradient,
+    graphed,
+)
 from tests.kernels.triton.harness import by_triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
@@ -34,7 +44,7 @@ def _in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prefetch(model: Model, bags: Bags) -> Any:
-    """Prepare a batch; what was prepared."""
+    """Prepare a batch; what of it: ``None`` where its look-up will."""
     model.engine.prefetch(model.tables, bags)
     assert bags.ahead is not None
     return bags.ahead.wait()
@@ -74,10 +84,9 @@ def test_bits_of_batches_that_come_as_they_are(
     with graphed(model) as (groups, recorder):
         found = steps(model, [model.bags(seed, weighted=weighted) for seed in range(9)])
     assert equal(expected, found)
-    # The first look-up is not prepared; of the others, the fourth is recorded, and the last four replay it.
     assert recorder.recorded == 4 * len(groups), "plan, copy, forward, backward"
-    # Plan and copy are so at once, and a backward of a kind comes first without its graph.
-    assert recorder.replayed == (2 + 4 + 4 + 4 + 3) * len(groups)
+    # Six look-ups and all their backwards but the first; plan and copy are tried when they are recorded.
+    assert recorder.replayed == (7 + 7 + 6 + 5) * len(groups)
 
 
 def captured(model: Model) -> None:
@@ -91,9 +100,11 @@ def test_what_is_prepared_is_planned_by_the_graph_and_one_batch_at_a_time() -> N
         captured(model)
         one, two = model.bags(20), model.bags(21)
         assert isinstance(prefetch(model, one), Planned)
-        assert isinstance(prefetch(model, two), Call), "its memory still holds the first one"
+        assert prefetch(model, two) is None, "its memory still holds the first one"
         model.look_up(one)
-        assert isinstance(prefetch(model, model.bags(22)), Planned)
+        assert isinstance(prefetch(model, two), Planned)
+        model.look_up(model.bags(22))  # takes its place, should it never be looked up
+        assert isinstance(prefetch(model, model.bags(23)), Planned)
 
 
 SCRIPTS = {
@@ -159,6 +170,64 @@ def test_whatever_comes_between(script: str) -> None:
     assert equal(expected, found)
 
 
+def test_a_graph_gives_way_to_one_that_prepares_ahead() -> None:
+    model = Model("sgd")
+    with graphed(model) as (groups, recorder):
+        steps(model, [model.bags(seed) for seed in range(6)], ahead=False)
+        assert recorder.recorded == 2
+        steps(model, [model.bags(seed) for seed in range(7)])
+        assert isinstance(prefetch(model, model.bags(8)), Planned)
+        assert [group.graphs for group in groups] == [1]
+    assert recorder.recorded == 2 + 4
+
+
+@pytest.mark.parametrize("why", ["no room", "no capture"])
+def test_batches_that_no_graph_prepares_ahead(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their look-ups have one that does all, as if they were not prepared."""
+    monkeypatch.setattr(graphs, "_PATIENCE", 0)
+    plain, model, made = Model("adagrad"), Model("adagrad"), 0
+
+    def recorder() -> FakeRecorder:
+        nonlocal made
+        made += 1
+        recorder = FakeRecorder(model.persistent)
+        recorder.num_bytes, recorder.most_bytes = 2, 3
+        # Of the first graph, the second one records what is done ahead.
+        return Refuses(model.persistent) if why == "no capture" and made == 2 else recorder
+
+    with by_triton():
+        expected = steps(plain, [plain.bags(seed) for seed in range(9)], ahead=False)
+    warned = pytest.warns(UserWarning, match="no capture here") if why == "no capture" else nullcontext()
+    with warned, by_triton(lambda group: GraphedGroup(group, recorder)) as groups:
+        found = steps(model, [model.bags(seed) for seed in range(9)])
+        assert [group.graphs for group in groups] == [1]
+        assert prefetch(model, model.bags(9)) is None
+    assert made == 3
+    assert equal(expected, found)
+
+
+def test_a_second_forward_within_a_backward_records_nothing() -> None:
+    """Look-ups that overlap step one table twice: the second backward finds other weights."""
+    plain, model = Model("sgd"), Model("sgd")
+
+    def run(model: Model) -> list[Tensor]:
+        for seed in range(8):
+            outs = [model.look_up(model.bags(seed)), model.look_up(model.bags(50 + seed))]
+            for out in outs:
+                thread = Thread(target=out.backward, args=(gradient(out),))
+                thread.start()
+                thread.join()
+        return [p.detach().clone() for p in model.parameters]
+
+    with by_triton():
+        expected = run(plain)
+    with graphed(model) as (groups, recorder):
+        found = run(model)
+    assert equal(expected, found)
+    assert recorder.recorded == 2
+    assert [group.graphs for group in groups] == [1]
+
+
 def test_prepared_look_ups_without_gradients() -> None:
     plain, model = Model(None), Model(None)
     with by_triton(), torch.no_grad():
@@ -171,6 +240,13 @@ def test_prepared_look_ups_without_gradients() -> None:
             found.append(model.look_up(bags))
     assert equal(expected, found)
     assert recorder.recorded == 3, "plan, copy, forward"
+
+
+class Refuses(FakeRecorder):
+    """Records nothing."""
+
+    def __call__(self, run: Any) -> Any:
+        raise RuntimeError("no capture here")
 
 
 class Streams(StubGroup):
@@ -212,23 +288,28 @@ def test_the_streams_wait_for_each_other() -> None:
         *("beside (", "plan", "record plan", "plan", "replay plan", ")"),
         *("wait", "record copy", "replay copy", "hold"),
     ]
-    for use in (lambda planned: source.bring(batch, planned), source.leave):
-        calls.clear()
-        planned = source.prepare(batch)
-        assert source.busy
-        assert calls == ["beside (", "replay plan", ")"]
-        use(planned)
-        assert calls[3] == "wait"
-        assert calls[-1] == "hold"
-        assert not source.busy
-    source.prepare(batch)
-    assert not source.busy, "dropped without a look-up"
+    prepared, taken = ["beside (", "replay plan", ")"], ["wait", "replay copy", "hold"]
+    calls.clear()
+    planned = source.prepare(batch)
+    assert calls == prepared
+    assert source.prepare(batch) is None
+    source.bring(batch, planned)
+    assert calls == prepared + taken
+    calls.clear()
+    dropped = source.prepare(batch)
+    del dropped
+    waits = source.prepare(batch)
+    source.bring(batch, None)
+    assert calls == 3 * prepared + taken, "what waits is prepared again when its turn comes"
+    calls.clear()
+    source.bring(batch, waits)
+    assert calls == prepared + taken
 
 
 def test_copies_share_no_memory() -> None:
     model = Model("sgd", ("tt",))
     with graphed(model) as _:
-        call = prefetch(model, model.bags(1))
+        call = prefetch(model, model.bags(1)).call
         assert isinstance(call, Call)
         own = call.copied()
     pairs = list(zip(tensors_of(call), tensors_of(own), strict=True))
