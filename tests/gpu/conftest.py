@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 
 
@@ -23,3 +25,18 @@ def groups_made() -> Iterator[list[GraphedGroup]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphedGroup, "__init__", watched)
         yield made
+
+
+@pytest.fixture
+def brought() -> Iterator[list[bool]]:
+    """Of each batch that comes to a graph beside which another one prepares: whether it has been prepared."""
+    seen: list[bool] = []
+    bring = PlannedAhead.bring
+
+    def watched(self: PlannedAhead, batch: Batch, planned: Planned | None) -> None:
+        seen.append(planned is not None)
+        bring(self, batch, planned)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlannedAhead, "bring", watched)
+        yield seen

@@ -14,7 +14,6 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec import KeyedJaggedTensor
 
 from recemb import EmbeddingBagCollection
-from recemb_kernels.triton_frame.graph_plans import Planned
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
@@ -105,65 +104,6 @@ def test_shapes_whose_steps_overlap() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-def test_prefetched_batches(groups_made: list[GraphedGroup]) -> None:
-    given = [batch(seed) for seed in range(9)]
-    states = [trained(made("adagrad"), given, ahead) for ahead in (False, True)]
-    assert [group.graphs for group in groups_made] == [1, 1]
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-
-
-def test_a_graph_prepares_beside_what_runs(groups_made: list[GraphedGroup]) -> None:
-    gpu, following, beside = made("adagrad"), batch(9), torch.cuda.Stream()
-    following.sync()
-    trained(gpu, [batch(seed) for seed in range(9)], True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000_000)  # about a second
-    slept = torch.cuda.Event()
-    slept.record()
-    with torch.cuda.stream(beside):
-        gpu.prefetch(following)
-    _, (bags, _) = gpu._ahead[id(following)]
-    assert bags.ahead is not None
-    planned = bags.ahead.wait()
-    assert isinstance(planned, Planned)
-    assert planned.ready is not None
-    planned.ready.done.synchronize()
-    assert not slept.query(), "it has waited for what runs"
-    loss_of(gpu(following).values()).backward()
-    assert planned.taken
-    assert sum(group.graphs for group in groups_made) == 1
-
-
-@pytest.mark.parametrize("graphs", ["0", "1"])
-def test_batches_prepared_on_a_stream_of_their_own(
-    graphs: str, monkeypatch: pytest.MonkeyPatch, groups_made: list[GraphedGroup]
-) -> None:
-    """As torchrec's prefetching pipeline does it, while the step before is far from done."""
-    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
-    given, states = [batch(seed) for seed in range(10)], []
-    beside = torch.cuda.Stream()
-    for ahead in (False, True):
-        gpu = made("adagrad")
-        for k, kjt in enumerate(given):
-            torch.cuda._sleep(5_000_000)
-            loss = loss_of(gpu(kjt).values())
-            with torch.cuda.stream(beside):
-                if ahead and k + 1 < len(given):
-                    gpu.prefetch(given[k + 1])
-            loss.backward()
-            with torch.cuda.stream(beside):
-                # What the look-up has not kept is overwritten here.
-                for count in (1, kjt.values().numel(), 2 * kjt.values().numel(), kjt.offsets().numel()):
-                    _ = [
-                        torch.full((count,), -1, dtype=kind, device="cuda")
-                        for kind in (torch.int32, torch.int64)
-                    ]
-        states.append([p.detach().clone() for p in gpu.parameters()])
-    assert [group.graphs for group in groups_made] == ([1, 1] if graphs == "1" else [])
-    poll(wait=True)
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-
-
 def test_a_failed_capture_leaves_the_look_up_eager(
     monkeypatch: pytest.MonkeyPatch, groups_made: list[GraphedGroup]
 ) -> None:
@@ -223,7 +163,6 @@ def test_a_bad_id_in_a_replay_is_named_and_changes_nothing() -> None:
 
 DROPPED_DURING_A_REPLAY = """
 import torch
-from recemb_kernels.triton_frame.graph_plans import Planned
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from tests.gpu.test_graphs import batch, made
 

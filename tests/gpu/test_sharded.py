@@ -183,7 +183,7 @@ def test_a_rank_equals_the_unsharded_module() -> None:
 @pytest.mark.parametrize("same_shape", [False, True])
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_pipelines_give_the_bits_of_the_plain_loop(
-    kind: Any, same_shape: bool, groups_made: list[GraphedGroup]
+    kind: Any, same_shape: bool, groups_made: list[GraphedGroup], brought: list[bool]
 ) -> None:
     """torchrec's own, as they are: four streams, and the next batch prepared on one of them."""
     given = on_host(10, same_shape)
@@ -197,6 +197,7 @@ def test_pipelines_give_the_bits_of_the_plain_loop(
     own, other = local_state(loop), local_state(through)
     assert [name for name in own if not torch.equal(own[name], other[name])] == []
     assert (prepared > 0) == (kind is PrefetchTrainPipelineSparseDist)
+    assert (brought.count(True) >= 4) == (same_shape and kind is PrefetchTrainPipelineSparseDist)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)

@@ -3,8 +3,8 @@
 A look-up's kernels are launched for bounds that the host knows, and read all else on the device, so the
 same launches serve every batch with as many ids. From the fourth such batch on (the fifth for its backward)
 they are replayed from a graph, which reads the batch from memory of its own. Steps read their rates from the
-device too, so a schedule changes nothing about a graph. Batches that are prepared ahead have graphs to
-themselves (``graph_plans.py``). ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
+device too, so a schedule changes nothing about a graph. Where batches come prepared ahead, another graph has
+done that (``graph_plans.py``). ``RECEMB_CUDA_GRAPHS=0`` keeps every launch eager.
 """
 
 from __future__ import annotations

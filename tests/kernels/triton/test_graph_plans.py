@@ -5,7 +5,6 @@ With the stand-ins of ``graph_cases.py``; ``tests/gpu`` has real graphs and stre
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from threading import Thread
@@ -32,6 +31,7 @@ from tests.kernels.triton.graph_cases import (
     gradient,
     graphed,
 )
+from tests.kernels.triton.graph_scripts import SCRIPTS, follow
 from tests.kernels.triton.harness import by_triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
@@ -107,55 +107,28 @@ def test_what_is_prepared_is_planned_by_the_graph_and_one_batch_at_a_time() -> N
         assert isinstance(prefetch(model, model.bags(23)), Planned)
 
 
-SCRIPTS = {
-    "two batches ahead": "p1 p2 l1 l2 b1 b2",
-    "the later one first": "p1 p2 l2 l1 b1 b2",
-    "never looked up": "p1 x1 p2 l2 b2 p3 l3 b3",
-    "looked up twice": "p1 l1 p2 l1 b1 b1 l2 b2",
-    "its place has been taken": "p1 l1 b1 p2 l1 b1 l2 b2",
-    "another comes as it is": "p1 l2 b2 l1 b1",
-    "before an earlier backward": "p1 l1 p2 l2 p3 b1 l3 b3 b2",
-    "in inference": "p1 i1 p2 l2 b2",
-    "parameters have moved": "p1 m l1 b1 p2 l2 b2",
-    "in another thread": "p3 t3 b3 p1 l1 b1 p2 t2 b2",
-    "no graph any more": "p1 g l1 b1 p2 l2 b2",
-}
+class Scripted:
+    """A model that follows a script."""
 
+    def __init__(self, model: Model, groups: Sequence[GraphedGroup]) -> None:
+        self.model, self._groups = model, groups
+        self._batches = {k: model.bags(30 + k) for k in (1, 2, 3)}
 
-def follow(model: Model, script: str, groups: Sequence[GraphedGroup]) -> list[Tensor]:
-    """Prepare (p), drop (x), look up (l, i in inference, t in a thread), step back (b), as a script says."""
-    batches, outs, found = {k: model.bags(30 + k) for k in (1, 2, 3)}, defaultdict(list), []
+    def prepare(self, k: int) -> None:
+        prefetch(self.model, self._batches[k])
 
-    def look_up(k: int) -> None:
-        found.append(model.look_up(batches[k]))
+    def drop(self, k: int) -> None:
+        self._batches[k].ahead = None
 
-    for word in script.split():
-        do, k = word[0], int(word[1:] or 0)
-        if do == "p" and groups:
-            prefetch(model, batches[k])
-        elif do == "x":
-            batches[k].ahead = None
-        elif do == "l":
-            look_up(k)
-            outs[k].append(found[-1])
-        elif do == "i":
-            with torch.inference_mode():
-                look_up(k)
-        elif do == "t":
-            thread = Thread(target=look_up, args=(k,))
-            thread.start()
-            thread.join()
-            outs[k].append(found[-1])
-        elif do == "b":
-            out = outs[k].pop(0)
-            out.backward(gradient(out))
-        elif do == "m":
-            for p in model.parameters:
-                p.data = p.data.clone()
-        elif do == "g":
-            for group in groups:
-                group._graphs.clear()
-    return [*(out.detach() for out in found), *(p.detach().clone() for p in model.parameters)]
+    def look_up(self, k: int) -> Tensor:
+        return self.model.look_up(self._batches[k])
+
+    def forget_graphs(self) -> None:
+        for group in self._groups:
+            group._graphs.clear()
+
+    def parameters(self) -> Sequence[Tensor]:
+        return self.model.parameters
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
@@ -163,10 +136,10 @@ def test_whatever_comes_between(script: str) -> None:
     plain, model = Model("adagrad"), Model("adagrad")
     with by_triton():
         steps(plain, [plain.bags(seed) for seed in range(7)], ahead=False)
-        expected = follow(plain, script, [])
+        expected = follow(script, Scripted(plain, []), ahead=False)
     with graphed(model) as (groups, _):
         captured(model)
-        found = follow(model, script, groups)
+        found = follow(script, Scripted(model, groups), ahead=True)
     assert equal(expected, found)
 
 

@@ -19,6 +19,7 @@ from recemb.spec import ROBE, Compression, Dense, MixedDimension, QuotientRemain
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
+from recemb_kernels.triton_frame.streams import copied
 from recemb_kernels.update import Kind, Update
 
 CPU = torch.device("cpu")
@@ -207,6 +208,23 @@ def test_a_large_step_takes_a_fraction_of_what_it_took(
     )
     assert 1 <= estimate / most <= 1.6
     assert step <= AT_ONCE_BEFORE / (3 if micro_batch_rows == 2**30 else 4)
+
+
+def test_a_batch_prepared_ahead_takes_less_than_its_step(no_kernels: Callable[[], None]) -> None:
+    """By a graph, which has the batch and its workspace, and hands a copy to the look-up's."""
+    size, tables = 65_536, 26
+    group, _ = group_of(specs_of([(tables, 1_000_000, 16, TensorTrain(rank=32))]), MICRO_BATCH_ROWS)
+    no_kernels()
+    bags = size * tables
+    batch = Batch(torch.zeros(bags, dtype=torch.int64), torch.arange(bags + 1), None, size)
+    with Counted() as beside:
+        call = group.plan(copied(batch))
+    with Counted() as copy:
+        own = call.copied()
+    # With -s: the README's figures.
+    print(f"\nprepared ahead: {beside.most / 1e6:,.0f} MB beside, {copy.most / 1e6:,.0f} MB the copy")
+    assert own.plan is not call.plan
+    assert beside.most + copy.most <= AT_ONCE_BEFORE / 7
 
 
 def test_families_with_one_part_and_several_micro_batches(no_kernels: Callable[[], None]) -> None:
