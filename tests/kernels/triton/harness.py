@@ -12,8 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
 from recemb_kernels.gather_op import GatherOp
@@ -22,6 +20,7 @@ from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
 from recemb_kernels.update import Kind, Update
+from tests.kernels.triton.no_host_sync import NoHostSync
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -383,37 +382,3 @@ def by_triton(wrap: Callable[[TritonGroup], Any] = lambda group: group) -> Itera
     with patch("recemb_kernels.lookup.make_group", make):
         yield made
     assert made, "the engine has taken another way"
-
-
-class NoHostSync(TorchDispatchMode):
-    """Raises where an operation would wait for the device to learn a value or a size.
-
-    Args:
-        host: tensors that lie on the host whatever the device is.
-    """
-
-    _WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "unique",
-        "masked_select",
-        "is_nonzero",
-        "bincount",
-        "equal",
-    )
-
-    def __init__(self, host: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self._host = [tensor.data_ptr() for tensor in host]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        waits = any(name.startswith(word) or name == f"_{word}2" for word in self._WAITING)
-        if waits and args[0].data_ptr() not in self._host:
-            raise AssertionError(f"{func} waits for the device")
-        masks = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dtype is torch.bool]
-        if name.startswith("index") and masks:
-            raise AssertionError(f"{func} by a mask waits for the device")
-        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
-            raise AssertionError(f"{func} without a size waits for the device")
-        return func(*args, **(kwargs or {}))

@@ -16,7 +16,8 @@ from recemb.cache import hot_rows
 from recemb.cache.refresh import cache_of
 from recemb.engine import Engine
 from recemb.spec import Dense, HotRows, MixedDimension, TableSpec, TensorTrain
-from tests.kernels.triton.harness import NoHostSync, by_triton
+from tests.kernels.triton.harness import by_triton
+from tests.kernels.triton.no_host_sync import NoHostSync
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="of tensors on the CPU; tests/gpu has the GPU's own"
