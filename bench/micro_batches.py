@@ -28,7 +28,7 @@ _THRESHOLD = 200
 _SLICES = {"cpu": [2**14, 2**13, 2**12, 2**11], "cuda": [2**19, 2**18, 2**17, 2**16]}
 # Steps of a shape that stay eager on a GPU: the last one's memory is measured.
 _EAGER = 3
-_PREPARED = 8
+_PREPARED = 6
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Steps:
         for batch in batches[_EAGER - 2 : _EAGER]:
             self.step(batches, batch)
         self._peak = torch.cuda.max_memory_allocated() - before
-        # The graphs of batches that are prepared are there once seven of them have been looked up.
+        # The graphs of batches that are prepared are there once five of them have been looked up.
         for k in range(_PREPARED if ahead else 0):
             self.step(batches, batches[(_EAGER + k) % len(batches)])
 

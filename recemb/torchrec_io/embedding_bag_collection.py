@@ -135,7 +135,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
 
         In a thread on the CPU; on a GPU on a stream of its own, by a CUDA graph once look-ups of as many
         prepared ids are replayed as one. The :meth:`forward` that is given this very object then finds that
-        done; its results do not depend on it. Two batches can be under way, one of them in a graph.
+        done; its results do not depend on it. Two batches can be under way.
 
         Example::
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from recemb_kernels.digit_tree.group import Batch
-from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
+from tests.kernels.triton import graph_scripts
 
 
 @pytest.fixture
@@ -29,14 +28,6 @@ def groups_made() -> Iterator[list[GraphedGroup]]:
 
 @pytest.fixture
 def brought() -> Iterator[list[bool]]:
-    """Of each batch that comes to a graph beside which another one prepares: whether it has been prepared."""
-    seen: list[bool] = []
-    bring = PlannedAhead.bring
-
-    def watched(self: PlannedAhead, batch: Batch, planned: Planned | None) -> None:
-        seen.append(planned is not None)
-        bring(self, batch, planned)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PlannedAhead, "bring", watched)
+    """Of each batch that a graph beside plans for a look-up: whether that had been done ahead."""
+    with graph_scripts.brought() as seen:
         yield seen

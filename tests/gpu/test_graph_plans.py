@@ -27,8 +27,8 @@ def test_prefetched_batches(groups_made: list[GraphedGroup], brought: list[bool]
     given = [batch(seed) for seed in range(9)]
     states = [trained(made("adagrad"), given, ahead) for ahead in (False, True)]
     assert [group.graphs for group in groups_made] == [1, 1]
-    # Not the first, nor the three that are prepared without a graph; the last of these is looked up by it.
-    assert brought == [False, *5 * [True]]
+    # The fourth look-up is captured, for which its batch is planned twice; later ones find theirs done.
+    assert brought == [False, False, *5 * [True]]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
@@ -84,7 +84,7 @@ def test_batches_prepared_on_a_stream_of_their_own(
                         for kind in (torch.int32, torch.int64)
                     ]
         states.append([p.detach().clone() for p in gpu.parameters()])
-    assert brought == ([False, *6 * [True]] if graphs == "1" else [])
+    assert brought == ([False, False, *6 * [True]] if graphs == "1" else [])
     poll(wait=True)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
@@ -122,13 +122,16 @@ class Scripted:
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_whatever_comes_between(script: str, groups_made: list[GraphedGroup], brought: list[bool]) -> None:
-    found = []
+def test_whatever_comes_between(
+    script: tuple[str, list[bool]], groups_made: list[GraphedGroup], brought: list[bool]
+) -> None:
+    (words, expected), found = script, []
     for ahead in (False, True):
         gpu = made("adagrad")
         trained(gpu, [batch(seed) for seed in range(8)], ahead)
         torch.cuda._sleep(20_000_000)
-        found.append(follow(script, Scripted(gpu, groups_made), ahead))
+        brought.clear()
+        found.append(follow(words, Scripted(gpu, groups_made), ahead))
+        assert brought == (expected if ahead else [])
     poll(wait=True)
-    assert brought.count(True) >= 4
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -125,6 +125,8 @@ class Family(ABC, Generic[_S]):
     """
 
     micro_batch_rows = MICRO_BATCH_ROWS
+    # Whether the forward works on distinct rows.
+    plans_forward = False
 
     def __init__(
         self,

@@ -1,10 +1,11 @@
-"""Where the look-ups of a CUDA graph find their batch: as it comes, or prepared ahead by another graph."""
+"""Where the look-ups of a CUDA graph find their batch: as it comes, or planned ahead by another graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Protocol
 from weakref import ref
@@ -18,44 +19,122 @@ from recemb_kernels.triton_frame.streams import HandOver, copied
 
 @dataclass(eq=False)
 class Planned:
-    """A batch that a graph prepares; refers to none, whose memory it would keep.
+    """A batch handed to a :class:`PlanGraph`; refers to no graph, whose memory it would keep.
 
     Attributes:
         batch: the caller's.
-        ready: when it is done; ``None`` where there are no streams.
+        given: what its ids come from; ``None`` where there are no streams, as below.
+        ready: when it is planned, or was: another batch may have come in its place.
     """
 
     batch: Batch
-    ready: HandOver | None
+    given: HandOver | None
+    ready: HandOver | None = None
 
-    def wait(self) -> None:
-        """Have the current stream wait for it, and keep the memory of what it reads until then."""
-        if self.ready is not None:
-            self.ready.take(self.batch)
+
+class PlanGraph:
+    """A graph that sorts and groups batches of one shape, on a stream beside what runs then.
+
+    Its memory holds one plan at a time, which the look-up copies, so that the next batch can be planned while
+    the look-up's forward and backward read theirs. Batches beyond that wait for their turn.
+
+    Args:
+        group: the tables.
+        record: records it.
+        batch: one of that shape.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+
+    def __init__(self, group: TritonGroup, record: Recorder, batch: Batch) -> None:
+        self._group, self.record = group, record
+        self._lock = Lock()  # of what follows; another thread may prepare the next batch
+        self._last: ref[Planned] | None = None
+        self._waiting: deque[ref[Planned]] = deque()
+
+        def make() -> tuple[Batch, Call, Callable[[], None]]:
+            own = Batch(batch.ids.clone(), batch.offsets.clone(), None, batch.size)
+            group.plan(own)  # These addresses may be aligned otherwise, and compile kernels anew.
+            (plan,), replay = record(lambda: (group.plan(own),))
+            return own, plan, replay
+
+        (self._own, self._plan, self._replay), _ = group.run_beside(make)
+
+    def copied(self) -> Call:
+        """The plan, of a batch without weights, in memory of its own."""
+        return self._plan.copied()
+
+    def prepare(self, batch: Batch) -> Planned:
+        """Plan a batch beside what runs now, or when those before it have been looked up."""
+        planned = Planned(batch, self._group.hand_over())
+        with self._lock:
+            if self._in_hand() is None:
+                self._run(planned)
+            else:
+                self._waiting.append(ref(planned))
+        return planned
+
+    def take(self, batch: Batch, planned: Planned | None, take: Callable[[], None]) -> None:
+        """Have ``take`` copy a batch's plan, made now if it is not the one in hand; then begin the next."""
+        with self._lock:
+            if planned is None or planned is not self._in_hand():
+                planned = self._in_turn(batch, planned)
+            if planned.ready is not None:
+                planned.ready.take(())
+            take()
+            # Also keeps the memory that is copied, should this graph be dropped before it has been.
+            self._group.hold_beside()
+            self._last = None
+            while self._waiting and self._last is None:
+                following = self._waiting.popleft()()
+                if following is not None:
+                    self._run(following)
+
+    def _in_hand(self) -> Planned | None:
+        """Whose plan waits for its look-up; none if that was dropped."""
+        return None if self._last is None else self._last()
+
+    def _in_turn(self, batch: Batch, planned: Planned | None) -> Planned:
+        self._waiting = deque(waits for waits in self._waiting if waits() not in (None, planned))
+        planned = Planned(batch, self._group.hand_over())
+        self._run(planned)
+        return planned
+
+    def _run(self, planned: Planned) -> None:
+        self._last = None  # should this be interrupted
+
+        def run() -> None:
+            if planned.given is not None:
+                planned.given.take(planned.batch)
+            self._own.ids.copy_(planned.batch.ids)
+            self._own.offsets.copy_(planned.batch.offsets)
+            self._replay()
+
+        _, planned.ready = self._group.run_beside(run)
+        self._last = ref(planned)
 
 
 class Source(Protocol):
-    """What brings batches of one shape to a graph.
+    """What brings batches of one shape to a look-up's graph.
 
     Attributes:
         batch: where the graph reads them.
-        num_bytes: of memory that graphs of its own hold.
+        plans: the graph that plans them, or ``None``.
     """
 
     batch: Batch
-
-    @property
-    def num_bytes(self) -> int: ...
+    plans: PlanGraph | None
 
     def bring(self, batch: Batch, planned: Planned | None) -> None:
-        """Have the graph's next replay look up this batch, of which ``planned`` has been prepared."""
+        """Have the graph's next replay look up this batch, which may have been planned."""
 
     def call(self) -> Call | None:
         """What the graph's launches start with, recorded or not."""
 
 
 class PlannedWithin:
-    """Batches that come as they are: the graph sorts and groups them.
+    """Batches that come as they are: the look-up's graph sorts and groups them.
 
     Args:
         group: the tables.
@@ -63,15 +142,14 @@ class PlannedWithin:
         keep: whether a backward follows.
     """
 
-    num_bytes = 0
-
     def __init__(self, group: TritonGroup, batch: Batch, keep: bool) -> None:
         self._group, self._keep = group, keep
+        self.plans: PlanGraph | None = None
         self.batch = copied(batch)
 
     def bring(self, batch: Batch, planned: Planned | None) -> None:
         """Have the graph's next replay look up this batch."""
-        _fill(self.batch, batch)
+        _fill(self.batch, batch, ("ids", "offsets", "weights", "refused"))
 
     def call(self) -> Call | None:
         """The plan, where a backward must find it: what it worked out itself would be of its first batch."""
@@ -79,62 +157,34 @@ class PlannedWithin:
 
 
 class PlannedAhead:
-    """Batches that a graph of its own sorts and groups, on a stream beside what runs then.
-
-    The look-up takes a copy of what it needs, so that the next batch can be prepared while this one's forward
-    and backward read theirs. One batch is prepared at a time: another look-up takes its place.
+    """Batches that another graph plans, whose plan comes as a copy.
 
     Args:
-        group: the tables.
-        beside: records that graph.
+        plans: that graph.
         record: records the copy, into the memory of the look-up's graph.
         batch: one of them.
 
     Raises:
-        RuntimeError: one of both cannot be captured.
+        RuntimeError: the copy cannot be captured.
     """
 
-    def __init__(self, group: TritonGroup, beside: Recorder, record: Recorder, batch: Batch) -> None:
-        self._group, self._beside = group, beside
-        self._lock = Lock()  # of which batch is in the graph's memory; another thread may prepare the next
-        self._last: ref[Planned] | None = None
-
-        def prepare() -> tuple[Batch, Call, Callable[[], None]]:
-            given = copied(batch)
-            group.plan(given)  # These addresses may be aligned otherwise, and compile kernels anew.
-            (ahead,), replay = beside(lambda: (group.plan(given),))
-            replay()
-            return given, ahead, replay
-
-        (self._given, self._ahead, self._plan), ready = group.run_beside(prepare)
-        Planned(batch, ready).wait()
+    def __init__(self, plans: PlanGraph, record: Recorder, batch: Batch) -> None:
+        self.plans: PlanGraph | None = plans
+        weights, refused = copied(batch.weights), copied(batch.refused)
 
         def take() -> tuple[Call, Batch]:
-            call = self._ahead.copied()
+            call = plans.copied()
+            call.batch = replace(call.batch, weights=weights, refused=refused)
             return call, call.batch
 
         (self._call, self.batch), self._take = record(take)
-        self._bring()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of memory that the graph beside holds."""
-        return self._beside.num_bytes
-
-    def prepare(self, batch: Batch) -> Planned | None:
-        """Sort and group a batch of this shape beside what runs now; ``None`` while another waits."""
-        with self._lock:
-            last = None if self._last is None else self._last()
-            return self._prepare(batch) if last is None else None
+        self.bring(batch, None)
 
     def bring(self, batch: Batch, planned: Planned | None) -> None:
-        """Have the graph's next replay look up this batch, prepared now if it is not."""
-        with self._lock:
-            if planned is None or self._last is None or self._last() is not planned:
-                planned = self._prepare(batch)
-            planned.wait()
-            self._bring()
-            self._last = None
+        """Have the graph's next replay look up this batch, its weights as they are now."""
+        assert self.plans is not None
+        self.plans.take(batch, planned, self._take)
+        _fill(self.batch, batch, ("weights", "refused"))
 
     def call(self) -> Call:
         """The plan; what a look-up adds to it is its own."""
@@ -142,25 +192,9 @@ class PlannedAhead:
         made.kept = dict(self._call.kept)
         return made
 
-    def _prepare(self, batch: Batch) -> Planned:
-        def replay() -> None:
-            _fill(self._given, batch)
-            self._plan()
 
-        _, ready = self._group.run_beside(replay)
-        planned = Planned(batch, ready)
-        self._last = ref(planned)
-        return planned
-
-    def _bring(self) -> None:
-        self._take()
-        # Also keeps the memory that is copied, should this source be dropped before it has been.
-        self._group.hold_beside()
-
-
-def _fill(own: Batch, given: Batch) -> None:
-    """Copy a batch into one of its shape."""
-    pairs = ((getattr(own, x), getattr(given, x)) for x in ("ids", "offsets", "weights", "refused"))
-    for mine, new in pairs:
+def _fill(own: Batch, given: Batch, names: Sequence[str]) -> None:
+    """Copy these tensors of a batch into one of its shape."""
+    for mine, new in ((getattr(own, name), getattr(given, name)) for name in names):
         if mine is not None:
             mine.copy_(new)

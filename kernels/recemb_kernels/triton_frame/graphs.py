@@ -24,7 +24,7 @@ from torch import Tensor
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.triton_frame.family import Call
-from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead, PlannedWithin, Source
+from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
 from recemb_kernels.triton_frame.verdict import capturing, poll
@@ -102,12 +102,7 @@ class _Fresh:
 
 
 class _Graph:
-    """The look-ups of one shape.
-
-    Attributes:
-        turn: how many there have been.
-        asked: batches that might have been prepared ahead, had there been a graph for that.
-    """
+    """The look-ups of one shape."""
 
     def __init__(
         self,
@@ -117,14 +112,12 @@ class _Graph:
         parameters: Sequence[Tensor],
         batch: Batch,
         keep: bool,
-        beside: Recorder | None,
+        plans: PlanGraph | None,
     ) -> None:
         self._group, self.record, self._failures = group, record, failures
         self._parameters = list(parameters)
         self.source: Source = (
-            PlannedWithin(group, batch, keep)
-            if beside is None
-            else PlannedAhead(group, beside, record, batch)
+            PlannedWithin(group, batch, keep) if plans is None else PlannedAhead(plans, record, batch)
         )
         self.batch = self.source.batch
 
@@ -138,7 +131,7 @@ class _Graph:
         self._backwards: dict[Any, _Backward] = {}
         self._user: ref[_Held] | None = None
         self._may_record = True
-        self.turn = self.asked = 0
+        self.turn = 0
 
     @property
     def busy(self) -> bool:
@@ -146,20 +139,14 @@ class _Graph:
         return self._user is not None and self._user() is not None
 
     @property
-    def num_bytes(self) -> int:
-        """Of memory that it holds."""
-        return self.record.num_bytes + self.source.num_bytes
-
-    def prepare(self, batch: Batch) -> Planned | None:
-        """Begin with a batch to come, if another graph does that and has none in hand."""
-        if isinstance(self.source, PlannedAhead):
-            return self.source.prepare(batch)
-        self.asked += 1
-        return None
+    def recorders(self) -> list[Recorder]:
+        """Of the graphs that it holds; others may share the second."""
+        plans = self.source.plans
+        return [self.record] if plans is None else [self.record, plans.record]
 
     def forward(self, batch: Batch, keep: bool, planned: Planned | None) -> tuple[Tensor, _Held]:
-        self.source.bring(batch, planned)
         self.turn += 1
+        self.source.bring(batch, planned)
         held = _Held(self, self.turn)
         self._user = ref(held) if keep else None
         return self.again(), held
@@ -233,7 +220,8 @@ class GraphedGroup:
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
-        self._within: set[Any] = set()  # shapes that no graph prepares ahead
+        self._asked: Counter[Any] = Counter()  # batches that might have been planned ahead, by kind
+        self._within: set[Any] = set()  # kinds of batches that no graph plans ahead
         self._failures = _Failures()
 
     @property
@@ -254,11 +242,15 @@ class GraphedGroup:
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> _Fresh | Planned | None:
         """As of the group, by a graph of a shape that has one; ``None`` where the look-up will do it."""
         if batch.size and batch.ids.numel() and not capturing():
+            kind = _kind(batch)
             with self._lock:
-                graph = self._likely(self._shape(parameters, batch, torch.is_grad_enabled()))
-            if graph is not None:
+                plans = self._plans(kind)
+                if plans is None and any(key[0] == kind for key in self._graphs):
+                    self._asked[kind] += 1
+                    return None
+            if plans is not None:
                 with self._group.on_device():
-                    return graph.prepare(batch)
+                    return plans.prepare(batch)
         return _Fresh(self._group.prepare(parameters, batch))
 
     def forward(
@@ -272,7 +264,7 @@ class GraphedGroup:
             return state.graph.again(), state
         if isinstance(state, Call):  # of a look-up without a graph, whose parameters have changed
             return self._group.forward(parameters, batch, keep=keep, state=state)
-        graph = self._graph(parameters, batch, keep, isinstance(state, _Fresh))
+        graph = self._graph(parameters, batch, keep, isinstance(state, _Fresh | Planned))
         if graph is None:
             call = state.call if isinstance(state, _Fresh) else None
             return self._group.forward(parameters, batch, keep=keep, state=call)
@@ -320,16 +312,28 @@ class GraphedGroup:
             if not self._recurs(shape):
                 return None
             known = self._graphs.pop(key, None)
-            ahead = shape not in self._within and (prepared if known is None else self._has_asked(known))
-            if known is None or ahead:
-                known = None  # gives its memory back before another is captured
-                return self._capture(key, parameters, batch, keep, ahead)
+            ahead = self._are_ahead(key, prepared)
+            if known is not None and ahead and known.source.plans is None and self._may_replace(known):
+                known = None
+            if known is None:
+                return self._capture(key, parameters, batch, ahead)
             self._graphs[key] = known  # the last used is the last to go
             return known if self._fits(key) and not known.busy else None
 
-    def _has_asked(self, graph: _Graph) -> bool:
-        """Whether another graph, that prepares batches ahead, is to take the place of this one."""
-        return graph.asked > _EAGER and self._patience <= 0 and not graph.busy
+    def _are_ahead(self, key: Any, prepared: bool) -> bool:
+        """Whether a graph of its own is to plan the batches of a look-up."""
+        kind, keep, *_ = key
+        if kind in self._within or not self._group.plans(keep):
+            return False
+        return prepared or self._plans(kind) is not None or self._asked[kind] > _EAGER
+
+    def _may_replace(self, graph: _Graph) -> bool:
+        return self._patience <= 0 and not graph.busy
+
+    def _plans(self, kind: Any) -> PlanGraph | None:
+        """The graph that plans a kind of batches; it lives as long as one that looks them up."""
+        of_kind = (graph.source.plans for key, graph in self._graphs.items() if key[0] == kind)
+        return next((plans for plans in of_kind if plans is not None), None)
 
     def _recurs(self, shape: Any) -> bool:
         """Whether look-ups of a shape go through graphs by now; counts them."""
@@ -340,9 +344,8 @@ class GraphedGroup:
         self._seen[shape] = self._seen.get(shape, 0) + 1
         return self._seen[shape] > _EAGER
 
-    def _capture(
-        self, key: Any, parameters: Sequence[Tensor], batch: Batch, keep: bool, ahead: bool
-    ) -> _Graph | None:
+    def _capture(self, key: Any, parameters: Sequence[Tensor], batch: Batch, ahead: bool) -> _Graph | None:
+        kind, keep, *_ = key
         # Tables that have been replaced must not stay in memory for their graphs' sake.
         for other in [other for other in self._graphs if other[-2] != key[-2]]:
             del self._graphs[other]
@@ -350,15 +353,17 @@ class GraphedGroup:
             return None
         if len(self._graphs) >= _MOST_GRAPHS:
             self._let_go()
-        record, beside = self._recorder(), self._recorder() if ahead else None
-        try:
-            # The graph's memory serves look-ups in inference mode and others.
-            with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
-                made = _Graph(self._group, record, self._failures, parameters, batch, keep, beside)
-        except RuntimeError as error:
-            self._failures.note(error)
-            self._refuse(key[:-1], 2, ahead)
-            self._hopeless()
+        # The graphs' memory serves look-ups in inference mode and others.
+        with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
+            plans = self._plans(kind) or self._plan_graph(kind, batch) if ahead else None
+            try:
+                made = _Graph(self._group, self._recorder(), self._failures, parameters, batch, keep, plans)
+            except RuntimeError as error:
+                self._failures.note(error)
+                self._refused[key[:-1]] += 2
+                self._hopeless()
+                made = None
+        if made is None:
             return None
         if not keep:
             self._failures.count = 0
@@ -375,20 +380,30 @@ class GraphedGroup:
     def _fits(self, key: Any) -> bool:
         """Whether the graph used last may stay; others make room for it."""
         most = self._graphs[key].record.most_bytes
-        while sum(graph.num_bytes for graph in self._graphs.values()) > most:
-            alone, ahead = len(self._graphs) == 1, isinstance(self._graphs[key].source, PlannedAhead)
-            self._let_go()
-            if alone:  # another thread's memory may have been taken for its own, once
-                self._refuse(key[:-1], 1, ahead)
+        while self._num_bytes() > most:
+            if len(self._graphs) > 1:
+                self._let_go()
+            elif self._graphs[key].source.plans is not None:  # it may fit without
+                del self._graphs[key]
+                self._within.add(key[0])
+                return False
+            else:  # another thread's memory may have been taken for its own, once
+                self._let_go()
+                self._refused[key[:-1]] += 1
                 return False
         return True
 
-    def _refuse(self, shape: Any, times: int, ahead: bool) -> None:
-        """Note that a shape has no graph, or none for batches that are prepared ahead."""
-        if ahead:
-            self._within.add(shape)
-        else:
-            self._refused[shape] += times
+    def _num_bytes(self) -> int:
+        recorders = {id(record): record for graph in self._graphs.values() for record in graph.recorders}
+        return sum(record.num_bytes for record in recorders.values())
+
+    def _plan_graph(self, kind: Any, batch: Batch) -> PlanGraph | None:
+        try:
+            return PlanGraph(self._group, self._recorder(), batch)
+        except RuntimeError as error:
+            warnings.warn(f"recemb: batches are planned by their look-ups' graphs ({error})", stacklevel=3)
+            self._within.add(kind)
+            return None
 
     def _let_go(self) -> None:
         """Drop the graph that has not been used for longest, and capture none in its place for a while."""
@@ -398,23 +413,14 @@ class GraphedGroup:
         self._patience = _PATIENCE
 
     def _shape(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> tuple[Any, ...]:
-        """What a graph is captured for: sizes, types, precision, whether a backward comes, addresses."""
-        weights = None if batch.weights is None else batch.weights.dtype
-        return (
-            (batch.ids.numel(), batch.size, weights, batch.refused is None, precision(torch.float32)),
-            keep,
-            tuple(parameter.data_ptr() for parameter in parameters),
-        )
+        """What a graph is captured for: the kind of batch, whether a backward comes, addresses."""
+        return _kind(batch), keep, tuple(parameter.data_ptr() for parameter in parameters)
 
-    def _likely(self, shape: tuple[Any, ...]) -> _Graph | None:
-        """The graph that a batch will be looked up through, as far as can be said before."""
-        what, keep, addresses = shape
-        found = [
-            (key[3][0] == get_ident(), key[1] == keep, at)
-            for at, key in enumerate(self._graphs)  # the one used last is the likeliest
-            if (key[0], key[2]) == (what, addresses)
-        ]
-        return list(self._graphs.values())[max(found)[2]] if found else None
+
+def _kind(batch: Batch) -> tuple[Any, ...]:
+    """Sizes, types and precision."""
+    weights = None if batch.weights is None else batch.weights.dtype
+    return batch.ids.numel(), batch.size, weights, batch.refused is None, precision(torch.float32)
 
 
 def _who(device: torch.device) -> tuple[int, int]:

@@ -130,6 +130,14 @@ class TritonGroup:
         with torch.cuda.stream(self._beside):
             return run(), HandOver.of(self._beside)
 
+    def hand_over(self) -> HandOver | None:
+        """What the current stream has been given by now; ``None`` where there are no streams."""
+        return HandOver.of(torch.cuda.current_stream(self.device)) if self.device.type == "cuda" else None
+
+    def plans(self, keep: bool) -> bool:
+        """Whether a look-up works on distinct rows, in the forward or in a backward to come."""
+        return keep or any(family.plans_forward for family, _ in self._families)
+
     def hold_beside(self) -> None:
         """Have what runs beside from now on wait for what the current stream has been given."""
         if self.device.type == "cuda":

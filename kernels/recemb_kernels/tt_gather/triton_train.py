@@ -83,6 +83,8 @@ class _Part:
 class TrainFamily(Family[TrainShape]):
     """Tensor-train tables with the same (q_1 .. q_d) and ranks."""
 
+    plans_forward = True
+
     @staticmethod
     def constants(shape: TrainShape) -> Hashable:
         return shape.dim_shape, shape.ranks

@@ -126,6 +126,12 @@ class StubGroup:
     def run_beside(self, run: Callable[[], _T]) -> tuple[_T, None]:
         return run(), None
 
+    def hand_over(self) -> Any:
+        return None
+
+    def plans(self, keep: bool) -> bool:
+        return True
+
     def hold_beside(self) -> None:
         return None
 

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned
+
 # Prepare (p), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1 to 3, move the
-# parameters (m), forget the graphs (g).
-SCRIPTS = {
-    "two batches ahead": "p1 p2 l1 l2 b1 b2",
-    "the later one first": "p1 p2 l2 l1 b1 b2",
-    "never looked up": "p1 x1 p2 l2 b2 p3 l3 b3",
-    "looked up twice": "p1 l1 p2 l1 b1 b1 l2 b2",
-    "its place has been taken": "p1 l3 b3 p2 l1 b1 l2 b2",
-    "another comes as it is": "p1 l2 b2 l1 b1",
-    "before an earlier backward": "p1 l1 p2 l2 p3 b1 l3 b3 b2",
-    "in inference": "p1 i1 p2 l2 b2",
-    "parameters have moved": "p1 m l1 b1 p2 l2 b2",
-    "in another thread": "p3 t3 b3 p1 l1 b1 p2 t2 b2",
-    "no graph any more": "p1 g l1 b1 p2 l2 b2",
+# parameters (m), forget the graphs (g); and of each batch that a graph beside plans, whether that was done
+# ahead. Of two look-ups at once the second goes without; a capture plans its batch once more.
+SCRIPTS: dict[str, tuple[str, list[bool]]] = {
+    "two batches ahead": ("p1 p2 l1 l2 b1 b2", [True]),
+    "two ahead all the time": ("p1 p2 l1 b1 p3 l2 b2 p1 l3 b3 l1 b1", 4 * [True]),
+    "the later one first": ("p1 p2 l2 l1 b1 b2", [False]),
+    "never looked up": ("p1 x1 p2 l2 b2 p3 l3 b3", [True, True]),
+    "looked up twice": ("p1 l1 p2 l1 b1 b1 l2 b2", [True, True]),
+    "its place has been taken": ("p1 l3 b3 p2 l1 b1 l2 b2 p3 l3 b3", [False, False, False, True]),
+    "another comes as it is": ("p1 l2 b2 l1 b1", [False, False]),
+    "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True]),
+    "in inference": ("p1 i1 p2 l2 b2", [True]),
+    "parameters have moved": ("p1 m l1 b1 p2 l2 b2", []),
+    "in another thread": ("p3 t3 b3 p1 l1 b1", [False, False, True]),
+    "no graph any more": ("p1 g l1 b1 p2 l2 b2", [False, False, True]),
 }
+
+
+@contextmanager
+def brought() -> Iterator[list[bool]]:
+    """Of each batch that a graph beside plans for a look-up: whether that had been done ahead."""
+    seen: list[bool] = []
+    take, in_turn = PlanGraph.take, PlanGraph._in_turn
+
+    def watched(self: PlanGraph, *args: Any) -> None:
+        seen.append(True)
+        take(self, *args)
+
+    def noted(self: PlanGraph, *args: Any) -> Planned:
+        seen[-1] = False
+        return in_turn(self, *args)
+
+    with patch.object(PlanGraph, "take", watched), patch.object(PlanGraph, "_in_turn", noted):
+        yield seen
 
 
 class Actor(Protocol):

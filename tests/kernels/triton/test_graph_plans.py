@@ -17,9 +17,8 @@ from torch import Tensor
 
 from recemb.bags import Bags
 from recemb_kernels.digit_tree.group import Batch
-from recemb_kernels.triton_frame import graphs
 from recemb_kernels.triton_frame.family import Call
-from recemb_kernels.triton_frame.graph_plans import Planned, PlannedAhead
+from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.streams import copied, tensors_of
 from tests.kernels.triton.graph_cases import (
@@ -31,7 +30,7 @@ from tests.kernels.triton.graph_cases import (
     gradient,
     graphed,
 )
-from tests.kernels.triton.graph_scripts import SCRIPTS, follow
+from tests.kernels.triton.graph_scripts import SCRIPTS, brought, follow
 from tests.kernels.triton.harness import by_triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the GPU")
@@ -44,7 +43,7 @@ def _in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prefetch(model: Model, bags: Bags) -> Any:
-    """Prepare a batch; what of it: ``None`` where its look-up will."""
+    """Prepare a batch; what has been made of it."""
     model.engine.prefetch(model.tables, bags)
     assert bags.ahead is not None
     return bags.ahead.wait()
@@ -81,11 +80,12 @@ def test_bits_of_batches_that_come_as_they_are(
     plain, model = Model(optimizer, methods), Model(optimizer, methods)
     with by_triton():
         expected = steps(plain, [plain.bags(seed, weighted=weighted) for seed in range(9)], ahead=False)
-    with graphed(model) as (groups, recorder):
+    with graphed(model) as (groups, recorder), brought() as seen:
         found = steps(model, [model.bags(seed, weighted=weighted) for seed in range(9)])
     assert equal(expected, found)
+    assert seen == [False, False, *5 * [True]]
     assert recorder.recorded == 4 * len(groups), "plan, copy, forward, backward"
-    # Six look-ups and all their backwards but the first; plan and copy are tried when they are recorded.
+    # Six look-ups and all their backwards but the first; plan and copy are needed to record the look-up.
     assert recorder.replayed == (7 + 7 + 6 + 5) * len(groups)
 
 
@@ -94,17 +94,59 @@ def captured(model: Model) -> None:
     steps(model, [model.bags(seed) for seed in range(7)])
 
 
-def test_what_is_prepared_is_planned_by_the_graph_and_one_batch_at_a_time() -> None:
+def test_weights_are_those_of_the_look_up() -> None:
+    plain, model = Model("sgd", ("qr",)), Model("sgd", ("qr",))
+
+    def run(model: Model, ahead: bool) -> list[Tensor]:
+        found = []
+        for seed in range(9):
+            bags = model.bags(seed, weighted=True)
+            if ahead:
+                prefetch(model, bags)
+            assert bags.weights is not None
+            with torch.no_grad():
+                bags.weights.mul_(2)
+            out = model.look_up(bags)
+            out.backward(gradient(out))
+            found += [out.detach(), bags.weights.grad]
+        return [x for x in found if x is not None]
+
+    with by_triton():
+        expected = run(plain, False)
+    with graphed(model), brought() as seen:
+        found = run(model, True)
+    assert seen.count(True) == 5
+    assert equal(expected, found)
+
+
+def test_evaluation_shares_the_graph_that_plans() -> None:
     model = Model("sgd")
-    with graphed(model):
+    with graphed(model) as (groups, recorder), brought() as seen:
         captured(model)
-        one, two = model.bags(20), model.bags(21)
-        assert isinstance(prefetch(model, one), Planned)
-        assert prefetch(model, two) is None, "its memory still holds the first one"
-        model.look_up(one)
-        assert isinstance(prefetch(model, two), Planned)
-        model.look_up(model.bags(22))  # takes its place, should it never be looked up
-        assert isinstance(prefetch(model, model.bags(23)), Planned)
+        before = recorder.recorded
+        with torch.no_grad():
+            for seed in range(6):
+                bags = model.bags(seed)
+                prefetch(model, bags)
+                model.look_up(bags)
+        assert recorder.recorded == before + 1, "one for all: these forwards work on no distinct rows"
+        seen.clear()
+        bags = model.bags(7)
+        with torch.no_grad():
+            prefetch(model, bags)
+        model.look_up(bags)
+        assert seen == [True]
+    model = Model("sgd", ("tt",))
+    with graphed(model) as (groups, recorder):
+        captured(model)
+        before = recorder.recorded
+        with torch.no_grad():
+            for seed in range(6):
+                bags = model.bags(seed)
+                prefetch(model, bags)
+                model.look_up(bags)
+        assert recorder.recorded == before + 2, "copy, forward"
+        assert [group.graphs for group in groups] == [2]
 
 
 class Scripted:
@@ -121,7 +163,9 @@ class Scripted:
         self._batches[k].ahead = None
 
     def look_up(self, k: int) -> Tensor:
-        return self.model.look_up(self._batches[k])
+        out = self.model.look_up(self._batches[k])
+        self._batches[k].ahead = None  # as a collection lets go of it
+        return out
 
     def forget_graphs(self) -> None:
         for group in self._groups:
@@ -132,15 +176,18 @@ class Scripted:
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_whatever_comes_between(script: str) -> None:
+def test_whatever_comes_between(script: tuple[str, list[bool]]) -> None:
+    words, ahead = script
     plain, model = Model("adagrad"), Model("adagrad")
     with by_triton():
         steps(plain, [plain.bags(seed) for seed in range(7)], ahead=False)
-        expected = follow(script, Scripted(plain, []), ahead=False)
+        expected = follow(words, Scripted(plain, []), ahead=False)
     with graphed(model) as (groups, _):
         captured(model)
-        found = follow(script, Scripted(model, groups), ahead=True)
+        with brought() as seen:
+            found = follow(words, Scripted(model, groups), ahead=True)
     assert equal(expected, found)
+    assert seen == ahead
 
 
 def test_a_graph_gives_way_to_one_that_prepares_ahead() -> None:
@@ -155,9 +202,8 @@ def test_a_graph_gives_way_to_one_that_prepares_ahead() -> None:
 
 
 @pytest.mark.parametrize("why", ["no room", "no capture"])
-def test_batches_that_no_graph_prepares_ahead(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_no_graph_prepares_ahead(why: str) -> None:
     """Their look-ups have one that does all, as if they were not prepared."""
-    monkeypatch.setattr(graphs, "_PATIENCE", 0)
     plain, model, made = Model("adagrad"), Model("adagrad"), 0
 
     def recorder() -> FakeRecorder:
@@ -165,8 +211,8 @@ def test_batches_that_no_graph_prepares_ahead(why: str, monkeypatch: pytest.Monk
         made += 1
         recorder = FakeRecorder(model.persistent)
         recorder.num_bytes, recorder.most_bytes = 2, 3
-        # Of the first graph, the second one records what is done ahead.
-        return Refuses(model.persistent) if why == "no capture" and made == 2 else recorder
+        # The first one is to record what is done ahead.
+        return Refuses(model.persistent) if why == "no capture" and made == 1 else recorder
 
     with by_triton():
         expected = steps(plain, [plain.bags(seed) for seed in range(9)], ahead=False)
@@ -175,7 +221,7 @@ def test_batches_that_no_graph_prepares_ahead(why: str, monkeypatch: pytest.Monk
         found = steps(model, [model.bags(seed) for seed in range(9)])
         assert [group.graphs for group in groups] == [1]
         assert prefetch(model, model.bags(9)) is None
-    assert made == 3
+    assert made == (2 if why == "no capture" else 3)
     assert equal(expected, found)
 
 
@@ -201,8 +247,10 @@ def test_a_second_forward_within_a_backward_records_nothing() -> None:
     assert [group.graphs for group in groups] == [1]
 
 
-def test_prepared_look_ups_without_gradients() -> None:
-    plain, model = Model(None), Model(None)
+@pytest.mark.parametrize(("method", "recorded"), [("md", 1), ("tt", 3)])
+def test_prepared_look_ups_without_gradients(method: str, recorded: int) -> None:
+    """Of trains plan, copy and forward; one graph where the forward needs no plan."""
+    plain, model = Model(None, (method,)), Model(None, (method,))
     with by_triton(), torch.no_grad():
         expected = [plain.look_up(plain.bags(seed)) for seed in range(7)]
     found = []
@@ -212,7 +260,7 @@ def test_prepared_look_ups_without_gradients() -> None:
             prefetch(model, bags)
             found.append(model.look_up(bags))
     assert equal(expected, found)
-    assert recorder.recorded == 3, "plan, copy, forward"
+    assert recorder.recorded == recorded
 
 
 class Refuses(FakeRecorder):
@@ -236,7 +284,10 @@ class Streams(StubGroup):
         self.calls.append("beside (")
         made = run()
         self.calls.append(")")
-        return made, SimpleNamespace(take=lambda held: self.calls.append("wait"))
+        return made, SimpleNamespace(take=lambda held: self.calls.append("plan is there"))
+
+    def hand_over(self) -> Any:
+        return SimpleNamespace(take=lambda held: self.calls.append("batch is there"))
 
     def hold_beside(self) -> None:
         self.calls.append("hold")
@@ -256,27 +307,30 @@ def test_the_streams_wait_for_each_other() -> None:
     group = Streams()
     calls = group.calls
     batch = Batch(torch.zeros(3, dtype=torch.int64), torch.arange(4), None, 3)
-    source = PlannedAhead(cast(Any, group), Records(calls, "plan"), Records(calls, "copy"), batch)
-    assert calls == [
-        *("beside (", "plan", "record plan", "plan", "replay plan", ")"),
-        *("wait", "record copy", "replay copy", "hold"),
-    ]
-    prepared, taken = ["beside (", "replay plan", ")"], ["wait", "replay copy", "hold"]
+    planned = ["beside (", "batch is there", "replay plan", ")"]
+    taken = ["plan is there", "replay copy", "hold"]
+    plans = PlanGraph(cast(Any, group), Records(calls, "plan"), batch)
+    assert calls == ["beside (", "plan", "record plan", "plan", ")"]
     calls.clear()
-    planned = source.prepare(batch)
-    assert calls == prepared
-    assert source.prepare(batch) is None
-    source.bring(batch, planned)
-    assert calls == prepared + taken
+    source = PlannedAhead(plans, Records(calls, "copy"), batch)
+    assert calls == ["record copy", *planned, *taken]
     calls.clear()
-    dropped = source.prepare(batch)
+    one, two = plans.prepare(batch), plans.prepare(batch)
+    assert calls == planned, "the second waits"
+    source.bring(batch, one)
+    assert calls == planned + taken + planned, "and is planned as soon as the first has been taken"
+    calls.clear()
+    three = plans.prepare(batch)
+    source.bring(batch, three)
+    assert calls == planned + taken, "in its turn, and in the second's place"
+    calls.clear()
+    source.bring(batch, two)
+    assert calls == planned + taken
+    calls.clear()
+    dropped = plans.prepare(batch)
     del dropped
-    waits = source.prepare(batch)
-    source.bring(batch, None)
-    assert calls == 3 * prepared + taken, "what waits is prepared again when its turn comes"
-    calls.clear()
-    source.bring(batch, waits)
-    assert calls == prepared + taken
+    plans.prepare(batch)
+    assert calls == 2 * planned
 
 
 def test_copies_share_no_memory() -> None:
