@@ -25,11 +25,13 @@ class Planned:
         batch: the caller's.
         given: what its ids come from; ``None`` where there are no streams, as below.
         ready: when it is planned, or was: another batch may have come in its place.
+        displaced: whether one has, after which it comes first, but once: it may never be looked up.
     """
 
     batch: Batch
     given: HandOver | None
     ready: HandOver | None = None
+    displaced: bool = False
 
 
 class PlanGraph:
@@ -69,10 +71,8 @@ class PlanGraph:
         """Plan a batch beside what runs now, or when those before it have been looked up."""
         planned = Planned(batch, self._group.hand_over())
         with self._lock:
-            if self._in_hand() is None:
-                self._run(planned)
-            else:
-                self._waiting.append(ref(planned))
+            self._waiting.append(ref(planned))
+            self._begin()
         return planned
 
     def take(self, batch: Batch, planned: Planned | None, take: Callable[[], None]) -> None:
@@ -86,17 +86,27 @@ class PlanGraph:
             # Also keeps the memory that is copied, should this graph be dropped before it has been.
             self._group.hold_beside()
             self._last = None
-            while self._waiting and self._last is None:
-                following = self._waiting.popleft()()
-                if following is not None:
-                    self._run(following)
+            self._begin()
 
     def _in_hand(self) -> Planned | None:
         """Whose plan waits for its look-up; none if that was dropped."""
         return None if self._last is None else self._last()
 
+    def _begin(self) -> None:
+        """Plan what has waited for longest, unless there is a plan in hand."""
+        self._waiting = deque(waits for waits in self._waiting if waits() is not None)
+        while self._waiting and self._in_hand() is None:
+            following = self._waiting.popleft()()
+            if following is not None:
+                self._run(following)
+
     def _in_turn(self, batch: Batch, planned: Planned | None) -> Planned:
-        self._waiting = deque(waits for waits in self._waiting if waits() not in (None, planned))
+        """Plan a batch whose look-up has come, which ``planned`` has waited for."""
+        self._waiting = deque(waits for waits in self._waiting if waits() is not planned)
+        held = self._in_hand()
+        if held is not None and not held.displaced:
+            held.displaced = True
+            self._waiting.appendleft(ref(held))
         planned = Planned(batch, self._group.hand_over())
         self._run(planned)
         return planned

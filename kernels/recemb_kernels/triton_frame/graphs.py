@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from threading import Lock, get_ident
+from threading import Lock
 from typing import Any
 from weakref import ref
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
-from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.triton_frame.family import Call
+from recemb_kernels.triton_frame.graph_keys import shape_of, step_of, who
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
@@ -164,7 +164,7 @@ class _Graph:
             self._user = None
 
     def _backward(self, grad_out: Tensor, asked: Asked) -> _Gradients:
-        key = (tuple(map(_address, asked.updates)), tuple(asked.wanted), asked.want_weights)
+        key = (tuple(map(step_of, asked.updates)), tuple(asked.wanted), asked.want_weights)
         known = self._backwards.get(key)
         if not self._may_record or (known is None and self._too_large(asked)):
             return self._group.run_backward(grad_out, self._parameters, self.batch, self._call, asked)
@@ -220,7 +220,7 @@ class GraphedGroup:
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
-        self._asked: Counter[Any] = Counter()  # batches that might have been planned ahead, by kind
+        self._asked: Counter[Any] = Counter()  # batches that might have been planned ahead, by shape
         self._within: set[Any] = set()  # kinds of batches that no graph plans ahead
         self._failures = _Failures()
 
@@ -242,11 +242,12 @@ class GraphedGroup:
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> _Fresh | Planned | None:
         """As of the group, by a graph of a shape that has one; ``None`` where the look-up will do it."""
         if batch.size and batch.ids.numel() and not capturing():
-            kind = _kind(batch)
             with self._lock:
-                plans = self._plans(kind)
-                if plans is None and any(key[0] == kind for key in self._graphs):
-                    self._asked[kind] += 1
+                shape = self._likely(shape_of(parameters, batch, torch.is_grad_enabled()))
+                own = [graph for key, graph in self._graphs.items() if key[:-1] == shape]
+                plans = next((graph.source.plans for graph in own if graph.source.plans), None)
+                if own and plans is None:
+                    self._asked[shape] += 1
                     return None
             if plans is not None:
                 with self._group.on_device():
@@ -305,14 +306,14 @@ class GraphedGroup:
         """The graph of a shape that has recurred, unless an earlier look-up is not done with it."""
         if not (batch.size and batch.ids.numel()) or capturing():
             return None
-        shape = self._shape(parameters, batch, keep)
-        key = (*shape, _who(batch.ids.device))
+        shape = shape_of(parameters, batch, keep)
+        key = (*shape, who(batch.ids.device))
         with self._lock:
             self._patience -= 1
             if not self._recurs(shape):
                 return None
             known = self._graphs.pop(key, None)
-            ahead = self._are_ahead(key, prepared)
+            ahead = self._are_ahead(shape, prepared)
             if known is not None and ahead and known.source.plans is None and self._may_replace(known):
                 known = None
             if known is None:
@@ -320,12 +321,19 @@ class GraphedGroup:
             self._graphs[key] = known  # the last used is the last to go
             return known if self._fits(key) and not known.busy else None
 
-    def _are_ahead(self, key: Any, prepared: bool) -> bool:
-        """Whether a graph of its own is to plan the batches of a look-up."""
-        kind, keep, *_ = key
+    def _likely(self, shape: Any) -> Any:
+        """The shape of a look-up to come: gradients are often off while batches are prepared for training."""
+        kind, keep, addresses = shape
+        other = (kind, not keep, addresses)
+        known = any(key[:-1] == other for key in self._graphs)
+        return other if known and not self._seen.get(shape) else shape
+
+    def _are_ahead(self, shape: Any, prepared: bool) -> bool:
+        """Whether another graph is to plan the batches of a look-up."""
+        kind, keep, _ = shape
         if kind in self._within or not self._group.plans(keep):
             return False
-        return prepared or self._plans(kind) is not None or self._asked[kind] > _EAGER
+        return prepared or self._asked[shape] > _EAGER
 
     def _may_replace(self, graph: _Graph) -> bool:
         return self._patience <= 0 and not graph.busy
@@ -359,10 +367,13 @@ class GraphedGroup:
             try:
                 made = _Graph(self._group, self._recorder(), self._failures, parameters, batch, keep, plans)
             except RuntimeError as error:
-                self._failures.note(error)
-                self._refused[key[:-1]] += 2
-                self._hopeless()
                 made = None
+                if plans is None:
+                    self._failures.note(error)
+                    self._refused[key[:-1]] += 2
+                    self._hopeless()
+                else:
+                    self._plan_within(kind, error)
         if made is None:
             return None
         if not keep:
@@ -379,31 +390,31 @@ class GraphedGroup:
 
     def _fits(self, key: Any) -> bool:
         """Whether the graph used last may stay; others make room for it."""
-        most = self._graphs[key].record.most_bytes
-        while self._num_bytes() > most:
-            if len(self._graphs) > 1:
-                self._let_go()
-            elif self._graphs[key].source.plans is not None:  # it may fit without
-                del self._graphs[key]
-                self._within.add(key[0])
-                return False
-            else:  # another thread's memory may have been taken for its own, once
-                self._let_go()
+        graph = self._graphs[key]
+        most = graph.record.most_bytes
+        if graph.source.plans is not None and _num_bytes([graph]) > most:  # it may fit without
+            del self._graphs[key]
+            self._within.add(key[0])
+            return False
+        while _num_bytes(self._graphs.values()) > most:
+            alone = len(self._graphs) == 1
+            self._let_go()
+            if alone:  # another thread's memory may have been taken for its own, once
                 self._refused[key[:-1]] += 1
                 return False
         return True
-
-    def _num_bytes(self) -> int:
-        recorders = {id(record): record for graph in self._graphs.values() for record in graph.recorders}
-        return sum(record.num_bytes for record in recorders.values())
 
     def _plan_graph(self, kind: Any, batch: Batch) -> PlanGraph | None:
         try:
             return PlanGraph(self._group, self._recorder(), batch)
         except RuntimeError as error:
-            warnings.warn(f"recemb: batches are planned by their look-ups' graphs ({error})", stacklevel=3)
-            self._within.add(kind)
+            self._plan_within(kind, error)
             return None
+
+    def _plan_within(self, kind: Any, error: RuntimeError) -> None:
+        message = "recemb: look-ups sort their batches, as no CUDA graph could be captured that does it ahead"
+        warnings.warn(f"{message} ({error})", stacklevel=3)
+        self._within.add(kind)
 
     def _let_go(self) -> None:
         """Drop the graph that has not been used for longest, and capture none in its place for a while."""
@@ -412,31 +423,13 @@ class GraphedGroup:
         self._seen[oldest[:-1]] = 0
         self._patience = _PATIENCE
 
-    def _shape(self, parameters: Sequence[Tensor], batch: Batch, keep: bool) -> tuple[Any, ...]:
-        """What a graph is captured for: the kind of batch, whether a backward comes, addresses."""
-        return _kind(batch), keep, tuple(parameter.data_ptr() for parameter in parameters)
 
-
-def _kind(batch: Batch) -> tuple[Any, ...]:
-    """Sizes, types and precision."""
-    weights = None if batch.weights is None else batch.weights.dtype
-    return batch.ids.numel(), batch.size, weights, batch.refused is None, precision(torch.float32)
-
-
-def _who(device: torch.device) -> tuple[int, int]:
-    """Thread and stream, which have graphs of their own: nothing orders what one does after the other."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return get_ident(), stream
+def _num_bytes(graphs: Iterable[_Graph]) -> int:
+    """Of memory that graphs hold; several may share one that plans their batches."""
+    recorders = {id(record): record for graph in graphs for record in graph.recorders}
+    return sum(record.num_bytes for record in recorders.values())
 
 
 def _stay_eager(error: RuntimeError) -> None:
     message = f"recemb: look-ups stay eager, as they could not be captured in a CUDA graph ({error})"
     warnings.warn(message, stacklevel=3)
-
-
-def _address(update: Update | None) -> Any:
-    """What the launches of a step depend on."""
-    if update is None:
-        return None
-    states = [None if s is None else (s.data_ptr(), s.dtype) for s in (*update.state, *update.state2)]
-    return update.kind, update.left, tuple(states)

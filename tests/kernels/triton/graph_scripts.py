@@ -23,12 +23,13 @@ SCRIPTS: dict[str, tuple[str, list[bool]]] = {
     "the later one first": ("p1 p2 l2 l1 b1 b2", [False]),
     "never looked up": ("p1 x1 p2 l2 b2 p3 l3 b3", [True, True]),
     "looked up twice": ("p1 l1 p2 l1 b1 b1 l2 b2", [True, True]),
-    "its place has been taken": ("p1 l3 b3 p2 l1 b1 l2 b2 p3 l3 b3", [False, False, False, True]),
-    "another comes as it is": ("p1 l2 b2 l1 b1", [False, False]),
+    "its place has been taken": ("p1 l3 b3 p2 l1 b1 l2 b2 p3 l3 b3", [False, True, True, True]),
+    "another comes as it is": ("p1 l2 b2 l1 b1", [False, True]),
     "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True]),
     "in inference": ("p1 i1 p2 l2 b2", [True]),
     "parameters have moved": ("p1 m l1 b1 p2 l2 b2", []),
-    "in another thread": ("p3 t3 b3 p1 l1 b1", [False, False, True]),
+    "in another thread": ("p3 t3 b3 p1 l1 b1", [False, True, True]),
+    "a later one waits": ("p1 p2 x1 p3 l2 b2 l3 b3", [True, True]),
     "no graph any more": ("p1 g l1 b1 p2 l2 b2", [False, False, True]),
 }
 

@@ -89,6 +89,26 @@ def test_bits_of_batches_that_come_as_they_are(
     assert recorder.replayed == (7 + 7 + 6 + 5) * len(groups)
 
 
+def test_two_batches_ahead_from_the_first_one_on() -> None:
+    plain, model = Model("sgd"), Model("sgd")
+    with by_triton():
+        expected = steps(plain, [plain.bags(seed) for seed in range(12)], ahead=False)
+    with graphed(model), brought() as seen:
+        batches, found = [model.bags(seed) for seed in range(12)], []
+        for k in (0, 1):
+            prefetch(model, batches[k])
+        for k, bags in enumerate(batches):
+            out = model.look_up(bags)
+            if k + 2 < len(batches):
+                prefetch(model, batches[k + 2])
+            out.backward(gradient(out))
+            found.append(out.detach())
+        found += [p.detach().clone() for p in model.parameters]
+    assert equal(expected, found)
+    # The fourth is captured, whose plan and that of the fifth were made without a graph.
+    assert seen == [False, False, False, *7 * [True]]
+
+
 def captured(model: Model) -> None:
     """Have the model prepare its batches by a graph."""
     steps(model, [model.bags(seed) for seed in range(7)])
@@ -123,6 +143,13 @@ def test_evaluation_shares_the_graph_that_plans() -> None:
     model = Model("sgd")
     with graphed(model) as (groups, recorder), brought() as seen:
         captured(model)
+        seen.clear()
+        bags = model.bags(7)
+        with torch.no_grad():
+            prefetch(model, bags)
+        out = model.look_up(bags)
+        out.backward(gradient(out))
+        assert seen == [True], "nothing has been looked up without gradients so far"
         before = recorder.recorded
         with torch.no_grad():
             for seed in range(6):
@@ -130,12 +157,6 @@ def test_evaluation_shares_the_graph_that_plans() -> None:
                 prefetch(model, bags)
                 model.look_up(bags)
         assert recorder.recorded == before + 1, "one for all: these forwards work on no distinct rows"
-        seen.clear()
-        bags = model.bags(7)
-        with torch.no_grad():
-            prefetch(model, bags)
-        model.look_up(bags)
-        assert seen == [True]
     model = Model("sgd", ("tt",))
     with graphed(model) as (groups, recorder):
         captured(model)
@@ -322,15 +343,23 @@ def test_the_streams_wait_for_each_other() -> None:
     calls.clear()
     three = plans.prepare(batch)
     source.bring(batch, three)
-    assert calls == planned + taken, "in its turn, and in the second's place"
+    assert calls == planned + taken + planned, "in its turn, in the second's place, which gets it back"
     calls.clear()
     source.bring(batch, two)
-    assert calls == planned + taken
+    assert calls == taken
     calls.clear()
     dropped = plans.prepare(batch)
     del dropped
-    plans.prepare(batch)
+    never = plans.prepare(batch)
     assert calls == 2 * planned
+    for again in (planned, []):
+        calls.clear()
+        source.bring(batch, None)
+        assert calls == planned + taken + again, "what is never looked up is planned again, but once"
+    calls.clear()
+    plans.prepare(batch)
+    assert calls == planned
+    assert never.displaced
 
 
 def test_copies_share_no_memory() -> None:
