@@ -23,7 +23,7 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.family import Call
-from recemb_kernels.triton_frame.graph_keys import shape_of, step_of, who
+from recemb_kernels.triton_frame.graph_keys import Shape, shape_of, step_of, who
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
@@ -314,29 +314,26 @@ class GraphedGroup:
                 return None
             known = self._graphs.pop(key, None)
             ahead = self._are_ahead(shape, prepared)
-            if known is not None and ahead and known.source.plans is None and self._may_replace(known):
-                known = None
+            if known is not None and ahead and known.source.plans is None and not known.busy:
+                known = known if self._patience > 0 else None
             if known is None:
                 return self._capture(key, parameters, batch, ahead)
             self._graphs[key] = known  # the last used is the last to go
             return known if self._fits(key) and not known.busy else None
 
-    def _likely(self, shape: Any) -> Any:
+    def _likely(self, shape: Shape) -> Shape:
         """The shape of a look-up to come: gradients are often off while batches are prepared for training."""
         kind, keep, addresses = shape
         other = (kind, not keep, addresses)
         known = any(key[:-1] == other for key in self._graphs)
         return other if known and not self._seen.get(shape) else shape
 
-    def _are_ahead(self, shape: Any, prepared: bool) -> bool:
+    def _are_ahead(self, shape: Shape, prepared: bool) -> bool:
         """Whether another graph is to plan the batches of a look-up."""
         kind, keep, _ = shape
         if kind in self._within or not self._group.plans(keep):
             return False
         return prepared or self._asked[shape] > _EAGER
-
-    def _may_replace(self, graph: _Graph) -> bool:
-        return self._patience <= 0 and not graph.busy
 
     def _plans(self, kind: Any) -> PlanGraph | None:
         """The graph that plans a kind of batches; it lives as long as one that looks them up."""
