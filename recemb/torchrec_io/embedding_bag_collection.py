@@ -148,9 +148,9 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
             BatchError: as in :meth:`forward`.
         """
         bags, inverse = self._bags(features)
-        self._engine.prefetch(self.embedding_bags, bags)
         while len(self._ahead) > 1:  # of batches that were never looked up
             self._ahead.pop(next(iter(self._ahead)))
+        self._engine.prefetch(self.embedding_bags, bags)
         self._ahead[id(features)] = features, (bags, inverse)
 
     def _bags(self, features: KeyedJaggedTensor) -> tuple[Bags, Tensor | None]:

@@ -68,7 +68,7 @@ class PlanGraph:
         return self._plan.copied()
 
     def prepare(self, batch: Batch) -> Planned:
-        """Plan a batch beside what runs now, or when those before it have been looked up."""
+        """Plan a batch beside what runs now, after those that wait already."""
         planned = Planned(batch, self._group.hand_over())
         with self._lock:
             self._waiting.append(ref(planned))
@@ -87,6 +87,16 @@ class PlanGraph:
             self._group.hold_beside()
             self._last = None
             self._begin()
+
+    def leave(self, batch: Batch, planned: Planned) -> Call | None:
+        """The plan of a batch whose look-up is not replayed, if it is in hand."""
+        with self._lock:
+            if planned is not self._in_hand():
+                return None
+        made: list[Call] = []
+        self.take(batch, planned, lambda: made.append(self.copied()))
+        made[0].batch = batch
+        return made[0]
 
     def _in_hand(self) -> Planned | None:
         """Whose plan waits for its look-up; none if that was dropped."""

@@ -220,6 +220,7 @@ class GraphedGroup:
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
+        self._keeps: dict[Any, bool] = {}  # whether the last look-up had a backward, by kind and addresses
         self._asked: Counter[Any] = Counter()  # batches that might have been planned ahead, by shape
         self._within: set[Any] = set()  # kinds of batches that no graph plans ahead
         self._failures = _Failures()
@@ -243,7 +244,7 @@ class GraphedGroup:
         """As of the group, by a graph of a shape that has one; ``None`` where the look-up will do it."""
         if batch.size and batch.ids.numel() and not capturing():
             with self._lock:
-                shape = self._likely(shape_of(parameters, batch, torch.is_grad_enabled()))
+                shape = self._likely(parameters, batch)
                 own = [graph for key, graph in self._graphs.items() if key[:-1] == shape]
                 plans = next((graph.source.plans for graph in own if graph.source.plans), None)
                 if own and plans is None:
@@ -267,8 +268,7 @@ class GraphedGroup:
             return self._group.forward(parameters, batch, keep=keep, state=state)
         graph = self._graph(parameters, batch, keep, isinstance(state, _Fresh | Planned))
         if graph is None:
-            call = state.call if isinstance(state, _Fresh) else None
-            return self._group.forward(parameters, batch, keep=keep, state=call)
+            return self._group.forward(parameters, batch, keep=keep, state=self._left(batch, state))
         with self._group.on_device():
             return graph.forward(batch, keep, state if isinstance(state, Planned) else None)
 
@@ -309,6 +309,7 @@ class GraphedGroup:
         shape = shape_of(parameters, batch, keep)
         key = (*shape, who(batch.ids.device))
         with self._lock:
+            self._keeps[shape[0], shape[2]] = keep
             self._patience -= 1
             if not self._recurs(shape):
                 return None
@@ -321,12 +322,23 @@ class GraphedGroup:
             self._graphs[key] = known  # the last used is the last to go
             return known if self._fits(key) and not known.busy else None
 
-    def _likely(self, shape: Shape) -> Shape:
-        """The shape of a look-up to come: gradients are often off while batches are prepared for training."""
-        kind, keep, addresses = shape
-        other = (kind, not keep, addresses)
-        known = any(key[:-1] == other for key in self._graphs)
-        return other if known and not self._seen.get(shape) else shape
+    def _left(self, batch: Batch, state: _Fresh | Planned | None) -> Call | None:
+        """What has been prepared, for a look-up that no graph is free for."""
+        if isinstance(state, _Fresh):
+            return state.call
+        with self._lock:
+            plans = None if state is None else self._plans(shape_of((), batch, False)[0])
+        if plans is None or state is None:
+            return None
+        with self._group.on_device():
+            return plans.leave(batch, state)
+
+    def _likely(self, parameters: Sequence[Tensor], batch: Batch) -> Shape:
+        """The shape of a look-up to come: with a backward if the last one had, or only that is captured."""
+        kind, keep, addresses = shape_of(parameters, batch, torch.is_grad_enabled())
+        keep = self._keeps.get((kind, addresses), keep)
+        captured = {key[1] for key in self._graphs if (key[0], key[2]) == (kind, addresses)}
+        return kind, keep if keep in captured or not captured else not keep, addresses
 
     def _are_ahead(self, shape: Shape, prepared: bool) -> bool:
         """Whether another graph is to plan the batches of a look-up."""
@@ -346,6 +358,7 @@ class GraphedGroup:
             return False
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
+            self._keeps.clear()
         self._seen[shape] = self._seen.get(shape, 0) + 1
         return self._seen[shape] > _EAGER
 
@@ -368,6 +381,8 @@ class GraphedGroup:
                 if plans is None:
                     self._failures.note(error)
                     self._refused[key[:-1]] += 2
+                    for other in [other for other in self._graphs if other[:-1] == key[:-1]]:
+                        del self._graphs[other]  # another thread's, which would not be used any more
                     self._hopeless()
                 else:
                     self._plan_within(kind, error)

@@ -16,18 +16,18 @@ from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned
 
 # Prepare (p), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1 to 3, move the
 # parameters (m), forget the graphs (g); and of each batch that a graph beside plans, whether that was done
-# ahead. Of two look-ups at once the second goes without; a capture plans its batch once more.
+# ahead. Of two look-ups at once the second takes the plan alone; a capture plans its batch once more.
 SCRIPTS: dict[str, tuple[str, list[bool]]] = {
-    "two batches ahead": ("p1 p2 l1 l2 b1 b2", [True]),
+    "two batches ahead": ("p1 p2 l1 l2 b1 b2", [True, True]),
     "two ahead all the time": ("p1 p2 l1 b1 p3 l2 b2 p1 l3 b3 l1 b1", 4 * [True]),
-    "the later one first": ("p1 p2 l2 l1 b1 b2", [False]),
+    "the later one first": ("p1 p2 l2 l1 b1 b2", [False, True]),
     "never looked up": ("p1 x1 p2 l2 b2 p3 l3 b3", [True, True]),
     "looked up twice": ("p1 l1 p2 l1 b1 b1 l2 b2", [True, True]),
     "its place has been taken": ("p1 l3 b3 p2 l1 b1 l2 b2 p3 l3 b3", [False, True, True, True]),
     "another comes as it is": ("p1 l2 b2 l1 b1", [False, True]),
-    "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True]),
-    "in inference": ("p1 i1 p2 l2 b2", [True]),
-    "parameters have moved": ("p1 m l1 b1 p2 l2 b2", []),
+    "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True, True]),
+    "in inference": ("p1 i1 p2 l2 b2", [True, True]),
+    "parameters have moved": ("p1 m l1 b1 p2 l2 b2", [True]),
     "in another thread": ("p3 t3 b3 p1 l1 b1", [False, True, True]),
     "a later one waits": ("p1 p2 x1 p3 l2 b2 l3 b3", [True, True]),
     "no graph any more": ("p1 g l1 b1 p2 l2 b2", [False, False, True]),

@@ -157,6 +157,14 @@ def test_evaluation_shares_the_graph_that_plans() -> None:
                 prefetch(model, bags)
                 model.look_up(bags)
         assert recorder.recorded == before + 1, "one for all: these forwards work on no distinct rows"
+        for expected in ([False], [True]):  # a look-up is prepared for as the one before was made
+            bags = model.bags(8)
+            with torch.no_grad():
+                prefetch(model, bags)
+            seen.clear()
+            out = model.look_up(bags)
+            out.backward(gradient(out))
+            assert seen == expected
     model = Model("sgd", ("tt",))
     with graphed(model) as (groups, recorder):
         captured(model)
