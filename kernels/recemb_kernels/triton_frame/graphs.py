@@ -324,14 +324,14 @@ class GraphedGroup:
 
     def _left(self, batch: Batch, state: _Fresh | Planned | None) -> Call | None:
         """What has been prepared, for a look-up that no graph is free for."""
+        if state is None or capturing():  # a caller's capture must not wait for what is outside of it
+            return None
         if isinstance(state, _Fresh):
             return state.call
         with self._lock:
-            plans = None if state is None else self._plans(shape_of((), batch, False)[0])
-        if plans is None or state is None:
-            return None
+            plans = self._plans(shape_of((), batch, False)[0])
         with self._group.on_device():
-            return plans.leave(batch, state)
+            return None if plans is None else plans.leave(batch, state)
 
     def _likely(self, parameters: Sequence[Tensor], batch: Batch) -> Shape:
         """The shape of a look-up to come: with a backward if the last one had, or only that is captured."""

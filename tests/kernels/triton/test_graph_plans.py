@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recemb.bags import Bags
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame import graphs
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
@@ -290,6 +291,26 @@ def test_prepared_look_ups_without_gradients(method: str, recorded: int) -> None
             found.append(model.look_up(bags))
     assert equal(expected, found)
     assert recorder.recorded == recorded
+
+
+@pytest.mark.parametrize("seeds", [2, 7])
+def test_a_callers_capture_waits_for_nothing_outside(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It plans its batch itself, whether a graph has done so by now or not."""
+    model = Model(None, ("tt",))
+    with graphed(model), torch.no_grad():
+        for seed in range(seeds):
+            bags = model.bags(seed)
+            prepared = prefetch(model, bags)
+            model.look_up(bags)
+        assert isinstance(prepared, Planned) == (seeds == 7)
+        one, other = model.bags(9), model.bags(9)
+        prepared = prefetch(model, one)
+        waits = SimpleNamespace(take=lambda held: pytest.fail("it waits"))
+        (prepared if isinstance(prepared, Planned) else prepared.call).ready = waits
+        monkeypatch.setattr(graphs, "capturing", lambda: True)
+        with brought() as seen:
+            assert torch.equal(model.look_up(one), model.look_up(other))
+        assert seen == []
 
 
 class Refuses(FakeRecorder):
