@@ -140,6 +140,17 @@ def test_weights_are_those_of_the_look_up() -> None:
     assert equal(expected, found)
 
 
+@torch.no_grad()
+def evaluate(model: Model) -> list[Tensor]:
+    """Look up batches, each prepared just before."""
+    found = []
+    for seed in range(7):
+        bags = model.bags(seed)
+        prefetch(model, bags)
+        found.append(model.look_up(bags))
+    return found
+
+
 def test_evaluation_shares_the_graph_that_plans() -> None:
     model = Model("sgd")
     with graphed(model) as (groups, recorder), brought() as seen:
@@ -152,11 +163,7 @@ def test_evaluation_shares_the_graph_that_plans() -> None:
         out.backward(gradient(out))
         assert seen == [True], "nothing has been looked up without gradients so far"
         before = recorder.recorded
-        with torch.no_grad():
-            for seed in range(6):
-                bags = model.bags(seed)
-                prefetch(model, bags)
-                model.look_up(bags)
+        evaluate(model)
         assert recorder.recorded == before + 1, "one for all: these forwards work on no distinct rows"
         for expected in ([False], [True]):  # a look-up is prepared for as the one before was made
             bags = model.bags(8)
@@ -170,11 +177,7 @@ def test_evaluation_shares_the_graph_that_plans() -> None:
     with graphed(model) as (groups, recorder):
         captured(model)
         before = recorder.recorded
-        with torch.no_grad():
-            for seed in range(6):
-                bags = model.bags(seed)
-                prefetch(model, bags)
-                model.look_up(bags)
+        evaluate(model)
         assert recorder.recorded == before + 2, "copy, forward"
         assert [group.graphs for group in groups] == [2]
 
@@ -283,12 +286,8 @@ def test_prepared_look_ups_without_gradients(method: str, recorded: int) -> None
     plain, model = Model(None, (method,)), Model(None, (method,))
     with by_triton(), torch.no_grad():
         expected = [plain.look_up(plain.bags(seed)) for seed in range(7)]
-    found = []
-    with graphed(model) as (_, recorder), torch.no_grad():
-        for seed in range(7):
-            bags = model.bags(seed)
-            prefetch(model, bags)
-            found.append(model.look_up(bags))
+    with graphed(model) as (_, recorder):
+        found = evaluate(model)
     assert equal(expected, found)
     assert recorder.recorded == recorded
 
