@@ -94,8 +94,7 @@ class Engine:
             streams = self._choose(self._streams, tables, bags)
             bags.split = streams.split(tables, bags)
             prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
-        if bags.ids.is_cuda:
-            bags.handed = HandOver.of(torch.cuda.current_stream(bags.ids.device))
+        bags.handed = HandOver.now(bags.ids.device)
 
     def _check(self, served: Sequence[Backend], bags: Bags) -> None:
         """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""

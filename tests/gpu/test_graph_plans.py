@@ -62,7 +62,7 @@ def test_batches_prepared_on_a_stream_of_their_own(
 ) -> None:
     """As torchrec's prefetching pipeline does it, while the step before is far from done.
 
-    Weights are float64, which the look-up makes float32: of that copy it has the only reference.
+    Weights are float64, of which preparing makes a float32 copy that nobody else refers to.
     """
     monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
     given, states = [wide(batch(seed, weighted=weighted)) for seed in range(10)], []

@@ -13,25 +13,23 @@ from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.elements import precision
 from recemb_kernels.update import Update
 
+Kind = tuple[Any, ...]
 # The kind of batch, whether a backward comes, and the parameters' addresses.
-Shape = tuple[tuple[Any, ...], bool, tuple[int, ...]]
-Who = tuple[int, int]
+Shape = tuple[Kind, bool, tuple[int, ...]]
+
+
+def kind_of(batch: Batch) -> Kind:
+    """Sizes, types and precision: batches of a kind are planned alike, whatever tables hold."""
+    weights = None if batch.weights is None else batch.weights.dtype
+    return batch.ids.numel(), batch.size, weights, batch.refused is None, precision(torch.float32)
 
 
 def shape_of(parameters: Sequence[Tensor], batch: Batch, keep: bool) -> Shape:
-    """The shape of a look-up.
-
-    Args:
-        parameters: all of its group.
-        batch: of its kind are all with equal sizes, types and precision, whose plans are made alike.
-        keep: whether a backward comes.
-    """
-    weights = None if batch.weights is None else batch.weights.dtype
-    kind = batch.ids.numel(), batch.size, weights, batch.refused is None, precision(torch.float32)
-    return kind, keep, tuple(parameter.data_ptr() for parameter in parameters)
+    """The shape of a look-up of a batch in all of a group's parameters; ``keep`` when a backward comes."""
+    return kind_of(batch), keep, tuple(parameter.data_ptr() for parameter in parameters)
 
 
-def who(device: torch.device) -> Who:
+def who(device: torch.device) -> tuple[int, int]:
     """Thread and stream, which have graphs of their own: nothing orders what one does after the other."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return get_ident(), stream

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import ref
 
 from recemb_kernels.digit_tree.group import Batch
@@ -15,6 +15,8 @@ from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
 from recemb_kernels.triton_frame.streams import HandOver, copied
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -69,7 +71,7 @@ class PlanGraph:
 
     def prepare(self, batch: Batch) -> Planned:
         """Plan a batch beside what runs now, after those that wait already."""
-        planned = Planned(batch, self._group.hand_over())
+        planned = Planned(batch, HandOver.now(batch.ids.device))
         with self._lock:
             self._waiting.append(ref(planned))
             self._begin()
@@ -80,27 +82,26 @@ class PlanGraph:
         with self._lock:
             if planned is None or planned is not self._in_hand():
                 planned = self._in_turn(batch, planned)
-            if planned.ready is not None:
-                planned.ready.take(())
-            take()
-            # Also keeps the memory that is copied, should this graph be dropped before it has been.
-            self._group.hold_beside()
-            self._last = None
-            self._begin()
+            self._give(planned, take)
 
-    def leave(self, batch: Batch, planned: Planned) -> Call | None:
-        """The plan of a batch whose look-up is not replayed, if it is in hand."""
+    def leave(self, planned: Planned) -> Call | None:
+        """A copy for a look-up that is not replayed, if the plan is in hand."""
         with self._lock:
-            if planned is not self._in_hand():
-                return None
-        made: list[Call] = []
-        self.take(batch, planned, lambda: made.append(self.copied()))
-        made[0].batch = batch
-        return made[0]
+            return self._give(planned, self.copied) if planned is self._in_hand() else None
 
     def _in_hand(self) -> Planned | None:
         """Whose plan waits for its look-up; none if that was dropped."""
         return None if self._last is None else self._last()
+
+    def _give(self, planned: Planned, take: Callable[[], _T]) -> _T:
+        if planned.ready is not None:
+            planned.ready.take(())
+        made = take()
+        # Also keeps the memory that is copied, should this graph be dropped before it has been.
+        self._group.hold_beside()
+        self._last = None
+        self._begin()
+        return made
 
     def _begin(self) -> None:
         """Plan what has waited for longest, unless there is a plan in hand."""
@@ -117,7 +118,7 @@ class PlanGraph:
         if held is not None and not held.displaced:
             held.displaced = True
             self._waiting.appendleft(ref(held))
-        planned = Planned(batch, self._group.hand_over())
+        planned = Planned(batch, HandOver.now(batch.ids.device))
         self._run(planned)
         return planned
 
@@ -194,8 +195,7 @@ class PlannedAhead:
 
         def take() -> tuple[Call, Batch]:
             call = plans.copied()
-            call.batch = replace(call.batch, weights=weights, refused=refused)
-            return call, call.batch
+            return call, replace(call.batch, weights=weights, refused=refused)
 
         (self._call, self.batch), self._take = record(take)
         self.bring(batch, None)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame.family import Call
-from recemb_kernels.triton_frame.graph_keys import Shape, shape_of, step_of, who
+from recemb_kernels.triton_frame.graph_keys import kind_of, shape_of, step_of, who
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
@@ -96,9 +96,9 @@ class _Failures:
 
 @dataclass(eq=False, slots=True)
 class _Fresh:
-    """A batch that has been prepared without a graph, and not yet looked up."""
+    """A batch that has been prepared without a graph, or is to be by its look-up, and not yet looked up."""
 
-    call: Call
+    call: Call | None
 
 
 class _Graph:
@@ -220,8 +220,6 @@ class GraphedGroup:
         self._graphs: dict[Any, _Graph] = {}
         self._patience = 0
         self._refused: Counter[Any] = Counter()  # shapes: twice, and they stay eager
-        self._keeps: dict[Any, bool] = {}  # whether the last look-up had a backward, by kind and addresses
-        self._asked: Counter[Any] = Counter()  # batches that might have been planned ahead, by shape
         self._within: set[Any] = set()  # kinds of batches that no graph plans ahead
         self._failures = _Failures()
 
@@ -240,16 +238,15 @@ class GraphedGroup:
         """How many shapes are captured."""
         return len(self._graphs)
 
-    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> _Fresh | Planned | None:
-        """As of the group, by a graph of a shape that has one; ``None`` where the look-up will do it."""
+    def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> _Fresh | Planned:
+        """As of the group, by a graph of a kind of batches that has one."""
         if batch.size and batch.ids.numel() and not capturing():
+            kind = kind_of(batch)
             with self._lock:
-                shape = self._likely(parameters, batch)
-                own = [graph for key, graph in self._graphs.items() if key[:-1] == shape]
-                plans = next((graph.source.plans for graph in own if graph.source.plans), None)
-                if own and plans is None:
-                    self._asked[shape] += 1
-                    return None
+                plans = self._plans(kind)
+                within = plans is None and any(key[0] == kind for key in self._graphs)
+            if within:
+                return _Fresh(None)
             if plans is not None:
                 with self._group.on_device():
                     return plans.prepare(batch)
@@ -309,12 +306,11 @@ class GraphedGroup:
         shape = shape_of(parameters, batch, keep)
         key = (*shape, who(batch.ids.device))
         with self._lock:
-            self._keeps[shape[0], shape[2]] = keep
             self._patience -= 1
             if not self._recurs(shape):
                 return None
             known = self._graphs.pop(key, None)
-            ahead = self._are_ahead(shape, prepared)
+            ahead = prepared and shape[0] not in self._within and self._group.plans(keep)
             if known is not None and ahead and known.source.plans is None and not known.busy:
                 known = known if self._patience > 0 else None
             if known is None:
@@ -329,23 +325,9 @@ class GraphedGroup:
         if isinstance(state, _Fresh):
             return state.call
         with self._lock:
-            plans = self._plans(shape_of((), batch, False)[0])
+            plans = self._plans(kind_of(batch))
         with self._group.on_device():
-            return None if plans is None else plans.leave(batch, state)
-
-    def _likely(self, parameters: Sequence[Tensor], batch: Batch) -> Shape:
-        """The shape of a look-up to come: with a backward if the last one had, or only that is captured."""
-        kind, keep, addresses = shape_of(parameters, batch, torch.is_grad_enabled())
-        keep = self._keeps.get((kind, addresses), keep)
-        captured = {key[1] for key in self._graphs if (key[0], key[2]) == (kind, addresses)}
-        return kind, keep if keep in captured or not captured else not keep, addresses
-
-    def _are_ahead(self, shape: Shape, prepared: bool) -> bool:
-        """Whether another graph is to plan the batches of a look-up."""
-        kind, keep, _ = shape
-        if kind in self._within or not self._group.plans(keep):
-            return False
-        return prepared or self._asked[shape] > _EAGER
+            return None if plans is None else plans.leave(state)
 
     def _plans(self, kind: Any) -> PlanGraph | None:
         """The graph that plans a kind of batches; it lives as long as one that looks them up."""
@@ -358,7 +340,6 @@ class GraphedGroup:
             return False
         if len(self._seen) >= _MOST_SHAPES:
             self._seen.clear()
-            self._keeps.clear()
         self._seen[shape] = self._seen.get(shape, 0) + 1
         return self._seen[shape] > _EAGER
 

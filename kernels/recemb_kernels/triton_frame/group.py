@@ -128,11 +128,7 @@ class TritonGroup:
             return run(), None
         self.hold_beside()  # the ids may still be on their way
         with torch.cuda.stream(self._beside):
-            return run(), HandOver.of(self._beside)
-
-    def hand_over(self) -> HandOver | None:
-        """What the current stream has been given by now; ``None`` where there are no streams."""
-        return HandOver.of(torch.cuda.current_stream(self.device)) if self.device.type == "cuda" else None
+            return run(), HandOver.now(self.device)
 
     def plans(self, keep: bool) -> bool:
         """Whether a look-up works on distinct rows, in the forward or in a backward to come."""
@@ -179,6 +175,7 @@ class TritonGroup:
         """:meth:`forward` without what is the host's: launches alone, which a CUDA graph can hold."""
         call = Call(batch, self.columns, self._keys) if state is None else state
         call.wait()
+        call.batch = batch  # what was prepared has the weights of then
         out = torch.empty(batch.size, self.columns, dtype=torch.float32, device=self.device)
         if not batch.ids.numel():
             return out.zero_(), call

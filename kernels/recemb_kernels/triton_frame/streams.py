@@ -26,8 +26,11 @@ class HandOver:
     done: torch.cuda.Event
 
     @classmethod
-    def of(cls, stream: torch.cuda.Stream) -> HandOver:
-        """What ``stream`` has been given by now."""
+    def now(cls, device: torch.device) -> HandOver | None:
+        """What the device's current stream has been given by now; ``None`` where there are no streams."""
+        if device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(device)
         done = cast(Any, torch.cuda).Event()  # untyped
         done.record(stream)
         return cls(stream, done)

@@ -126,9 +126,6 @@ class StubGroup:
     def run_beside(self, run: Callable[[], _T]) -> tuple[_T, None]:
         return run(), None
 
-    def hand_over(self) -> Any:
-        return None
-
     def plans(self, keep: bool) -> bool:
         return True
 
@@ -161,7 +158,7 @@ def at_once(run: Callable[..., Any], *args: Any) -> Any:
 
 
 def gradient(out: Tensor) -> Tensor:
-    return torch.sin(torch.arange(out.numel(), dtype=torch.float32)).view(out.shape)
+    return torch.sin(torch.arange(out.numel(), dtype=torch.float32, device=out.device)).view(out.shape)
 
 
 @contextmanager
@@ -171,19 +168,40 @@ def graphed(model: Model) -> Iterator[tuple[list[GraphedGroup], FakeRecorder]]:
         yield groups, recorder
 
 
-def trained(model: Model, weighted: bool = False) -> list[Tensor]:
-    """Outputs, gradients and weights of six steps, their rate changing on the way."""
+def prefetch(model: Model, bags: Bags) -> Any:
+    """Prepare a batch; what has been made of it."""
+    model.engine.prefetch(model.tables, bags)
+    assert bags.ahead is not None
+    return bags.ahead.wait()
+
+
+def steps(model: Model, batches: Sequence[Bags], ahead: int = 0) -> list[Tensor]:
+    """Outputs, gradients and weights of steps, their rate changing on the way.
+
+    Args:
+        model: what takes them.
+        batches: one a step.
+        ahead: how many look-ups before its own each is prepared, between forward and backward.
+    """
+    for bags in batches[1:ahead]:
+        prefetch(model, bags)
     found = []
-    for seed in range(6):
-        bags = model.bags(seed, weighted=weighted)
+    for k, bags in enumerate(batches):
         for p in model.parameters:
             p.grad = None
             for held in getattr(p, "_in_backward_optimizers", []):
-                held.param_groups[0]["lr"] = 0.1 / (1 + seed)
+                held.param_groups[0]["lr"] = 0.1 / (1 + k)
         out = model.look_up(bags)
+        if ahead and k + ahead < len(batches):
+            prefetch(model, batches[k + ahead])
         out.backward(gradient(out))
         found += [out.detach(), *(p.grad for p in model.parameters if p.grad is not None)]
         if bags.weights is not None:
             assert bags.weights.grad is not None
             found.append(bags.weights.grad)
     return [*found, *(p.detach().clone() for p in model.parameters)]
+
+
+def trained(model: Model, weighted: bool = False) -> list[Tensor]:
+    """Six steps, nothing prepared."""
+    return steps(model, [model.bags(seed, weighted=weighted) for seed in range(6)])

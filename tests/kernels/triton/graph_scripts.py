@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned
+from tests.kernels.triton.graph_cases import gradient
 
 # Prepare (p), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1 to 3, move the
 # parameters (m), forget the graphs (g); and of each batch that a graph beside plans, whether that was done
@@ -27,7 +28,7 @@ SCRIPTS: dict[str, tuple[str, list[bool]]] = {
     "another comes as it is": ("p1 l2 b2 l1 b1", [False, True]),
     "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True, True]),
     "in inference": ("p1 i1 p2 l2 b2", [True, True]),
-    "parameters have moved": ("p1 m l1 b1 p2 l2 b2", [True]),
+    "parameters have moved": ("p1 m l1 b1 p2 l2 b2", [True, True]),
     "in another thread": ("p3 t3 b3 p1 l1 b1", [False, True, True]),
     "a later one waits": ("p1 p2 x1 p3 l2 b2 l3 b3", [True, True]),
     "no graph any more": ("p1 g l1 b1 p2 l2 b2", [False, False, True]),
@@ -38,17 +39,18 @@ SCRIPTS: dict[str, tuple[str, list[bool]]] = {
 def brought() -> Iterator[list[bool]]:
     """Of each batch that a graph beside plans for a look-up: whether that had been done ahead."""
     seen: list[bool] = []
-    take, in_turn = PlanGraph.take, PlanGraph._in_turn
+    late: list[Planned] = []
+    give, in_turn = PlanGraph._give, PlanGraph._in_turn
 
-    def watched(self: PlanGraph, *args: Any) -> None:
-        seen.append(True)
-        take(self, *args)
+    def given(self: PlanGraph, planned: Planned, take: Any) -> Any:
+        seen.append(planned is not (late.pop() if late else None))
+        return give(self, planned, take)
 
-    def noted(self: PlanGraph, *args: Any) -> Planned:
-        seen[-1] = False
-        return in_turn(self, *args)
+    def made(self: PlanGraph, *args: Any) -> Planned:
+        late.append(in_turn(self, *args))
+        return late[-1]
 
-    with patch.object(PlanGraph, "take", watched), patch.object(PlanGraph, "_in_turn", noted):
+    with patch.object(PlanGraph, "_give", given), patch.object(PlanGraph, "_in_turn", made):
         yield seen
 
 
@@ -91,8 +93,7 @@ def follow(script: str, actor: Actor, ahead: bool) -> list[Tensor]:
             outs[k].append(found[-1])
         elif do == "b":
             out = outs[k].pop(0)
-            gradient = torch.sin(torch.arange(out.numel(), dtype=torch.float32, device=out.device))
-            out.backward(gradient.view(out.shape))
+            out.backward(gradient(out))
         elif do == "m":
             for p in actor.parameters():
                 p.data = p.data.clone()

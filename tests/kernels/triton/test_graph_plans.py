@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from recemb.bags import Bags
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
-from recemb_kernels.triton_frame.streams import copied, tensors_of
+from recemb_kernels.triton_frame.streams import HandOver, copied, tensors_of
 from tests.kernels.triton.graph_cases import (
     FakeRecorder,
     Model,
@@ -30,6 +29,8 @@ from tests.kernels.triton.graph_cases import (
     at_once,
     gradient,
     graphed,
+    prefetch,
+    steps,
 )
 from tests.kernels.triton.graph_scripts import SCRIPTS, brought, follow
 from tests.kernels.triton.harness import by_triton
@@ -41,30 +42,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 def _in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     # On the CPU another thread prepares; on a GPU, where there are graphs, the one that looks up.
     monkeypatch.setattr("recemb_kernels.lookup._beside", lambda: SimpleNamespace(submit=at_once))
-
-
-def prefetch(model: Model, bags: Bags) -> Any:
-    """Prepare a batch; what has been made of it."""
-    model.engine.prefetch(model.tables, bags)
-    assert bags.ahead is not None
-    return bags.ahead.wait()
-
-
-def steps(model: Model, batches: Sequence[Bags], ahead: bool = True) -> list[Tensor]:
-    """Outputs, gradients of the weights and of what no optimizer holds, and the parameters in the end."""
-    found = []
-    for k, bags in enumerate(batches):
-        for p in model.parameters:
-            p.grad = None
-        out = model.look_up(bags)
-        if ahead and k + 1 < len(batches):
-            prefetch(model, batches[k + 1])
-        out.backward(gradient(out))
-        found += [out.detach(), *(p.grad for p in model.parameters if p.grad is not None)]
-        if bags.weights is not None:
-            assert bags.weights.grad is not None
-            found.append(bags.weights.grad)
-    return [*found, *(p.detach().clone() for p in model.parameters)]
 
 
 def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -80,9 +57,9 @@ def test_bits_of_batches_that_come_as_they_are(
 ) -> None:
     plain, model = Model(optimizer, methods), Model(optimizer, methods)
     with by_triton():
-        expected = steps(plain, [plain.bags(seed, weighted=weighted) for seed in range(9)], ahead=False)
+        expected = steps(plain, [plain.bags(seed, weighted=weighted) for seed in range(9)])
     with graphed(model) as (groups, recorder), brought() as seen:
-        found = steps(model, [model.bags(seed, weighted=weighted) for seed in range(9)])
+        found = steps(model, [model.bags(seed, weighted=weighted) for seed in range(9)], ahead=1)
     assert equal(expected, found)
     assert seen == [False, False, *5 * [True]]
     assert recorder.recorded == 4 * len(groups), "plan, copy, forward, backward"
@@ -93,18 +70,9 @@ def test_bits_of_batches_that_come_as_they_are(
 def test_two_batches_ahead_from_the_first_one_on() -> None:
     plain, model = Model("sgd"), Model("sgd")
     with by_triton():
-        expected = steps(plain, [plain.bags(seed) for seed in range(12)], ahead=False)
+        expected = steps(plain, [plain.bags(seed) for seed in range(12)])
     with graphed(model), brought() as seen:
-        batches, found = [model.bags(seed) for seed in range(12)], []
-        for k in (0, 1):
-            prefetch(model, batches[k])
-        for k, bags in enumerate(batches):
-            out = model.look_up(bags)
-            if k + 2 < len(batches):
-                prefetch(model, batches[k + 2])
-            out.backward(gradient(out))
-            found.append(out.detach())
-        found += [p.detach().clone() for p in model.parameters]
+        found = steps(model, [model.bags(seed) for seed in range(12)], ahead=2)
     assert equal(expected, found)
     # The fourth is captured, whose plan and that of the fifth were made without a graph.
     assert seen == [False, False, False, *7 * [True]]
@@ -112,19 +80,22 @@ def test_two_batches_ahead_from_the_first_one_on() -> None:
 
 def captured(model: Model) -> None:
     """Have the model prepare its batches by a graph."""
-    steps(model, [model.bags(seed) for seed in range(7)])
+    steps(model, [model.bags(seed) for seed in range(7)], ahead=1)
 
 
-def test_weights_are_those_of_the_look_up() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_are_those_of_the_look_up(dtype: torch.dtype) -> None:
+    """With a graph and before there is one; float64 ones are copied when they are prepared."""
     plain, model = Model("sgd", ("qr",)), Model("sgd", ("qr",))
 
     def run(model: Model, ahead: bool) -> list[Tensor]:
         found = []
         for seed in range(9):
             bags = model.bags(seed, weighted=True)
+            assert bags.weights is not None
+            bags.weights = bags.weights.detach().to(dtype).requires_grad_()
             if ahead:
                 prefetch(model, bags)
-            assert bags.weights is not None
             with torch.no_grad():
                 bags.weights.mul_(2)
             out = model.look_up(bags)
@@ -161,18 +132,17 @@ def test_evaluation_shares_the_graph_that_plans() -> None:
             prefetch(model, bags)
         out = model.look_up(bags)
         out.backward(gradient(out))
-        assert seen == [True], "nothing has been looked up without gradients so far"
+        assert seen == [True], "prepared without gradients, looked up with them"
         before = recorder.recorded
         evaluate(model)
         assert recorder.recorded == before + 1, "one for all: these forwards work on no distinct rows"
-        for expected in ([False], [True]):  # a look-up is prepared for as the one before was made
-            bags = model.bags(8)
-            with torch.no_grad():
-                prefetch(model, bags)
-            seen.clear()
-            out = model.look_up(bags)
-            out.backward(gradient(out))
-            assert seen == expected
+        bags = model.bags(8)
+        with torch.no_grad():
+            prefetch(model, bags)
+        seen.clear()
+        out = model.look_up(bags)
+        out.backward(gradient(out))
+        assert seen == [True], "as after evaluation"
     model = Model("sgd", ("tt",))
     with graphed(model) as (groups, recorder):
         captured(model)
@@ -213,7 +183,7 @@ def test_whatever_comes_between(script: tuple[str, list[bool]]) -> None:
     words, ahead = script
     plain, model = Model("adagrad"), Model("adagrad")
     with by_triton():
-        steps(plain, [plain.bags(seed) for seed in range(7)], ahead=False)
+        steps(plain, [plain.bags(seed) for seed in range(7)])
         expected = follow(words, Scripted(plain, []), ahead=False)
     with graphed(model) as (groups, _):
         captured(model)
@@ -226,9 +196,9 @@ def test_whatever_comes_between(script: tuple[str, list[bool]]) -> None:
 def test_a_graph_gives_way_to_one_that_prepares_ahead() -> None:
     model = Model("sgd")
     with graphed(model) as (groups, recorder):
-        steps(model, [model.bags(seed) for seed in range(6)], ahead=False)
+        steps(model, [model.bags(seed) for seed in range(6)])
         assert recorder.recorded == 2
-        steps(model, [model.bags(seed) for seed in range(7)])
+        steps(model, [model.bags(seed) for seed in range(7)], ahead=1)
         assert isinstance(prefetch(model, model.bags(8)), Planned)
         assert [group.graphs for group in groups] == [1]
     assert recorder.recorded == 2 + 4
@@ -248,12 +218,12 @@ def test_batches_that_no_graph_prepares_ahead(why: str) -> None:
         return Refuses(model.persistent) if why == "no capture" and made == 1 else recorder
 
     with by_triton():
-        expected = steps(plain, [plain.bags(seed) for seed in range(9)], ahead=False)
+        expected = steps(plain, [plain.bags(seed) for seed in range(9)])
     warned = pytest.warns(UserWarning, match="no capture here") if why == "no capture" else nullcontext()
     with warned, by_triton(lambda group: GraphedGroup(group, recorder)) as groups:
-        found = steps(model, [model.bags(seed) for seed in range(9)])
+        found = steps(model, [model.bags(seed) for seed in range(9)], ahead=1)
         assert [group.graphs for group in groups] == [1]
-        assert prefetch(model, model.bags(9)) is None
+        assert prefetch(model, model.bags(9)).call is None, "its look-up does it"
     assert made == (2 if why == "no capture" else 3)
     assert equal(expected, found)
 
@@ -335,9 +305,6 @@ class Streams(StubGroup):
         self.calls.append(")")
         return made, SimpleNamespace(take=lambda held: self.calls.append("plan is there"))
 
-    def hand_over(self) -> Any:
-        return SimpleNamespace(take=lambda held: self.calls.append("batch is there"))
-
     def hold_beside(self) -> None:
         self.calls.append("hold")
 
@@ -351,10 +318,12 @@ class Records(StubRecorder):
         return run(), lambda: self._calls.append(f"replay {self._name}")
 
 
-def test_the_streams_wait_for_each_other() -> None:
+def test_the_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy follows its plan, and the next plan that copy."""
     group = Streams()
     calls = group.calls
+    handed = SimpleNamespace(take=lambda held: calls.append("batch is there"))
+    monkeypatch.setattr(HandOver, "now", lambda device: handed)
     batch = Batch(torch.zeros(3, dtype=torch.int64), torch.arange(4), None, 3)
     planned = ["beside (", "batch is there", "replay plan", ")"]
     taken = ["plan is there", "replay copy", "hold"]
@@ -392,7 +361,7 @@ def test_the_streams_wait_for_each_other() -> None:
 
 def test_copies_share_no_memory() -> None:
     model = Model("sgd", ("tt",))
-    with graphed(model) as _:
+    with graphed(model):
         call = prefetch(model, model.bags(1)).call
         assert isinstance(call, Call)
         own = call.copied()
