@@ -113,4 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry_point() -> NoReturn:
     """What the installed ``recemb`` script calls."""
-    sys.exit(main())
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(main())
+    code = 1
+    try:
+        code = main()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    # Threads of a process group may outlive it, as where a rank stops alone or before its backward. What they
+    # let go of while the interpreter ends aborts the process, exit code and all (pytorch #179291).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

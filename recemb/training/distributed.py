@@ -7,6 +7,7 @@ exchanged, because a rank is gone or stuck, comes through :mod:`recemb.training.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -211,10 +212,19 @@ class World:
             # Who is lost by now is told by the link.
             with suppress(RuntimeError):
                 dist.barrier(group=self._group)
-        if isinstance(error, RecembError):
+            # They all know why: one that ends a little later must not take this one for lost.
+            self._link.leave(0, "in step")
+        elif isinstance(error, RecembError):
             self._link.leave(error.exit_code, str(error))
         else:
-            self._link.leave(0 if error is None else 1, f"{type(error).__name__}: {error}")
+            self._link.leave(1, f"{type(error).__name__}: {error}")
+
+    def _end(self) -> None:
+        """End the process group, and its threads, which run until nothing refers to it."""
+        self._group = None
+        dist.destroy_process_group()
+        # Sharded modules are in cycles.
+        gc.collect()
 
     def _lost(self, error: RuntimeError) -> Loss | None:
         """What a failed collective is due to; ``None`` when ``error`` is a defect of this program's."""
@@ -246,10 +256,9 @@ def joined(config: RunConfig) -> Iterator[World]:
     except RecembError as error:
         world._part(error)
         if world.together:
-            # A group that outlives the interpreter has aborted processes now and then, exit code and all. Of
-            # ranks that are not in step its end could wait for others.
+            # Of ranks that are not in step its end could wait for others.
             with suppress(RuntimeError):
-                dist.destroy_process_group()
+                world._end()
         raise
     except RuntimeError as error:
         loss = world._lost(error)
@@ -266,7 +275,7 @@ def joined(config: RunConfig) -> Iterator[World]:
     except BaseException as error:
         world._part(error)
         raise
-    dist.destroy_process_group()
+    world._end()
 
 
 def _join(launch: Launch, device: str, timeout_seconds: int) -> World:

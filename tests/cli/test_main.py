@@ -136,3 +136,28 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == "[\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("verb", "code", "said"),
+    [("train", 2, "--data_dir: is required"), ("doctor", 1, "a defect of the program")],
+)
+def test_a_rank_does_not_wait_for_its_interpreter_to_end(verb: str, code: int, said: str) -> None:
+    script = (
+        "import atexit; from recemb.cli import doctor, main; atexit.register(print, 'interpreter ends')\n"
+        "def defect(args): raise KeyError('a defect of the program')\n"
+        "doctor.run = defect; main.entry_point()"
+    )
+    ended = {
+        size: subprocess.run(
+            [sys.executable, "-c", script, verb],
+            env=os.environ | {"WORLD_SIZE": size},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        for size in ("1", "2")
+    }
+    assert [each.returncode for each in ended.values()] == [code, code]
+    assert all(said in each.stderr for each in ended.values())
+    assert ["interpreter ends" in each.stdout for each in ended.values()] == [True, False]

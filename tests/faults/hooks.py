@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ def install(
         _AT_START[action]()
         return
     act = _ACTIONS[action]
-    state: dict[str, Any] = {"trainer": None}
+    # Not the trainers themselves: they would keep the process group.
+    made: list[weakref.ref[loop.Trainer]] = []
 
     def due() -> None:
-        trainer = state["trainer"]
+        trainer = made[-1]() if made else None
         if trainer is not None and trainer.outcome.steps == step:
             if mark:
                 Path(mark).write_text(str(time.monotonic()))
@@ -61,7 +63,7 @@ def install(
 
     def remember(self: Any, *args: Any, **named: Any) -> None:
         original(self, *args, **named)
-        state["trainer"] = self
+        made.append(weakref.ref(self))
 
     loop.Trainer.__init__ = remember  # type: ignore[method-assign]
     owner, name = {

@@ -35,5 +35,5 @@ def test_it_trains_as_ranks_that_are_started_one_by_one(launcher: Launcher, tmp_
 
 def test_its_exit_code_is_the_ranks(launcher: Launcher, tmp_path: Path) -> None:
     done = run(launcher.arguments(tmp_path / "run", data_dir="absent"))
-    assert done.returncode == 3
+    assert done.returncode == 3, done.stderr
     assert "absent: no prepared click log" in done.stderr

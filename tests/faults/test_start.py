@@ -53,6 +53,13 @@ def test_what_all_ranks_are_refused(
     ended = launcher.train(tmp_path / "run", **flags)
     assert ended.codes == [code, code]
     assert all(wanted in log for log in ended.logs)
+    assert all("threads at the end: []" in log for log in ended.logs), ended.logs
+
+
+def test_a_run_that_is_done_leaves_no_threads(launcher: Launcher, tmp_path: Path) -> None:
+    ended = launcher.train(tmp_path / "run", limit_train_batches=2)
+    assert ended.codes == [0, 0]
+    assert all("threads at the end: []" in log for log in ended.logs), ended.logs
 
 
 def test_a_plan_for_ranks_that_are_not_there(launcher: Launcher, tmp_path: Path) -> None:

@@ -12,11 +12,18 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import recemb.cli.main
 import recemb.training.run
 from tests.faults import hooks
+
+
+def native_threads() -> list[str]:
+    """Names of this process's threads that serve torch's collectives, where the system tells."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sorted(name for name in names if name.startswith(("gloo", "pt_")))
 
 
 def rank(order: dict[str, Any], log: str) -> int:
@@ -27,7 +34,9 @@ def rank(order: dict[str, Any], log: str) -> int:
     os.environ.update(order["env"])
     try:
         hooks.install(**order["hook"])
-        return recemb.cli.main.main(order["argv"])
+        code = recemb.cli.main.main(order["argv"])
+        print(f"threads at the end: {native_threads()}")
+        return code
     except BaseException:
         traceback.print_exc()
         return 1
