@@ -12,7 +12,7 @@ from recemb.backends.dense import DenseBackend
 from recemb.cache.before_step import BeforeStep
 from recemb.cache.layout import num_candidates
 from recemb.cache.metrics import CacheMetrics
-from recemb.cache.tracker import add, buckets_of, see, vote
+from recemb.cache.tracker import add, buckets_of, see, times_seen, vote
 from recemb.spec import Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
 
@@ -154,7 +154,7 @@ class HotRowCache(DenseBackend):
         buckets = buckets_of(misses, self.owners.numel() - 1, self.num_embeddings)
         if self.settings.policy == "lru":
             now = self.host_value("steps")
-            seen = torch.where(slots >= 0, float(now), 0.0).to(self.scores.dtype)
+            seen = times_seen(slots >= 0, now).to(self.scores.dtype)
             self.scores.scatter_reduce_(0, slots.clamp(min=0), seen, "amax")
             see(self.owners, self.votes, buckets, misses, now)
             return

@@ -84,10 +84,19 @@ class CountModel:
         return len(leaving)
 
     def see(self, ids: list[int]) -> None:
-        if self.hot.policy != "importance":
-            for i in ids:
-                side = self.inside if i in self.inside else self.outside
-                side[i] = self.steps if self.hot.policy == "lru" else side.get(i, 0.0) + 1
+        """Both features' ids, one feature's after the other's."""
+        for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
+            for side, seen in (
+                (self.inside, [i for i in part if i in self.inside]),
+                (self.outside, [i for i in part if i not in self.inside]),
+            ):
+                for place, i in enumerate(seen, 1):
+                    if self.hot.policy == "lfu":
+                        side[i] = side.get(i, 0.0) + 1
+                    elif self.hot.policy == "lru":
+                        # Rounded as the counters are.
+                        time = np.float32(place) / np.float32(len(seen) + 1) + np.float32(self.steps)
+                        side[i] = max(side.get(i, 0.0), float(time))
         self.steps += 1
 
     def weigh(self, ids: list[int], norms: list[np.float32]) -> None:

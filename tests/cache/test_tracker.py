@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recemb.cache.tracker import buckets_of, see, vote
+from recemb.cache.tracker import buckets_of, cells_of, see, vote
 from recemb.data.zipf import BoundedZipf
 
 BATCHES = st.lists(st.lists(st.integers(-1, 19), max_size=8), max_size=6)
@@ -42,26 +44,42 @@ def test_one_bucket_is_a_majority_vote_of_whole_batches(batches: list[list[int]]
         seen = [i for i in batch if i >= 0]
         score += sum(1 if i == owner else -1 for i in seen)
         if score < 0:
-            owner, score = min(i for i in seen if i != owner), -score
+            # As many cells as for the whole batch: ids that stand for none are not taken.
+            padded = [i if i >= 0 and i != owner else -1 for i in batch]
+            cells = cells_of(torch.tensor(padded))[0].tolist()
+            loads = Counter(cell for cell, i in zip(cells, padded, strict=True) if i >= 0)
+            owner = min((-loads[cell], i) for cell, i in zip(cells, padded, strict=True) if i >= 0)[1]
+            score = min(-score, batch.count(owner))
         assert int(owners[0]) == owner
         assert float(votes[0]) == score
+
+
+def test_the_heaviest_takes_a_bucket_over_and_keeps_it_while_it_is_the_majority() -> None:
+    owners, votes = empty(1)
+    for heavy in (9999, 1, 5000):
+        for _ in range(3):
+            rest = torch.arange(2000, 2000 + 300)
+            ids = torch.cat([rest, torch.full((400,), heavy)])
+            vote(owners, votes, torch.zeros_like(ids), ids, torch.ones(len(ids)))
+        assert int(owners[0]) == heavy
+        assert 0 < float(votes[0]) <= 3 * 400
 
 
 @given(batches=BATCHES)
 def test_seen_last(batches: list[list[int]]) -> None:
     owners, votes = empty(4)
-    expected: dict[int, tuple[int, int]] = {}
+    expected: dict[int, tuple[int, float]] = {}
     for step, batch in enumerate(batches):
         ids = torch.tensor(batch, dtype=torch.int64)
         buckets = buckets_of(ids, 4, 20)
         see(owners, votes, buckets, ids, step)
-        for bucket in set(buckets.tolist()) - {4}:
-            expected[bucket] = (
-                min(i for i, b in zip(batch, buckets.tolist(), strict=True) if b == bucket),
-                step,
-            )
+        for place, (i, bucket) in enumerate(zip(batch, buckets.tolist(), strict=True), 1):
+            if i >= 0:
+                expected[bucket] = i, step + place / (len(batch) + 1)
     for bucket in range(4):
-        assert (int(owners[bucket]), int(votes[bucket])) == expected.get(bucket, (-1, 0))
+        owner, time = expected.get(bucket, (-1, 0))
+        assert int(owners[bucket]) == owner
+        assert abs(float(votes[bucket]) - time) < 1e-6
 
 
 def test_buckets_are_even_and_no_id_has_the_spare_one() -> None:
@@ -77,19 +95,24 @@ def test_buckets_are_even_and_no_id_has_the_spare_one() -> None:
     assert buckets_of(torch.tensor([-1]), 1000, 2**40).tolist() == [1000]
 
 
-def test_the_hot_ids_of_a_zipf_stream_own_their_buckets() -> None:
-    import numpy as np
-
+@pytest.mark.parametrize("batch_size", [2000, 20_000])
+@pytest.mark.parametrize("order", ["hottest first", "permuted", "hottest last"])
+def test_the_hot_ids_of_a_zipf_stream_own_their_buckets(order: str, batch_size: int) -> None:
     rows, watched = 100_000, 2000
     generator = np.random.default_rng(0)
+    ranks = {
+        "hottest first": np.arange(rows),
+        "permuted": np.random.default_rng(1).permutation(rows),
+        "hottest last": np.arange(rows)[::-1].copy(),
+    }[order]
     owners, votes = empty(watched)
-    for _ in range(200):
-        drawn = BoundedZipf(rows, 1.05).sample(generator, 2000) - 1
+    for _ in range(400_000 // batch_size):
+        drawn = ranks[BoundedZipf(rows, 1.05).sample(generator, batch_size) - 1]
         ids = torch.from_numpy(drawn)
         vote(owners, votes, buckets_of(ids, watched, rows), ids, torch.ones(len(ids)))
     found = set(owners.tolist())
-    assert sum(i in found for i in range(100)) >= 97
-    assert sum(i in found for i in range(1000)) >= 640
+    assert sum(int(i) in found for i in ranks[:100]) >= 97
+    assert sum(int(i) in found for i in ranks[:1000]) >= 640
     # A vote never exceeds what its id was seen: the hottest come first.
-    best = owners[:-1][votes[:-1].argsort(descending=True)[:20]]
-    assert int(best.max()) < 60
+    best = set(owners[:-1][votes[:-1].argsort(descending=True)[:20]].tolist())
+    assert best <= {int(i) for i in ranks[:60]}

@@ -1,6 +1,5 @@
 // Counts the ids of a training step: scores of cached rows, and a majority vote in each bucket of the others.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 
@@ -33,9 +32,46 @@ inline int64_t bucket_of(int64_t id, int64_t buckets, bool hashed) {
 
 inline float weight_of(const float* weights, int64_t i, int64_t id) { return weights ? weights[i] : id >= 0 ? 1.f : 0.f; }
 
+// As recemb.cache.tracker.cells_of.
+inline int64_t num_cells(int64_t count) {
+  int64_t cells = 1;
+  while (cells < 4 * count) cells *= 2;
+  return cells;
+}
+
+inline int64_t cell_of(int64_t id, int64_t cells) {
+  const int64_t product = static_cast<int64_t>(static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u);
+  return ((product >> 29) ^ product) & (cells - 1);
+}
+
 struct Vote {
   int64_t bucket, held;
 };
+
+// Gives each bucket whose vote is below zero to the heaviest id that it was lost to, the smallest of equals.
+void hand_over(const Count& c, const Vote* votes) {
+  const int64_t cells = num_cells(c.num_ids);
+  const std::unique_ptr<float[]> sums(new float[cells]());
+  const auto lost = [&](int64_t i) { return c.votes[votes[i].bucket] < 0; };
+  const auto sum_of = [&](int64_t id) { return sums[cell_of(id, cells)]; };
+  for (int64_t i = 0; i < c.num_ids; i++) {
+    if (!lost(i) || votes[i].held == c.ids[i]) continue;
+    sums[cell_of(c.ids[i], cells)] += weight_of(c.id_weights, i, c.ids[i]);
+    c.owners[votes[i].bucket] = NOBODY;
+  }
+  for (int64_t i = 0; i < c.num_ids; i++) {
+    const int64_t id = c.ids[i];
+    if (!lost(i) || votes[i].held == id) continue;
+    int64_t& owner = c.owners[votes[i].bucket];
+    if (owner == NOBODY || sum_of(id) > sum_of(owner) || (sum_of(id) == sum_of(owner) && id < owner)) owner = id;
+  }
+  const std::unique_ptr<float[]> own(new float[c.num_buckets + 1]());
+  for (int64_t i = 0; i < c.num_ids; i++)
+    if (lost(i) && c.owners[votes[i].bucket] == c.ids[i])
+      own[votes[i].bucket] += weight_of(c.id_weights, i, c.ids[i]);
+  for (int64_t i = 0; i < c.num_ids; i++)
+    if (lost(i)) c.votes[votes[i].bucket] = std::min(-c.votes[votes[i].bucket], own[votes[i].bucket]);
+}
 
 }  // namespace
 
@@ -56,13 +92,8 @@ void recemb_split_count(const Count* count) {
     votes[i] = {bucket, held};
     c.votes[bucket] += held == id ? weight : -weight;
   }
-  // Of the ids that an owner has lost its bucket to, the smallest owns it next.
-  for (int64_t i = 0; i < c.num_ids; i++)
-    if (c.votes[votes[i].bucket] < 0) c.owners[votes[i].bucket] = NOBODY;
-  for (int64_t i = 0; i < c.num_ids; i++) {
-    const int64_t bucket = votes[i].bucket, id = c.ids[i];
-    if (c.votes[bucket] < 0 && votes[i].held != id) c.owners[bucket] = std::min(c.owners[bucket], id);
-  }
-  for (int64_t i = 0; i < c.num_ids; i++) c.votes[votes[i].bucket] = std::fabs(c.votes[votes[i].bucket]);
+  const auto end = votes.get() + c.num_ids;
+  if (std::any_of(votes.get(), end, [&](const Vote& vote) { return c.votes[vote.bucket] < 0; }))
+    hand_over(c, votes.get());
 }
 }
