@@ -118,6 +118,10 @@ class LookupTarget:
 class LookupTargets(tuple[LookupTarget, ...]):
     """The targets of a collection, one per feature, and what is worked out once of them."""
 
+    def __reduce__(self) -> tuple[type[LookupTargets], tuple[tuple[LookupTarget, ...]]]:
+        # What can be worked out again stays out of copies; arrays of C cannot be pickled.
+        return LookupTargets, (tuple(self),)
+
     @cached_property
     def features(self) -> list[str]:
         """The features' names, in order."""

@@ -127,8 +127,10 @@ def cache_dir() -> Path:
         os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "recemb"),
     ]
     for candidate in candidates:
-        if candidate and _writable(Path(candidate)):
-            return Path(candidate)
+        # Of the folder that the process is in now; a name without one would be looked for elsewhere.
+        folder = Path(candidate).expanduser().absolute() if candidate else None
+        if folder is not None and _writable(folder):
+            return folder
     return _temporary_dir()
 
 

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recemb_kernels.digit_tree.group import Batch, driver
 from recemb_kernels.gather_op import GatherOp, PooledGroup, make_group
@@ -195,6 +194,10 @@ def _beside() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="recemb-prefetch")
 
 
+# A child has no thread that the parent's would wait for.
+os.register_at_fork(after_in_child=_beside.cache_clear)
+
+
 class _Pool(torch.autograd.Function):
     """One autograd node for all tables.
 
@@ -220,8 +223,15 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        # With `create_graph` alone: torch's guard costs a step more than the rest of this.
-        return _once_differentiable(ctx, grad_out) if torch.is_grad_enabled() else _Pool.step(ctx, grad_out)
+        if not torch.is_grad_enabled():
+            return _Pool.step(ctx, grad_out)
+        # With `create_graph`. torch's `once_differentiable` would let a second derivative be silently 0 where
+        # `grad_out` is constant, as it is of a loss that is linear in the rows.
+        with torch.no_grad():
+            grads = _Pool.step(ctx, grad_out)
+        made = [grad for grad in grads if grad is not None]
+        guarded = iter(_once(len(made), *made, grad_out, *ctx.saved_tensors) if made else ())
+        return tuple(None if grad is None else next(guarded) for grad in grads)
 
     @staticmethod
     def step(ctx: Any, grad_out: Tensor) -> Any:
@@ -250,6 +260,21 @@ class _Pool(torch.autograd.Function):
         return None, None, grad_weights, *compress(grads, bound.wanted)
 
 
+class _Once(torch.autograd.Function):
+    """The first ``count`` of some tensors, as of all of them; going back through it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "a look-up cannot be differentiated twice: its backward is a kernel; take second derivatives "
+            "with respect to other parameters, or of pooled embeddings that are detached"
+        )
+
+
 _pool = cast(Callable[..., Tensor], cast(Any, _Pool).apply)
-_once_differentiable = once_differentiable(_Pool.step)
+_once = cast(Callable[..., tuple[Tensor, ...]], cast(Any, _Once).apply)
 _ANCHOR = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")

@@ -288,6 +288,10 @@ class Backend(nn.Module, ABC):
             "cache=HotRows(write_back=False, ...)"
         )
 
+    def written_parameters(self) -> Sequence[nn.Parameter]:
+        """What :meth:`write_back` changes."""
+        return list(self.own_parameters().values())
+
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters, by name, that come closest to ``weight`` [N, D] in the Frobenius norm.
 

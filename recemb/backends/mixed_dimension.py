@@ -86,6 +86,9 @@ class MixedDimensionBackend(Backend):
         return {"e": e, "p": basis.T}
 
     @torch.no_grad()
+    def written_parameters(self) -> Sequence[nn.Parameter]:
+        return [self.e]
+
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Least squares, e[i] = values pinv(P): what of ``values`` lies in the row space of P.
 

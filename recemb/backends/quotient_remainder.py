@@ -134,6 +134,11 @@ class QuotientRemainderBackend(Backend):
         return {"q": q, "r": r}
 
     @torch.no_grad()
+    def written_parameters(self) -> Sequence[nn.Parameter]:
+        if _compression(self.table).operation == "concat":
+            return [self.q, self.r]
+        return [self.q if _longer(self.table) == "q" else self.r]
+
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Damped least squares on the longer table (on both under ``concat``), whose rows fewer ids share.
 

@@ -26,6 +26,8 @@ from recemb.spec import ROBE, TableSpec
 from recemb_kernels.lookup import TableShape
 from recemb_kernels.robe_gather import RobeShape, robe_gather
 
+_LONGEST_BLOCK = 8192
+
 
 class ROBEBackend(Backend):
     """array [|M| / Z, Z], held by the first table of the group; slots are block starts in [0, |M|).
@@ -97,6 +99,9 @@ class ROBEBackend(Backend):
     def native_shape(self) -> TableShape | None:
         # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
         if any(peer.embedding_dim != self.table.embedding_dim for peer in self.peers):
+            return None
+        # A few blocks are on the stack of each thread.
+        if _compression(self.table).block_size > _LONGEST_BLOCK:
             return None
         return TableShape(robe_gather, _shape(self.peers, len(self.array)))
 

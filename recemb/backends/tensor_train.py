@@ -56,7 +56,9 @@ class TensorTrainBackend(Backend):
 
     def native_shape(self) -> TableShape | None:
         shape = TrainShape(*table_shapes(self.table), _compression(self.table).ranks)
-        return TableShape(tt_gather, shape) if len(shape.row_shape) <= MAX_ORDER else None
+        # Digits are told apart by int64 products of the rows' shape.
+        fits = len(shape.row_shape) <= MAX_ORDER and math.prod(shape.row_shape) < 2**63
+        return TableShape(tt_gather, shape) if fits else None
 
     def reset_parameters(self) -> None:
         """Gaussian cores, scaled so that the elements of the product have variance ``row_std**2``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import add, buckets_of, see, times_seen, vote
 from recemb.spec import Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
+
+_FLOATS = ("scores", "votes", "errors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +91,22 @@ class HotRowCache(DenseBackend):
             "refreshed": (1,),
             "counts": (4,),
         }
-        floats = {"scores": (capacity,), "votes": (watched,), "errors": (2,)}
+        floats = dict(zip(_FLOATS, ((capacity,), (watched,), (2,)), strict=True))
         for sizes, dtype in ((integers, torch.int64), (floats, torch.float32)):
             for name, shape in sizes.items():
                 self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if not self.weight.is_meta:
             self.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept: dict[str, Tensor] = {name: getattr(self, name) for name in _FLOATS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's
+        for name, before in kept.items():
+            after: Tensor = getattr(self, name)
+            if after.dtype in (torch.float16, torch.bfloat16):
+                # Whatever rows are stored in: float16 counts to 2,048.
+                self._buffers[name] = before.to(after.device)
+        return self
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -136,7 +149,9 @@ class HotRowCache(DenseBackend):
     @property
     def tracks(self) -> bool:
         """Whether the ids of the training step under way are counted."""
-        return self.host_value("steps") % self.settings.track_every == 0
+        # A step of each window, drawn anew: batches may have a period of their own.
+        window, place = divmod(self.host_value("steps"), self.settings.track_every)
+        return place == (window * 0x9E3779B1 >> 16) % self.settings.track_every
 
     @torch.no_grad()
     def observe(self, slots: Tensor, misses: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> None:

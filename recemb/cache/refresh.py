@@ -36,6 +36,12 @@ def refresh(tables: Sequence[Backend]) -> None:
         NonFiniteError: a row to be written back is NaN or infinite; nothing has changed.
     """
     pairs = [(table, cache_of(table)) for table in tables]
+    # A row that enters has the compressed value, whatever the model around it computes in.
+    with torch.autocast(pairs[0][1].weight.device.type, enabled=False):
+        _exchange(pairs)
+
+
+def _exchange(pairs: Sequence[tuple[Backend, HotRowCache]]) -> None:
     plans = [(table, cache, cache.choose()) for table, cache in pairs]
     for table, cache, plan in plans:
         _check_finite(table, cache.ids[plan.leaving], cache.weight[plan.leaving])

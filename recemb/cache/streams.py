@@ -98,13 +98,15 @@ class Streams:
         """Exchange rows where that is due; whether this is a training step.
 
         Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
-        has stepped on yet: those belong to the rows as they are. It is made up for afterwards.
+        has stepped on yet: those belong to the rows as they are. It is made up for afterwards. A frozen table
+        stays as it is: where its cached rows, or parameters that they would be written to, take no gradient.
         """
         backends = [tables[name] for name in self.names]
         caches = [cache_of(backend) for backend in backends]
         if not (torch.is_grad_enabled() and caches[0].training):
             return False
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
+        due = [backend for backend in due if not _is_frozen(backend)]
         if due and not self._waiting(caches):
             refresh(due)
         return True
@@ -326,6 +328,11 @@ class Streams:
                 for piece in self.pieces
             ]
         )
+
+
+def _is_frozen(backend: Backend) -> bool:
+    changed = [cache_of(backend).weight, *backend.written_parameters()]
+    return not all(parameter.requires_grad for parameter in changed)
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -1,11 +1,11 @@
 """Which ids outside the cache are hot, in a fixed number of counters, without sorting and without a host.
 
 Ids are hashed into K buckets, each of which holds a majority vote (Boyer and Moore, 1981; MV-Sketch, Tang,
-Huang and Lee, INFOCOM 2019): an id adds its weight to the vote of a bucket that it owns, takes it from that
-of another; when the vote falls below zero, the heaviest of the ids that brought it there takes the bucket over.
-An id that is more than half of what its bucket sees ends up as its owner, and its vote never exceeds what it was
-seen. With K = N nothing collides and votes are exact counts. Nothing depends on how ids are numbered but which of
-equals is taken.
+Huang and Lee, INFOCOM 2019): an id adds its weight to the vote of a bucket that it owns and takes it from
+that of another; when the vote falls below zero, the heaviest of the ids that brought it there takes the
+bucket over. An id that is more than half of what its bucket sees ends up as its owner, and its vote never
+exceeds what it was seen. With K = N nothing collides and votes are exact counts. How ids are numbered decides
+between equals alone.
 
 Every function works on tensors of one device, reads nothing back from it, and gives the same result for the
 same batch whatever the device.

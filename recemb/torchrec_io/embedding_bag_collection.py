@@ -23,7 +23,7 @@ from recemb.errors import ConfigError
 from recemb.spec import TableSpec
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
-from recemb.torchrec_io.kjt import bags_from_kjt
+from recemb.torchrec_io.kjt import bags_from_kjt, state_of
 from recemb_kernels.triton_frame.verdict import poll
 
 
@@ -108,7 +108,10 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         if torch.compiler.is_exporting():
             return self._exported(features)
         ahead = self._ahead.pop(id(features), None) if self._ahead else None
-        bags, inverse = ahead[1] if ahead and ahead[0] is features else self._bags(features)
+        if ahead and ahead[0] is features and ahead[1] == self._state_of(features):
+            bags, inverse = ahead[2]
+        else:
+            bags, inverse = self._bags(features)
         pooled = self._engine(self.embedding_bags, bags).float()
         if inverse is not None:
             pieces = torch.split(pooled, self._lengths_per_embedding, dim=1)
@@ -135,7 +138,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
 
         In a thread on the CPU; on a GPU on a stream of its own, by a CUDA graph once look-ups of as many
         prepared ids are replayed as one. The :meth:`forward` that is given this very object then finds that
-        done; its results do not depend on it. Two batches can be under way.
+        done; its results do not depend on it, and a batch that has been written to since is prepared anew.
+        Two batches can be under way.
 
         Example::
 
@@ -151,11 +155,15 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         while len(self._ahead) > 1:  # of batches that were never looked up
             self._ahead.pop(next(iter(self._ahead)))
         self._engine.prefetch(self.embedding_bags, bags)
-        self._ahead[id(features)] = features, (bags, inverse)
+        self._ahead[id(features)] = features, self._state_of(features), (bags, inverse)
 
     def _bags(self, features: KeyedJaggedTensor) -> tuple[Bags, Tensor | None]:
         kjt = maybe_td_to_kjt(features, None)
         return bags_from_kjt(kjt, self._engine.targets, self._is_weighted)
+
+    @staticmethod
+    def _state_of(features: KeyedJaggedTensor) -> list[object] | None:
+        return state_of(features) if isinstance(features, KeyedJaggedTensor) else None
 
     @property
     def micro_batch_rows(self) -> int | None:

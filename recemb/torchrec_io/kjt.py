@@ -9,6 +9,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags, check_structure
+from recemb.cache.hot_rows import version_of
 from recemb.errors import BatchError
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -60,6 +61,14 @@ def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: 
         return
     owner = {target.feature: target for target in targets}
     check_bags(bags, LookupTargets(owner.get(key, LookupTarget(key, "none", _ANY_ID)) for key in keys))
+
+
+def state_of(features: KeyedJaggedTensor) -> list[object]:
+    """What a batch that has been prepared is known by: how often it was written to, and what it is for."""
+    weights = features.weights_or_none()
+    tensors = [features.values(), features.offsets(), *([] if weights is None else [weights])]
+    learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+    return [*map(version_of, tensors), learns, torch.is_inference_mode_enabled()]
 
 
 def padded_offsets(features: KeyedJaggedTensor) -> Tensor:

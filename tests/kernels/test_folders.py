@@ -161,3 +161,17 @@ def test_a_temporary_folder_is_closed_to_others(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     assert build._is_private(tmp_path)
     assert tmp_path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("given", [".", "kernels", "~/kernels"])
+def test_a_folder_is_that_of_where_the_process_was(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RECEMB_CACHE_DIR", given)
+    monkeypatch.chdir(tmp_path)
+    build.cache_dir.cache_clear()
+    try:
+        assert build.cache_dir() == tmp_path / given.removeprefix("~/")
+    finally:
+        build.cache_dir.cache_clear()

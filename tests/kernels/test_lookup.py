@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -16,8 +18,9 @@ from recemb.backends import build
 from recemb.backends.native import pooled_native
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags, LookupTarget, check_bags
+from recemb.engine import Engine
 from recemb.errors import BatchError
-from recemb.spec import TableSpec, TensorTrain
+from recemb.spec import ROBE, Compression, TableSpec, TensorTrain
 from recemb_kernels import check
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
 from recemb_kernels.tt_gather import TrainShape, tt_gather
@@ -259,3 +262,61 @@ def test_a_look_up_is_exported_as_its_op(name: str) -> None:
     assert shape is not None
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert calls == [f"recemb.{shape.op.name}.default"]
+
+
+def test_there_is_no_second_derivative_of_a_linear_loss_either() -> None:
+    engine, tables = make_engine()
+    bags = make_bags(engine, 9, 2, seed=1)
+    parameters = [parameter for table in tables.values() for parameter in table.own_parameters().values()]
+    first = torch.autograd.grad(engine(tables, bags).sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(sum(each.square().sum() for each in first), parameters, allow_unused=True)
+
+
+def test_a_forked_child_prepares_batches_in_a_thread_of_its_own() -> None:
+    engine, tables = make_engine()
+    bags = make_bags(engine, 9, 2, seed=1)
+    with torch.no_grad():
+        engine.prefetch(tables, bags)
+        expected = engine(tables, bags)
+    child = os.fork()
+    if child == 0:
+        # Of the parent's OpenMP threads there are none here.
+        torch.set_num_threads(1)
+        signal.alarm(30)
+        again = make_bags(engine, 9, 2, seed=1)
+        with torch.no_grad():
+            engine.prefetch(tables, again)
+            os._exit(0 if torch.equal(engine(tables, again), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        TensorTrain(rank=2, num_cores=4, row_shape=(2**16,) * 4),
+        ROBE(compress_rate=1, block_size=500_000),
+    ],
+)
+def test_what_kernels_cannot_count_or_hold_is_left_to_plain_torch(compression: Compression) -> None:
+    table = TableSpec(
+        name="t",
+        num_embeddings=2**54 if isinstance(compression, TensorTrain) else 2**17,
+        embedding_dim=16,
+        feature_names=("f",),
+        compression=compression,
+    )
+    tables = build([table], torch.device("cpu"))
+    tables["t"].reset_parameters()
+    assert tables["t"].native_shape() is None
+    if isinstance(compression, TensorTrain):
+        ids = (torch.arange(64)[:, None] * 2**48 + torch.arange(4) * 1024).flatten()
+    else:
+        ids = torch.tensor([0, 1, 1024, 100_000])
+    engine, bags = Engine([table]), Bags(ids, torch.arange(len(ids) + 1), 1)
+    engine(tables, bags).square().sum().backward()
+    rows = tables["t"].rows(tables["t"].map_ids(ids))
+    parameters = list(tables["t"].own_parameters().values())
+    expected = torch.autograd.grad(rows.square().sum(), parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -140,3 +141,53 @@ def test_micro_batches_give_the_same_outputs(rows: int) -> None:
 def test_micro_batch_rows_must_be_positive() -> None:
     with pytest.raises(ConfigError, match=r"micro_batch_rows=0 must be an int >= 1, e\.g\. 8192"):
         make("plain", micro_batch_rows=0)
+
+
+@pytest.mark.parametrize("methods", METHODS)
+def test_a_batch_that_has_been_written_to_is_prepared_anew(methods: str) -> None:
+    module, plain = make(methods), make(methods)
+    first, second = batches(methods, 2)
+    module.prefetch(first)
+    first.values().copy_(ROWS - 1 - first.values())
+    assert torch.equal(module(first).values(), plain(first).values())
+    module.prefetch(second)
+    second.values()[0] = 10**12
+    with pytest.raises(BatchError, match="id 1000000000000 is outside"):
+        module(second)
+
+
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+@pytest.mark.parametrize("cache", [None, HotRows(rows=4, warmup=1, refresh_every=1000, track_every=1)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_get_their_gradient_wherever_a_batch_was_prepared(
+    mode: Callable[[], AbstractContextManager[None]], cache: HotRows | None, order: list[str]
+) -> None:
+    gradients = []
+    for prepared in (False, True):
+        torch.manual_seed(0)
+        tables = [
+            EmbeddingBagConfig(
+                name=f"t_{name}",
+                num_embeddings=50,
+                embedding_dim=8,
+                feature_names=[name],
+                compression=TensorTrain(rank=4, cache=cache),
+            )
+            for name in ("a", "b")
+        ]
+        module = EmbeddingBagCollection(tables=tables, is_weighted=True)
+        ids = torch.tensor([1, 1, 2, 3, 4, 5])
+        weights = torch.linspace(1, 2, 6).requires_grad_()
+        for _ in range(3):
+            features = KeyedJaggedTensor(
+                keys=order, values=ids, lengths=torch.tensor([2, 1, 1, 2]), weights=weights
+            )
+            features.offsets()
+            if prepared:
+                with mode():
+                    module.prefetch(features)
+            weights.grad = None
+            module(features).values().square().sum().backward()
+        assert weights.grad is not None
+        gradients.append(weights.grad)
+    assert torch.equal(*gradients)

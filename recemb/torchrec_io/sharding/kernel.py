@@ -20,7 +20,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
-from recemb.torchrec_io.kjt import padded_offsets
+from recemb.torchrec_io.kjt import padded_offsets, state_of
 from recemb.torchrec_io.sharding.held import Held
 from recemb.torchrec_io.sharding.replicas import Replicas
 
@@ -51,7 +51,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
             if key in tables.attached:
                 tables.attached[key].attach(parameter, id(parameter) in lazy)
         # A pipeline prepares the next batch before this one's backward; one more would never be looked up.
-        self._ahead: deque[tuple[Tensor, Bags]] = deque(maxlen=2)
+        self._ahead: deque[tuple[Tensor, list[object], Bags]] = deque(maxlen=2)
         attached = any(key in tables.attached for key in parameters)
         self._optimizer = CollectionOptimizer(parameters, held.shown) if attached else EmptyFusedOptimizer()
 
@@ -85,7 +85,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         """
         bags = self._bags(features)
         self._engine.prefetch(self.backends, bags)
-        self._ahead.append((features.values(), bags))
+        self._ahead.append((features.values(), state_of(features), bags))
 
     def _bags(self, features: KeyedJaggedTensor) -> Bags:
         offsets = padded_offsets(features) if features.variable_stride_per_key() else features.offsets()
@@ -95,11 +95,11 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
     def _taken(self, features: KeyedJaggedTensor) -> Bags | None:
         """The bags that have been prepared of this very batch; torchrec cuts a new object out each time."""
         values = features.values()
-        for at, (known, bags) in enumerate(self._ahead):
+        for at, (known, state, bags) in enumerate(self._ahead):
             # ``known`` holds the memory, so that the same address is the same ids.
             if known.data_ptr() == values.data_ptr() and known.shape == values.shape and values.numel():
                 del self._ahead[at]
-                return bags
+                return bags if state == state_of(features) else None
         return None
 
     @property

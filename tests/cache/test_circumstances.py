@@ -1,0 +1,112 @@
+"""A cache under what surrounds it: mixed precision, frozen tables, other dtypes, batches with a period."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from recemb.cache.hot_rows import HotRowCache
+from recemb.spec import HotRows, MixedDimension, QuotientRemainder, TensorTrain
+from tests.cache.cases import METHODS, Collection, one_id_bags, spec
+
+EACH_STEP = HotRows(rows=2, warmup=1, refresh_every=1, track_every=1)
+
+
+def made(compression: Any, rows: int = 40) -> Collection:
+    torch.manual_seed(0)
+    return Collection([spec(compression, rows)])
+
+
+def train(collection: Collection, batches: list[list[int]], rate: float = 0.01) -> None:
+    optimizer = torch.optim.SGD([p for p in collection.parameters() if p.requires_grad], rate)
+    for ids in batches:
+        optimizer.zero_grad()
+        collection(one_id_bags(ids)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_are_exchanged_as_ever_inside_autocast(method: str) -> None:
+    ways = []
+    for enabled in (False, True):
+        collection = made(METHODS[method](EACH_STEP))
+        # Look-ups alone, so that rounding of the model's own does not tell the two apart.
+        for k in range(6):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                collection(one_id_bags([k, k, k + 1] * (k + 1)))
+        ways.append(collection)
+    assert ways[0].cache().metrics().evictions > 0
+    for (name, plain), inside in zip(ways[0].named_parameters(), ways[1].parameters(), strict=True):
+        assert torch.equal(plain, inside), name
+    assert torch.equal(ways[0].cache().ids, ways[1].cache().ids)
+
+
+@pytest.mark.parametrize("frozen", ["all", "cached rows", "the rest"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_table_keeps_its_rows(method: str, frozen: str) -> None:
+    collection = made(METHODS[method](EACH_STEP))
+    train(collection, [[1, 1, 2, 2, 3]] * 4)
+    cache = collection.cache()
+    for name, parameter in collection.named_parameters():
+        of_cache = parameter is cache.weight
+        if frozen == "all" or of_cache == (frozen == "cached rows"):
+            parameter.requires_grad_(False)
+        assert name
+    before, held = [p.detach().clone() for p in collection.parameters()], cache.ids.clone()
+    head = torch.nn.Linear(8, 1)
+    for _ in range(4):
+        head(collection(one_id_bags([5, 5, 6, 6]))).sum().backward()
+    assert torch.equal(cache.ids, held)
+    for parameter, known in zip(collection.parameters(), before, strict=True):
+        assert torch.equal(parameter, known)
+
+
+def test_a_parameter_that_rows_are_not_written_to_may_be_frozen() -> None:
+    collection = made(MixedDimension(dim=3, cache=EACH_STEP))
+    collection.backend().p.requires_grad_(False)  # type: ignore[union-attr, operator]
+    train(collection, [[1, 1, 2, 2], [5, 5, 5, 6, 6, 6], [5, 6]])
+    assert set(collection.cache().ids.tolist()) == {5, 6}
+
+
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_batches_that_take_turns_are_all_counted(period: int) -> None:
+    """Each kind of batch has ids of its own; the cache has room for one of each."""
+    hot = HotRows(rows=period, warmup=100, refresh_every=100, track_every=4)
+    collection = made(QuotientRemainder(collisions=4, cache=hot))
+    train(collection, [[step % period] * 5 for step in range(301)], rate=1e-4)
+    assert set(collection.cache().ids.tolist()) == set(range(period))
+
+
+def test_one_step_of_each_window_is_tracked() -> None:
+    for every in (1, 2, 4, 7):
+        hot = HotRows(rows=2, track_every=every)
+        cache = HotRowCache(spec(TensorTrain(rank=2, cache=hot)), torch.device("cpu"))
+        tracked = []
+        for step in range(20 * every):
+            cache.steps.fill_(step)
+            tracked.append(cache.tracks)
+        windows = [tracked[first : first + every] for first in range(0, len(tracked), every)]
+        assert all(sum(window) == 1 for window in windows)
+        assert every == 1 or len({window.index(True) for window in windows}) == every
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("policy", ["lfu", "lru"])
+def test_counters_count_on_whatever_the_rows_are_stored_in(policy: Any, dtype: torch.dtype) -> None:
+    hot = HotRows(rows=2, policy=policy, warmup=8, refresh_every=8, track_every=1)
+    collection = made(QuotientRemainder(collisions=4, operation="add", cache=hot)).to(dtype)
+    cache = collection.cache()
+    assert cache.weight.dtype == dtype
+    with torch.no_grad():
+        # Beyond what float16 holds.
+        cache.steps.fill_(70_000)
+        cache.refreshed.fill_(69_992)
+    for _ in range(17):
+        collection(one_id_bags([1] * 40 + [2] * 40))
+    assert set(cache.ids.tolist()) == {1, 2}
+    for _ in range(60):
+        collection(one_id_bags([7] * 400 + [8] * 400 + [1] * (40 if policy == "lfu" else 0)))
+    assert set(cache.ids.tolist()) == {7, 8}
+    assert bool(torch.isfinite(cache.scores).all())
