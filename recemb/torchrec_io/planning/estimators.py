@@ -158,12 +158,14 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
         Its time of a shard depends on rows only where gradients of whole tables are exchanged
         (data-parallel) or a cache's statistics are given.
         """
+        # Before torchrec's estimate, which writes options' ``is_weighted``, a part of their kind.
+        kinds = [self._kind(option) for option in options]
         first: dict[Hashable, ShardingOption] = {}
-        for option in options:
-            first.setdefault(self._kind(option), option)
+        for kind, option in zip(kinds, options, strict=True):
+            first.setdefault(kind, option)
         self._inner.estimate(list(first.values()), sharder_data_map)
-        for option in options:
-            like = first[self._kind(option)]
+        for kind, option in zip(kinds, options, strict=True):
+            like = first[kind]
             if like is not option:
                 option.is_weighted = like.is_weighted
                 for shard, known in zip(option.shards, like.shards, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchrec
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -79,6 +80,28 @@ def test_a_mixed_plan_can_be_run(device: str, world: int) -> None:
     check_plan(CompressedTables.of(model.ebc), list(MIXED), plan.plan["ebc"], world)
     a, b = plan.plan["ebc"]["robe_a"], plan.plan["ebc"]["robe_b"]
     assert (a.sharding_type, a.ranks) == (b.sharding_type, b.ranks)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_collections_of_torchrecs_are_planned_beside_ours(device: str) -> None:
+    """Of a module that is not pooled torchrec learns only while estimating that it has no weights."""
+    model = Model(MIXED)
+    model.sequence = torchrec.EmbeddingCollection(
+        tables=[
+            torchrec.EmbeddingConfig(
+                num_embeddings=1000, embedding_dim=16, name=f"s{k}", feature_names=[f"s{k}"]
+            )
+            for k in range(2)
+        ],
+        device=torch.device("meta"),
+    )
+    plan = planner(ranks(2, 2, device), BATCH).plan(model, get_sharders())
+    assert list(plan.plan["sequence"]) == ["s0", "s1"]
+    assert list(plan.plan["ebc"]) == list(MIXED)
+    options = planner(ranks(2, 2, device), BATCH)._enumerator.enumerate(model, get_sharders())
+    own = [option for option in options if option.name == "s1"]
+    assert own
+    assert all(shard.perf is not None and shard.perf.total > 0 for option in own for shard in option.shards)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
