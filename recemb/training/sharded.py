@@ -29,6 +29,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from recemb.backends import storages
 from recemb.data.click_log import ClickLog
 from recemb.errors import ConfigError
+from recemb.optim.attached import attached_to
 from recemb.planner.budget import BudgetedTables
 from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders, load_plan
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
@@ -100,7 +101,8 @@ class ShardedModel:
 def build_sharded(config: RunConfig, log: ClickLog, tables: BudgetedTables, world: World) -> ShardedModel:
     """The click model over all ranks; it starts from the weights that one process would start from.
 
-    Each rank makes the whole model first, for those weights, and keeps its part.
+    Each rank makes the whole model first, with its tables' optimizers, for those weights, and keeps its part:
+    more memory than the plan counts, until the model is sharded.
 
     Raises:
         ConfigError: a plan that does not fit the model or that ranks disagree on, before anything is sharded.
@@ -131,13 +133,13 @@ def shard_model(
     """Spread ``model`` over the default group's ranks; its weights stay those it has now.
 
     Args:
-        model: the whole model, equal on every rank, with its tables' optimizers attached. It may be dropped
-            afterwards.
+        model: the whole model, equal on every rank, with its tables' optimizers attached. It is used up: its
+            tables are empty afterwards, and its layers are the sharded model's.
         plan: by table name.
         device: of this rank.
         communication_slices: of the sharder.
     """
-    path, _ = find_collection(model)
+    path, collection = find_collection(model)
     state = model.state_dict()
     own = EmbeddingModuleShardingPlan(plan)
     sharded = DistributedModelParallel(
@@ -149,7 +151,20 @@ def shard_model(
     )
     # torchrec draws the tables anew.
     sharded.load_state_dict(state)
+    _empty(collection)
     return sharded
+
+
+def _empty(collection: nn.Module) -> None:
+    """Give the memory of parameters and of their attached optimizers back.
+
+    torch holds a parameter that had an optimizer attached for as long as the process runs
+    (``param_to_acc_grad_map``), and through it the optimizer; dropping the collection frees neither.
+    """
+    for parameter in collection.parameters():
+        for optimizer in attached_to(parameter):
+            optimizer.state.clear()
+        parameter.data = parameter.data.new_empty(0)
 
 
 def build_sharded_optimizer(config: RunConfig, model: DistributedModelParallel) -> CombinedOptimizer:

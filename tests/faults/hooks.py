@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -146,6 +147,36 @@ def _plan(kind: str) -> None:
     sharded.default_plan = plan
 
 
+def _count_left_over() -> None:
+    """Print the bytes of the whole model's tables and of their optimizers that outlive its sharding."""
+    left: dict[str, weakref.ref[Any]] = {}
+    numbers: dict[str, int] = {}
+    shard, build = sharded.shard_model, run.build_sharded
+
+    def watch(name: str, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        left[name], numbers[name] = weakref.ref(storage), storage.nbytes()
+
+    def shard_model(model: Any, *args: Any) -> Any:
+        _, collection = sharded.find_collection(model)
+        for name, tensor in collection.state_dict(keep_vars=True).items():
+            watch(name, tensor)
+            for optimizer in getattr(tensor, "_in_backward_optimizers", ()):
+                for key, value in optimizer.state[tensor].items():
+                    watch(f"{name}.{key}", value)
+        return shard(model, *args)
+
+    def build_sharded(*args: Any) -> Any:
+        made = build(*args)
+        # Modules and their optimizers refer to each other; what is left then is never freed.
+        gc.collect()
+        kept = {name: numbers[name] for name, storage in left.items() if storage() is not None}
+        print(f"of {sum(numbers.values())} bytes in {len(numbers)} tensors are left over: {kept}")
+        return made
+
+    sharded.shard_model, run.build_sharded = shard_model, build_sharded
+
+
 def _save_again() -> None:
     """Save what is restored beside it, in the folder ``again``."""
     original = TrainerState.restore
@@ -181,4 +212,5 @@ _AT_START: dict[str, Callable[[], None]] = {
     "other_plan": _other_plan,
     "other_data": _other_data,
     "save_again": _save_again,
+    "count_left_over": _count_left_over,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,32 @@ def test_replicated_tables(launcher: Launcher, tmp_path: Path, optimizer: str) -
     assert launcher.train(one, 1, batch_size=200, **flags).codes == [0]
     # A replica's Adam moves all rows: those without a gradient go on as they went.
     assert distance(one, two) < (2e-6 if optimizer == "rowwise_adagrad" else 6 * 0.001)
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "more"),
+    [
+        ("dense", None, {"optimizer": "rowwise_adagrad"}),
+        ("dense", None, {"optimizer": "adagrad", "plan": "data_parallel"}),
+        ("qr", 2, {"optimizer": "adagrad", "plan": "data_parallel"}),
+        ("tt", 4, {"optimizer": "adagrad", "cache_fraction": 0.05}),
+        ("robe", 20, {"optimizer": "sgd"}),
+    ],
+)
+def test_ranks_keep_nothing_of_the_whole_models_tables(
+    launcher: Launcher, tmp_path: Path, method: str, rate: int | None, more: dict[str, Any]
+) -> None:
+    """They would come on top of what a plan has counted."""
+    flags = {"method": method, "compress_rate": rate, "limit_train_batches": 2} | more
+    hook = {"action": "count_left_over", "plan": flags.pop("plan", None)}
+    ended = launcher.train(tmp_path / "run", hooks={0: hook, 1: hook}, **flags)
+    assert ended.codes == [0, 0], ended.logs
+    for log in ended.logs:
+        counted = re.search(r"of (\d+) bytes in (\d+) tensors are left over: {}", log)
+        assert counted, log
+        # The hook has seen 26 tables, those of ROBE in one array, and what their optimizers start with.
+        assert int(counted[1]) > 10_000
+        assert int(counted[2]) > 20
 
 
 def test_compare_trains_both_on_all_ranks(launcher: Launcher, tmp_path: Path) -> None:
