@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from recemb.cli.main import main
 from tests.faults.conftest import Launcher, distance, evaluations, result, weights
 
 # Adam and Adagrad divide by the size of a gradient's own history, which makes a rounding of tiny ones large.
@@ -110,6 +111,26 @@ def test_replicated_tables(launcher: Launcher, tmp_path: Path, optimizer: str) -
     assert launcher.train(one, 1, batch_size=200, **flags).codes == [0]
     # A replica's Adam moves all rows: those without a gradient go on as they went.
     assert distance(one, two) < (2e-6 if optimizer == "rowwise_adagrad" else 6 * 0.001)
+
+
+def test_row_wise_tables_of_a_plan(launcher: Launcher, log_dir: Path, tmp_path: Path) -> None:
+    """``recemb plan`` cuts tables by rows; the last of 11 steps has 150 rows on rank 0 and 50 on rank 1."""
+    flags: dict[str, Any] = {"method": "qr", "compress_rate": 2, "optimizer": "adam", "embedding_dim": 8}
+    flags |= {"dense_arch_layer_sizes": "8,8", "over_arch_layer_sizes": "8,1"}
+    config, plan, one, two = (tmp_path / name for name in ("config.yaml", "plan.json", "one", "two"))
+    lines = {"data_dir": log_dir, "output": two, "batch_size": 150} | flags
+    config.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    asked = ["plan", "--config", config, "--world_size", 2, "--device", "cpu", "--ddr", "20MB"]
+    assert main([*map(str, asked), "--output", str(plan)]) == 0
+    ended = launcher.train(two, 2, batch_size=150, test_batch_size=90, plan=plan, **flags)
+    assert ended.codes == [0, 0], ended.logs
+    assert sum(place.startswith("row_wise") for place in result(two)["sharding"].values()) > 1
+    assert launcher.train(one, 1, batch_size=300, test_batch_size=350, **flags).codes == [0]
+    assert distance(one, two) < 1e-6
+    single, both = result(one), result(two)
+    assert (both["steps"], both["train_samples"]) == (single["steps"], single["train_samples"])
+    for name in ("auc", "logloss"):
+        assert both[name] == pytest.approx(single[name], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,10 @@ def attach(case: Case, parameters: Sequence[nn.Parameter]) -> None:
         apply_optimizer_in_backward(kind, parameters, dict(arguments))
 
 
-def batch(seed: int, case: Case, empty: str | None = None) -> KeyedJaggedTensor:
-    """One rank's batch, with ids that repeat and bags of 0 to 3; feature ``empty`` has no ids."""
+def batch(seed: int, case: Case, empty: str | None = None, size: int = BATCH) -> KeyedJaggedTensor:
+    """One rank's ``size`` samples, with ids that repeat and bags of 0 to 3; feature ``empty`` has no ids."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 4, (len(KEYS), BATCH), generator=generator)
+    lengths = torch.randint(0, 4, (len(KEYS), size), generator=generator)
     if empty is not None:
         lengths[KEYS.index(empty)] = 0
     count = int(lengths.sum())

@@ -31,8 +31,8 @@ PLACES: dict[str, dict[str, Place]] = {
     "table_wise": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "qr_cat": 1},
     "data_parallel": dict.fromkeys(COMPRESSED),
     "empty_rank": dict.fromkeys(COMPRESSED, 1),
-    # torchrec's row-wise tables cannot go backward under a variable batch size on gloo.
     "variable": {"tt": 0, "qr": 1, "robe_a": None, "robe_b": None, "md": 0, "qr_cat": None, "d_rw": 0},
+    "variable_rows": {"tt": 0, "qr": ROWS, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": ROWS},
     # No uncompressed table is replicated: there is nothing to wrap in DDP.
     "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": None, "d_dp": 0},
     "row_wise": {"tt": 0, "qr": ROWS, "robe_a": 1, "robe_b": 1, "md": ROWS, "qr_cat": ROWS},
@@ -137,3 +137,11 @@ CASES = [
     )
 ]
 CASES += [*_drawn(2), *_drawn(4)]
+# Samples of each rank, where tables are cut by rows: compressed ones, uncompressed ones beside them or alone.
+UNEVEN: list[tuple[Case, tuple[int, ...]]] = [
+    *((Case("row_wise", "sum", "sgd"), sizes) for sizes in ((5, 2), (6, 0), (0, 3))),
+    (Case("row_wise", "mean", "rowwise_adagrad"), (5, 2)),
+    (Case("row_wise", "weighted", None), (1, 6)),
+    (Case("table_wise", "sum", "rowwise_adagrad"), (2, 5)),
+    (Case("four", "mixed_pooling", "rowwise_adagrad", 4), (3, 0, 6, 1)),
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tests.sharding.cases import (
     plan,
     variable_batch,
 )
-from tests.sharding.places import CASES, Case
+from tests.sharding.places import CASES, UNEVEN, Case
 from tests.sharding.shared import (
     Found,
     dense_optimizer,
@@ -52,8 +52,10 @@ from tests.sharding.shared import (
 )
 
 
-def parity(rank: int, case: Case) -> Found:
-    """Three steps beside the unsharded model on the ranks' batches together."""
+def parity(rank: int, case: Case, sizes: Sequence[int] | None = None) -> Found:
+    """Three steps beside the unsharded model on the ranks' batches together, of ``sizes`` or all of one."""
+    sizes = sizes or [BATCH] * case.world
+    start_row, share = sum(sizes[:rank]), sizes[rank] * case.world / sum(sizes)
     reference = Model(collection(case))
     start = {key: value.clone() for key, value in reference.state_dict().items()}
     model = sharded(case, start)
@@ -68,15 +70,16 @@ def parity(rank: int, case: Case) -> Found:
         # third, and the projection of its table moves all the same.
         nowhere = {1: "f5", 2: "f0" if case.optimizer == "adam" else None}.get(step)
         empty = [nowhere or ("f3" if at == 0 else None) for at in range(case.world)]
-        local = [batch(10 * step + at, case, empty[at]) for at in range(case.world)]
+        local = [batch(10 * step + at, case, empty[at], sizes[at]) for at in range(case.world)]
         plain.zero_grad()
         loss, expected = reference(joined(local))
         loss.backward()
         dense.zero_grad()
         own_loss, columns = model(local[rank])
-        own_loss.backward()
-        rows = slice(rank * BATCH, (rank + 1) * BATCH)
-        outputs = max(outputs, float((columns - expected[rows]).detach().abs().max()))
+        # Ranks' gradients are averaged, and each loss is a mean over the rank's own samples.
+        (own_loss * share).backward()
+        apart = (columns - expected[start_row : start_row + sizes[rank]]).detach().abs()
+        outputs = max([outputs, *apart.flatten().tolist()])
         places = {key: held(value) for key, value in model.state_dict().items()}
         for key, parameter in model.named_parameters():
             whole = named[key].grad
@@ -141,9 +144,9 @@ def round_trip(rank: int) -> Found:
     }
 
 
-def variable(rank: int) -> Found:
+def variable(rank: int, place: str) -> Found:
     """A batch size per feature: outputs, and weights after a fused step."""
-    case = Case("variable", "sum", "sgd")
+    case = Case(place, "sum", "sgd")
     reference = Model(collection(case))
     model = sharded(case, reference.state_dict())
     dense = dense_optimizer(model)
@@ -351,9 +354,14 @@ def main(rank: int, world: int, folder: Path) -> None:
     runs: dict[str, Callable[[], Found]] = {
         str(case): (lambda case=case: parity(rank, case)) for case in CASES if case.world == world
     }
+    for case, sizes in UNEVEN:
+        if case.world == world:
+            runs[f"{case} {sizes}"] = lambda case=case, sizes=sizes: parity(rank, case, sizes)
     if world == 2:
-        for run in (round_trip, variable, frozen, another_table, schedule, pipeline):
+        for run in (round_trip, frozen, another_table, schedule, pipeline):
             runs[run.__name__] = lambda run=run: run(rank)
+        for place in ("variable", "variable_rows"):
+            runs[place] = lambda place=place: variable(rank, place)
         for place in ("adam", "adam_replicated"):
             runs[f"partly_frozen {place}"] = lambda place=place: partly_frozen(rank, place)
         runs["other_plan"] = lambda: saved.other_plan(rank, folder)

@@ -33,6 +33,8 @@ from recemb.torchrec_io.embedding_bag_collection import (
     reset_tables,
 )
 from recemb.torchrec_io.kjt import check_kjt
+from recemb.torchrec_io.sharding.even import EvenRwSharding
+from recemb.torchrec_io.sharding.held import ROW_WISE
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
 from recemb.torchrec_io.sharding.placement import check_environment, check_plan, customized
@@ -165,12 +167,15 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         permute_embeddings: bool = False,
         qcomm_codecs_registry: Any = None,
     ) -> Any:
-        if not any(isinstance(info, CompressedShardingInfo) for info in sharding_infos):
+        compressed = any(isinstance(info, CompressedShardingInfo) for info in sharding_infos)
+        if not compressed and sharding_infos[0].param_sharding.sharding_type != ROW_WISE:
             return super().create_embedding_bag_sharding(
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
         if device is not None and device.type == "meta":
             replace_placement_with_meta_device(sharding_infos)
+        if not compressed:
+            return EvenRwSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
         return compressed_sharding(sharding_infos, env, device, qcomm_codecs_registry)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:

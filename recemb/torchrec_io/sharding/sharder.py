@@ -29,6 +29,10 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
     Tables that share a ROBE array lie on one rank or are all data-parallel. Uncompressed tables take every
     plan and kernel of torchrec's.
 
+    Ranks' batches may differ in size, or be empty. On gloo, where torchrec's row-wise exchange takes equal
+    ones alone, pooled rows travel with zeros up to the largest batch; torchrec's own ``table_row_wise`` and
+    ``grid_shard`` still fail there in the backward.
+
     An optimizer that ``apply_optimizer_in_backward`` attached before steps on compressed tables however they
     are planned: fused into the backward, or, on what every rank holds whole, once its gradient has been
     exchanged there (Adam is lazy there too: rows whose gradient is 0 throughout stay). torchrec does not let

@@ -12,12 +12,13 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
+from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.torchrec_io.sharding.even import EvenRwSharding
 from recemb.torchrec_io.sharding.held import DATA_PARALLEL, ROW_WISE, Held, row_split
 from recemb.torchrec_io.sharding.kernel import CompressedLookup
 from recemb.torchrec_io.sharding.tables import CompressedTables
@@ -103,7 +104,7 @@ class CompressedDpSharding(Compressed, DpPooledEmbeddingSharding):  # type: igno
         self._hold(sharding_infos)
 
 
-class CompressedRwSharding(Compressed, RwPooledEmbeddingSharding):  # type: ignore[misc] # no types
+class CompressedRwSharding(Compressed, EvenRwSharding):
     """Row-wise: each rank has some rows of each table; the ranks' partial sums are added up."""
 
     def __init__(self, sharding_infos: Sequence[EmbeddingShardingInfo], *rest: Any, **named: Any) -> None:
