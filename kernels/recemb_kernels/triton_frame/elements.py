@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.captures import exclusive
+
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Keys of a batch are 32-bit where that will do: their types in Triton's signatures, and bytes.
@@ -46,13 +48,22 @@ def tuned(
     def of_launch(configs: Sequence[Any], _: Any, **constants: Any) -> list[Any]:
         return [c for c in configs if (c.num_warps, c.num_stages) in variants(constants)]
 
-    return triton.autotune(
+    tuner = triton.autotune(
         configs=configs,
         key=list(key),
         restore_value=list(restore),
         prune_configs_by={"early_config_prune": of_launch},
         do_bench=_time,
     )(kernel)
+    run = tuner.run
+
+    def run_alone(*args: Any, **launch: Any) -> Any:
+        # The tuner keeps the arguments of a launch, tuned or not, and what it restores, in itself.
+        with exclusive:
+            return run(*args, **launch)
+
+    tuner.run = run_alone
+    return tuner
 
 
 def _time(call: Any, quantiles: Any) -> Any:

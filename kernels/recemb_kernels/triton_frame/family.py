@@ -13,9 +13,9 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
+from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.plan import BatchPlan, Keys, keys_of, plan_batch
 from recemb_kernels.triton_frame.streams import HandOver, copied
-from recemb_kernels.triton_frame.verdict import capturing
 from recemb_kernels.update import Update, is_stepped
 
 _S = TypeVar("_S")

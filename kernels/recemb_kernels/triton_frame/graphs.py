@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_keys import kind_of, shape_of, step_of, who
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
-from recemb_kernels.triton_frame.verdict import capturing, poll
+from recemb_kernels.triton_frame.verdict import poll
 from recemb_kernels.update import Update
 
 # Launches of a shape that stay eager: kernels are compiled and tuned in them.

@@ -5,19 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Lock
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
-from recemb_kernels.triton_frame.verdict import capturing
+from recemb_kernels.triton_frame.captures import capturing, exclusive
 
 _T = TypeVar("_T")
 # Of a device's memory, what the graphs of one group of tables may hold.
 _MOST_MEMORY = 1 / 16
-# A process captures one graph at a time: a capture begins with a wait that breaks another thread's.
-_capturing = Lock()
 # Graphs that the device has broken off, a few in a process: torch must not find their memory freed.
 _broken: list[torch.cuda.CUDAGraph] = []
 
@@ -59,7 +56,7 @@ class GraphRecorder:
         current = torch.cuda.current_stream(self._device)
         # Other threads may allocate pinned memory meanwhile, as data loaders do.
         mode = "thread_local"
-        with _capturing:
+        with exclusive:
             try:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                     before = torch.cuda.memory_reserved(self._device)

@@ -14,14 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recemb_kernels.triton_frame.captures import capturing
+
 _Pending = tuple[Any, Tensor, Callable[[], Exception]]
 _pending: deque[_Pending] = deque()
 _lock = Lock()  # of looking at the first one and taking it away
-
-
-def capturing() -> bool:
-    """Whether launches are being recorded in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def note(mark: Tensor, error: Callable[[], Exception]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,7 @@ from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb_kernels.digit_tree.group import Batch
+from recemb_kernels.triton_frame.captures import exclusive
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.streams import tensors_of
@@ -155,6 +157,21 @@ def at_once(run: Callable[..., Any], *args: Any) -> Any:
     """Stands for a thread pool."""
     made = run(*args)
     return SimpleNamespace(result=lambda: made)
+
+
+def is_free_elsewhere() -> bool:
+    """Whether another thread may capture, or launch a kernel that may be tuned."""
+    found: list[bool] = []
+
+    def ask() -> None:
+        found.append(exclusive.acquire(blocking=False))
+        if found[0]:
+            exclusive.release()
+
+    thread = Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def gradient(out: Tensor) -> Tensor:

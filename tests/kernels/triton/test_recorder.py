@@ -12,6 +12,7 @@ import torch
 
 from recemb_kernels.triton_frame import recorder
 from recemb_kernels.triton_frame.recorder import GraphRecorder
+from tests.kernels.triton.graph_cases import is_free_elsewhere
 
 POOL = (0, 7)
 
@@ -119,6 +120,14 @@ def test_memory_outlives_the_last_replay(fake: Torch) -> None:
     del replay
     assert result == 5
     assert fake.calls == ["replay", ("own", "waits", "user's"), "destroyed"]
+
+
+def test_no_other_thread_tunes_or_captures_beside_a_capture(fake: Torch) -> None:
+    free, _ = _record()(is_free_elsewhere)
+    assert not free
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _record()(_fails)
+    assert is_free_elsewhere()
 
 
 def test_no_stream_waits_within_the_callers_capture(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
