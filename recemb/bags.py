@@ -18,6 +18,7 @@ from torch import Tensor
 from recemb.errors import BatchError
 from recemb_kernels.check import MOST, Limits, bags_are_valid
 from recemb_kernels.lookup import Ahead
+from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import note, poll
 
@@ -54,6 +55,16 @@ class Bags:
     def batch_size(self) -> int:
         """B."""
         return (self.offsets.numel() - 1) // self.num_features if self.num_features else 0
+
+    @property
+    def prepared_outside(self) -> bool:
+        """Whether this was prepared, and the caller is capturing a CUDA graph.
+
+        The graph must not wait for what has been done outside of it, nor read what is gone when it is
+        replayed, and is to check and group the ids of every replay. So a look-up in it begins from the ids,
+        and nothing is prepared in it.
+        """
+        return self.handed is not None and capturing()
 
     @cached_property
     def feature_bounds(self) -> list[int]:

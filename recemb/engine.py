@@ -19,6 +19,7 @@ from recemb.cache.streams import Streams
 from recemb.errors import BatchError
 from recemb.spec import TableSpec
 from recemb_kernels.gather_op import opaque
+from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.streams import HandOver
 
 
@@ -60,6 +61,8 @@ class Engine:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
         served = [tables[target.table] for target in self.targets]
+        if bags.prepared_outside:
+            bags = Bags(bags.ids, bags.offsets, bags.num_features, bags.weights)
         if not bags.checked:
             self._check(served, bags)
         if bags.handed is not None:
@@ -73,7 +76,7 @@ class Engine:
         return streams.merge(tables, pooled, split, training)
 
     @opaque
-    def prefetch(self, tables: Mapping[str, Backend], bags: Bags) -> None:
+    def prefetch(self, tables: Mapping[str, Backend], bags: Bags) -> bool:
         """Prepare a batch for its look-up, beside what runs now: check it, sort and group its ids.
 
         A cached table's ids are split into cached rows and others too, which is done again if rows have been
@@ -82,9 +85,14 @@ class Engine:
         Args:
             bags: as of the look-up, which must be given this very object.
 
+        Returns:
+            Whether to keep it: while the caller captures a CUDA graph, all is left to the look-up.
+
         Raises:
             BatchError: as in the look-up.
         """
+        if capturing():
+            return False
         served = [tables[target.table] for target in self.targets]
         self._check(served, bags)
         bags.checked = True
@@ -95,6 +103,7 @@ class Engine:
             bags.split = streams.split(tables, bags)
             prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
         bags.handed = HandOver.now(bags.ids.device)
+        return True
 
     def _check(self, served: Sequence[Backend], bags: Bags) -> None:
         """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""

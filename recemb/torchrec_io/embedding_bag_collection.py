@@ -108,10 +108,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         if torch.compiler.is_exporting():
             return self._exported(features)
         ahead = self._ahead.pop(id(features), None) if self._ahead else None
-        if ahead and ahead[0] is features and ahead[1] == self._state_of(features):
-            bags, inverse = ahead[2]
-        else:
-            bags, inverse = self._bags(features)
+        known = ahead[2] if ahead and ahead[0] is features and ahead[1] == self._state_of(features) else None
+        bags, inverse = self._bags(features) if known is None or known[0].prepared_outside else known
         pooled = self._engine(self.embedding_bags, bags).float()
         if inverse is not None:
             pieces = torch.split(pooled, self._lengths_per_embedding, dim=1)
@@ -154,8 +152,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         bags, inverse = self._bags(features)
         while len(self._ahead) > 1:  # of batches that were never looked up
             self._ahead.pop(next(iter(self._ahead)))
-        self._engine.prefetch(self.embedding_bags, bags)
-        self._ahead[id(features)] = features, self._state_of(features), (bags, inverse)
+        if self._engine.prefetch(self.embedding_bags, bags):
+            self._ahead[id(features)] = features, self._state_of(features), (bags, inverse)
 
     def _bags(self, features: KeyedJaggedTensor) -> tuple[Bags, Tensor | None]:
         kjt = maybe_td_to_kjt(features, None)

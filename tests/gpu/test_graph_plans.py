@@ -135,3 +135,33 @@ def test_whatever_comes_between(
         assert brought == (expected if ahead else [])
     poll(wait=True)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+@pytest.mark.parametrize("prepared", ["before", "in it"])
+def test_a_callers_capture_of_a_prepared_batch(
+    prepared: str, graphs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for nothing outside, leaves no stream within, and its replays read the ids of then."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    gpu, kjt, others = made(None), batch(1), [batch(seed) for seed in (2, 3)]
+    own, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        expected = [gpu(other).values() for other in others]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(own):
+            for _ in range(2):
+                gpu(kjt)
+        own.synchronize()
+        if prepared == "before":
+            gpu.prefetch(kjt)
+        with torch.cuda.graph(graph, stream=own):
+            if prepared == "in it":
+                gpu.prefetch(kjt)
+            found = gpu(kjt).values()
+        for other, out in zip(others, expected, strict=True):
+            kjt.values().copy_(other.values())
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(found, out)
+    poll(wait=True)

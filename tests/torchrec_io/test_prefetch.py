@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_a_prepared_batch_that_never_comes_is_let_go() -> None:
     assert len(ebc._ahead) == 2
     assert torch.equal(ebc(given[5]).values(), make("plain")(given[5]).values())
     assert torch.equal(ebc(given[0]).values(), make("plain")(given[0]).values())
+
+
+@pytest.mark.parametrize("prepared", ["before", "in it"])
+def test_a_callers_capture_reads_the_batch_itself(prepared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays find other ids there, of which a copy made before would be stale; so is one of it, after it."""
+    ebc, keys, lengths = make("plain"), list(METHODS["plain"]), torch.ones(200, dtype=torch.int64)
+    narrow = KeyedJaggedTensor(keys, torch.zeros(200, dtype=torch.int32), lengths=lengths)
+    capturing = prepared == "in it"
+    for name in ("recemb.engine.capturing", "recemb.bags.capturing"):
+        monkeypatch.setattr(name, lambda: capturing)
+    ebc.prefetch(narrow)
+    for _, (bags, _) in ebc._ahead.values():
+        bags.handed = SimpleNamespace(take=lambda held: pytest.fail("it waits"))  # as on a GPU
+    narrow.values().copy_(torch.arange(200))
+    capturing = prepared == "before"
+    wide = KeyedJaggedTensor(keys, torch.arange(200), lengths=lengths)
+    assert torch.equal(ebc(narrow).values(), ebc(wide).values())
 
 
 def test_a_collection_is_copied_without_what_is_under_way() -> None:

@@ -241,7 +241,7 @@ class GraphedGroup:
 
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> _Fresh | Planned:
         """As of the group, by a graph of a kind of batches that has one."""
-        if batch.size and batch.ids.numel() and not capturing():
+        if batch.size and batch.ids.numel():
             kind = kind_of(batch)
             with self._lock:
                 plans = self._plans(kind)
@@ -321,10 +321,8 @@ class GraphedGroup:
 
     def _left(self, batch: Batch, state: _Fresh | Planned | None) -> Call | None:
         """What has been prepared, for a look-up that no graph is free for."""
-        if state is None or capturing():  # a caller's capture must not wait for what is outside of it
-            return None
-        if isinstance(state, _Fresh):
-            return state.call
+        if not isinstance(state, Planned):
+            return None if state is None else state.call
         with self._lock:
             plans = self._plans(kind_of(batch))
         with self._group.on_device():

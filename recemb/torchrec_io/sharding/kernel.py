@@ -71,7 +71,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         """
         variable = features.variable_stride_per_key()
         bags = self._taken(features)
-        if bags is None:
+        if bags is None or bags.prepared_outside:
             bags = self._bags(features)
         with self.replicas.exchanged():
             pooled = self._engine(self.backends, bags).float()
@@ -84,8 +84,8 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
             BatchError: as in the look-up.
         """
         bags = self._bags(features)
-        self._engine.prefetch(self.backends, bags)
-        self._ahead.append((features.values(), state_of(features), bags))
+        if self._engine.prefetch(self.backends, bags):
+            self._ahead.append((features.values(), state_of(features), bags))
 
     def _bags(self, features: KeyedJaggedTensor) -> Bags:
         offsets = padded_offsets(features) if features.variable_stride_per_key() else features.offsets()

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
+from unittest.mock import patch
 
 import torch
 import torchrec
@@ -183,6 +184,16 @@ def graphed(model: Model) -> Iterator[tuple[list[GraphedGroup], FakeRecorder]]:
     recorder = FakeRecorder(model.persistent)
     with by_triton(lambda group: GraphedGroup(group, lambda: recorder)) as groups:
         yield groups, recorder
+
+
+@contextmanager
+def callers_capture() -> Iterator[None]:
+    """As if the caller were capturing a CUDA graph."""
+    with (
+        patch("torch.cuda.is_available", lambda: True),
+        patch("torch.cuda.is_current_stream_capturing", lambda: True),
+    ):
+        yield
 
 
 def prefetch(model: Model, bags: Bags) -> Any:

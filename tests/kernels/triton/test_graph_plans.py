@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
-from recemb_kernels.triton_frame import graphs
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead
 from recemb_kernels.triton_frame.graphs import GraphedGroup
+from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.streams import HandOver, copied, tensors_of
 from tests.kernels.triton.graph_cases import (
     FakeRecorder,
@@ -27,6 +27,7 @@ from tests.kernels.triton.graph_cases import (
     StubGroup,
     StubRecorder,
     at_once,
+    callers_capture,
     gradient,
     graphed,
     prefetch,
@@ -263,7 +264,7 @@ def test_prepared_look_ups_without_gradients(method: str, recorded: int) -> None
 
 
 @pytest.mark.parametrize("seeds", [2, 7])
-def test_a_callers_capture_waits_for_nothing_outside(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_callers_capture_waits_for_nothing_outside(seeds: int) -> None:
     """It plans its batch itself, whether a graph has done so by now or not."""
     model = Model(None, ("tt",))
     with graphed(model), torch.no_grad():
@@ -276,10 +277,50 @@ def test_a_callers_capture_waits_for_nothing_outside(seeds: int, monkeypatch: py
         prepared = prefetch(model, one)
         waits = SimpleNamespace(take=lambda held: pytest.fail("it waits"))
         (prepared if isinstance(prepared, Planned) else prepared.call).ready = waits
-        monkeypatch.setattr(graphs, "capturing", lambda: True)
-        with brought() as seen:
+        one.handed = cast(Any, waits)  # as on a GPU
+        with brought() as seen, callers_capture():
             assert torch.equal(model.look_up(one), model.look_up(other))
         assert seen == []
+
+
+@torch.no_grad()
+def test_nor_without_graphs() -> None:
+    model = Model(None, ("tt",))
+    with by_triton():
+        one, other = model.bags(9), model.bags(9)
+        waits = SimpleNamespace(take=lambda held: pytest.fail("it waits"))
+        prefetch(model, one).ready = waits
+        one.handed = cast(Any, waits)
+        with callers_capture():
+            assert torch.equal(model.look_up(one), model.look_up(other))
+
+
+def test_a_callers_capture_checks_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark of one that was checked before says nothing of those that are replayed."""
+    model, checked = Model(None, ("tt",)), []
+    with by_triton(), torch.no_grad():
+        bags = model.bags(9)
+        prefetch(model, bags)
+        bags.handed = cast(Any, SimpleNamespace(take=lambda held: pytest.fail("it waits")))
+        bags.refused = torch.ones(1, dtype=torch.int32)
+        monkeypatch.setattr(model.engine, "_check", lambda _, bags: checked.append(bags.refused))
+        with callers_capture():
+            model.look_up(bags)
+    assert checked == [None]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_nothing_is_prepared_in_a_callers_capture(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream beside would join the capture, and nothing would have it leave."""
+    model = Model(None, ("tt",))
+    with graphed(model) if graphs else by_triton(), torch.no_grad():
+        model.look_up(model.bags(1))
+        bags, other = model.bags(9), model.bags(9)
+        with monkeypatch.context() as patch, callers_capture():
+            patch.setattr(TritonGroup, "run_beside", lambda *_: pytest.fail("it runs beside"))
+            assert not model.engine.prefetch(model.tables, bags)
+            assert (bags.ahead, bags.handed, bags.checked) == (None, None, False)
+            assert torch.equal(model.look_up(bags), model.look_up(other))
 
 
 class Refuses(FakeRecorder):
