@@ -142,7 +142,9 @@ class Family(ABC, Generic[_S]):
         self.num_features = num_features
         self._remembered: dict[tuple[int, ...], Tensor] = {}
         self._rates: tuple[Any, Tensor] | None = None
-        self._captured: list[tuple[Tensor, Tensor]] = []
+        # What graphs read, of which a user's own may live as long as the family.
+        self._captured: dict[tuple[int, ...], Tensor] = {}
+        self._captured_rates: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
     @abstractmethod
@@ -211,9 +213,11 @@ class Family(ABC, Generic[_S]):
         """The same of numbers that rarely change, so that a step copies nothing to the device."""
         known = self._remembered.get(numbers)
         if known is None:
-            if len(self._remembered) >= 256:
-                self._remembered.clear()
+            if len(self._remembered) - len(self._captured) >= 256:
+                self._remembered = dict(self._captured)
             known = self._remembered[numbers] = self.constant(numbers)
+        if capturing():
+            self._captured[numbers] = known
         return known
 
     def put_rates(self, rates: Sequence[Sequence[Sequence[float]]]) -> Tensor:
@@ -225,7 +229,7 @@ class Family(ABC, Generic[_S]):
         if capturing():
             there = torch.tensor(rates, dtype=torch.float32, device="cpu", pin_memory=True)
             held = torch.empty_like(there, device=self.device).copy_(there, non_blocking=True)
-            self._captured.append((there, held))
+            self._captured_rates.append((there, held))
             return held
         if self._rates is not None and self._rates[0] == rates:
             return self._rates[1]

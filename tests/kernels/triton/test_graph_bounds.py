@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch
 from recemb_kernels.triton_frame import graphs
+from recemb_kernels.triton_frame.family import Family
 from recemb_kernels.triton_frame.graph_plans import Planned
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from tests.kernels.triton.graph_cases import (
@@ -22,6 +23,7 @@ from tests.kernels.triton.graph_cases import (
     Model,
     StubGroup,
     StubRecorder,
+    callers_capture,
     gradient,
     graphed,
     trained,
@@ -243,3 +245,28 @@ def test_what_cannot_be_captured_stays_eager_with_a_warning() -> None:
     ):
         found = trained(model)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@torch.no_grad()
+def test_what_a_callers_graph_reads_is_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launches hold addresses of what the families remember, which make room for others."""
+    model, read = Model(None, ("tt", "qr", "robe")), []
+    remembered = Family.remembered
+
+    def watched(self: Family[Any], numbers: tuple[int, ...]) -> Tensor:
+        found = remembered(self, numbers)
+        read.append(ref(found))
+        return found
+
+    with by_triton() as groups:
+        model.look_up(model.bags(1))
+        with callers_capture(), monkeypatch.context() as patch:
+            patch.setattr(Family, "remembered", watched)
+            model.look_up(model.bags(2))
+    families = [family for group in groups for family, _ in group._families]
+    for family in families:
+        for k in range(600):
+            family.remembered((k,))
+        assert len(family.held()) < 300
+    assert len(read) >= len(families)
+    assert all(seen() is not None for seen in read)
