@@ -67,6 +67,10 @@ class PooledGroup(Protocol):
     def columns(self) -> int:
         """Sum of D over the features."""
 
+    @property
+    def alignment(self) -> int:
+        """What parameters' addresses are multiples of, in bytes."""
+
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> Any:
         """A forward's ``state``, worked out from the ids alone."""
 
@@ -205,14 +209,14 @@ class GatherOp(Generic[_S]):
         *batch, tables, features = rest
         self._check_types(parameters, *batch[:3])
         group = self._group_of(parameters, tables, features)
-        return group.forward([p.contiguous() for p in parameters], make_batch(*batch), keep=False)[0]
+        return group.forward(_readable(parameters, group), make_batch(*batch), keep=False)[0]
 
     def _backward(self, grad_out: Tensor, *arguments: Any) -> tuple[list[Tensor], Tensor]:
         parameters, ids, offsets, weights, batch_size, tables, features, want_weights = arguments
         self._check_types(parameters, ids, offsets, weights)
         group = self._group_of(parameters, tables, features)
         batch = make_batch(ids, offsets, weights, batch_size)
-        stored = [parameter.contiguous() for parameter in parameters]
+        stored = _readable(parameters, group)
         # Nothing but tensors crosses from the forward, so what it planned is planned once more.
         _, state = group.forward(stored, batch, keep=True)
         grads, grad_weights = group.backward(
@@ -255,6 +259,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     parameters, ids, offsets, weights, *ctx.static = inputs
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(*parameters, ids, offsets, *(() if weights is None else (weights,)))
+
+
+def _readable(parameters: Sequence[Tensor], group: PooledGroup) -> list[Tensor]:
+    """Parameters as a group's kernels take them: the same, or copies."""
+    contiguous = [parameter.contiguous() for parameter in parameters]
+    return [p.clone() if p.data_ptr() % group.alignment else p for p in contiguous]
 
 
 def make_batch(

@@ -19,6 +19,7 @@ from recemb.optim.attached import attached_to
 from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Bound, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
+from recemb_kernels.triton_frame import ALIGNED
 from recemb_kernels.update import Step
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _B = TypeVar("_B", bound="Backend")
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
-_ALIGNED = 16  # bytes that a GPU's kernels read at once
 
 
 def owner_of(table: _B) -> _B:
@@ -164,7 +164,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
                 parameter.dtype,
                 parameter.shape,
                 parameter.device,
-                parameter.data_ptr() % _ALIGNED,
+                parameter.data_ptr() % ALIGNED,
                 parameter.is_contiguous(),
                 parameter.requires_grad,
             )
@@ -285,7 +285,7 @@ def _fits(parameter: Tensor, kind: StoredAs) -> bool:
     """Whether the kernels of its device can read it."""
     if parameter.is_cpu:
         return parameter.dtype is DTYPES[kind]
-    return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % _ALIGNED == 0
+    return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % ALIGNED == 0
 
 
 def _refusal(names: Sequence[str]) -> NonFiniteError:

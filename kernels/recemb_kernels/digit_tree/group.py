@@ -138,6 +138,8 @@ class Group:
         micro_batch_rows: distinct rows of a table that are computed at once (:data:`MICRO_BATCH_ROWS`).
     """
 
+    alignment = 1
+
     def __init__(
         self,
         kernels: Sequence[TableKernel],

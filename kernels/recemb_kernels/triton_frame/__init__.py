@@ -4,3 +4,5 @@
 # launches whether it has rows or not: see kernels/README.md for what that is on a GPU. Here, because planners
 # read it where there is no Triton.
 MICRO_BATCH_ROWS = 2**18
+# Bytes that kernels read at once: parameters begin at multiples of them.
+ALIGNED = 16

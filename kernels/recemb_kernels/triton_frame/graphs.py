@@ -235,6 +235,11 @@ class GraphedGroup:
         return self._group.columns
 
     @property
+    def alignment(self) -> int:
+        """What parameters' addresses are multiples of."""
+        return self._group.alignment
+
+    @property
     def graphs(self) -> int:
         """How many shapes are captured."""
         return len(self._graphs)

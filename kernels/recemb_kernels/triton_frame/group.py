@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
-from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
+from recemb_kernels.triton_frame import ALIGNED, MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
 from recemb_kernels.triton_frame.plan import Keys, infinite, on_device
 from recemb_kernels.triton_frame.steps import rates_of
@@ -59,6 +59,8 @@ class TritonGroup:
     Raises:
         OverflowError: the tables have more than 2**62 rows together.
     """
+
+    alignment = ALIGNED
 
     def __init__(
         self,

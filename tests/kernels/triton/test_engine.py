@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from recemb.backends.native import prepare_native
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_on_device
 from recemb.engine import Engine
 from recemb.errors import BatchError, NonFiniteError
-from recemb_kernels.tt_gather import TrainShape, encode
+from recemb_kernels.digit_tree.group import FeatureCode
+from recemb_kernels.gather_op import GatherOp
+from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
+from recemb_kernels.triton_frame.group import TritonGroup
+from recemb_kernels.tt_gather import TrainShape, encode, tt_gather
 from tests.kernels.cases import METHODS, make_bags, make_engine
-from tests.kernels.triton.graph_cases import OPTIMIZERS, Tables
+from tests.kernels.triton.graph_cases import OPTIMIZERS, Tables, gradient
 from tests.kernels.triton.harness import by_triton
 
 pytestmark = pytest.mark.skipif(
@@ -131,6 +136,52 @@ def test_the_op_of_a_bfloat16_table_gives_float32() -> None:
         )
     assert (out.shape, out.dtype) == ((3, 8), torch.float32)
     assert [grad.dtype for grad in grads] == [torch.bfloat16] * 2
+
+
+def _at_an_odd_place(parameter: Tensor) -> Tensor:
+    """A contiguous view, as of a part of a flat array."""
+    flat = torch.empty(1 + parameter.numel(), dtype=parameter.dtype)
+    return flat[1:].view(parameter.shape).copy_(parameter)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "sizes"),
+    [
+        (tt_gather, TrainShape((4, 5), (2, 4), (1, 8, 1)), ((4, 16), (5, 32))),
+        (pooled_gather, RowShape(Operation.ADD, (4, 5), (8, 8)), ((4, 8), (5, 8))),
+    ],
+    ids=["tt", "qr"],
+)
+def test_parameters_that_kernels_could_not_read(
+    op: GatherOp[Any], shape: Any, sizes: Sequence[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels read 16 bytes at once, which a GPU does at multiples of 16 alone; others are copied."""
+    group = TritonGroup([(op.family(), shape)], [FeatureCode(0, False)], torch.device("cpu"), [torch.float32])
+    monkeypatch.setattr(op, "_group", lambda *_: group)
+    reached: list[int] = []
+    for name in ("run_forward", "run_backward"):
+        launches = getattr(TritonGroup, name)
+        at = 0 if name == "run_forward" else 1
+
+        def watched(
+            self: TritonGroup, *args: Any, launches: Any = launches, at: int = at, **kept: Any
+        ) -> Any:
+            reached.extend(parameter.data_ptr() % 16 for parameter in args[at])
+            return launches(self, *args, **kept)
+
+        monkeypatch.setattr(TritonGroup, name, watched)
+    generator, found = torch.Generator().manual_seed(0), []
+    given = [torch.randn(size, generator=generator) for size in sizes]
+    for move in (Tensor.clone, _at_an_odd_place):
+        leaves = [move(p).requires_grad_() for p in given]
+        ids, offsets = torch.tensor([3, 19, 3, 7]), torch.tensor([0, 1, 2, 4])
+        out = op(leaves, ids, offsets, None, 3, op.encode([shape]), (0, 0, 0))
+        out.backward(gradient(out))
+        found.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert all(leaf.is_contiguous() and leaf.data_ptr() % 16 for leaf in leaves)
+    assert reached == [0] * (2 * 3 * len(given)), "forward, and in the backward once more, each twice"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(found[0]) == 1 + len(given)
 
 
 TARGETS = LookupTargets([LookupTarget("clicks", "items", 10), LookupTarget("user", "users", 4)])
