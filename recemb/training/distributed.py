@@ -212,12 +212,15 @@ class World:
             # Who is lost by now is told by the link.
             with suppress(RuntimeError):
                 dist.barrier(group=self._group)
-            # They all know why: one that ends a little later must not take this one for lost.
-            self._link.leave(0, "in step")
-        elif isinstance(error, RecembError):
+                # They all know why: one that ends a little later must not take this one for lost.
+                self._link.leave(0, "in step")
+                return
+            # Some did not come, so they are not in step: what ended this rank may be news to the others.
+            self.together = False
+        if isinstance(error, RecembError):
             self._link.leave(error.exit_code, str(error))
         else:
-            self._link.leave(1, f"{type(error).__name__}: {error}")
+            self._link.leave(0 if error is None else 1, f"{type(error).__name__}: {error}")
 
     def _end(self) -> None:
         """End the process group, and its threads, which run until nothing refers to it."""

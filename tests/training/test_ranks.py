@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
@@ -19,7 +20,7 @@ from torch.distributed import HashStore
 from recemb.errors import ConfigError, DataError
 from recemb.training import peers
 from recemb.training.config import RunConfig, parse_config
-from recemb.training.distributed import World
+from recemb.training.distributed import Launch, World
 from recemb.training.metrics import NUM_BINS, ClickMetrics
 from recemb.training.peers import PeerLink
 from recemb.training.setup import ClickBatches, make_batches, open_log
@@ -158,6 +159,30 @@ def test_who_leaves_with_a_reason_passes_it_on(ends: Ends) -> None:
     # Who has left does not mind.
     assert links[1].loss(0.2) is None
     assert links[0].loss() is None
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_a_rank_says_that_all_are_in_step_only_once_they_are(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, in_step: bool
+) -> None:
+    def barrier(group: object) -> None:
+        if not in_step:
+            raise RuntimeError("Timed out waiting 1000ms for recv operation to complete")
+
+    monkeypatch.setattr(dist, "barrier", barrier)
+    links = ends.connect_all(2)
+    world = World(Launch(1, 2), None, links[1])
+    world.together = True
+    world._part(DataError("row 7: 2 is neither 0 nor 1"))
+    loss = links[0].loss(0.5 if in_step else 5)
+    if in_step:
+        assert loss is None
+    else:
+        assert loss is not None
+        assert (loss.rank, loss.exit_code) == (1, 3)
+        assert loss.message == "rank 1 stopped: row 7: 2 is neither 0 nor 1"
+    # Its process group may wait for the others when it ends.
+    assert world.together == in_step
 
 
 def test_who_does_not_answer_is_named(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
