@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from recemb.errors import CheckpointError, DiskFullError
+from recemb import errors
+from recemb.errors import CheckpointError, DiskFullError, RankLost, RecembError
 
 _Result = TypeVar("_Result")
+_PLAIN_ERRORS: Final = (
+    "ConfigError",
+    "BatchError",
+    "DataError",
+    "PlanError",
+    "CheckpointError",
+    "NonFiniteError",
+)
+
+log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -60,8 +72,9 @@ class Ranks:
         """Every rank's result of ``work``, which is JSON. When it fails on one rank it fails on all of them.
 
         Raises:
-            CheckpointError: another rank failed; its message says which.
-            Exception: what ``work`` raised here.
+            RecembError: of the first rank that failed, on every rank; on the others its message names it. A
+                full disk, after which training goes on, only where nothing else failed. A defect is logged
+                where it is, and :class:`RankLost` on every rank.
         """
         if self.size == 1:
             return [work()]
@@ -70,13 +83,41 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        told = self.exchange({"result": result, "failure": _describe(failure)})
-        if failure is not None:
-            raise failure
-        for rank, outcome in enumerate(told):
-            if outcome["failure"] is not None:
-                raise _failure_of(rank, **outcome["failure"])
+            if not isinstance(error, RecembError):
+                log.exception("rank %d cannot go on:", self.rank)
+        told = self.exchange({"result": result, "failure": None if failure is None else described(failure)})
+        failures = [(rank, each["failure"]) for rank, each in enumerate(told) if each["failure"] is not None]
+        if failures:
+            rank, chosen = min(failures, key=lambda item: item[1]["disk"] is not None)
+            if rank == self.rank and isinstance(failure, RecembError):
+                raise failure
+            raise remade(rank, **chosen) from failure
         return [outcome["result"] for outcome in told]
+
+
+def described(failure: Exception) -> dict[str, Any]:
+    """An error as JSON, for :func:`remade` on other ranks."""
+    kind = type(failure).__name__
+    text, exit_code = f"{kind}: {failure}", 1
+    if isinstance(failure, RecembError):
+        text, exit_code = str(failure), failure.exit_code
+    return {
+        "kind": kind,
+        "text": text,
+        "exit_code": exit_code,
+        "disk": [failure.needed, failure.free] if isinstance(failure, DiskFullError) else None,
+    }
+
+
+def remade(rank: int, kind: str, text: str, exit_code: int, disk: list[int] | None) -> RecembError:
+    """``rank``'s error as every rank raises it: of the same class, but for those that are no user's."""
+    message = f"rank {rank}: {text}"
+    if disk is not None:
+        return DiskFullError(message, disk[0], disk[1])
+    if kind in _PLAIN_ERRORS:
+        made: RecembError = getattr(errors, kind)(message)
+        return made
+    return RankLost(message, exit_code)
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
@@ -85,16 +126,3 @@ def _device(group: dist.ProcessGroup | None) -> torch.device:
     if "gloo" in backend or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _describe(failure: Exception | None) -> dict[str, Any] | None:
-    if failure is None:
-        return None
-    text = str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
-    disk = [failure.needed, failure.free] if isinstance(failure, DiskFullError) else None
-    return {"text": text, "disk": disk}
-
-
-def _failure_of(rank: int, text: str, disk: list[int] | None) -> CheckpointError:
-    message = f"rank {rank}: {text}"
-    return CheckpointError(message) if disk is None else DiskFullError(message, disk[0], disk[1])

@@ -76,6 +76,7 @@ def save_checkpoint(
         CheckpointError: something that a checkpoint cannot hold, ranks that do not fit together, a directory
             that cannot be written or that another run uses.
         BatchError, NonFiniteError: of an earlier look-up or step, which a GPU has found by now.
+        RankLost: of several ranks, one failed otherwise (its memory ran out), and logged how.
     """
     ranks, root = Ranks(group), Path(root)
     told = ranks.together(lambda: _describe(step, keep, state, extra))

@@ -23,8 +23,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from recemb import errors
-from recemb.checkpoint.ranks import Ranks
+from recemb.checkpoint.ranks import Ranks, described, remade
 from recemb.errors import ConfigError, RankLost, RecembError
 from recemb.training.peers import GRACE_SECONDS, Loss, PeerLink
 
@@ -38,7 +37,6 @@ _COMMAND: Final = "torchrun --standalone --nproc_per_node=2 -m recemb train ..."
 # Status of a rank in an agreement: nothing, a failure that may be another rank's, one of its own, or a
 # signal's number above these.
 _FINE, _AFFECTED, _FAILED, _SIGNAL = 0, 1, 2, 3
-_PLAIN_ERRORS: Final = ("ConfigError", "BatchError", "DataError", "NonFiniteError")
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,8 @@ class World:
         if _FAILED in found or _AFFECTED in found:
             self.together = True
             rank = found.index(_FAILED if _FAILED in found else _AFFECTED)
-            told = self.exchange(
-                ("", "", 0) if error is None else (type(error).__name__, str(error), error.exit_code)
-            )
-            kind, message, exit_code = told[rank]
-            raise _remade(kind, f"rank {rank}: {message}", exit_code) from error
+            told = self.exchange({} if error is None else described(error))
+            raise remade(rank, **told[rank]) from error
         signals = [each - _SIGNAL for each in found if each >= _SIGNAL]
         return signal.Signals(signals[0]).name if signals else None
 
@@ -167,6 +162,15 @@ class World:
         with self.agreeing():
             if self.is_first:
                 work()
+
+    @contextmanager
+    def together_raising(self) -> Iterator[None]:
+        """What fails inside fails on every rank, with the same error: the ranks agree on it in there."""
+        try:
+            yield
+        except RecembError:
+            self.together = True
+            raise
 
     def exchange(self, value: _Value) -> list[_Value]:
         """Every rank's ``value``, in the order of ranks; small, and JSON."""
@@ -326,14 +330,6 @@ def _of_a_collective(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "nccl", "timed out", "connection", "broken pipe")
     )
-
-
-def _remade(kind: str, message: str, exit_code: int) -> RecembError:
-    """Another rank's error as one of this rank's: of the same class where that takes a message alone."""
-    if kind in _PLAIN_ERRORS:
-        made: RecembError = getattr(errors, kind)(message)
-        return made
-    return RankLost(message, exit_code)
 
 
 def _short(value: str | None, limit: int = 200) -> str:

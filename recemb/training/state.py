@@ -23,7 +23,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from recemb.cache.metrics import CacheMetrics
 from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from recemb.data.click_log import ClickLog
-from recemb.errors import CheckpointError, ConfigError, DiskFullError
+from recemb.errors import ConfigError, DiskFullError
 from recemb.training.config import RunConfig
 from recemb.training.distributed import World
 from recemb.training.loop import Evaluation, Outcome, Trainer
@@ -83,6 +83,7 @@ class TrainerState:
 
         Raises:
             CheckpointError: it cannot be written for another reason; those before are intact.
+            NonFiniteError, RankLost: as :func:`recemb.checkpoint.save_checkpoint`.
         """
         trainer, outcome = self._trainer, self._trainer.outcome
         self._world.note(f"saving a checkpoint of step {outcome.steps}")
@@ -97,14 +98,12 @@ class TrainerState:
             "best_weights": later,
             "fbgemm_iteration": max(self._world.exchange(_fbgemm_iteration(self._model))),
         }
-        try:
-            save_checkpoint(self._root, outcome.steps, state, extra)
-        except DiskFullError as error:
-            trainer.note(f"warning: no checkpoint of step {outcome.steps}, training goes on: {error}")
-            return
-        except CheckpointError:
-            self._world.together = True
-            raise
+        with self._world.together_raising():
+            try:
+                save_checkpoint(self._root, outcome.steps, state, extra)
+            except DiskFullError as error:
+                trainer.note(f"warning: no checkpoint of step {outcome.steps}, training goes on: {error}")
+                return
         self.saved_step = outcome.steps
 
     def restore(self) -> Checkpoint | None:
@@ -114,15 +113,12 @@ class TrainerState:
             ConfigError: it is of other settings or data; names each and both values.
             CheckpointError: none can be read, or it is of another model.
         """
-        try:
+        with self._world.together_raising():
             found = latest_checkpoint(self._root)
             if found is None:
                 return None
             _check_settings(found, self._settings)
-            self._fill(found)
-        except (CheckpointError, ConfigError):
-            self._world.together = True
-            raise
+        self._fill(found)
         self.saved_step = found.step
         return found
 
@@ -136,7 +132,8 @@ class TrainerState:
         step_ms = torch.zeros(outcome.steps, dtype=torch.float64)
         if world.is_first and outcome.steps:
             state["step_ms"] = step_ms
-        found.load(state)
+        with world.together_raising():
+            found.load(state)
         # The tensors are the model's and the optimizer's own; this tells modules that watch for a load.
         self._model.load_state_dict(self._model.state_dict())
         _set_fbgemm_iteration(self._model, found.extra["fbgemm_iteration"])

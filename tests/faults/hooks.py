@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -21,8 +22,8 @@ from torchrec.distributed.sharding_plan import (
 )
 
 from recemb.cache.streams import Streams
-from recemb.checkpoint import shard_file
-from recemb.errors import DataError
+from recemb.checkpoint import load, save, shard_file
+from recemb.errors import DataError, NonFiniteError
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
 from recemb.training import loop, run, sharded, table_step
@@ -36,7 +37,8 @@ def install(
 
     Args:
         action: a name below, or ``None`` for none.
-        place: ``read`` (the batch), ``forward``, ``backward`` (of the tables) or ``save`` (a checkpoint).
+        place: ``read`` (the batch), ``forward``, ``backward`` (of the tables), ``save`` (a checkpoint),
+            ``poll`` (of a GPU's verdicts, before that) or ``fill`` (from a checkpoint).
         step: which step.
         mark: a file that is written just before, with the time of ``time.monotonic``.
         plan: torchrec's sharding type of uncompressed tables, and ``data_parallel`` of all; ``None`` for the
@@ -73,6 +75,8 @@ def install(
         "loss": (loop, "check_loss"),
         "backward": (table_step.ShardedTableStep, "backward"),
         "save": (shard_file, "write"),
+        "poll": (save, "poll"),
+        "fill": (load.Checkpoint, "_fill"),
     }[place]
     _before(owner, name, due)
 
@@ -93,6 +97,22 @@ def _data_error() -> None:
 
 def _defect() -> None:
     raise KeyError("a defect of the program")
+
+
+def _refused_row() -> None:
+    raise NonFiniteError("table 't_cat_3': a row is NaN or infinite")
+
+
+def _no_memory() -> None:
+    raise MemoryError("no host memory")
+
+
+def _cuda_error() -> None:
+    raise RuntimeError("CUDA error: out of memory; NCCL error: connection")
+
+
+def _disk_error(number: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 def _overflow() -> None:
@@ -205,6 +225,11 @@ _ACTIONS: dict[str, Callable[[], None]] = {
     "linger": lambda: time.sleep(60),
     "data_error": _data_error,
     "defect": _defect,
+    "refused_row": _refused_row,
+    "no_memory": _no_memory,
+    "cuda_error": _cuda_error,
+    "disk_full": lambda: _disk_error(errno.ENOSPC),
+    "bad_disk": lambda: _disk_error(errno.EIO),
     "overflow": _overflow,
     "spoil_caches": _spoil_caches,
 }

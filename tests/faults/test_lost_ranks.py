@@ -22,6 +22,8 @@ from tests.faults.conftest import (
 # On a quiet machine 0.1 s; the promise is 5.
 SOON = 5.0
 KILLED = -signal.SIGKILL
+# What rank 0 finds in a save, and rank 1.
+FULL_AND_BAD = ("disk_full", "bad_disk")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,57 @@ def test_f21_so_does_a_defect(launcher: Launcher, tmp_path: Path, rank: int) -> 
     assert ended.codes == [1, 1]
     assert "Traceback" in ended.logs[rank]
     assert f"rank {rank} stopped: KeyError: 'a defect of the program'" in ended.logs[1 - rank]
+
+
+@pytest.mark.parametrize(
+    ("place", "action", "code", "said"),
+    [
+        ("poll", "refused_row", 5, "table 't_cat_3': a row is NaN or infinite"),
+        ("save", "data_error", 3, "part-00000.parquet: column label, row 7"),
+        ("save", "bad_disk", 3, "a checkpoint cannot be written here: Input/output error"),
+        ("save", "no_memory", 1, "MemoryError: no host memory"),
+        ("save", "cuda_error", 1, "RuntimeError: CUDA error: out of memory"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_f28_a_save_that_fails_on_one_rank_ends_all_with_its_exit_code(
+    launcher: Launcher, tmp_path: Path, place: str, action: str, code: int, said: str, rank: int
+) -> None:
+    fault = {"action": action, "place": place, "step": 3}
+    ended = launcher.train(tmp_path / "run", hooks={rank: fault}, **RUN)
+    assert ended.codes == [code, code], ended.logs
+    assert re.search(rf"error: rank {rank}: .*{re.escape(said)}", ended.logs[1 - rank])
+    assert re.search(rf"error: .*{re.escape(said)}", ended.logs[rank])
+    # Where a defect is can be seen.
+    assert ["Traceback" in log for log in ended.logs] == [code == 1 and each == rank for each in (0, 1)]
+
+
+def test_f28_a_full_disk_on_one_rank_is_no_way_on_where_another_cannot_write(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    faults = {
+        rank: {"action": action, "place": "save", "step": 3} for rank, action in enumerate(FULL_AND_BAD)
+    }
+    ended = launcher.train(tmp_path / "run", hooks=faults, **RUN)
+    assert ended.codes == [3, 3], ended.logs
+    for log, name in zip(ended.logs, ("rank 1: ", ""), strict=True):
+        assert re.search(rf"error: {name}/.* cannot be written here: Input/output error", log)
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "said"),
+    [("no_memory", 1, "MemoryError: no host memory"), ("data_error", 3, "part-00000.parquet: column label")],
+)
+def test_a_load_that_fails_on_one_rank_ends_all_with_its_exit_code(
+    launcher: Launcher, tmp_path: Path, action: str, code: int, said: str
+) -> None:
+    output = tmp_path / "run"
+    launcher.train(output, hooks={1: {"action": "kill", "place": "forward", "step": 4}}, **RUN)
+    fault = {"action": action, "place": "fill"}
+    ended = launcher.train(output, hooks={1: fault}, resume=True, **RUN)
+    assert ended.codes == [code, code], ended.logs
+    assert f"error: rank 1: {said}" in ended.logs[0]
+    assert re.search(rf"error: (rank 1: )?{said}", ended.logs[1])
 
 
 def test_f13_a_cached_row_that_is_not_finite_on_one_rank(launcher: Launcher, tmp_path: Path) -> None:
