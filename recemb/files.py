@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, or what its user may use of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_file(path: Path) -> None:

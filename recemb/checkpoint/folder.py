@@ -26,7 +26,7 @@ from typing import Final
 from uuid import uuid4
 
 from recemb.errors import CheckpointError, DiskFullError
-from recemb.files import sync_directory, write_text
+from recemb.files import is_full, sync_directory, write_text
 
 LATEST_FILE: Final = "LATEST"
 LOCK_FILE: Final = ".lock"
@@ -85,7 +85,7 @@ def disk_errors(root: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise disk_full(root, needed) from error
         where = error.filename or root
         raise CheckpointError(

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from recemb.errors import ConfigError, DataError
-from recemb.files import commit_file
+from recemb.files import commit_file, is_full
 
 FORMAT_VERSION: Final = 1
 NUM_DENSE: Final = 13
@@ -91,7 +91,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise DataError(
                 f"{directory}: the disk is full; free some space and give the same command again: it "
                 "goes on from the last finished part"

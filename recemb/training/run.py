@@ -23,7 +23,7 @@ from recemb.training.environment import peak_rss_bytes, reset_peak_rss
 from recemb.training.interrupt import StopRequest
 from recemb.training.loop import Evaluation, Outcome, Trainer
 from recemb.training.metrics import MetricValues
-from recemb.training.run_dir import CONFIG_FILE, RunDir
+from recemb.training.run_dir import CONFIG_FILE, MetricsLog, RunDir
 from recemb.training.seeds import deterministic_algorithms
 from recemb.training.setup import (
     build_model,
@@ -142,10 +142,11 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
             built.optimizer,
             make_batches(config, run.log, world.rank, world.size),
             stop,
-            lambda evaluation: directory.append_metrics(_metrics_record(evaluation)),
+            lambda evaluation: metrics.add(_metrics_record(evaluation)),
             world,
             lambda: state.save(),
         )
+        metrics = MetricsLog(directory, trainer.note)
         settings = settings_of(config, run.log, world, built.column_shards)
         state = TrainerState(directory.checkpoints, trainer, built.model, built.optimizer, settings, world)
         _open(run, state, trainer)
@@ -161,6 +162,7 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
         test = trainer.test() if outcome.interrupted is None else None
     _save_weights(run, built.model, _checkpoint_metadata(outcome))
     caches = trainer.cache_metrics()
+    world.first(metrics.flush)
     world.first(lambda: directory.write_result(_result(run, outcome, test, caches, built.sharding)))
     if outcome.interrupted is not None:
         world.together = True
@@ -192,8 +194,8 @@ def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
             run.world.first(run.directory.check_nothing_lost)
         run.world.first(lambda: run.directory.create(yaml))
     else:
-        evaluations = len(trainer.outcome.evaluations)
-        run.world.first(lambda: run.directory.resume(yaml, evaluations))
+        records = [_metrics_record(evaluation) for evaluation in trainer.outcome.evaluations]
+        run.world.first(lambda: run.directory.resume(yaml, records))
     if run.world.is_first:
         _announce(run)
         if run.config.resume:

@@ -3,7 +3,7 @@
 ::
 
     resolved_config.yaml            every setting, readable by --config
-    metrics.jsonl                   one line per evaluation, flushed as it happens
+    metrics.jsonl                   one line per evaluation, flushed as it happens, or once the disk has room
     result.json                     written last; its presence says that the run is over
     checkpoints/model.safetensors   the best weights
     checkpoints/step-<n>/           what --resume goes on from (recemb.checkpoint)
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from recemb.errors import CheckpointError, ConfigError
-from recemb.files import write_aside, write_text
+from recemb.files import is_full, write_aside, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -132,23 +133,39 @@ class RunDir:
             (self.path / LATEST_FILE).unlink(missing_ok=True)
             write_text(self.path / CONFIG_FILE, config_yaml)
 
-    def resume(self, config_yaml: str, evaluations: int) -> None:
-        """Go on with what is here: drop the result, and the metrics after the first ``evaluations`` lines.
+    def resume(self, config_yaml: str, records: Sequence[Mapping[str, object]]) -> None:
+        """Go on with what is here: drop the result, and have these lines of metrics, no others.
+
+        Some of them may not be there yet, when the disk was full.
 
         Raises:
             ConfigError: the directory cannot be written.
         """
         with _writing(self.path):
             (self.path / RESULT_FILE).unlink(missing_ok=True)
-            metrics = self.path / METRICS_FILE
-            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-            write_text(metrics, "".join(f"{line}\n" for line in lines[:evaluations]))
+            write_text(self.path / METRICS_FILE, _lines(records))
             write_text(self.path / CONFIG_FILE, config_yaml)
 
-    def append_metrics(self, record: Mapping[str, object]) -> None:
-        """Add one line to ``metrics.jsonl``."""
-        with _writing(self.path), (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(to_json(record) + "\n")
+    def append_metrics(self, *records: Mapping[str, object]) -> bool:
+        """Add lines to ``metrics.jsonl``: all of them, or none and ``False`` where the disk is full.
+
+        Raises:
+            ConfigError: they cannot be written for another reason.
+        """
+        path = self.path / METRICS_FILE
+        with _writing(self.path):
+            before = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8") as stream:
+                    stream.write(_lines(records))
+            except OSError as error:
+                # A part may be there, which the lines to come would follow.
+                with suppress(FileNotFoundError):
+                    os.truncate(path, before)
+                if is_full(error):
+                    return False
+                raise
+        return True
 
     def save_weights(self, weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a model's weights as safetensors (no pickle); ``metadata`` goes into the file's header.
@@ -175,9 +192,43 @@ class RunDir:
             write_text(self.path / RESULT_FILE, to_json(result, indent=2) + "\n")
 
 
+class MetricsLog:
+    """Lines for ``metrics.jsonl``; those that a full disk has no room for wait for the next that it has.
+
+    Args:
+        directory: of the run.
+        warn: told once, should that happen.
+    """
+
+    def __init__(self, directory: RunDir, warn: Callable[[str], None]) -> None:
+        self._directory, self._warn = directory, warn
+        self._waiting: list[Mapping[str, object]] = []
+        self._warned = False
+
+    def add(self, record: Mapping[str, object]) -> None:
+        """Write a line, or keep it."""
+        self._waiting.append(record)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, if there is room."""
+        if self._waiting and self._directory.append_metrics(*self._waiting):
+            self._waiting.clear()
+        if self._waiting and not self._warned:
+            self._warned = True
+            self._warn(
+                f"warning: {self._directory.path / METRICS_FILE}: the disk is full, training goes on; the "
+                "lines are written once there is room: free some"
+            )
+
+
 def to_json(value: object, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _lines(records: Sequence[Mapping[str, object]]) -> str:
+    return "".join(f"{to_json(record)}\n" for record in records)
 
 
 def _finite(value: Any) -> Any:

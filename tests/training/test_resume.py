@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,84 @@ def test_f28_a_full_disk_does_not_end_training(
     assert result(path)["status"] == "completed"
     assert "warning: no checkpoint of step 12, training goes on" in capfd.readouterr().err
     assert [entry.name for entry in (path / "checkpoints").glob("step-*")] == ["step-16"]
+
+
+@pytest.fixture
+def fail_metrics(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int], int], None]:
+    """Have writes of the metrics fail half through: those of these numbers, from 0, with this errno."""
+
+    def install(failing: set[int], number: int) -> None:
+        original, count = Path.open, iter(range(100))
+
+        @contextmanager
+        def half(stream: Any, fails: bool) -> Iterator[Any]:
+            with stream:
+                yield Half(stream) if fails else stream
+
+        class Half:
+            def __init__(self, stream: Any) -> None:
+                self._stream = stream
+
+            def write(self, text: str) -> None:
+                self._stream.write(text[: len(text) // 2])
+                raise OSError(number, os.strerror(number))
+
+        def opened(self: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+            stream = original(self, mode, *rest, **named)
+            appends = self.name == "metrics.jsonl" and mode == "a"
+            return half(stream, next(count) in failing) if appends else stream
+
+        monkeypatch.setattr(Path, "open", opened)
+
+    return install
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("failing", [{0, 1}, {1, 3}], ids=["the first two", "the last too"])
+def test_f35_evaluations_wait_for_room_on_a_full_disk(
+    make_config: MakeConfig,
+    fail_metrics: Callable[[set[int], int], None],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    failing: set[int],
+    number: int,
+) -> None:
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **RUN))
+    capfd.readouterr()
+    fail_metrics(failing, number)
+    [path] = train(make_config(**RUN))
+    assert_same_run(path, unbroken)
+    assert capfd.readouterr().err.count("metrics.jsonl: the disk is full, training goes on") == 1
+
+
+def test_f35_evaluations_that_wait_survive_a_stop(
+    make_config: MakeConfig,
+    stop_in: Callable[[str, int], None],
+    fail_metrics: Callable[[set[int], int], None],
+    tmp_path: Path,
+) -> None:
+    [unbroken] = train(make_config(output=str(tmp_path / "unbroken"), **RUN))
+    # Those after steps 5 and 8, and what is tried once more at the end.
+    fail_metrics({0, 1, 2}, errno.ENOSPC)
+    stop_in("_train_step", 9)
+    config = make_config(resume=True, **RUN)
+    with pytest.raises(Interrupted, match="--resume to go on from step 10"):
+        train(config)
+    assert (Path(config.output) / "metrics.jsonl").read_text() == ""
+    [path] = train(config)
+    assert_same_run(path, unbroken)
+
+
+def test_f35_a_broken_disk_still_ends_training(
+    make_config: MakeConfig, fail_metrics: Callable[[set[int], int], None]
+) -> None:
+    fail_metrics({1}, errno.EIO)
+    config = make_config(**RUN)
+    with pytest.raises(ConfigError, match=r"cannot write: .*Input/output error"):
+        train(config)
+    lines = (Path(config.output) / "metrics.jsonl").read_text()
+    assert lines.count("\n") == 1
+    assert lines.endswith("}\n")
 
 
 def test_more_epochs_go_on_from_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
