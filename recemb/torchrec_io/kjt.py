@@ -98,11 +98,8 @@ def bags_of_keys(
             "floats above 2**24 have already lost ids"
         )
     weights = features.weights_or_none() if is_weighted else None
-    if is_weighted and weights is None:
-        raise BatchError(
-            "the collection was built with is_weighted=True but the KeyedJaggedTensor has no weights; "
-            "pass weights=... or build it with is_weighted=False"
-        )
+    if is_weighted:
+        check_weighted(features)
     if features.variable_stride_per_key():
         offsets = _pad_variable_batch(features, keys)
     else:
@@ -114,6 +111,15 @@ def bags_of_keys(
                 f"{features.stride()} + 1 = {expected} are needed"
             )
     return Bags(values.long(), offsets.long(), len(keys), weights)
+
+
+def check_weighted(features: KeyedJaggedTensor) -> None:
+    """Raise :class:`BatchError` unless a batch has weights."""
+    if features.weights_or_none() is None:
+        raise BatchError(
+            "the collection was built with is_weighted=True but the KeyedJaggedTensor has no weights; "
+            "pass weights=... or build it with is_weighted=False"
+        )
 
 
 def _check_keys(keys: Sequence[str], targets: Sequence[LookupTarget]) -> None:

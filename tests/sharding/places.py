@@ -35,6 +35,7 @@ PLACES: dict[str, dict[str, Place]] = {
     "variable_rows": {"tt": 0, "qr": ROWS, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": ROWS},
     # No uncompressed table is replicated: there is nothing to wrap in DDP.
     "mixed": {"tt": None, "qr": 1, "robe_a": None, "robe_b": None, "md": ROWS, "qr_cat": None, "d_dp": 0},
+    "whole": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "d_rw": 1, "d_dp": 0, "d_cw": 0},
     "row_wise": {"tt": 0, "qr": ROWS, "robe_a": 1, "robe_b": 1, "md": ROWS, "qr_cat": ROWS},
     # fbgemm has no Adam on the CPU: our kernels step uncompressed tables too.
     "adam": {"tt": 0, "qr": 1, "robe_a": 1, "robe_b": 1, "md": 0, "d_rw": ROWS, "d_dp": 0, "d_cw": 0},

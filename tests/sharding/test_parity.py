@@ -11,6 +11,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from tests.sharding.cases import BAD_ID, BATCH, PARTLY_FROZEN, Model, attach, batch, collection, is_fused
 from tests.sharding.places import CASES, COMPRESSED, ROWS, UNEVEN, Case
+from tests.sharding.processed import PLACES as PROCESSED
 from tests.sharding.saved import FORMATS, load, of_compressed, save
 from tests.sharding.shared import Found, differences, of_case, of_ranks
 
@@ -157,6 +158,22 @@ def test_a_pipeline_equals_the_plain_loop(found: dict[int, list[Found]], name: s
         assert all(shape[0] == BATCH for shape in piped["shapes"])
         # Five batches, in each of the kernels: replicated tables, row-wise ones, and rank 1's own.
         assert piped["prepared"] >= (10 if name.startswith("Prefetch") else 0)
+
+
+@pytest.mark.parametrize("place", PROCESSED)
+def test_feature_processors_around_a_collection(found: dict[int, list[Found]], place: str) -> None:
+    for one in _of(found, f"processed {place}"):
+        assert one["outputs"] <= OUTPUTS
+        assert one["ahead"] <= OUTPUTS, "what was prepared had other weights"
+        assert len(one["gradients"]) == 8
+        assert max(one["gradients"].values()) <= GRADIENTS
+        assert max(one["weights"].values()) <= WEIGHTS, one["weights"]
+        assert min(one["moved"].values()) >= MOVED
+
+
+def test_a_batch_without_the_weights_that_a_collection_needs(found: dict[int, list[Found]]) -> None:
+    for one in _of(found, "without_weights"):
+        assert "is_weighted=True but the KeyedJaggedTensor has no weights" in one["message"]
 
 
 def test_a_bad_id_is_named_where_it_is_and_hangs_nobody(found: dict[int, list[Found]]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torchrec import EmbeddingBagCollection as TorchrecEmbeddingBagCollection
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder as TorchrecEmbeddingBagCollectionSharder,
 )
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
@@ -18,6 +21,12 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    MCHManagedCollisionModule,
+)
 
 from recemb import (
     ROBE,
@@ -66,6 +75,13 @@ def _shard(ebc: EmbeddingBagCollection, *ways: object, sharder: object = None) -
         device_type="cpu",
     )
     sharder.shard(ebc, plan, ShardingEnv.from_local(2, 0), torch.device("cpu"))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("way", [row_wise(), column_wise([0, 1])])
@@ -129,6 +145,48 @@ def test_an_optimizer_that_only_the_sharder_knows() -> None:
     sharder = EmbeddingBagCollectionSharder(fused_params={"learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"learning_rate.*\['t0'\].*apply_optimizer_in_backward"):
         _shard(_collection([TensorTrain(rank=4)]), table_wise(0), sharder=sharder)
+
+
+def _managed(ebc: EmbeddingBagCollection) -> ManagedCollisionEmbeddingBagCollection:
+    table = MCHManagedCollisionModule(
+        zch_size=1000,
+        device=torch.device("cpu"),
+        input_hash_size=10**6,
+        eviction_interval=1000,
+        eviction_policy=DistanceLFU_EvictionPolicy(),
+    )
+    return ManagedCollisionEmbeddingBagCollection(
+        ebc, ManagedCollisionCollection({"t0": table}, ebc.embedding_bag_configs())
+    )
+
+
+@pytest.mark.parametrize("compression", [TensorTrain(rank=4), QuotientRemainder(collisions=8)])
+def test_managed_collisions(compression: Compression) -> None:
+    module = _managed(_collection([compression]))
+    [sharder] = [each for each in get_sharders() if each.module_type is type(module)]
+    said = (
+        r"\['t0'\] cannot be sharded inside a ManagedCollisionEmbeddingBagCollection.*compression=Dense\(\)"
+    )
+    with pytest.raises(ConfigError, match=said):
+        sharder.shardable_parameters(module)
+    with pytest.raises(ConfigError, match=said):
+        sharder.shard(module, {}, ShardingEnv.from_local(1, 0), torch.device("cpu"))
+
+
+def test_managed_collisions_of_a_sharder_of_ones_own(one_rank: dist.ProcessGroup) -> None:
+    module = _managed(_collection([QuotientRemainder(collisions=8)]))
+    sharder = ManagedCollisionEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder())
+    plan = construct_module_sharding_plan(
+        module, {"t0": row_wise()}, sharder=sharder, local_size=1, world_size=1, device_type="cpu"
+    )
+    with pytest.raises(ConfigError, match=r"\['t0'\] cannot be sharded inside a ManagedCollision"):
+        sharder.shard(module, plan, ShardingEnv.from_process_group(one_rank), torch.device("cpu"))
+
+
+def test_managed_collisions_of_uncompressed_tables_are_torchrecs() -> None:
+    module = _managed(_collection([Dense()]))
+    [sharder] = [each for each in get_sharders() if each.module_type is type(module)]
+    assert list(sharder.shardable_parameters(module)) == ["t0"]
 
 
 def test_dtensors() -> None:

@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recemb.bags import Bags
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import get_sharders
-from tests.sharding import saved
+from tests.sharding import processed, saved
 from tests.sharding.cases import (
     BAD_ID,
     BATCH,
@@ -364,6 +364,9 @@ def main(rank: int, world: int, folder: Path) -> None:
             runs[place] = lambda place=place: variable(rank, place)
         for place in ("adam", "adam_replicated"):
             runs[f"partly_frozen {place}"] = lambda place=place: partly_frozen(rank, place)
+        for place in processed.PLACES:
+            runs[f"processed {place}"] = lambda place=place: processed.parity(rank, place)
+        runs["without_weights"] = lambda: processed.without_weights(rank)
         runs["other_plan"] = lambda: saved.other_plan(rank, folder)
     for kind in saved.FORMATS:
         runs[kind] = lambda kind=kind: saved.resharded(kind, world, folder)

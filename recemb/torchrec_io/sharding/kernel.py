@@ -19,6 +19,7 @@ from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
+from recemb.errors import ConfigError
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import padded_offsets, state_of
 from recemb.torchrec_io.sharding.held import Held
@@ -51,7 +52,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
             if key in tables.attached:
                 tables.attached[key].attach(parameter, id(parameter) in lazy)
         # A pipeline prepares the next batch before this one's backward; one more would never be looked up.
-        self._ahead: deque[tuple[Tensor, list[object], Bags]] = deque(maxlen=2)
+        self._ahead: deque[tuple[Tensor, Tensor | None, list[object], Bags]] = deque(maxlen=2)
         attached = any(key in tables.attached for key in parameters)
         self._optimizer = CollectionOptimizer(parameters, held.shown) if attached else EmptyFusedOptimizer()
 
@@ -83,9 +84,13 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
         Raises:
             BatchError: as in the look-up.
         """
+        weights = features.weights_or_none()
+        if self._config.is_weighted and weights is None:
+            # A feature processor makes them just before the look-up.
+            return
         bags = self._bags(features)
         if self._engine.prefetch(self.backends, bags):
-            self._ahead.append((features.values(), state_of(features), bags))
+            self._ahead.append((features.values(), weights, state_of(features), bags))
 
     def _bags(self, features: KeyedJaggedTensor) -> Bags:
         offsets = padded_offsets(features) if features.variable_stride_per_key() else features.offsets()
@@ -94,13 +99,20 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
 
     def _taken(self, features: KeyedJaggedTensor) -> Bags | None:
         """The bags that have been prepared of this very batch; torchrec cuts a new object out each time."""
-        values = features.values()
-        for at, (known, state, bags) in enumerate(self._ahead):
-            # ``known`` holds the memory, so that the same address is the same ids.
-            if known.data_ptr() == values.data_ptr() and known.shape == values.shape and values.numel():
+        values, weights = features.values(), features.weights_or_none()
+        for at, (known, known_weights, state, bags) in enumerate(self._ahead):
+            if _same_memory(known, values) and values.numel():
                 del self._ahead[at]
-                return bags if state == state_of(features) else None
+                # A feature processor may have made other weights since.
+                same = not self._config.is_weighted or _same_memory(known_weights, weights)
+                return bags if same and state == state_of(features) else None
         return None
+
+    def __getattr__(self, name: str) -> Any:
+        # Only the sharded ManagedCollisionEmbeddingBagCollection needs it of every kernel.
+        if name == "_emb_module":
+            raise no_managed_collisions(list(self.tables))
+        return super().__getattr__(name)
 
     @property
     def backends(self) -> dict[str, Backend]:
@@ -180,6 +192,27 @@ class CompressedLookup(GroupedPooledEmbeddingsLookup):  # type: ignore[misc] # t
             ranks = len(by_rank)
             pieces.append(flat.reshape(-1).split(sizes))
         return torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
+
+
+class _NoManagedCollisionsError(ConfigError, AttributeError):
+    """Also for those of torchrec's modules that ask with ``hasattr``."""
+
+
+def no_managed_collisions(names: Sequence[str]) -> ConfigError:
+    """The error for compressed tables in torchrec's ``ManagedCollisionEmbeddingBagCollection``."""
+    return _NoManagedCollisionsError(
+        f"the compressed tables {list(names)} cannot be sharded inside a "
+        "ManagedCollisionEmbeddingBagCollection, which draws rows anew when ids are evicted, and ids share "
+        "the rows of these; give them compression=Dense(), or keep them in an EmbeddingBagCollection of "
+        "their own and hash their ids into [0, num_embeddings) beforehand"
+    )
+
+
+def _same_memory(known: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same elements; ``known`` holds the memory, so its address tells."""
+    if known is None or other is None:
+        return known is other
+    return known.data_ptr() == other.data_ptr() and known.shape == other.shape
 
 
 def stepped_lazily(backends: Mapping[str, Backend], replicas: Replicas) -> Iterator[Tensor]:

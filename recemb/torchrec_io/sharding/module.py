@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from recemb.torchrec_io.embedding_bag_collection import (
     raise_what_is_pending,
     reset_tables,
 )
-from recemb.torchrec_io.kjt import check_kjt
+from recemb.torchrec_io.kjt import check_kjt, check_weighted
 from recemb.torchrec_io.sharding.even import EvenRwSharding
 from recemb.torchrec_io.sharding.held import ROW_WISE
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
@@ -59,7 +59,8 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     Every rank checks its own batch before it sends anything: keys, lengths, weights and, of every table, ids.
     torchrec alone looks a bad id up in row 0 and trains it. On a GPU the host learns of a bad batch later;
     compressed tables are kept as they are until then, uncompressed ones follow torchrec. The other ranks,
-    which wait for the batch that was refused, fail when the process group notices or times out.
+    which wait for the batch that was refused, fail when the process group notices or times out. Weights that
+    are missing are found at the look-up: in a ``FeatureProcessedEmbeddingBagCollection`` they are made there.
 
     A table with cached rows lies on one rank, which counts and exchanges rows over the look-ups of all ranks,
     as one device does of the whole batch; a cached row that has become NaN is found there
@@ -181,11 +182,13 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         """Check this rank's batch, then send its ids to the ranks that look them up.
 
+        Weights may be missing: torchrec's feature processors make them between this and the look-up.
+
         Raises:
             BatchError: names feature, table, sample and value. Nothing has been sent.
         """
         batch = maybe_td_to_kjt(features, None)
-        check_kjt(batch, self._targets, self._is_weighted)
+        check_kjt(batch, self._targets, self._is_weighted and batch.weights_or_none() is not None)
         if self._means:
             ctx.divisor = self._means.divisor(batch, self._embedding_names, self._embedding_dims)
         return super().input_dist(ctx, features)
@@ -193,7 +196,12 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     def output_dist(self, ctx: Any, output: list[torch.Tensor]) -> Any:
         return self._mean(ctx, super().output_dist(ctx, output))
 
+    def compute(self, ctx: Any, dist_input: Any) -> Any:
+        self._check_weights(dist_input)
+        return super().compute(ctx, dist_input)
+
     def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:
+        self._check_weights(input)
         return self._mean(ctx, super().compute_and_output_dist(ctx, input))
 
     def reset_parameters(self) -> None:
@@ -295,6 +303,11 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     @property
     def _on_meta(self) -> bool:
         return self._device is not None and self._device.type == "meta"
+
+    def _check_weights(self, batches: Iterable[KeyedJaggedTensor]) -> None:
+        """Here, not in the kernels: torchrec's own look a batch without weights up as if all were 1."""
+        for batch in batches if self._is_weighted else ():
+            check_weighted(batch)
 
     def _mean(self, ctx: Any, awaitable: Any) -> Any:
         if self._means:

@@ -10,11 +10,19 @@ from torch import nn
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder as TorchrecEmbeddingBagCollectionSharder,
 )
+from torchrec.distributed.embeddingbag import (
+    ShardedEmbeddingBagCollection as TorchrecShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_modules import EmbeddingBagCollection as TorchrecEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
 from recemb.errors import ConfigError
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
+from recemb.torchrec_io.sharding.kernel import no_managed_collisions
 from recemb.torchrec_io.sharding.module import ShardedEmbeddingBagCollection
 from recemb.torchrec_io.sharding.slices import check_slices
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
@@ -68,17 +76,22 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
 
     def shard(
         self,
-        module: EmbeddingBagCollection,
+        module: TorchrecEmbeddingBagCollection,
         params: Mapping[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> ShardedEmbeddingBagCollection:
+    ) -> TorchrecShardedEmbeddingBagCollection:
         """The sharded module, on each rank.
+
+        One of torchrec's own becomes torchrec's: a sharder that holds this one, as that of
+        ``FeatureProcessedEmbeddingBagCollection`` does, gives it every collection.
 
         Raises:
             ConfigError: a plan that compressed tables cannot follow, before anything is allocated.
         """
+        if not isinstance(module, EmbeddingBagCollection):
+            return super().shard(module, params, env, device, module_fqn)
         return ShardedEmbeddingBagCollection(
             module,
             params,
@@ -91,8 +104,11 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
         )
 
-    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
+    def shardable_parameters(self, module: TorchrecEmbeddingBagCollection) -> dict[str, nn.Parameter]:
         """Table name -> a 2-D weight; for a compressed table a stand-in of its bytes and its D columns."""
+        if not isinstance(module, EmbeddingBagCollection):
+            weights: dict[str, nn.Parameter] = super().shardable_parameters(module)
+            return weights
         return LogicalTables(module, CompressedTables.of(module)).for_planner()
 
     def reshard(self, *args: object, **named: object) -> ShardedEmbeddingBagCollection:
@@ -115,14 +131,42 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
         return ShardedEmbeddingBagCollection
 
 
+class _ManagedCollisions(ManagedCollisionEmbeddingBagCollectionSharder):  # type: ignore[misc] # no types
+    """torchrec's, which refuses compressed tables before they are planned."""
+
+    def shard(
+        self, module: ManagedCollisionEmbeddingBagCollection, *arguments: Any, **named: Any
+    ) -> nn.Module:
+        _check_managed_collisions(module)
+        sharded: nn.Module = super().shard(module, *arguments, **named)
+        return sharded
+
+    def shardable_parameters(self, module: ManagedCollisionEmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        _check_managed_collisions(module)
+        weights: dict[str, nn.Parameter] = super().shardable_parameters(module)
+        return weights
+
+
+def _check_managed_collisions(module: ManagedCollisionEmbeddingBagCollection) -> None:
+    inner = module._embedding_module
+    specs = CompressedTables.of(inner).specs if isinstance(inner, EmbeddingBagCollection) else {}
+    if specs:
+        raise no_managed_collisions(list(specs))
+
+
 def get_sharders(communication_slices: int = 1) -> list[ModuleSharder[nn.Module]]:
     """torchrec's default sharders and recemb's: ``DistributedModelParallel(model, sharders=get_sharders())``.
 
     torchrec looks sharders up by a module's exact type: with its defaults alone, a
-    :class:`recemb.EmbeddingBagCollection` is replicated on every rank without a word.
+    :class:`recemb.EmbeddingBagCollection` is replicated on every rank without a word. The sharder of
+    ``FeatureProcessedEmbeddingBagCollection`` takes recemb's collections and torchrec's.
 
     Args:
         communication_slices: of :class:`EmbeddingBagCollectionSharder`.
     """
     own = EmbeddingBagCollectionSharder(communication_slices=communication_slices)
-    return [*get_default_sharders(), own]
+    around = {
+        FeatureProcessedEmbeddingBagCollectionSharder: FeatureProcessedEmbeddingBagCollectionSharder(own),
+        ManagedCollisionEmbeddingBagCollectionSharder: _ManagedCollisions(own),
+    }
+    return [*(around.get(type(sharder), sharder) for sharder in get_default_sharders()), own]
