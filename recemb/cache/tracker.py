@@ -62,10 +62,9 @@ def vote(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, weights: T
     """
     own, weights = owners[buckets] == ids, weights.to(votes.dtype)
     add(votes, buckets, torch.where(own, weights, -weights))
-    lost = votes < 0
-    _hand_over(owners, buckets, ids, weights, lost[buckets] & ~own)
+    _hand_over(owners, buckets, ids, weights, (votes[buckets] < 0) & ~own)
     held = torch.zeros_like(votes).index_add_(0, buckets, torch.where(owners[buckets] == ids, weights, 0.0))
-    votes.copy_(torch.where(lost, torch.minimum(votes.abs(), held), votes))
+    votes.copy_(torch.where(votes < 0, torch.minimum(-votes, held), votes))
 
 
 def see(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, step: int) -> None:
@@ -88,7 +87,8 @@ def times_seen(present: Tensor, step: int) -> Tensor:
 
     float32 tells 128 places of a batch apart at step 100,000, and 8 at step 1,000,000.
     """
-    places = torch.arange(1, present.numel() + 1, device=present.device) / (present.numel() + 1)
+    # Among those that are there: the same whether positions without an id are left out or not.
+    places = present.cumsum(0) / (present.sum() + 1)
     return torch.where(present, step + places, 0.0)
 
 

@@ -73,9 +73,9 @@ def test_seen_last(batches: list[list[int]]) -> None:
         ids = torch.tensor(batch, dtype=torch.int64)
         buckets = buckets_of(ids, 4, 20)
         see(owners, votes, buckets, ids, step)
-        for place, (i, bucket) in enumerate(zip(batch, buckets.tolist(), strict=True), 1):
-            if i >= 0:
-                expected[bucket] = i, step + place / (len(batch) + 1)
+        seen = [(i, bucket) for i, bucket in zip(batch, buckets.tolist(), strict=True) if i >= 0]
+        for place, (i, bucket) in enumerate(seen, 1):
+            expected[bucket] = i, step + place / (len(seen) + 1)
     for bucket in range(4):
         owner, time = expected.get(bucket, (-1, 0))
         assert int(owners[bucket]) == owner
