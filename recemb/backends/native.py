@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,7 @@ from recemb.bags import Bags
 from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
-from recemb.optim.attached import attached_to
+from recemb.optim.attached import attached_to, live_hooks
 from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Bound, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
@@ -78,13 +78,23 @@ class _Found:
 
     Attributes:
         facts: what it depends on.
+        hooks: and the hooks of those optimizers, which torch takes out of these dicts when they are removed;
+            they are looked up once, as new ones come with an optimizer.
         native: per storage, whether the kernels can serve it.
         bound: the look-up, or ``None`` where a kernel is missing.
     """
 
     facts: list[object]
+    hooks: list[tuple[Mapping[int, Any], int]]
     native: list[bool]
     bound: Bound | None
+
+    def holds(self, facts: list[object]) -> bool:
+        """Whether nothing has changed but learning rates."""
+        # First, as what has changed of the rates alone is taken over.
+        if not all(own in hooks for hooks, own in self.hooks):
+            return False
+        return self.facts == facts or _rates_alone_differ(self.facts, facts)
 
 
 @dataclass(slots=True)
@@ -174,7 +184,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
                 rates.append(optimizer.param_groups[0].get("lr"))
         facts.append(_are_alike(rates))
     found = prepared.found
-    if found is None or not (found.facts == facts or _rates_alone_differ(found.facts, facts)):
+    if found is None or not found.holds(facts):
         storages, bound = _storages(tables, prepared), None
         native = [storage.native for storage in storages]
         if prepared.lookup is not None and all(native):
@@ -182,7 +192,8 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
             bound = prepared.lookup.bind(parameters, [storage.step for storage in storages])
         # Settings are changed in place.
         facts = [dict(fact) if isinstance(fact, dict) else fact for fact in facts]
-        found = prepared.found = _Found(facts, native, bound)
+        hooks = [hook for parameter in stored for hook in live_hooks(parameter)]
+        found = prepared.found = _Found(facts, hooks, native, bound)
     return found, stored
 
 
@@ -246,7 +257,7 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
 
 
 def _leave_to_torch(owner: Backend, left: Container[int]) -> None:
-    """torch's hooks step on these parameters of a storage: Adam is to move the rows that a kernel would."""
+    """No kernel steps on these parameters of a storage: Adam is to move the rows that one would."""
     for k, (name, parameter) in enumerate(owner.own_parameters().items()):
         if k in left and name not in owner.stepped_whole:
             for optimizer in attached_to(parameter):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from recemb.optim.attached import attached_to
+from recemb.optim.attached import stepping
 
 
 class BeforeStep:
@@ -20,7 +20,7 @@ class BeforeStep:
     not raise it: if one has stepped then and its gradients are still there, the exchange waits for the next
     backward and step, never the other way round.
 
-    Parameters with an optimizer in their backward accumulate nothing, and frozen ones are not stepped.
+    Parameters that are stepped in their backward accumulate nothing, and frozen ones are not stepped.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class BeforeStep:
         """Keep what some parameters are, and forget others.
 
         Args:
-            parameters: of one table; those that no optimizer steps outside of their backward are left out.
+            parameters: of one table; frozen ones are left out.
             copies: values of parameters as they are now, to which those that are missing are added; ``None``
                 where no exchange of rows is due, which makes none.
         """
         self._seen = []
         for parameter in parameters:
-            if not parameter.requires_grad or attached_to(parameter):
+            if not parameter.requires_grad:
                 continue
             values = None
-            if copies is not None:
+            if copies is not None and not stepping(parameter):
                 if parameter not in copies:
                     copies[parameter] = parameter.detach().clone()
                 values = copies[parameter]
@@ -57,7 +57,7 @@ class BeforeStep:
         """Whether one of them has a gradient, and none has moved; reads from the device."""
         held = False
         for parameter, version, values in self._seen:
-            if parameter.grad is None or not bool(parameter.grad.any()):
+            if parameter.grad is None or stepping(parameter) or not bool(parameter.grad.any()):
                 continue
             same = parameter._version == version if values is None else torch.equal(parameter, values)
             if not same:

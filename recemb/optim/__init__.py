@@ -8,7 +8,8 @@ torch's idiom stays as it is::
 Where a kernel can do the step itself, the gradient is never materialised and torch's hook never fires; the
 optimizer object keeps its state, its ``param_groups`` (learning-rate schedules act on them) and its state
 dict. Everywhere else the gradient is accumulated and the hook steps, as in plain torch, but that Adam stays
-lazy there.
+lazy there. Without a hook (``register_hook=False``, or removed, as DistributedDataParallel does) nothing
+steps in the backward, and the gradient is there for whoever does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from recemb.optim.adagrad import adagrad_update
 from recemb.optim.adam import NOT_LAZY, adam_update, kind_of
-from recemb.optim.attached import attached_to
+from recemb.optim.attached import stepping
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
 from recemb_kernels.update import Step, Update
@@ -52,11 +53,12 @@ class FusedUpdate:
             parameters: those of the storage, which are updated together.
 
         Returns:
-            a step that leaves frozen parameters, and the gradients of those without an optimizer, or with
-            several; ``None`` when there is no optimizer, when the optimizers differ in class or settings, or
-            when one has an option (momentum, weight decay, ...) that touches more than the rows of the batch.
+            a step that leaves frozen parameters, and the gradients of those without an optimizer that steps
+            in the backward, or with several; ``None`` when there is none, when they differ in class or
+            settings, or when one has an option (momentum, weight decay, ...) that touches more than the rows
+            of the batch.
         """
-        each = [attached_to(parameter) if parameter.requires_grad else [] for parameter in parameters]
+        each = [stepping(parameter) if parameter.requires_grad else [] for parameter in parameters]
         optimizers: list[Any] = [found[0] if len(found) == 1 else None for found in each]
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
         # What is left out may be another tensor each step: a view through which gradients are exchanged.

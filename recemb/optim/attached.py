@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.optim.apply_optimizer_in_backward import param_to_optim_hook_handle_map
 
 from recemb.errors import ConfigError
 
@@ -34,6 +35,23 @@ def attached_to(parameter: Tensor) -> list[torch.optim.Optimizer]:
             # What has been asked for stays beside it, for fbgemm.
             found[k] = _working(optimizer, parameter)
     return found
+
+
+def live_hooks(parameter: Tensor) -> list[tuple[Mapping[int, Any], int]]:
+    """The hooks that step a parameter's optimizers in its backward: where torch keeps each, under which id.
+
+    None with ``register_hook=False``, nor once they are removed, as DistributedDataParallel does: it steps
+    after its exchange of gradients.
+    """
+    handles = param_to_optim_hook_handle_map.get(parameter, ())  # type: ignore[no-untyped-call]
+    kept = [(handle.hooks_dict_ref(), handle.id) for handle in handles]
+    return [(hooks, own) for hooks, own in kept if hooks is not None and own in hooks]
+
+
+def stepping(parameter: Tensor) -> list[torch.optim.Optimizer]:
+    """Those attached to a parameter that step in its backward: none while no hook does."""
+    attached = attached_to(parameter)
+    return attached if attached and live_hooks(parameter) else []
 
 
 def _working(placeholder: torch.optim.Optimizer, parameter: Tensor) -> torch.optim.Optimizer:

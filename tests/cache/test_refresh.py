@@ -105,6 +105,27 @@ def test_accumulated_gradients_hold_them_until_the_step(name: str) -> None:
     assert cached(collection) == {3, 4}
 
 
+def test_gradients_that_no_hook_steps_on_hold_them_too() -> None:
+    collection = every_step()
+    cores = list(collection.parameters())
+    apply_optimizer_in_backward(torch.optim.SGD, cores, {"lr": 0.01}, register_hook=False)
+
+    def stepped() -> None:
+        for parameter in cores:
+            for optimizer in parameter._in_backward_optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    step(collection, [1, 1, 2])
+    stepped()
+    for _ in range(3):
+        collection(one_id_bags([3, 3, 4, 4])).sum().backward()
+        assert cached(collection) == {1, 2}
+    stepped()
+    collection(one_id_bags([3]))
+    assert cached(collection) == {3, 4}
+
+
 def copies(collection: Collection, name: str = "t") -> dict[Tensor, Tensor]:
     """Parameters of a table and what is kept of their values."""
     seen = collection.cache(name).before_step._seen
