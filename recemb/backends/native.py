@@ -16,6 +16,7 @@ from recemb.errors import NonFiniteError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
+from recemb.optim.state import version_of
 from recemb_kernels.gather_op import make_batch
 from recemb_kernels.lookup import Bound, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
@@ -197,10 +198,14 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
     return found, stored
 
 
-def _are_alike(rates: list[object]) -> bool:
-    """Whether a storage's learning rates are all equal; tensors, which a GPU may hold, are not compared."""
+def _are_alike(rates: list[object]) -> object:
+    """Whether a storage's learning rates are all equal.
+
+    Tensors, which a GPU may hold, are not compared: of several, how often each has been written to.
+    """
     if rates and isinstance(rates[0], Tensor):
-        return all(rate is rates[0] for rate in rates)
+        alike = all(rate is rates[0] for rate in rates)
+        return alike or [version_of(rate) if isinstance(rate, Tensor) else rate for rate in rates]
     return not rates or rates.count(rates[0]) == len(rates)
 
 

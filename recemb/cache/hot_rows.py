@@ -14,6 +14,7 @@ from recemb.cache.before_step import BeforeStep
 from recemb.cache.layout import num_candidates
 from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import add, buckets_of, see, times_seen, vote
+from recemb.optim.state import version_of
 from recemb.spec import Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
 
@@ -260,8 +261,3 @@ class HotRowCache(DenseBackend):
             evictions=evictions,
             write_back_error=(after / without) ** 0.5 if without else 0.0,
         )
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been written to; ``None`` for one of inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version

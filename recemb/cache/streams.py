@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from recemb.bags import Bags
-from recemb.cache.hot_rows import HotRowCache, version_of
+from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Merge, Piece, Step, Token
 from recemb.cache.refresh import cache_of, refresh
+from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
 from recemb_kernels.cache_split import Merger, Splitter
 

@@ -28,6 +28,7 @@ from recemb.optim.adam import NOT_LAZY, adam_update, kind_of
 from recemb.optim.attached import stepping
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
+from recemb.optim.state import version_of
 from recemb_kernels.update import Step, Update
 
 _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Update]
@@ -38,12 +39,7 @@ class FusedUpdate:
 
     def __init__(self) -> None:
         # In one piece, as threads may ask side by side.
-        self._seen: tuple[list[nn.Parameter], list[object], list[dict[str, Any]], Step | None] = (
-            [],
-            [],
-            [],
-            None,
-        )
+        self._seen: tuple[list[nn.Parameter], list[object], list[object], Step | None] = ([], [], [], None)
         self._made: tuple[object, Update, list[dict[str, Any]], list[object]] | None = None
 
     def of(self, parameters: Sequence[nn.Parameter]) -> Step | None:
@@ -63,19 +59,21 @@ class FusedUpdate:
         settings = [optimizer.param_groups[0] for optimizer in optimizers if optimizer is not None]
         # What is left out may be another tensor each step: a view through which gradients are exchanged.
         own = [p for p, optimizer in zip(parameters, optimizers, strict=True) if optimizer is not None]
+        # Rates that are tensors, one for each optimizer, may have been equal and be so no more.
+        written = [version_of(v) for group in settings for v in group.values() if isinstance(v, Tensor)]
         known, same, unchanged, step = self._seen
         self._made = None  # asked again, as something has changed: the states have to be looked at once more
         if not (
             len(known) == len(own)
             and all(map(is_, known, own))
             and optimizers == same
-            and settings == unchanged
+            and [settings, written] == unchanged
         ):
             attached = [optimizer for optimizer in optimizers if optimizer is not None]
             rule = _resolve(attached)
             left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
             step = None if rule is None else Step(partial(self._make, rule, attached, own, left), left)
-            self._seen = own, optimizers, [dict(group) for group in settings], step
+            self._seen = own, optimizers, [[dict(group) for group in settings], written], step
         return step
 
     def _make(

@@ -55,3 +55,8 @@ def counters(states: Sequence[dict[str, Any]]) -> list[Tensor]:
         ):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     return [state["step"] for state in states]
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been written to; ``None`` for one of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -147,12 +147,23 @@ class _Group(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key == "params":
             return [parameter for member in self._members for parameter in member["params"]]
-        return self._members[0][key]
+        value = self._members[0][key]
+        if isinstance(value, Tensor):
+            # torch's schedules write to it in place.
+            self._share(key, value)
+        return value
 
     def __setitem__(self, key: str, value: object) -> None:
         if key == "params":
             raise ConfigError("the parameters of an optimizer in the backward cannot be replaced")
         for member in self._members:
+            member[key] = value
+
+    def _share(self, key: str, value: Tensor) -> None:
+        """Have every member hold this very tensor, and its defaults where they hold the member's own."""
+        for optimizer, member in zip(self._optimizers, self._members, strict=True):
+            if optimizer.defaults.get(key) is member[key]:
+                optimizer.defaults[key] = value
             member[key] = value
 
     def __delitem__(self, key: str) -> None:
@@ -211,5 +222,7 @@ def _check_state(key: str, own: Mapping[str, Any], given: Mapping[str, Any] | No
 
 def _fill_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     # torch's own loading knows which state goes to the parameter's device; it does not copy.
-    own = optimizer.state_dict()
+    own, groups = optimizer.state_dict(), optimizer.param_groups
     optimizer.load_state_dict({"state": {0: copy.deepcopy(dict(state))}, "param_groups": own["param_groups"]})
+    # But it copies these: a rate that is a tensor may be several optimizers'.
+    optimizer.param_groups = groups

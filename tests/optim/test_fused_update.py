@@ -200,6 +200,27 @@ def test_a_rate_that_is_a_tensor_is_read_in_every_step(name: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["tt", "mult", "md"])
+def test_rates_that_are_tensors_and_equal_at_first_may_part(method: str) -> None:
+    ours, torchs = _collection(COMPRESSIONS[method]), _collection(COMPRESSIONS[method])
+    for parameter in ours.parameters():
+        apply_optimizer_in_backward(torch.optim.SGD, [parameter], {"lr": torch.tensor(0.5)})
+    optimizers = [torch.optim.SGD([parameter], lr=0.5) for parameter in torchs.parameters()]
+    for step, batch in enumerate(_batches()):
+        for k, (mine, theirs) in enumerate(zip(ours.parameters(), optimizers, strict=True)):
+            # Apart after two steps, and together again after four.
+            rate = (0.5, 0.1 * (1 + k), 0.3)[step // 2]
+            mine._in_backward_optimizers[0].param_groups[0]["lr"].fill_(rate)
+            theirs.param_groups[0]["lr"] = rate
+            theirs.zero_grad()
+        _loss(ours, batch).backward()
+        _loss(torchs, batch).backward()
+        for theirs in optimizers:
+            theirs.step()
+        for mine, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_is_worked_out_once_whatever_tensor_stands_for_what_is_left() -> None:
     (table, *_) = _collection(COMPRESSIONS["md"]).embedding_bags.values()
     rows, projection = table.parameters()

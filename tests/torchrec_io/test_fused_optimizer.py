@@ -169,6 +169,54 @@ def test_a_torch_scheduler_drives_it() -> None:
     assert schedule.get_last_lr() == [pytest.approx(0.1 * 0.5**3)]
 
 
+def _per_table(kind: type[torch.optim.Optimizer], **kw: Any) -> EmbeddingBagCollection:
+    ebc = collection()
+    for table in ebc.embedding_bags.values():
+        _apply_optimizer_in_backward(kind, table.parameters(), {"lr": torch.tensor(0.1)} | kw)
+    return ebc
+
+
+def _each_loaded(kind: type[torch.optim.Optimizer], **kw: Any) -> EmbeddingBagCollection:
+    ebc = attached(kind, lr=torch.tensor(0.1), **kw)
+    backward(ebc)
+    for parameter in ebc.parameters():
+        (optimizer,) = parameter._in_backward_optimizers
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return ebc
+
+
+def _loaded(kind: type[torch.optim.Optimizer], **kw: Any) -> EmbeddingBagCollection:
+    ebc, other = (attached(kind, lr=torch.tensor(0.1), **kw) for _ in range(2))
+    backward(other)
+    ebc.fused_optimizer.load_state_dict(copy.deepcopy(other.fused_optimizer.state_dict()))
+    return ebc
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("make", [_per_table, _each_loaded, _loaded])
+def test_a_schedule_reaches_every_rate_that_is_a_tensor(
+    make: Callable[..., EmbeddingBagCollection], momentum: float
+) -> None:
+    ebc = make(torch.optim.SGD, momentum=momentum)
+    optimizer = ebc.fused_optimizer
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    for step in range(1, 3):
+        optimizer.step()
+        schedule.step()
+        rates = [float(p._in_backward_optimizers[0].param_groups[0]["lr"]) for p in ebc.parameters()]
+        assert rates == pytest.approx([0.1 * 0.5**step] * len(KEYS))
+        # What is attached alike is one group in every view to come.
+        assert len(ebc.fused_optimizer.param_groups) == 1
+
+
+def test_loading_leaves_a_rate_that_is_a_tensor_where_it_is() -> None:
+    ebc, other, rate = attached(torch.optim.SGD, momentum=0.9), collection(), torch.tensor(0.1)
+    _apply_optimizer_in_backward(torch.optim.SGD, other.parameters(), {"lr": rate, "momentum": 0.9})
+    backward(ebc)
+    other.fused_optimizer.load_state_dict(copy.deepcopy(ebc.fused_optimizer.state_dict()))
+    assert all(p._in_backward_optimizers[0].param_groups[0]["lr"] is rate for p in other.parameters())
+
+
 def test_torchrecs_warmup_drives_it_and_resumes() -> None:
     stages = [WarmupStage(WarmupPolicy.LINEAR, max_iters=4, value=0.0)]
     ebc = attached(torch.optim.SGD)
