@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torchrec.optim.fused import FusedOptimizer
 from recemb.errors import ConfigError
 from recemb.optim.adam import kind_of, make_state
 from recemb.optim.attached import attached_to
+from recemb.optim.attachment import Attachment
 
 _Optimizers = Mapping[Tensor, torch.optim.Optimizer]
 
@@ -81,17 +81,35 @@ class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ship
                 after ``save_param_groups(True)``.
 
         Raises:
-            ConfigError: a parameter's state is missing, is another optimizer's, or has another shape; nothing
-                has been loaded by then.
+            ConfigError: a parameter's state is missing, is another optimizer's, or has another shape, or some
+                is of no parameter here; nothing has been loaded by then.
         """
         given = state_dict["state"]
-        keys = {key: parameter for key, parameter in self.params.items() if parameter in self._optimizers}
+        # A wrapper's own parameter among them.
+        keys = {key: parameter for key, parameter in self.params.items() if parameter in self.state}
+        unknown = sorted(given.keys() - keys.keys())
+        if unknown:
+            raise ConfigError(
+                f"the optimizer state to load holds {unknown[0]}, which is no parameter of this optimizer: "
+                "it is of another model"
+            )
+        unmade: dict[Tensor, dict[str, Any]] = {}
         for key, parameter in keys.items():
-            _check_state(key, self.state[parameter], given.get(key))
-        for key, parameter in keys.items():
-            if given[key] and not self.state[parameter]:
-                _fill_state(self._optimizers[parameter], given[key])
+            own = self.state[parameter]
+            if given.get(key) and not own and parameter in self._optimizers:
+                unmade[parameter] = self._first_state(key, parameter)
+                own = self.state.as_shown(parameter, unmade[parameter])
+            _check_state(key, own, given.get(key))
+        for parameter, state in unmade.items():
+            self.state[parameter] = state
         super().load_state_dict(state_dict)
+
+    @staticmethod
+    def _first_state(key: str, parameter: nn.Parameter) -> dict[str, Any]:
+        """What an optimizer that makes its state as it first steps would make."""
+        attachment = Attachment.of(key, parameter)
+        assert attachment is not None, "each of them has an optimizer"
+        return attachment.state_of(parameter)
 
 
 class _State(MutableMapping[Tensor, dict[str, Any]]):
@@ -108,7 +126,10 @@ class _State(MutableMapping[Tensor, dict[str, Any]]):
     def __getitem__(self, key: Tensor) -> dict[str, Any]:
         if key not in self._optimizers:
             return self._others[key]
-        state: dict[str, Any] = self._optimizers[key].state[key]
+        return self.as_shown(key, self._optimizers[key].state[key])
+
+    def as_shown(self, key: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """State of a parameter as it appears here."""
         if key not in self._shown:
             return state
         view = self._shown[key]
@@ -204,8 +225,6 @@ def _groups(optimizers: _Optimizers) -> list[_Group]:
 def _check_state(key: str, own: Mapping[str, Any], given: Mapping[str, Any] | None) -> None:
     if given is None:
         raise ConfigError(f"the optimizer state to load has nothing for {key}; it is of another model")
-    if not own:
-        return
     if own.keys() != given.keys():
         raise ConfigError(
             f"{key}: the optimizer state to load holds {sorted(given)} and this optimizer keeps "
@@ -218,11 +237,3 @@ def _check_state(key: str, own: Mapping[str, Any], given: Mapping[str, Any] | No
                 f"{key}: {name} of the optimizer state to load has shape {tuple(given[name].shape)}, "
                 f"not {tuple(value.shape)}; it is of another table or optimizer"
             )
-
-
-def _fill_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    # torch's own loading knows which state goes to the parameter's device; it does not copy.
-    own, groups = optimizer.state_dict(), optimizer.param_groups
-    optimizer.load_state_dict({"state": {0: copy.deepcopy(dict(state))}, "param_groups": own["param_groups"]})
-    # But it copies these: a rate that is a tensor may be several optimizers'.
-    optimizer.param_groups = groups

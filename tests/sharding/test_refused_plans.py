@@ -40,10 +40,10 @@ from recemb import (
     TensorTrain,
 )
 from recemb.errors import ConfigError
+from recemb.optim.attachment import Attachment
 from recemb.spec import TableSpec
 from recemb.torchrec_io import EmbeddingBagCollectionSharder, get_sharders
 from recemb.torchrec_io.sharding.held import row_split
-from recemb.torchrec_io.sharding.tables import Attachment
 from tests.sharding.cases import apply_optimizer_in_backward
 
 ROBE_SETTING = ROBE(compress_rate=10, block_size=8)

@@ -337,6 +337,54 @@ def test_a_state_that_does_not_fit_loads_nothing(spoil: Callable[[Any], object],
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
+OTHERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.SGD, {}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.RMSprop, {}),
+    (torch.optim.Adadelta, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), OTHERS)
+def test_another_optimizers_state_is_refused_before_the_first_step_too(
+    kind: type[torch.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    saved, ebc = attached(torch.optim.Adagrad), attached(kind, **settings)
+    backward(saved)
+    optimizer = ebc.fused_optimizer
+    with pytest.raises(ConfigError, match=r"holds \['step', 'sum'\] and this optimizer keeps"):
+        optimizer.load_state_dict(saved.fused_optimizer.state_dict())
+    assert not any(optimizer.state_dict()["state"].values())
+    # The settings of the trial step are its own.
+    assert all(p._in_backward_optimizers[0].param_groups[0]["params"] == [p] for p in ebc.parameters())
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.update(gone=state["embedding_bags.md.p"]), "holds gone, which is no parameter"),
+        (
+            lambda state: state["embedding_bags.md.p"].update(momentum_buffer=torch.ones(2, 1)),
+            r"shape \(2, 1\), not \(2, 8\)",
+        ),
+    ],
+)
+def test_nothing_is_loaded_of_a_state_that_is_wrong_in_part(
+    spoil: Callable[[Any], object], message: str, stepped: bool
+) -> None:
+    saved, ebc = (attached(torch.optim.SGD, momentum=0.9) for _ in range(2))
+    backward(saved)
+    if stepped:
+        backward(ebc, 1)
+    optimizer = ebc.fused_optimizer
+    before, given = (copy.deepcopy(one.state_dict()) for one in (optimizer, saved.fused_optimizer))
+    spoil(given["state"])
+    with pytest.raises(ConfigError, match=message):
+        optimizer.load_state_dict(given)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
 def test_torchrec_may_change_the_callers_kwargs() -> None:
     ebc, settings = collection(), {"lr": 0.1}
     _apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, ebc.parameters(), settings)
