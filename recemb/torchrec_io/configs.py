@@ -138,7 +138,7 @@ def _init_std(config: TorchrecEmbeddingBagConfig) -> float:
     # A custom init_fn fills an N x D tensor; a compressed table can only match its scale, so measure that.
     with torch.random.fork_rng(devices=[]):
         rows = max(1, min(config.num_embeddings, _PROBE_NUMEL // config.embedding_dim))
-        probe = torch.zeros(rows, config.embedding_dim)
+        probe = torch.zeros(rows, config.embedding_dim, device="cpu")  # read below, whatever the default
         with torch.no_grad():
             init(probe)
     std = float(probe.square().mean().sqrt())

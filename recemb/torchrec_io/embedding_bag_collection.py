@@ -39,7 +39,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
     Args:
         tables: recemb configs, or plain torchrec configs for uncompressed tables.
         is_weighted: whether the input carries per-sample weights.
-        device: where the parameters live; ``meta`` allocates nothing.
+        device: where the parameters live, torch's default device when ``None``; ``meta`` allocates nothing.
         micro_batch_rows: distinct rows (on a GPU of all tables of one shape, else of a table) whose products
             of cores are computed at once, which bounds the workspace whatever the batch; ``None`` for 2**13
             on the CPU and 2**18 on a GPU.
@@ -80,7 +80,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         configs = [as_recemb_config(config) for config in tables]
         specs = [table_spec(config) for config in configs]
         _check_weighted_mean(specs, is_weighted)
-        target = torch.device(device) if device is not None else torch.device("cpu")
+        target = torch.device(device) if device is not None else torch.get_default_device()
         built = build(specs, target)
         # The parent's own tables are placeholders on meta, replaced below: N x D is never allocated.
         super().__init__(tables=configs, is_weighted=is_weighted, device=torch.device("meta"))

@@ -363,6 +363,17 @@ def test_copies_and_meta_round_trips() -> None:
     assert torch.equal(meta(kjt).values(), expected)
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda c: f"{c.method}")
+def test_tables_live_on_torchs_default_device(compression: Compression) -> None:
+    tables = [config("t", 40, 8, ["f0"], compression=compression, init_fn=torch.nn.init.normal_)]
+    with torch.device("meta"):
+        ours = recemb.EmbeddingBagCollection(tables=tables)
+        theirs = torchrec.EmbeddingBagCollection(tables=tables)
+        assert recemb.EmbeddingBagCollection(tables=tables, device="cpu").device == torch.device("cpu")
+    assert ours.device == theirs.device == torch.device("meta")
+    assert all(tensor.is_meta for tensor in [*ours.parameters(), *ours.buffers()])
+
+
 def test_plain_torchrec_configs_are_taken() -> None:
     plain = [
         torchrec.EmbeddingBagConfig(
