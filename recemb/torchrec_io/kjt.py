@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ def bags_from_kjt(
     check_structure(bags, [owner.get(key, LookupTarget(key, "none", 0)) for key in keys])
     position = {key: k for k, key in enumerate(keys)}
     selected = bags.select([position[target.feature] for target in targets])
-    return selected, _inverse_indices(features, keys, targets)
+    inverse = _inverse_indices(features, keys, targets)
+    if inverse is None and features.variable_stride_per_key():
+        selected = _without_padding(selected, _batch_sizes(features, keys, targets))
+    return selected, inverse
 
 
 def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: bool) -> None:
@@ -51,9 +55,15 @@ def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: 
         is_weighted: whether weights are needed.
 
     Raises:
-        BatchError: as :func:`bags_from_kjt` and :func:`recemb.bags.check_bags`; nothing is copied before.
+        BatchError: as :func:`bags_from_kjt` and :func:`recemb.bags.check_bags`; and for batch sizes per key
+            without inverse_indices, which torchrec asks for here. Nothing is copied before.
     """
     keys = features.keys()
+    if features.variable_stride_per_key() and features.inverse_indices_or_none() is None:
+        raise BatchError(
+            "the KeyedJaggedTensor has batch sizes per key (stride_per_key_per_rank) and no inverse_indices, "
+            "which sharded tables need to expand them to one batch"
+        )
     bags = bags_of_keys(features, keys, targets, is_weighted)
     _inverse_indices(features, keys, targets)
     if keys == targets.features:
@@ -101,7 +111,7 @@ def bags_of_keys(
     if is_weighted:
         check_weighted(features)
     if features.variable_stride_per_key():
-        offsets = _pad_variable_batch(features, keys)
+        offsets = _pad_variable_batch(features, keys, targets)
     else:
         offsets = features.offsets()
         expected = len(keys) * features.stride() + 1
@@ -135,7 +145,26 @@ def _check_keys(keys: Sequence[str], targets: Sequence[LookupTarget]) -> None:
             )
 
 
-def _pad_variable_batch(features: KeyedJaggedTensor, keys: Sequence[str]) -> Tensor:
+def _batch_sizes(
+    features: KeyedJaggedTensor, keys: Sequence[str], targets: Sequence[LookupTarget]
+) -> dict[str, int]:
+    """Of each feature that is looked up; the others' do not matter."""
+    strides = dict(zip(keys, features.stride_per_key(), strict=True))
+    return {target.feature: strides[target.feature] for target in targets}
+
+
+def _without_padding(bags: Bags, sizes: Mapping[str, int]) -> Bags:
+    """The bags of features of one size, which others that are longer have had padded."""
+    size = next(iter(sizes.values()), 0)
+    if size == bags.batch_size:
+        return bags
+    starts = bags.offsets[:-1].view(bags.num_features, -1)[:, :size]
+    return replace(bags, offsets=torch.cat([starts.flatten(), bags.offsets[-1:]]))
+
+
+def _pad_variable_batch(
+    features: KeyedJaggedTensor, keys: Sequence[str], targets: Sequence[LookupTarget]
+) -> Tensor:
     """Offsets with every feature padded to the longest batch."""
     strides = features.stride_per_key()
     lengths = features.lengths().long()
@@ -144,10 +173,11 @@ def _pad_variable_batch(features: KeyedJaggedTensor, keys: Sequence[str]) -> Ten
             f"the KeyedJaggedTensor has {lengths.numel()} lengths, its strides per key {strides} ask for "
             f"{sum(strides)}"
         )
-    if features.inverse_indices_or_none() is None:
+    sizes = _batch_sizes(features, keys, targets)
+    if features.inverse_indices_or_none() is None and len(set(sizes.values())) > 1:
         raise BatchError(
-            f"the batch sizes per key differ ({dict(zip(keys, strides, strict=True))}) and the "
-            "KeyedJaggedTensor has no inverse_indices to expand them to one batch"
+            f"the batch sizes per key differ ({sizes}) and the KeyedJaggedTensor has no inverse_indices to "
+            "expand them to one batch"
         )
     return padded_offsets(features)
 
@@ -164,8 +194,8 @@ def _inverse_indices(
     if missing:
         raise BatchError(f"inverse_indices have no entry for feature {missing[0]!r}")
     ordered: Tensor = bags[[names.index(target.feature) for target in targets]]
-    strides = dict(zip(keys, features.stride_per_key(), strict=True))
-    limits = torch.tensor([strides[target.feature] for target in targets], device=ordered.device)
+    sizes = _batch_sizes(features, keys, targets)
+    limits = torch.tensor([sizes[target.feature] for target in targets], device=ordered.device)
     bad = (ordered < 0) | (ordered >= limits[:, None])
     if bool(bad.any()):
         row, sample = bad.nonzero()[0].tolist()

@@ -14,12 +14,11 @@ import torchrec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torch import Tensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 import recemb
-from recemb.errors import BatchError, ConfigError
+from recemb.errors import ConfigError
 from recemb.spec import Compression
 
 FEATURES = ("f0", "f1", "f2", "f3")
@@ -234,69 +233,6 @@ def test_a_tensordict_is_taken(compression: Compression) -> None:
         lengths=torch.tensor([0, 1, 2, 0, 1, 2]),
     )
     assert torch.equal(got.values(), ours(kjt).values())
-
-
-def variable_batch(weights: Tensor | None = None) -> KeyedJaggedTensor:
-    """Batch sizes 2, 1 and 3, each expanded to 4 samples."""
-    return KeyedJaggedTensor(
-        keys=["f0", "f1", "f2"],
-        values=torch.tensor([0, 1, 9, 3, 3, 2, 5]),
-        lengths=torch.tensor([2, 1, 2, 0, 1, 1]),
-        weights=weights,
-        stride_per_key_per_rank=[[2], [1], [3]],
-        inverse_indices=(["f0", "f1", "f2"], torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [2, 1, 0, 2]])),
-    )
-
-
-@pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
-def test_variable_batch_sizes_give_torchrecs_bits(pooling: PoolingType) -> None:
-    ours, theirs = both(shared_configs(pooling=pooling))
-    assert ours(variable_batch()).values().shape == (4, 20)
-    assert_same_bits(ours, theirs, variable_batch())
-
-
-def test_variable_batch_sizes_with_weights_and_compression() -> None:
-    weights = torch.linspace(-1, 2, 7)
-    assert_same_bits(*both(shared_configs(), is_weighted=True), variable_batch(weights))
-    for compression in COMPRESSIONS:
-        ours, theirs = both(shared_configs(compression=compression), is_weighted=True)
-        kjt = variable_batch(weights)
-        torch.testing.assert_close(ours(kjt).values(), theirs(kjt).values(), rtol=1e-5, atol=1e-6)
-
-
-def test_inverse_indices_with_equal_batch_sizes_expand_too() -> None:
-    kjt = KeyedJaggedTensor(
-        keys=["f0", "f1", "f2"],
-        values=torch.tensor([0, 1, 9, 3, 3, 2, 5, 9]),
-        lengths=torch.tensor([2, 0, 1, 0, 2, 3]),
-        inverse_indices=(["f2", "f0", "f1"], torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]])),
-    )
-    assert_same_bits(*both(shared_configs()), kjt)
-
-
-@pytest.mark.parametrize("bag", [1, 2, -1])
-def test_f11_inverse_indices_outside_the_features_batch_are_refused(bag: int) -> None:
-    """A short feature is padded to the longest batch; its padding is no bag to be pointed at."""
-    kjt = variable_batch()
-    _, indices = kjt.inverse_indices()
-    indices[1, 2] = bag
-    ours = recemb.EmbeddingBagCollection(tables=shared_configs())
-    with pytest.raises(BatchError, match=rf"inverse_indices.*'f1', sample 2: {bag} is outside \[0, 1\)"):
-        ours(kjt)
-
-
-def test_f11_variable_batches_need_inverse_indices_for_every_feature() -> None:
-    ours = recemb.EmbeddingBagCollection(tables=shared_configs())
-    more: dict[str, Any] = {
-        "keys": ["f0", "f1", "f2"],
-        "values": torch.tensor([0, 1]),
-        "lengths": torch.tensor([1, 1, 0, 0]),
-        "stride_per_key_per_rank": [[1], [1], [2]],
-    }
-    with pytest.raises(BatchError, match="no inverse_indices"):
-        ours(KeyedJaggedTensor(**more))
-    with pytest.raises(BatchError, match="no entry for feature 'f2'"):
-        ours(KeyedJaggedTensor(**more, inverse_indices=(["f0", "f1"], torch.zeros(2, 3, dtype=torch.int64))))
 
 
 def test_it_is_a_torchrec_collection() -> None:
