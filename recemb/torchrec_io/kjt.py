@@ -10,8 +10,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags, check_structure
-from recemb.cache.hot_rows import version_of
 from recemb.errors import BatchError
+from recemb.optim.state import version_of
 
 _INTEGERS = (torch.int32, torch.int64)
 _ANY_ID = torch.iinfo(torch.int64).max

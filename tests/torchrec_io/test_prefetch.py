@@ -127,7 +127,7 @@ def test_a_callers_capture_reads_the_batch_itself(prepared: str, monkeypatch: py
     for name in ("recemb.engine.capturing", "recemb.bags.capturing"):
         monkeypatch.setattr(name, lambda: capturing)
     ebc.prefetch(narrow)
-    for _, (bags, _) in ebc._ahead.values():
+    for _, _, (bags, _) in ebc._ahead.values():
         bags.handed = SimpleNamespace(take=lambda held: pytest.fail("it waits"))  # as on a GPU
     narrow.values().copy_(torch.arange(200))
     capturing = prepared == "before"
