@@ -18,6 +18,8 @@ Pooling = Literal["sum", "mean"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 CachePolicy = Literal["lfu", "lru", "importance"]
 DTYPE_BYTES: dict[DTypeName, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Ranks that every table may have: one rank is often given to all tables, those of a few rows among them.
+RANK_FOR_ANY_TABLE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,8 @@ class TensorTrain(Compression):
     mixed-radix digits of i in base p.
 
     Args:
-        rank: bond rank R, one int for every bond or one per bond (``num_cores - 1`` of them).
+        rank: bond rank R, one int for every bond or one per bond (``num_cores - 1`` of them). At most
+            sqrt(N D) + D or 256, whichever is more.
         num_cores: number of cores d >= 2. TT-Rec uses 3.
         row_shape: p, or ``None`` for the shape with the fewest parameters.
         dim_shape: q, or ``None`` for the most even split of D.
@@ -201,6 +204,15 @@ class TensorTrain(Compression):
                 f"table {table.name!r}: TensorTrain dim_shape={self.dim_shape} multiplies to "
                 f"{math.prod(self.dim_shape)}, not to embedding_dim={table.embedding_dim}; "
                 "use dim_shape=None to choose one"
+            )
+        # A bond's rank is that of a matrix of ceil(N/b) a rows and b c columns, where b and c are the products
+        # of the p and q to its right and a c = D; whatever b is, the shorter side is at most sqrt(N D) + D.
+        useful = math.isqrt(table.num_embeddings * table.embedding_dim) + table.embedding_dim
+        if max(self.ranks) > max(useful, RANK_FOR_ANY_TABLE):
+            raise ConfigError(
+                f"table {table.name!r}: TensorTrain rank={self.rank} exceeds {useful}, beyond which no rank "
+                f"adds anything to num_embeddings={table.num_embeddings} rows of "
+                f"embedding_dim={table.embedding_dim}; use rank <= {useful}, e.g. rank={min(16, useful)}"
             )
 
 

@@ -73,50 +73,81 @@ def best_row_shape(rows: int, costs: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _search(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tuple[int, ...]]:
-    """Cheapest (cost, p) below ``budget``; (inf, ()) when there is none."""
+    """Cheapest (cost, p) below ``budget``; (inf, ()) when there is none.
+
+    Costs are ints, and so is every budget but the first, infinity: past 2**53 floats would mix up neighbours.
+    """
     if len(costs) == 1:
         only = costs[0] * rows
         return (only, (rows,)) if only < budget else (math.inf, ())
     if len(costs) == 2:
         return _search_two(rows, costs, budget)
-    least: float = budget
+    limit: float = budget
     shape: tuple[int, ...] = ()
-    middle = min(rows, max(1, round(_balanced(rows, costs) / costs[0])))
+    middle = _start(_optimum(rows, costs)[0], rows, costs)
+    # Of equally good shapes the one nearest to this, larger ones first: saved tables have shapes so chosen.
+    preferred = _start(math.exp((math.log(rows) + sum(map(math.log, costs))) / len(costs)), rows, costs)
     # Outwards from the continuous optimum, each way until the convex lower bound passes the best so far.
     for step in (1, -1):
         first = middle if step == 1 else middle - 1
-        while 1 <= first <= rows and _bound(rows, costs, first) < least:
+        while 1 <= first <= rows and _bound(rows, costs, first) < limit:
             spent = costs[0] * first
-            cost, rest = _search(ceil_div(rows, first), costs[1:], least - spent)
-            if rest:
-                least, shape = cost + spent, (first, *rest)
+            cost, rest = _search(ceil_div(rows, first), costs[1:], limit - spent)
+            if rest and (
+                not shape or cost + spent < limit - 1 or _rank(first, preferred) < _rank(shape[0], preferred)
+            ):
+                limit, shape = cost + spent + 1, (first, *rest)
             first += step
-    return (least, shape) if shape else (math.inf, ())
+    return (limit - 1, shape) if shape else (math.inf, ())
+
+
+def _start(level: float, rows: int, costs: Sequence[int]) -> int:
+    """The p_1 that costs nearest to ``level``."""
+    return min(rows, max(1, round(level / costs[0])))
+
+
+def _rank(first: int, preferred: int) -> tuple[bool, int]:
+    """Orders equally good p_1: lower is better."""
+    return first < preferred, abs(first - preferred)
 
 
 def _search_two(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tuple[int, ...]]:
     left, right = costs
-    middle = min(rows, max(1, round(math.sqrt(rows * right / left))))
-    budget = min(budget, float(left * middle + right * ceil_div(rows, middle) + 1))
-    # left * p + right * rows / p < budget holds between the roots of a quadratic in p.
-    root = math.sqrt(max(0.0, budget * budget - 4.0 * left * right * rows))
-    low = max(1, math.floor((budget - root) / (2 * left)))
-    high = min(rows, math.ceil((budget + root) / (2 * left)))
+    middle = min(rows, max(1, math.isqrt(rows * right // left)))
+    limit = left * middle + right * ceil_div(rows, middle) + 1
+    if budget < limit:
+        limit = int(budget)
+    # left * p + right * rows / p < limit holds between the roots of a quadratic in p.
+    root = math.isqrt(max(0, limit * limit - 4 * left * right * rows)) + 1
+    low = max(1, (limit - root) // (2 * left))
+    high = min(rows, ceil_div(limit + root, 2 * left))
     if high < low:
         return math.inf, ()
-    first = np.arange(low, high + 1, dtype=np.int64)
+    largest = left * high + right * ceil_div(rows, low)
+    # numpy's int64 wraps around without a word; Python's ints in an object array do not.
+    first = np.arange(low, high + 1, dtype=np.int64 if largest < 2**63 else object)
     cost = left * first + right * -(-rows // first)
     at = int(cost.argmin())
-    if cost[at] >= budget:
+    if cost[at] >= limit:
         return math.inf, ()
-    return float(cost[at]), (int(first[at]), ceil_div(rows, int(first[at])))
+    return int(cost[at]), (int(first[at]), ceil_div(rows, int(first[at])))
 
 
-def _balanced(rows: float, costs: Sequence[int]) -> float:
-    """(rows * prod(costs))^(1/d): what every core costs at the continuous optimum."""
-    return math.exp((math.log(rows) + sum(map(math.log, costs))) / len(costs))
+def _optimum(rows: float, costs: Sequence[int]) -> tuple[float, float]:
+    """(level, total) at the continuous optimum: a core of ``level`` or more has p = 1, the others cost that.
+
+    Without p >= 1 the total is no use where ranks are high: a middle core takes p far below 1 there.
+    """
+    rising = sorted(costs)
+    logs = math.log(rows) + sum(map(math.log, rising))
+    above = 0
+    while len(rising) > 1 and rising[-1] > math.exp(logs / len(rising)):
+        above += rising[-1]
+        logs -= math.log(rising.pop())
+    level = math.exp(logs / len(rising))
+    return level, above + len(rising) * level
 
 
 def _bound(rows: int, costs: tuple[int, ...], first: int) -> float:
     """No p that starts with ``first`` costs less."""
-    return costs[0] * first + (len(costs) - 1) * _balanced(max(1.0, rows / first), costs[1:]) * (1 - 1e-12)
+    return costs[0] * first + _optimum(max(1.0, rows / first), costs[1:])[1] * (1 - 1e-12)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from recemb.backends.tensor_train import TensorTrainBackend
 from recemb.backends.tt_shapes import best_row_shape, tt_shapes
 from recemb.errors import ConfigError
-from recemb.spec import TensorTrain
+from recemb.spec import TableSpec, TensorTrain
 from tests.backends.cases import table
 
 
@@ -102,3 +104,48 @@ def test_f15_shapes_that_hold_too_few_rows_are_refused_with_one_that_fits() -> N
     with pytest.raises(ConfigError, match=r"holds 999 rows.*num_embeddings=1000.*row_shape=\(9, 3, 38\)"):
         table(1000, 8, TensorTrain(rank=2, row_shape=(9, 3, 37)))
     table(1000, 8, TensorTrain(rank=2, row_shape=(9, 3, 38)))
+
+
+@given(st.integers(1, 40), st.lists(st.integers(1, 10**10), min_size=3, max_size=3))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_widths_beyond_int64_against_brute_force(rows: int, widths: list[int]) -> None:
+    costs = (widths[0], widths[0] * widths[1], widths[1] * widths[2])
+    shape = best_row_shape(rows, costs)
+    assert math.prod(shape) >= rows
+    assert sum(c * p for c, p in zip(costs, shape, strict=True)) == least_cost(rows, costs)
+
+
+def test_of_equally_good_shapes_the_one_of_saved_tables_is_kept() -> None:
+    assert tt_shapes(4677, 128, TensorTrain(rank=(5, 47, 3), num_cores=4))[0] == (78, 1, 1, 60)
+    assert tt_shapes(669, 16, TensorTrain(rank=(1, 1, 54), num_cores=4))[0] == (28, 24, 1, 1)
+
+
+@pytest.mark.parametrize("num_cores", [2, 3, 4])
+@pytest.mark.parametrize("rows", [1000, 10_131_227, 2**33])
+def test_the_highest_rank_takes_no_long_search(rows: int, num_cores: int) -> None:
+    highest = math.isqrt(16 * rows) + 16
+    compression = TensorTrain(rank=max(256, highest), num_cores=num_cores)
+    started = time.process_time()
+    row_shape, _ = tt_shapes(rows, 16, compression)
+    assert time.process_time() - started < 10
+    assert math.prod(row_shape) >= rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "useful"),
+    [
+        (1000, 10**6, 142),
+        (1000, 10**8, 142),
+        (1000, 2**31, 142),
+        (1000, (4, 300), 142),
+        (10_131_227, 10**6, 12_747),
+    ],
+)
+def test_f15_ranks_that_add_nothing_are_refused(rows: int, rank: int | tuple[int, ...], useful: int) -> None:
+    with pytest.raises(ConfigError, match=rf"table 't'.*rank={re.escape(str(rank))} .*use rank <= {useful},"):
+        TableSpec(name="t", num_embeddings=rows, embedding_dim=16, compression=TensorTrain(rank=rank))
+
+
+def test_a_rank_for_all_tables_may_be_high_for_the_small_ones() -> None:
+    assert table(3, 4, TensorTrain(rank=256)).num_embeddings == 3
+    assert table(10_131_227, 16, TensorTrain(rank=12_747)).num_embeddings == 10_131_227
