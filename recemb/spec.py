@@ -205,8 +205,8 @@ class TensorTrain(Compression):
                 f"{math.prod(self.dim_shape)}, not to embedding_dim={table.embedding_dim}; "
                 "use dim_shape=None to choose one"
             )
-        # A bond's rank is that of a matrix of ceil(N/b) a rows and b c columns, where b and c are the products
-        # of the p and q to its right and a c = D; whatever b is, the shorter side is at most sqrt(N D) + D.
+        # A bond's rank is that of a matrix of ceil(N/b) a rows and b c columns; b and c are the products of
+        # the p and q to its right, and a c = D. Whatever b is, the shorter side is at most sqrt(N D) + D.
         useful = math.isqrt(table.num_embeddings * table.embedding_dim) + table.embedding_dim
         if max(self.ranks) > max(useful, RANK_FOR_ANY_TABLE):
             raise ConfigError(

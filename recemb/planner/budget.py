@@ -234,12 +234,21 @@ def _shortfall(tables: Sequence[TableSpec], method: str, compress_rate: float, t
     )
     if reached > compress_rate:
         return f"{text}; its settings are too coarse to use the whole budget"
-    return (
-        f"{text} are its least here; the largest part is table {biggest.table!r} with {biggest.num_bytes:,} "
-        f"bytes, and the {len(small)} tables of at most {threshold} rows keep "
-        f"{sum(record.num_bytes for record in small):,} bytes uncompressed (lower method_threshold, or take "
-        "tt or robe, which shrink further)" + _cache_hint(tables)
+    text += (
+        f" are its least here; the largest part is table {biggest.table!r} with {biggest.num_bytes:,} bytes"
     )
+    kept = sum(record.num_bytes for record in small)
+    advice = []
+    if small:
+        text += f", and the {len(small)} tables of at most {threshold} rows keep {kept:,} bytes uncompressed"
+        advice.append("lower method_threshold")
+    # Another method is no help where the small tables alone are over the budget, and none shrinks further
+    # than robe, whose array can be as short as one row.
+    if method != "robe" and kept * compress_rate <= report.total.dense_bytes:
+        advice.append(
+            "take robe, which shrinks further" if method == "tt" else "take tt or robe, which shrink further"
+        )
+    return f"{text} ({', or '.join(advice or ['ask for a lower compress_rate'])}){_cache_hint(tables)}"
 
 
 def _cache_hint(tables: Sequence[TableSpec]) -> str:

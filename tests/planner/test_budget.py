@@ -72,6 +72,27 @@ def test_mixed_dimensions_cannot_go_below_one_column() -> None:
     assert "'t2'" in result.shortfall
 
 
+@pytest.mark.parametrize(
+    ("method", "rows", "rate", "threshold", "advice"),
+    [
+        ("md", (150, 5000), 20, 200, "lower method_threshold, or take tt or robe, which shrink further"),
+        ("qr", (5000,), 100, 0, "take tt or robe, which shrink further"),
+        ("tt", (5, 5000), 900, 200, "lower method_threshold, or take robe, which shrinks further"),
+        ("tt", (5000,), 10_000, 0, "take robe, which shrinks further"),
+        ("robe", (150, 5000), 100, 200, "lower method_threshold"),
+        ("robe", (5000,), 100_000, 0, "ask for a lower compress_rate"),
+        ("qr", (190, 250), 100, 200, "lower method_threshold"),
+    ],
+)
+def test_advice_on_a_shortfall_fits_method_and_threshold(
+    method: str, rows: tuple[int, ...], rate: float, threshold: int, advice: str
+) -> None:
+    shortfall = compress(tables_of(rows), method, rate, threshold).shortfall
+    assert shortfall is not None
+    assert shortfall.endswith(f"({advice})")
+    assert ("of at most" in shortfall) == (threshold > 0)
+
+
 @given(
     st.lists(st.integers(1, 5000), min_size=1, max_size=5),
     st.lists(st.integers(1, 17), min_size=1, max_size=3),
