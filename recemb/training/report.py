@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recemb.errors import ConfigError, DataError
+from recemb.planner.report import wrapped
 from recemb.training.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
 from recemb.training.yaml_file import read_yaml
 
@@ -133,7 +134,7 @@ def summarise(runs: Sequence[Run]) -> list[Setting]:
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
-    """The comparison as text of at most 100 columns."""
+    """The comparison as text of at most 100 columns; a path that is longer stays in one piece."""
     header = ("run", "method", "emb. MB", "ratio", "AUC", "ΔAUC", "logloss", "samples/s", "ms/step")
     settings = summarise(runs)
     rows = [header, *(_row(setting) for setting in settings)]
@@ -144,7 +145,8 @@ def comparison_table(runs: Sequence[Run]) -> str:
     widths[0] = max(8, min(widths[0], TABLE_WIDTH - sum(widths[1:]) - len(gap) * gaps))
     lines = [gap.join(_cells(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, *footnotes(runs, settings)])
+    notes = [line for note in footnotes(runs, settings) for line in wrapped(note)]
+    return "\n".join([*lines, *notes])
 
 
 def footnotes(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from recemb.errors import ConfigError, DataError
+from recemb.planner.budget import compress
+from recemb.spec import TableSpec
 from recemb.training import html_report as html_module
 from recemb.training.config import parse_config
 from recemb.training.html_report import write_report
@@ -131,6 +133,16 @@ def test_footnotes_say_what_the_figures_mean(tmp_path: Path) -> None:
         "interrupted after step 20",
     ):
         assert text in table
+
+
+def test_a_long_shortfall_keeps_to_the_width(tmp_path: Path) -> None:
+    tables = [TableSpec(name=f"t{rows}", num_embeddings=rows, embedding_dim=16) for rows in (150, 5000)]
+    shortfall = compress(tables, "qr", 1000).shortfall
+    assert shortfall is not None
+    write_run(tmp_path / "a", "qr", shortfall=shortfall)
+    lines = comparison_table(load_runs([tmp_path])).splitlines()
+    assert max(map(len, lines)) <= TABLE_WIDTH
+    assert shortfall in " ".join(line.strip() for line in lines)
 
 
 def test_unknown_figures_are_dashes(tmp_path: Path) -> None:
