@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recemb.errors import ConfigError, DataError
 from recemb.planner.report import wrapped
@@ -30,6 +30,7 @@ _COMPRESSION_KEYS = frozenset(
 )
 _SEARCH_DEPTH = 3
 TABLE_WIDTH = 100
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one setting and what is compared of them."""
+    """The runs of one setting and what is compared of them, each seed counted once.
+
+    Attributes:
+        seeds: how many different ones; fewer than ``runs`` where a run was repeated, as the dense run of
+            every ``--compare`` is.
+    """
 
     name: str
     method: str
     runs: tuple[Run, ...]
+    seeds: int
     embedding_bytes: int
     ratio: float
     auc: Spread | None
@@ -122,7 +129,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 def summarise(runs: Sequence[Run]) -> list[Setting]:
     """One entry per setting: dense first, then by falling embedding bytes."""
-    dense_auc = {run.twin: run.result["auc"] for run in runs if run.result["method"] == "dense"}
+    dense_auc = _per_key((run.twin, run.result["auc"]) for run in runs if run.result["method"] == "dense")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
@@ -157,7 +164,7 @@ def footnotes(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:
         notes.append(f"AUC and logloss on the {' and '.join(splits)} split, best weights on validation")
     if any(setting.auc_loss is not None and setting.method != "dense" for setting in settings):
         notes.append("ΔAUC: against the dense run of the same seed and configuration")
-    if any(len(setting.runs) > 1 for setting in settings):
+    if any(setting.seeds > 1 for setting in settings):
         notes.append("±: sample standard deviation over n seeds")
     best = sorted({run.result["best_auc"] for run in runs if run.result.get("best_auc") is not None})
     if best:
@@ -196,7 +203,8 @@ def _names(groups: Sequence[list[Run]]) -> list[str]:
     short = []
     for group in groups:
         rate = group[0].config.get("compress_rate")
-        seeds = f" (n={len(group)})" if len(group) > 1 else ""
+        count = len(_seeds(group))
+        seeds = f" (n={count})" if count > 1 else ""
         cached = group[0].config.get("cache_fraction")
         cache = f" cache {cached:.3g}" if cached else ""
         policy = group[0].config.get("cache_policy") if cached else None
@@ -208,24 +216,42 @@ def _names(groups: Sequence[list[Run]]) -> list[str]:
     ]
 
 
-def _summarise(name: str, runs: list[Run], dense_auc: dict[tuple[str, int], float | None]) -> Setting:
-    losses = []
-    for run in runs:
+def _seeds(runs: Iterable[Run]) -> set[int]:
+    return {int(run.result["seed"]) for run in runs}
+
+
+def _per_key(pairs: Iterable[tuple[_Key, float | None]]) -> dict[_Key, float]:
+    """The mean of each key's known values: equal runs can differ in the last digits, on a GPU for example."""
+    known: dict[_Key, list[float]] = {}
+    for key, value in pairs:
+        if value is not None:
+            known.setdefault(key, []).append(value)
+    return {key: statistics.fmean(values) for key, values in known.items()}
+
+
+def _summarise(name: str, runs: list[Run], dense_auc: dict[tuple[str, int], float]) -> Setting:
+    def spread(value: Callable[[Run], float | None]) -> Spread | None:
+        # A repeated run is no second sample: it would shrink the deviation over seeds.
+        return Spread.of(_per_key((int(run.result["seed"]), value(run)) for run in runs).values())
+
+    def loss(run: Run) -> float | None:
         dense = dense_auc.get(run.twin)
-        if dense is not None and run.result["auc"] is not None and run.result["method"] != "dense":
-            losses.append(run.result["auc"] - dense)
-    results = [run.result for run in runs]
+        known = dense is not None and run.result["auc"] is not None and run.result["method"] != "dense"
+        return run.result["auc"] - dense if known else None
+
+    first = runs[0].result
     return Setting(
         name=name,
-        method=results[0]["method"],
+        method=first["method"],
         runs=tuple(runs),
-        embedding_bytes=results[0]["embedding_bytes"],
-        ratio=results[0]["compression_ratio"],
-        auc=Spread.of(result["auc"] for result in results),
-        auc_loss=Spread.of(losses),
-        logloss=Spread.of(result["logloss"] for result in results),
-        samples_per_second=Spread.of(result.get("samples_per_second") for result in results),
-        step_ms=Spread.of(result.get("step_ms_p50") for result in results),
+        seeds=len(_seeds(runs)),
+        embedding_bytes=first["embedding_bytes"],
+        ratio=first["compression_ratio"],
+        auc=spread(lambda run: run.result["auc"]),
+        auc_loss=spread(loss),
+        logloss=spread(lambda run: run.result["logloss"]),
+        samples_per_second=spread(lambda run: run.result.get("samples_per_second")),
+        step_ms=spread(lambda run: run.result.get("step_ms_p50")),
     )
 
 

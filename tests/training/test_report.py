@@ -94,6 +94,34 @@ def test_seeds_are_aggregated_and_losses_paired(seeds: Path) -> None:
     assert "-0.0040±.0020" in comparison_table(load_runs([seeds]))
 
 
+def test_a_seed_that_ran_twice_counts_once(tmp_path: Path) -> None:
+    for folder, method in (("a", "tt"), ("b", "qr")):
+        write_run(tmp_path / folder / "dense", auc=0.76)
+        write_run(tmp_path / folder / method, method, auc=0.75)
+    table = comparison_table(load_runs([tmp_path]))
+    assert "±" not in table
+    assert "(n=" not in table
+    dense = summarise(load_runs([tmp_path]))[0]
+    assert (dense.name, dense.seeds, len(dense.runs)) == ("dense", 1, 2)
+    assert dense.auc is not None
+    assert (dense.auc.mean, dense.auc.std, dense.auc.count) == (0.76, None, 1)
+
+
+def test_repeats_that_differ_are_averaged_before_the_seeds_are(tmp_path: Path) -> None:
+    for folder, seed, auc in (("a", 0, 0.76), ("b", 0, 0.77), ("c", 1, 0.785)):
+        write_run(tmp_path / folder, seed=seed, auc=auc)
+    write_run(tmp_path / "tt0", "tt", seed=0, auc=0.755)
+    write_run(tmp_path / "tt1", "tt", seed=1, auc=0.775)
+    dense, tt = summarise(load_runs([tmp_path]))
+    assert dense.name == "dense (n=2)"
+    assert dense.auc is not None
+    assert tt.auc_loss is not None
+    assert dense.auc.mean == pytest.approx((0.765 + 0.785) / 2)
+    assert dense.auc.std == pytest.approx(statistics.stdev((0.765, 0.785)))
+    assert tt.auc_loss.mean == pytest.approx(-0.01)
+    assert tt.auc_loss.std == pytest.approx(0)
+
+
 def test_losses_are_paired_with_the_same_configuration_only(tmp_path: Path) -> None:
     write_run(tmp_path / "dense", seed=0, auc=0.76)
     write_run(tmp_path / "other_seed", "tt", seed=1, auc=0.75)
