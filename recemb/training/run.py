@@ -94,8 +94,9 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
     world.check_equal("settings and versions", config.model_dump(exclude={"data_dir"}) | versions())
     # Everything that can be refused is refused before the first run starts.
     with world.agreeing():
-        for part, directory in plans:
-            RunDir(root).check_free(config.overwrite, config.resume)
+        RunDir(root).check_free(config.overwrite, config.resume)
+        # Unfinished ones first: their way out, --resume, keeps the complete ones as well.
+        for part, directory in sorted(plans, key=lambda plan: plan[1].is_complete):
             directory.check_free(part.overwrite, part.resume)
         log = open_log(config)
         runs = [_Run(part, directory, log, choose_tables(part, log), world) for part, directory in plans]

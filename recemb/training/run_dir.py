@@ -4,7 +4,7 @@
 
     resolved_config.yaml            every setting, readable by --config
     metrics.jsonl                   one line per evaluation, flushed as it happens, or once the disk has room
-    result.json                     written last; its presence says that the run is over
+    result.json                     written last; its status says whether the run ended or was interrupted
     checkpoints/model.safetensors   the best weights
     checkpoints/step-<n>/           what --resume goes on from (recemb.checkpoint)
     checkpoints/.lock               held by the run that trains here, which is named in it
@@ -74,15 +74,16 @@ class RunDir:
             raise ConfigError(f"--output {self.path} is a file; give a directory")
         if overwrite or resume:
             return
+        # First: an interrupted run has a result too, and what replaces it would lose its checkpoints.
+        if not self.is_complete and any(self.checkpoints.glob("step-*")):
+            raise ConfigError(
+                f"--output {self.path} holds the checkpoints of a run that did not end; give --resume to go "
+                "on from the last one, or --overwrite to start anew"
+            )
         if (self.path / RESULT_FILE).exists():
             raise ConfigError(
                 f"--output {self.path} already holds the result of a run ({RESULT_FILE}); "
                 "give another --output, or --overwrite to replace it"
-            )
-        if any(self.checkpoints.glob("step-*")):
-            raise ConfigError(
-                f"--output {self.path} holds the checkpoints of a run that did not end; give --resume to go "
-                "on from the last one, or --overwrite to start anew"
             )
 
     def check_nothing_lost(self) -> None:

@@ -181,6 +181,33 @@ def test_f31_interruption_keeps_what_was_reached(
     assert not (tmp_path / "run" / "dense").exists()
 
 
+@pytest.mark.parametrize("compare", [None, "dense"])
+def test_f31_an_interrupted_run_with_checkpoints_is_to_be_resumed(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compare: str | None
+) -> None:
+    original = loop_module.Trainer._train_step
+
+    def step_then_signal(self: loop_module.Trainer, *args: Any) -> torch.Tensor:
+        if self._config.method == "dense" and self.outcome.steps == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    method = {"method": "tt", "compress_rate": 5, "compare": compare} if compare else {}
+    config = make_config(checkpoint_freq=2, **method)
+    path = tmp_path / "run" / (compare or "")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module.Trainer, "_train_step", step_then_signal)
+        with pytest.raises(Interrupted):
+            train(config)
+    assert read(path)["status"] == "interrupted"
+    # With --compare the other run is complete by then, which --resume leaves as it is.
+    with pytest.raises(ConfigError, match=rf"{path} holds the checkpoints .* did not end; give --resume"):
+        train(config)
+    train(config.model_copy(update={"resume": True}))
+    with pytest.raises(ConfigError, match="already holds the result of a run"):
+        train(config)
+
+
 def test_interruption_before_any_evaluation(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop_module.Trainer._train_step
 
