@@ -15,7 +15,7 @@ from torch import nn
 from recemb.cache.metrics import CacheMetrics, total
 from recemb.data.click_log import ClickLog
 from recemb.errors import ConfigError, Interrupted, NonFiniteError
-from recemb.planner.budget import BudgetedTables
+from recemb.planner.budget import METHODS, BudgetedTables
 from recemb.stack import versions
 from recemb.training.config import RunConfig, load_config
 from recemb.training.distributed import World, joined
@@ -95,6 +95,7 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
     # Everything that can be refused is refused before the first run starts.
     with world.agreeing():
         RunDir(root).check_free(config.overwrite, config.resume)
+        _check_nothing_hidden(config)
         # Unfinished ones first: their way out, --resume, keeps the complete ones as well.
         for part, directory in sorted(plans, key=lambda plan: plan[1].is_complete):
             directory.check_free(part.overwrite, part.resume)
@@ -117,6 +118,31 @@ def _is_complete(run: _Run) -> bool:
     if not run.directory.is_complete:
         return False
     return not differing(load_config({}, run.directory.path / CONFIG_FILE), run.config)
+
+
+def _compared(config: RunConfig) -> list[RunDir]:
+    """The runs that an earlier ``--compare`` left below the directory of a run without it."""
+    below = [RunDir(Path(config.output) / method) for method in METHODS] if config.compare is None else []
+    return [directory for directory in below if directory.holds_run]
+
+
+def _check_nothing_hidden(config: RunConfig) -> None:
+    hidden = _compared(config)
+    # A run to be resumed in such a directory hides them already.
+    if hidden and not config.overwrite and not (config.resume and RunDir(Path(config.output)).holds_run):
+        raise ConfigError(
+            f"--output {config.output} holds the runs of --compare in "
+            f"{', '.join(directory.path.name for directory in hidden)}, which recemb report would no longer "
+            "find there; give another --output, or --overwrite to replace them"
+        )
+
+
+def _remove_compared(config: RunConfig) -> None:
+    hidden = _compared(config)
+    for directory in hidden:
+        directory.claim()
+    for directory in hidden:
+        directory.remove()
 
 
 def _check_world(config: RunConfig, world: World) -> None:
@@ -193,6 +219,8 @@ def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
     if found is None:
         if run.config.resume:
             run.world.first(run.directory.check_nothing_lost)
+        if run.config.overwrite:
+            run.world.first(lambda: _remove_compared(run.config))
         run.world.first(lambda: run.directory.create(yaml))
     else:
         records = [_metrics_record(evaluation) for evaluation in trainer.outcome.evaluations]

@@ -64,6 +64,11 @@ class RunDir:
             return False
         return bool(status == "completed")
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here, whatever has become of it."""
+        return (self.path / CONFIG_FILE).is_file()
+
     def check_free(self, overwrite: bool, resume: bool = False) -> None:
         """Refuse a directory that holds another run, unless it may be overwritten or is to be resumed.
 
@@ -126,13 +131,32 @@ class RunDir:
         with _writing(self.path):
             for folder in (self.checkpoint.parent, self.path / REPORT_DIR):
                 folder.mkdir(parents=True, exist_ok=True)
-            # The result goes first: without it the directory counts as unfinished.
-            for name in (RESULT_FILE, METRICS_FILE, CHECKPOINT_FILE, CONFIG_FILE):
-                (self.path / name).unlink(missing_ok=True)
-            for folder in self.checkpoints.glob("step-*"):
-                shutil.rmtree(folder)
-            (self.path / LATEST_FILE).unlink(missing_ok=True)
+            self._clear()
             write_text(self.path / CONFIG_FILE, config_yaml)
+
+    def remove(self) -> None:
+        """Remove what a run, which :meth:`claim` keeps away, left here; a folder with more in it stays.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        # As in claim.
+        from recemb.checkpoint import folder
+
+        with _writing(self.path):
+            self._clear()
+            (self.checkpoints / folder.LOCK_FILE).unlink(missing_ok=True)
+            for path in (self.checkpoints, self.path / REPORT_DIR, self.path):
+                if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                    path.rmdir()
+
+    def _clear(self) -> None:
+        # The result goes first: without it the directory counts as unfinished.
+        for name in (RESULT_FILE, METRICS_FILE, CHECKPOINT_FILE, CONFIG_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in self.checkpoints.glob("step-*"):
+            shutil.rmtree(folder)
+        (self.path / LATEST_FILE).unlink(missing_ok=True)
 
     def resume(self, config_yaml: str, records: Sequence[Mapping[str, object]]) -> None:
         """Go on with what is here: drop the result, and have these lines of metrics, no others.

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from recemb.errors import ConfigError, DataError, Interrupted, NonFiniteError
 from recemb.training import loop as loop_module
 from recemb.training.config import RunConfig, load_config
+from recemb.training.report import load_runs
 from recemb.training.run import train
 from recemb.training.setup import build_model, choose_tables, open_log
 
@@ -144,6 +145,31 @@ def test_compare_refuses_before_training_either(make_config: MakeConfig, tmp_pat
     with pytest.raises(ConfigError, match=r"run/dense already holds"):
         train(make_config(method="tt", compress_rate=5, compare="dense"))
     assert not (tmp_path / "run" / "tt").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_hides_no_compared_runs_unasked(make_config: MakeConfig, tmp_path: Path, resume: bool) -> None:
+    for method, rate in (("tt", 5), ("dense", None)):
+        output = str(tmp_path / "run" / method)
+        train(make_config(output=output, method=method, compress_rate=rate, limit_train_batches=1))
+    with pytest.raises(ConfigError, match=r"runs of --compare in dense, tt, .*--overwrite"):
+        train(make_config(limit_train_batches=1, resume=resume))
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert len(load_runs([tmp_path / "run"])) == 2
+
+
+def test_overwrite_replaces_compared_runs_and_nothing_else(make_config: MakeConfig, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    for name in ("tt", "dense", "other"):
+        train(make_config(output=str(root / name), limit_train_batches=1, checkpoint_freq=1))
+    (root / "dense" / "notes.txt").write_text("mine")
+    (root / "qr").mkdir()
+    (root / "qr" / "result.json").write_text("mine too")
+    train(make_config(limit_train_batches=1, overwrite=True))
+    assert not (root / "tt").exists()
+    assert list((root / "dense").iterdir()) == [root / "dense" / "notes.txt"]
+    assert (root / "qr" / "result.json").read_text() == "mine too"
+    assert read(root / "other")["status"] == read(root)["status"] == "completed"
 
 
 def test_bad_requests_leave_no_trace(make_config: MakeConfig, tmp_path: Path) -> None:
