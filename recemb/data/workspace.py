@@ -80,23 +80,38 @@ def open_workspace(output: Path, settings: dict[str, Any]) -> Iterator[dict[str,
             being written by another process, or cannot be written.
     """
     with disk_errors(output):
-        if output.exists() and not output.is_dir():
-            raise ConfigError(f"{output}: is a file; choose another --output")
-        stats = _finished_stats(output, settings)
+        with _opening(output):
+            if output.exists() and not output.is_dir():
+                raise ConfigError(f"{output}: is a file; choose another --output")
+            stats = _finished_stats(output, settings)
+            work_dir = output / WORK_DIR
+            if stats is None:
+                if output.exists() and not work_dir.exists() and any(output.iterdir()):
+                    raise ConfigError(f"{output}: holds other files; choose another --output")
+                work_dir.mkdir(parents=True, exist_ok=True)
         if stats is not None:
             _remove_work(output)
             yield stats
             return
-        work_dir = output / WORK_DIR
-        if output.exists() and not work_dir.exists() and any(output.iterdir()):
-            raise ConfigError(f"{output}: holds other files; choose another --output")
-        work_dir.mkdir(parents=True, exist_ok=True)
         with directory_lock(work_dir):
             if (work_dir / _SETTINGS_FILE).exists():
                 _require_same(output, read_json(work_dir / _SETTINGS_FILE), settings, "begun")
             else:
                 write_json(work_dir / _SETTINGS_FILE, settings)
             yield None
+
+
+@contextmanager
+def _opening(output: Path) -> Iterator[None]:
+    """Turn whatever keeps the directory from being there into an error that names the flag."""
+    try:
+        # Inside, as it knows more about a full or read-only disk.
+        with disk_errors(output):
+            yield
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: cannot write: {error.strerror or error}; give another --output"
+        ) from error
 
 
 def finish(output: Path, stats: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from recemb.data import raw_log
 from recemb.data.click_log import ClickLog
 from recemb.data.prepare import prepare
 from recemb.data.prepare_settings import PrepareSettings
+from recemb.data.synthetic import write_synthetic
 from recemb.errors import ConfigError, DataError
 from tests.data.conftest import Killed, raise_killed, settings_for
 
@@ -96,6 +98,25 @@ def test_output_that_holds_something_else_is_refused(criteo: SimpleNamespace, tm
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="is a file"):
         prepare(settings_for(tmp_path, b"", output=tmp_path / "input_0"))
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [
+        ("input_0/x", "Not a directory"),
+        ("/proc/zz", "No such file or directory"),
+        ("n" * 300, "File name too long"),
+        ("loop", "Too many levels of symbolic links"),
+    ],
+)
+def test_output_that_cannot_be_made_is_named(tmp_path: Path, below: str, reason: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    output = tmp_path / below
+    message = re.escape(f"--output {output}: cannot write: {reason}; give another --output")
+    with pytest.raises(ConfigError, match=message):
+        prepare(settings_for(tmp_path, b"", output=output))
+    with pytest.raises(ConfigError, match=message):
+        write_synthetic(output, 100)
 
 
 @pytest.mark.parametrize(
