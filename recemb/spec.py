@@ -65,14 +65,14 @@ class HotRows:
             raise ConfigError(
                 f"HotRows: fraction={self.fraction!r} must be a number in (0, 1], e.g. 0.01 for 1 % of rows"
             )
-        if self.rows is not None and not (_is_int(self.rows) and self.rows >= 1):
+        if self.rows is not None and not (is_int(self.rows) and self.rows >= 1):
             raise ConfigError(f"HotRows: rows={self.rows!r} must be an int >= 1, e.g. rows=1000")
         policies = get_args(CachePolicy)
         if self.policy not in policies:
             raise ConfigError(f"HotRows: policy={self.policy!r} must be one of {', '.join(policies)}")
         for name, least in (("refresh_every", 1), ("track_every", 1), ("warmup", 0)):
             value = getattr(self, name)
-            if not (_is_int(value) and value >= least) and not (name == "warmup" and value is None):
+            if not (is_int(value) and value >= least) and not (name == "warmup" and value is None):
                 raise ConfigError(f"HotRows: {name}={value!r} must be an int >= {least}, e.g. {name}=64")
         if not (_is_number(self.decay) and 0 < self.decay <= 1):
             raise ConfigError(f"HotRows: decay={self.decay!r} must be a number in (0, 1], e.g. 0.9")
@@ -159,7 +159,7 @@ class TensorTrain(Compression):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-        if not _is_int(self.num_cores) or self.num_cores < 2:
+        if not is_int(self.num_cores) or self.num_cores < 2:
             raise ConfigError(f"TensorTrain: num_cores={self.num_cores!r} must be an int >= 2, e.g. 3")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * (self.num_cores - 1)
         if len(ranks) != self.num_cores - 1:
@@ -167,7 +167,7 @@ class TensorTrain(Compression):
                 f"TensorTrain: rank={self.rank!r} has {len(ranks)} bonds but {self.num_cores} cores have "
                 f"{self.num_cores - 1}; give one int or {self.num_cores - 1} of them"
             )
-        if not all(_is_int(r) and r >= 1 for r in ranks):
+        if not all(is_int(r) and r >= 1 for r in ranks):
             raise ConfigError(f"TensorTrain: rank={self.rank!r} must be ints >= 1, e.g. rank=16")
         for name in ("row_shape", "dim_shape"):
             shape = getattr(self, name)
@@ -182,7 +182,7 @@ class TensorTrain(Compression):
                     f"TensorTrain: {name}={shape} has {len(shape)} factors but num_cores={self.num_cores}; "
                     f"set num_cores={len(shape)} or give {self.num_cores} factors"
                 )
-            if not all(_is_int(s) and s >= 1 for s in shape):
+            if not all(is_int(s) and s >= 1 for s in shape):
                 raise ConfigError(f"TensorTrain: {name}={shape} must hold ints >= 1")
 
     @property
@@ -234,7 +234,7 @@ class QuotientRemainder(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_int(self.collisions) or self.collisions < 1:
+        if not is_int(self.collisions) or self.collisions < 1:
             raise ConfigError(
                 f"QuotientRemainder: collisions={self.collisions!r} must be an int >= 1, e.g. 4"
             )
@@ -284,11 +284,11 @@ class ROBE(Compression):
         rate = self.compress_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not (1 <= rate < math.inf):
             raise ConfigError(f"ROBE: compress_rate={rate!r} must be a number >= 1, e.g. 100")
-        if not _is_int(self.block_size) or self.block_size < 1:
+        if not is_int(self.block_size) or self.block_size < 1:
             raise ConfigError(f"ROBE: block_size={self.block_size!r} must be an int >= 1, e.g. 16")
         if not self.group:
             raise ConfigError("ROBE: group is empty; give the shared array a name, e.g. group='robe'")
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+        if not is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"ROBE: seed={self.seed!r} must be an int in [0, 2**63)")
 
 
@@ -307,7 +307,7 @@ class MixedDimension(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_int(self.dim) or self.dim < 1:
+        if not is_int(self.dim) or self.dim < 1:
             raise ConfigError(f"MixedDimension: dim={self.dim!r} must be an int >= 1, e.g. 4")
 
     def check(self, table: TableSpec) -> None:
@@ -354,7 +354,7 @@ class TableSpec:
                 # Sizes often come out of numpy, whose integers overflow where Python's do not.
                 object.__setattr__(self, key, value if isinstance(value, bool) else int(value))
                 value = getattr(self, key)
-            if not _is_int(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ConfigError(f"table {self.name!r}: {key}={value!r} must be an int >= 1")
             if value >= 2**61:
                 raise ConfigError(f"table {self.name!r}: {key}={value} must be below 2**61")
@@ -392,7 +392,8 @@ class TableSpec:
         return self.num_embeddings * self.embedding_dim
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value is an int, and none of the bools that Python counts among them."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -20,7 +20,7 @@ from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.metrics import CacheMetrics
 from recemb.engine import Engine
 from recemb.errors import ConfigError
-from recemb.spec import TableSpec
+from recemb.spec import TableSpec, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
@@ -45,7 +45,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
             on the CPU and 2**18 on a GPU.
 
     Raises:
-        ConfigError: a table that cannot be stored as asked, before anything is allocated.
+        ConfigError: a table that cannot be stored as asked, or ``micro_batch_rows`` that is no int >= 1,
+            before anything is allocated.
 
     Example::
 
@@ -75,8 +76,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         device: torch.device | str | None = None,
         micro_batch_rows: int | None = None,
     ) -> None:
-        if micro_batch_rows is not None and micro_batch_rows < 1:
-            raise ConfigError(f"micro_batch_rows={micro_batch_rows} must be an int >= 1, e.g. 8192")
+        if micro_batch_rows is not None and not (is_int(micro_batch_rows) and micro_batch_rows >= 1):
+            raise ConfigError(f"micro_batch_rows={micro_batch_rows!r} must be an int >= 1, e.g. 8192")
         configs = [as_recemb_config(config) for config in tables]
         specs = [table_spec(config) for config in configs]
         _check_weighted_mean(specs, is_weighted)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -156,9 +158,11 @@ def test_micro_batches_give_the_same_outputs(rows: int) -> None:
         torch.testing.assert_close(first.grad, second.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_micro_batch_rows_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match=r"micro_batch_rows=0 must be an int >= 1, e\.g\. 8192"):
-        make("plain", micro_batch_rows=0)
+@pytest.mark.parametrize("rows", [0, -1, 2.5, 8192.0, True, "a", [1]])
+def test_micro_batch_rows_must_be_a_positive_int(rows: Any) -> None:
+    message = re.escape(f"micro_batch_rows={rows!r} must be an int >= 1, e.g. 8192")
+    with pytest.raises(ConfigError, match=message):
+        make("plain", micro_batch_rows=rows)
 
 
 @pytest.mark.parametrize("methods", METHODS)
