@@ -70,8 +70,8 @@ class Interrupted(RecembError):  # noqa: N818 - an interruption is not a mistake
     exit_code = 75
 
 
-class RankLost(RecembError):  # noqa: N818 - not this rank's own error
-    """Another rank of a distributed run is gone or failed (its exit code, or 1)."""
+class RankLost(RecembError):  # noqa: N818 - a state of the run
+    """A rank of a distributed run is gone or failed (its exit code, or 1)."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)

@@ -28,7 +28,8 @@ class HotRows:
 
     Rows enter and leave by themselves, between two training steps: a new one starts at its compressed value,
     and one that leaves is written back into the compressed parameters, so that its training is kept. Ids come
-    from the training batches alone; evaluation changes nothing.
+    from the training batches alone; evaluation changes nothing. Rows are exchanged while the cached ones, and
+    the parameters that they would be written back to, take a gradient: a frozen table stays as it is.
 
     Args:
         fraction: how many rows are cached, as a part of the table's N rows (at least one row), or

@@ -85,10 +85,10 @@ class MixedDimensionBackend(Backend):
         e = torch.cat([(block.to(basis.dtype) @ basis).to(self.e.dtype) for block in blocks])
         return {"e": e, "p": basis.T}
 
-    @torch.no_grad()
     def written_parameters(self) -> Sequence[nn.Parameter]:
         return [self.e]
 
+    @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Least squares, e[i] = values pinv(P): what of ``values`` lies in the row space of P.
 

@@ -133,12 +133,12 @@ class QuotientRemainderBackend(Backend):
                 r[:, column - split] = grid.sum(0) / present.sum(0)
         return {"q": q, "r": r}
 
-    @torch.no_grad()
     def written_parameters(self) -> Sequence[nn.Parameter]:
         if _compression(self.table).operation == "concat":
             return [self.q, self.r]
         return [self.q if _longer(self.table) == "q" else self.r]
 
+    @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Damped least squares on the longer table (on both under ``concat``), whose rows fewer ids share.
 

@@ -332,8 +332,9 @@ class Streams:
 
 
 def _is_frozen(backend: Backend) -> bool:
-    changed = [cache_of(backend).weight, *backend.written_parameters()]
-    return not all(parameter.requires_grad for parameter in changed)
+    cache = cache_of(backend)
+    written = backend.written_parameters() if cache.settings.write_back else ()
+    return not all(parameter.requires_grad for parameter in (cache.weight, *written))
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -19,6 +19,9 @@ from torch import Tensor
 # Fibonacci hashing (Knuth, 6.4); int64 products wrap.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 _NOBODY = torch.iinfo(torch.int64).max
+# In which a batch's weights are added up by id. As many whatever the batch: a GPU's holds positions that a
+# CPU's leaves out. Either few ids share one, or the heavy ones stand out still.
+NUM_CELLS = 1 << 16
 
 
 def buckets_of(ids: Tensor, num_buckets: int, num_embeddings: int) -> Tensor:
@@ -83,8 +86,9 @@ def see(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, step: int) 
 
 
 def times_seen(present: Tensor, step: int) -> Tensor:
-    """[L] float32: the step and, behind the point, the place in the batch, from its start; 0 for no id.
+    """[L] float32: the step and, behind the point, the place among these ids, from its start; 0 for no id.
 
+    Those that were hit and those that were not are placed apart, and so are those of each feature.
     float32 tells 128 places of a batch apart at step 100,000, and 8 at step 1,000,000.
     """
     # Among those that are there: the same whether positions without an id are left out or not.
@@ -95,12 +99,12 @@ def times_seen(present: Tensor, step: int) -> Tensor:
 def _hand_over(owners: Tensor, buckets: Tensor, ids: Tensor, weights: Tensor, heirs: Tensor) -> None:
     """Give buckets to the heaviest of their ``heirs`` [L] bool, the smallest of equals; others keep theirs.
 
-    Weights of equal ids are added up in more cells than there are ids, without sorting: two of them share a
-    cell now and then, and are then both taken for heavier than they are.
+    Weights of equal ids are added up in cells, without sorting: two that share one are both taken for heavier
+    than they are.
     """
-    cells, count = cells_of(ids)
+    cells = cells_of(ids)
     weights = torch.where(heirs, weights, 0.0)
-    sums = weights.new_zeros(count).index_add_(0, cells, weights)[cells]
+    sums = weights.new_zeros(NUM_CELLS).index_add_(0, cells, weights)[cells]
     sums = sums.masked_fill(~heirs, -1.0)
     most = sums.new_full(owners.shape, -1.0).scatter_reduce_(0, buckets, sums, "amax")
     wins = heirs & (sums == most[buckets])
@@ -109,11 +113,7 @@ def _hand_over(owners: Tensor, buckets: Tensor, ids: Tensor, weights: Tensor, he
     owners.copy_(torch.where(found == _NOBODY, owners, found))
 
 
-def cells_of(ids: Tensor) -> tuple[Tensor, int]:
-    """[L] int64: the cell in which the weight of each id is added up, and how many cells there are.
-
-    A power of two, at least four for each id.
-    """
-    count = 1 << max(0, 4 * ids.numel() - 1).bit_length()
+def cells_of(ids: Tensor) -> Tensor:
+    """[L] int64: the cell in which the weight of each id is added up."""
     cells = ids * _MULTIPLIER
-    return ((cells >> 29) ^ cells) & (count - 1), count
+    return ((cells >> 29) ^ cells) & (NUM_CELLS - 1)

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from recemb import __version__
@@ -122,6 +123,7 @@ def entry_point() -> NoReturn:
         sys.excepthook(*sys.exc_info())
     # Threads of a process group may outlive it, as where a rank stops alone or before its backward. What they
     # let go of while the interpreter ends aborts the process, exit code and all (pytorch #179291).
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)

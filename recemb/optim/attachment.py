@@ -74,15 +74,18 @@ class Attachment:
 
         The step is taken on a parameter of a few numbers in its place.
         """
-        trial = nn.Parameter(parameter.new_zeros(_TRIAL))
-        self.attach(trial, lazy=False)
-        (optimizer,) = trial._in_backward_optimizers  # type: ignore[attr-defined] # torch's idiom
-        trial.grad = torch.zeros_like(trial)
-        optimizer.step()
-        sizes = dict(zip(_TRIAL, parameter.shape, strict=True))
-        return {
-            name: value.new_zeros([sizes.get(n, n) for n in value.shape])
-            if isinstance(value, Tensor)
-            else value
-            for name, value in optimizer.state[trial].items()
-        }
+        # Wherever it is loaded: training goes on with these tensors.
+        with torch.inference_mode(False):
+            trial = nn.Parameter(parameter.new_zeros(_TRIAL))
+            # Not attached: torch would keep it for good.
+            optimizer = self.kind([trial], **self.arguments)
+            optimizer.param_groups[0].update(self.settings)
+            trial.grad = torch.zeros_like(trial)
+            optimizer.step()
+            sizes = dict(zip(_TRIAL, parameter.shape, strict=True))
+            return {
+                name: value.new_zeros([sizes.get(n, n) for n in value.shape])
+                if isinstance(value, Tensor)
+                else value
+                for name, value in optimizer.state[trial].items()
+            }

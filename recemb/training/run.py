@@ -77,7 +77,7 @@ def train(config: RunConfig) -> list[Path]:
         ConfigError, DataError: before anything is trained or written.
         NonFiniteError: training stopped before a batch that would have destroyed the weights.
         Interrupted: a signal came; what had been reached by then is in the run directory.
-        RankLost: another rank is gone.
+        RankLost: another rank is gone, or a defect ended one.
     """
     with joined(config) as world:
         return _train_all(config, world)
@@ -94,7 +94,6 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
     world.check_equal("settings and versions", config.model_dump(exclude={"data_dir"}) | versions())
     # Everything that can be refused is refused before the first run starts.
     with world.agreeing():
-        RunDir(root).check_free(config.overwrite, config.resume)
         _check_nothing_hidden(config)
         # Unfinished ones first: their way out, --resume, keeps the complete ones as well.
         for part, directory in sorted(plans, key=lambda plan: plan[1].is_complete):
@@ -120,29 +119,34 @@ def _is_complete(run: _Run) -> bool:
     return not differing(load_config({}, run.directory.path / CONFIG_FILE), run.config)
 
 
-def _compared(config: RunConfig) -> list[RunDir]:
-    """The runs that an earlier ``--compare`` left below the directory of a run without it."""
-    below = [RunDir(Path(config.output) / method) for method in METHODS] if config.compare is None else []
-    return [directory for directory in below if directory.holds_run]
-
-
 def _check_nothing_hidden(config: RunConfig) -> None:
-    hidden = _compared(config)
+    """Refuse a run in a directory whose runs ``recemb report`` would no longer find because of it.
+
+    What lies below may be runs of their own, so that ``--overwrite`` does not replace those.
+    """
+    root = RunDir(Path(config.output))
+    if config.compare is not None:
+        if root.holds_run and not config.overwrite:
+            raise ConfigError(
+                f"--output {root.path} already holds a run of its own, which recemb report would show in "
+                "place of those of --compare; give another --output, or --overwrite to replace it"
+            )
+        return
+    hidden = [method for method in METHODS if RunDir(root.path / method).holds_run]
     # A run to be resumed in such a directory hides them already.
-    if hidden and not config.overwrite and not (config.resume and RunDir(Path(config.output)).holds_run):
+    if hidden and not (config.resume and root.holds_run):
         raise ConfigError(
-            f"--output {config.output} holds the runs of --compare in "
-            f"{', '.join(directory.path.name for directory in hidden)}, which recemb report would no longer "
-            "find there; give another --output, or --overwrite to replace them"
+            f"--output {root.path} holds runs in {', '.join(hidden)}, as of --compare, which recemb report "
+            "would no longer find there; give another --output, or move them away"
         )
 
 
-def _remove_compared(config: RunConfig) -> None:
-    hidden = _compared(config)
-    for directory in hidden:
-        directory.claim()
-    for directory in hidden:
-        directory.remove()
+def _remove_single(config: RunConfig) -> None:
+    """Remove the run that a ``--compare`` in its directory replaces."""
+    root = RunDir(Path(config.output))
+    if root.holds_run:
+        root.claim()
+        root.remove()
 
 
 def _check_world(config: RunConfig, world: World) -> None:
@@ -184,6 +188,7 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
                 # Found by the one rank that has the table, in a look-up that the others wait for: they cannot
                 # take part in gathering weights, and learn of it over the link.
                 raise
+            world.first(metrics.flush)
             kept = _keep_best(run, built.model, trainer.outcome)
             raise NonFiniteError(f"{error}\n{kept}") from error
         test = trainer.test() if outcome.interrupted is None else None
@@ -219,8 +224,8 @@ def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
     if found is None:
         if run.config.resume:
             run.world.first(run.directory.check_nothing_lost)
-        if run.config.overwrite:
-            run.world.first(lambda: _remove_compared(run.config))
+        if run.config.overwrite and run.directory.path != Path(run.config.output):
+            run.world.first(lambda: _remove_single(run.config))
         run.world.first(lambda: run.directory.create(yaml))
     else:
         records = [_metrics_record(evaluation) for evaluation in trainer.outcome.evaluations]

@@ -67,7 +67,7 @@ class RunDir:
     @property
     def holds_run(self) -> bool:
         """Whether a run was begun here, whatever has become of it."""
-        return (self.path / CONFIG_FILE).is_file()
+        return any((self.path / name).is_file() for name in (CONFIG_FILE, RESULT_FILE))
 
     def check_free(self, overwrite: bool, resume: bool = False) -> None:
         """Refuse a directory that holds another run, unless it may be overwritten or is to be resumed.

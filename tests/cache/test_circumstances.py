@@ -63,6 +63,18 @@ def test_a_frozen_table_keeps_its_rows(method: str, frozen: str) -> None:
         assert torch.equal(parameter, known)
 
 
+def test_cached_rows_may_train_on_frozen_parameters_that_nothing_is_written_to() -> None:
+    hot = HotRows(rows=2, warmup=1, refresh_every=1, track_every=1, write_back=False)
+    collection = made(TensorTrain(rank=4, cache=hot))
+    cores = list(collection.backend().own_parameters().values())
+    for core in cores:
+        core.requires_grad_(False)
+    before = [core.clone() for core in cores]
+    train(collection, [[1, 1, 2, 2], [5, 5, 5, 6, 6, 6], [5, 6]])
+    assert set(collection.cache().ids.tolist()) == {5, 6}
+    assert all(torch.equal(*pair) for pair in zip(cores, before, strict=True))
+
+
 def test_a_parameter_that_rows_are_not_written_to_may_be_frozen() -> None:
     collection = made(MixedDimension(dim=3, cache=EACH_STEP))
     collection.backend().p.requires_grad_(False)  # type: ignore[union-attr, operator]

@@ -44,14 +44,31 @@ def test_one_bucket_is_a_majority_vote_of_whole_batches(batches: list[list[int]]
         seen = [i for i in batch if i >= 0]
         score += sum(1 if i == owner else -1 for i in seen)
         if score < 0:
-            # As many cells as for the whole batch: ids that stand for none are not taken.
-            padded = [i if i >= 0 and i != owner else -1 for i in batch]
-            cells = cells_of(torch.tensor(padded))[0].tolist()
-            loads = Counter(cell for cell, i in zip(cells, padded, strict=True) if i >= 0)
-            owner = min((-loads[cell], i) for cell, i in zip(cells, padded, strict=True) if i >= 0)[1]
+            # Twenty ids have cells of their own.
+            heirs = Counter(i for i in seen if i != owner)
+            owner = min((-count, i) for i, count in heirs.items())[1]
             score = min(-score, batch.count(owner))
         assert int(owners[0]) == owner
         assert float(votes[0]) == score
+
+
+def test_twenty_ids_have_cells_of_their_own() -> None:
+    assert len(set(cells_of(torch.arange(20)).tolist())) == 20
+
+
+@given(batches=BATCHES)
+def test_positions_without_an_id_change_nothing(batches: list[list[int]]) -> None:
+    """A GPU's streams hold them, compacted ones do not."""
+    for count in (vote, see):
+        both = [empty(4), empty(4)]
+        for step, batch in enumerate(batches):
+            for (owners, votes), ids in zip(both, (batch, [i for i in batch if i >= 0]), strict=True):
+                given = torch.tensor(ids, dtype=torch.int64)
+                weights = (given >= 0).float()
+                extra = weights if count is vote else step
+                count(owners, votes, buckets_of(given, 4, 20), given, extra)  # type: ignore[operator]
+        assert torch.equal(both[0][0][:4], both[1][0][:4])
+        assert torch.equal(both[0][1][:4], both[1][1][:4])
 
 
 def test_the_heaviest_takes_a_bucket_over_and_keeps_it_while_it_is_the_majority() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -215,6 +216,20 @@ def test_loading_leaves_a_rate_that_is_a_tensor_where_it_is() -> None:
     backward(ebc)
     other.fused_optimizer.load_state_dict(copy.deepcopy(ebc.fused_optimizer.state_dict()))
     assert all(p._in_backward_optimizers[0].param_groups[0]["lr"] is rate for p in other.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_state_is_loaded_before_the_first_step_in_any_mode(
+    mode: Callable[[], AbstractContextManager[None]],
+) -> None:
+    ebc, other = (attached(torch.optim.SGD, momentum=0.9) for _ in range(2))
+    backward(ebc)
+    other.load_state_dict(ebc.state_dict())
+    with mode():
+        other.fused_optimizer.load_state_dict(copy.deepcopy(ebc.fused_optimizer.state_dict()))
+    backward(ebc, 1)
+    backward(other, 1)
+    assert moved(other, weights(ebc)) == set()
 
 
 def test_torchrecs_warmup_drives_it_and_resumes() -> None:

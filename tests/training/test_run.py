@@ -147,29 +147,54 @@ def test_compare_refuses_before_training_either(make_config: MakeConfig, tmp_pat
     assert not (tmp_path / "run" / "tt").exists()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_run_hides_no_compared_runs_unasked(make_config: MakeConfig, tmp_path: Path, resume: bool) -> None:
-    for method, rate in (("tt", 5), ("dense", None)):
-        output = str(tmp_path / "run" / method)
-        train(make_config(output=output, method=method, compress_rate=rate, limit_train_batches=1))
-    with pytest.raises(ConfigError, match=r"runs of --compare in dense, tt, .*--overwrite"):
-        train(make_config(limit_train_batches=1, resume=resume))
+@pytest.mark.parametrize("how", ["plain", "resume", "overwrite"])
+def test_a_run_hides_no_runs_below_it(make_config: MakeConfig, tmp_path: Path, how: str) -> None:
+    paths = train(make_config(method="tt", compress_rate=5, compare="dense", limit_train_batches=1))
+    flags = {} if how == "plain" else {how: True}
+    with pytest.raises(ConfigError, match=r"holds runs in dense, tt, .* give another --output"):
+        train(make_config(limit_train_batches=1, **flags))
     assert not (tmp_path / "run" / "result.json").exists()
+    assert [path.name for path in paths] == ["tt", "dense"]
     assert len(load_runs([tmp_path / "run"])) == 2
 
 
-def test_overwrite_replaces_compared_runs_and_nothing_else(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_overwrite_replaces_the_compared_runs_and_no_others(make_config: MakeConfig, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    for name in ("tt", "dense", "other"):
-        train(make_config(output=str(root / name), limit_train_batches=1, checkpoint_freq=1))
-    (root / "dense" / "notes.txt").write_text("mine")
-    (root / "qr").mkdir()
-    (root / "qr" / "result.json").write_text("mine too")
-    train(make_config(limit_train_batches=1, overwrite=True))
-    assert not (root / "tt").exists()
-    assert list((root / "dense").iterdir()) == [root / "dense" / "notes.txt"]
-    assert (root / "qr" / "result.json").read_text() == "mine too"
-    assert read(root / "other")["status"] == read(root)["status"] == "completed"
+    train(make_config(output=str(root / "qr"), limit_train_batches=1))
+    for seed in (1, 2):
+        # The first of them replaces nothing.
+        train(
+            make_config(
+                method="tt",
+                compress_rate=5,
+                compare="dense",
+                limit_train_batches=1,
+                checkpoint_freq=1,
+                overwrite=True,
+                seed=seed,
+            )
+        )
+        for name in ("tt", "dense"):
+            assert (read(root / name)["status"], read(root / name)["seed"]) == ("completed", seed)
+            assert list((root / name / "checkpoints").glob("step-*"))
+    assert read(root / "qr")["status"] == "completed"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_compared_runs_are_not_hidden_by_one_above_them(
+    make_config: MakeConfig, tmp_path: Path, resume: bool
+) -> None:
+    root = tmp_path / "run"
+    train(make_config(limit_train_batches=1, checkpoint_freq=1))
+    (root / "notes.txt").write_text("mine")
+    before = (root / "result.json").read_bytes()
+    flags = {"method": "tt", "compress_rate": 5, "compare": "dense", "limit_train_batches": 1}
+    with pytest.raises(ConfigError, match=r"already holds a run of its own, .*--overwrite"):
+        train(make_config(**flags, resume=resume))
+    assert (root / "result.json").read_bytes() == before
+    train(make_config(**flags, overwrite=True))
+    assert sorted(path.name for path in root.iterdir()) == ["dense", "notes.txt", "tt"]
+    assert len(load_runs([root])) == 2
 
 
 def test_bad_requests_leave_no_trace(make_config: MakeConfig, tmp_path: Path) -> None:

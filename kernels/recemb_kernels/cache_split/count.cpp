@@ -33,15 +33,11 @@ inline int64_t bucket_of(int64_t id, int64_t buckets, bool hashed) {
 inline float weight_of(const float* weights, int64_t i, int64_t id) { return weights ? weights[i] : id >= 0 ? 1.f : 0.f; }
 
 // As recemb.cache.tracker.cells_of.
-inline int64_t num_cells(int64_t count) {
-  int64_t cells = 1;
-  while (cells < 4 * count) cells *= 2;
-  return cells;
-}
+constexpr int64_t NUM_CELLS = 1 << 16;
 
-inline int64_t cell_of(int64_t id, int64_t cells) {
+inline int64_t cell_of(int64_t id) {
   const int64_t product = static_cast<int64_t>(static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u);
-  return ((product >> 29) ^ product) & (cells - 1);
+  return ((product >> 29) ^ product) & (NUM_CELLS - 1);
 }
 
 struct Vote {
@@ -50,13 +46,12 @@ struct Vote {
 
 // Gives each bucket whose vote is below zero to the heaviest id that it was lost to, the smallest of equals.
 void hand_over(const Count& c, const Vote* votes) {
-  const int64_t cells = num_cells(c.num_ids);
-  const std::unique_ptr<float[]> sums(new float[cells]());
+  const std::unique_ptr<float[]> sums(new float[NUM_CELLS]());
   const auto lost = [&](int64_t i) { return c.votes[votes[i].bucket] < 0; };
-  const auto sum_of = [&](int64_t id) { return sums[cell_of(id, cells)]; };
+  const auto sum_of = [&](int64_t id) { return sums[cell_of(id)]; };
   for (int64_t i = 0; i < c.num_ids; i++) {
     if (!lost(i) || votes[i].held == c.ids[i]) continue;
-    sums[cell_of(c.ids[i], cells)] += weight_of(c.id_weights, i, c.ids[i]);
+    sums[cell_of(c.ids[i])] += weight_of(c.id_weights, i, c.ids[i]);
     c.owners[votes[i].bucket] = NOBODY;
   }
   for (int64_t i = 0; i < c.num_ids; i++) {
