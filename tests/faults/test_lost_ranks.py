@@ -169,14 +169,15 @@ def test_a_load_that_fails_on_one_rank_ends_all_with_its_exit_code(
 
 def test_f13_a_cached_row_that_is_not_finite_on_one_rank(launcher: Launcher, tmp_path: Path) -> None:
     """Found in the look-up, by the rank that has the table: the others wait there, and are told."""
-    fault = {"action": "spoil_caches", "place": "forward", "step": 6}
+    # Of steps 0 and 7 ids are counted, so that rows leave before this one.
+    fault = {"action": "spoil_caches", "place": "forward", "step": 8}
     cache = {"compress_rate": 4, "cache_fraction": 0.05, "cache_refresh_every": 2}
     ended = launcher.train(tmp_path / "run", hooks={1: fault}, **cache)
     assert ended.codes == [5, 5]
     said = r"table 't_cat_\d+': the cached row of id \d+ is NaN or infinite and cannot be written back"
     assert re.search(rf"error: {said}", ended.logs[1])
     assert re.search(
-        rf"error: rank 0, computing train batch 6 of epoch 0: rank 1 stopped: {said}", ended.logs[0]
+        rf"error: rank 0, computing train batch 8 of epoch 0: rank 1 stopped: {said}", ended.logs[0]
     )
 
 
