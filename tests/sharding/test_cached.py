@@ -105,12 +105,14 @@ def test_figures_of_a_cache_are_on_the_rank_of_its_table(found: list[Found], cas
         assert (figures["write_back_error"] < 0.9) == (name != "md"), "one table does not write back"
 
 
-def test_frozen_tables_exchange_rows_too(found: list[Found]) -> None:
+def test_frozen_tables_stay_as_they_are(found: list[Found]) -> None:
     both = of_case(found, "frozen")
     for one in both:
         assert {by for key, by in one["weights"].items() if key.split(".")[2] in CACHED} == {0.0, None}
         assert not [key for key in one["asks"] if key.split(".")[2] in ("qr", "tt")]
-    assert (both[0]["metrics"] | both[1]["metrics"])["qr"]["evictions"] > 3
+    together = both[0]["metrics"] | both[1]["metrics"]
+    assert together["qr"]["evictions"] == together["qr"]["promotions"] == 0
+    assert together["md"]["promotions"] > 3
 
 
 def test_accumulated_gradients_hold_rows_back(found: list[Found]) -> None:
