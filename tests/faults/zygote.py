@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from tests.faults import hooks
 
 def native_threads() -> list[str]:
     """Names of this process's threads that serve torch's collectives, where the system tells."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by now
+            names.append(path.read_text().strip())
     return sorted(name for name in names if name.startswith(("gloo", "pt_")))
 
 
