@@ -49,11 +49,10 @@ def test_a_frozen_table_keeps_its_rows(method: str, frozen: str) -> None:
     collection = made(METHODS[method](EACH_STEP))
     train(collection, [[1, 1, 2, 2, 3]] * 4)
     cache = collection.cache()
-    for name, parameter in collection.named_parameters():
+    for parameter in collection.parameters():
         of_cache = parameter is cache.weight
         if frozen == "all" or of_cache == (frozen == "cached rows"):
             parameter.requires_grad_(False)
-        assert name
     before, held = [p.detach().clone() for p in collection.parameters()], cache.ids.clone()
     head = torch.nn.Linear(8, 1)
     for _ in range(4):
@@ -77,7 +76,7 @@ def test_cached_rows_may_train_on_frozen_parameters_that_nothing_is_written_to()
 
 def test_a_parameter_that_rows_are_not_written_to_may_be_frozen() -> None:
     collection = made(MixedDimension(dim=3, cache=EACH_STEP))
-    collection.backend().p.requires_grad_(False)  # type: ignore[union-attr, operator]
+    collection.backend().p.requires_grad_(False)
     train(collection, [[1, 1, 2, 2], [5, 5, 5, 6, 6, 6], [5, 6]])
     assert set(collection.cache().ids.tolist()) == {5, 6}
 

@@ -66,7 +66,7 @@ def test_positions_without_an_id_change_nothing(batches: list[list[int]]) -> Non
                 given = torch.tensor(ids, dtype=torch.int64)
                 weights = (given >= 0).float()
                 extra = weights if count is vote else step
-                count(owners, votes, buckets_of(given, 4, 20), given, extra)  # type: ignore[operator]
+                count(owners, votes, buckets_of(given, 4, 20), given, extra)
         assert torch.equal(both[0][0][:4], both[1][0][:4])
         assert torch.equal(both[0][1][:4], both[1][1][:4])
 
