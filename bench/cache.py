@@ -14,7 +14,7 @@ from recemb.errors import ConfigError
 _DESCRIPTION = """\
 Hit rate and step time (forward, backward, fused row-wise Adagrad) of a tensor-train table with a cache of
 its hottest rows, on Zipf 1.05 ids that never repeat a batch, against the same table without a cache. The
-ideal hit rate is that of the C most frequent ids.
+ideal hit rate is that of the C most frequent ids. Permuted ids tell nothing of their frequency.
 
 With --data_dir also the AUC on a prepared click log, by runs of recemb train that are paired by seed:
 uncompressed, tensor trains at --compress_rate, the same with caches of --fractions on top (their bytes are
@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--fractions", type=float, nargs="+", default=[0.001, 0.01, 0.05], metavar="F", help="of the rows")
     add("--policies", nargs="+", default=["lfu", "importance"], choices=("lfu", "lru", "importance"))
+    kinds = ("zipf", "permuted")
+    add("--ids", nargs="+", default=["zipf"], choices=kinds, help="default zipf: most frequent first")
     add("--rows", type=positive, default=1_000_000, metavar="N", help="of the Zipf table (%(default)s)")
     add("--batch", type=positive, default=4096, metavar="B", help="default %(default)s")
     add("--rank", type=positive, default=16, metavar="R", help="default %(default)s")

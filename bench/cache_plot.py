@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers, with a marker each for print.
 _STYLES = {"lfu": ("#0072B2", "s"), "lru": ("#009E73", "D"), "importance": ("#D55E00", "^")}
 _PLAIN = ("#000000", "o")
+_LINES = {"zipf": "-", "permuted": "--"}
 
 
 def save_cache_plot(steps: Sequence[StepRow], accuracies: Sequence[AucRow], folder: Path) -> list[Path]:
@@ -35,23 +36,32 @@ def save_cache_plot(steps: Sequence[StepRow], accuracies: Sequence[AucRow], fold
     return [png, svg]
 
 
-def _cached(steps: Sequence[StepRow]) -> dict[str, list[StepRow]]:
-    policies = dict.fromkeys(row.policy for row in steps if row.policy)
-    return {p: sorted((r for r in steps if r.policy == p), key=lambda r: r.fraction) for p in policies}
+def _cached(steps: Sequence[StepRow]) -> dict[tuple[str, str], list[StepRow]]:
+    """By ids and policy, smallest first."""
+    series: dict[tuple[str, str], list[StepRow]] = {}
+    for row in sorted(steps, key=lambda row: row.fraction):
+        if row.policy:
+            series.setdefault((row.ids, row.policy), []).append(row)
+    return dict(sorted(series.items(), key=lambda item: [*_LINES].index(item[0][0])))
 
 
 def _draw_hits(axes: Axes, steps: Sequence[StepRow]) -> None:
-    for policy, rows in _cached(steps).items():
+    for (ids, policy), rows in _cached(steps).items():
         colour, marker = _STYLES[policy]
         sizes = [100 * row.fraction for row in rows]
-        axes.plot(sizes, [100 * row.hit_rate for row in rows], marker, ls="-", color=colour, label=policy)
+        label = policy if ids == "zipf" else f"{policy}, {ids} ids"
+        hits = [100 * row.hit_rate for row in rows]
+        axes.plot(sizes, hits, marker, ls=_LINES[ids], color=colour, label=label)
         axes.plot(sizes, [100 * row.ideal_hit_rate for row in rows], ":", color="#666666")
     axes.set_title("hit rate, %  (dotted: the C most frequent ids)", fontsize=9, loc="left")
     _finish(axes, "rows cached, %", [100 * row.fraction for row in steps if row.policy])
 
 
 def _draw_times(axes: Axes, steps: Sequence[StepRow]) -> None:
-    for policy, rows in _cached(steps).items():
+    first = steps[0].ids
+    for (ids, policy), rows in _cached(steps).items():
+        if ids != first:
+            continue
         colour, marker = _STYLES[policy]
         sizes = [100 * row.fraction for row in rows]
         axes.plot(sizes, [row.ratio for row in rows], marker, ls="-", color=colour, label=policy)

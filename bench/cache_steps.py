@@ -15,9 +15,8 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec import KeyedJaggedTensor
 from torchrec.optim import RowWiseAdagrad
 
-from bench.ids import EXPONENT
+from bench.ids import EXPONENT, draw
 from recemb import EmbeddingBagCollection, EmbeddingBagConfig, HotRows, TensorTrain
-from recemb.data.zipf import BoundedZipf
 
 DIM = 16
 
@@ -27,12 +26,14 @@ class StepRow:
     """One cache size, or no cache (fraction 0).
 
     Args:
+        ids: ``zipf`` in frequency order, ``permuted`` the same ids shuffled.
         ideal_hit_rate: of the C most frequent ids.
         mean_us: of all timed steps, with the exchanges of rows among them.
         ratio: P50 of the round-by-round ratios to the table without a cache.
         mean_ratio: ratio of the means.
     """
 
+    ids: str
     rows: int
     batch: int
     rank: int
@@ -75,12 +76,13 @@ class _Case:
         self.collection(batch).values().backward(gradient)
         self.times.append(time.perf_counter() - started)
 
-    def row(self, args: argparse.Namespace, plain: _Case) -> StepRow:
+    def row(self, args: argparse.Namespace, ids: str, plain: _Case) -> StepRow:
         times, without = (np.array(case.times[args.steps :]) for case in (self, plain))
         p20, p50, p80 = np.percentile(times, [20, 50, 80]) * 1e6
         figures = self.collection.cache_metrics().get("t")
         rows = figures.rows if figures else 0
         return StepRow(
+            ids=ids,
             rows=args.rows,
             batch=args.batch,
             rank=args.rank,
@@ -103,28 +105,31 @@ class _Case:
 
 
 def step_rows(args: argparse.Namespace) -> list[StepRow]:
-    """Train every case on the same batches in turns; the last ``rounds`` steps count."""
+    """Train every case on the same batches in turns, kind of ids by kind; the last ``rounds`` steps count."""
+    return [row for ids in args.ids for row in _rows_of(args, ids)]
+
+
+def _rows_of(args: argparse.Namespace, ids: str) -> list[StepRow]:
     caches = [HotRows(fraction=f, policy=p) for p in args.policies for f in args.fractions]
     cases = [_Case(args, cache) for cache in (None, *caches)]
     generator = np.random.default_rng(1)
-    for turn, (batch, gradient) in enumerate(_batches(args)):
+    for turn, (batch, gradient) in enumerate(_batches(args, ids)):
         if turn == args.steps:
             for case in cases:
                 for cache in case.collection.hot_row_caches().values():
                     cache.counts[:2] = 0
         for k in generator.permutation(len(cases)):
             cases[k].step(batch, gradient)
-    return [case.row(args, cases[0]) for case in cases]
+    return [case.row(args, ids, cases[0]) for case in cases]
 
 
-def _batches(args: argparse.Namespace) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
+def _batches(args: argparse.Namespace, ids: str) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
     generator = np.random.default_rng(0)
-    zipf = BoundedZipf(args.rows, EXPONENT)
     lengths = torch.ones(args.batch, dtype=torch.int64)
     gradients = torch.Generator().manual_seed(0)
     for _ in range(args.steps + args.rounds):
-        ids = torch.from_numpy(zipf.sample(generator, args.batch) - 1)
-        batch = KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths)
+        values = torch.from_numpy(draw(ids, args.rows, args.batch, generator))
+        batch = KeyedJaggedTensor(keys=["f"], values=values, lengths=lengths)
         yield batch, 1e-3 * torch.randn(args.batch, DIM, generator=gradients)
 
 
@@ -135,9 +140,15 @@ def _mass(hot: int, rows: int) -> float:
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
-    """The figures as text."""
+    """The figures as text, a table for each kind of ids."""
+    kinds = dict.fromkeys(row.ids for row in rows)
+    return "\n\n".join(_table_of([row for row in rows if row.ids == ids]) for ids in kinds)
+
+
+def _table_of(rows: Sequence[StepRow]) -> str:
+    kind = f"Zipf {EXPONENT:g} ids" + (", permuted" if rows[0].ids == "permuted" else "")
     lines = [
-        f"Zipf {EXPONENT:g} ids, N={rows[0].rows:,}, D={DIM}, B={rows[0].batch:,}, TT R={rows[0].rank}",
+        f"{kind}, N={rows[0].rows:,}, D={DIM}, B={rows[0].batch:,}, TT R={rows[0].rank}",
         f"{'policy':<11}{'cached':>9}{'part':>8}{'KB':>9}{'hits':>8}{'ideal':>8}{'P50 us':>9}{'mean us':>9}"
         f"{'x plain':>9}{'x mean':>8}",
     ]
