@@ -196,7 +196,9 @@ def check_on_device(bags: Bags, targets: LookupTargets) -> None:
     rows = targets.limits_on(bags.ids.device)
     weights = None if bags.weights is None else bags.weights.detach().contiguous()
     bags.refused = check(bags.ids.contiguous(), bags.offsets.contiguous(), weights, rows, bags.batch_size)
-    note(bags.refused, lambda: _found(bags, targets))
+    # Not what has been prepared of the batch: the mark may be read steps later, when that is long done with.
+    seen = Bags(bags.ids, bags.offsets, bags.num_features, weights)
+    note(bags.refused, lambda: _found(seen, targets))
 
 
 def _found(bags: Bags, targets: LookupTargets) -> BatchError:

@@ -184,7 +184,8 @@ class GatherOp(Generic[_S]):
         self, tables: tuple[int, ...], features: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> PooledGroup:
         shapes = [(self, shape, ()) for shape in self._decode(tables)]
-        return make_group(shapes, features, device, [dtype] * len(shapes))
+        # The op outlives the programs that call it, and graphs hold their weights.
+        return make_group(shapes, features, device, [dtype] * len(shapes), graphed=False)
 
     def _group_of(self, parameters: list[Tensor], tables: list[int], features: list[int]) -> PooledGroup:
         first = parameters[0]
@@ -287,6 +288,7 @@ def make_group(
     dtypes: Sequence[torch.dtype],
     refusal: Callable[[], Exception] | None = None,
     micro_batch_rows: int | None = None,
+    graphed: bool = True,
 ) -> PooledGroup:
     """Group tables, given as (op, shape, how they are stored), by the kernels of one device.
 
@@ -296,6 +298,7 @@ def make_group(
         refusal: makes the error of a backward with steps whose gradient is not finite; on GPU, where it is
             raised later. On CPU that is a FloatingPointError.
         micro_batch_rows: distinct rows that are computed at once; the device's default when ``None``.
+        graphed: whether look-ups that recur may be captured in CUDA graphs, which hold the parameters.
 
     Raises:
         KernelUnavailableError: a kernel cannot be had here.
@@ -317,8 +320,6 @@ def make_group(
         refusal or group.not_finite,
         micro_batch_rows or GPU_ROWS,
     )
-    return (
-        graphs.GraphedGroup(made, partial(recorder.GraphRecorder, device))
-        if graphs.are_wanted(device)
-        else made
-    )
+    if not graphed or not graphs.are_wanted(device):
+        return made
+    return graphs.GraphedGroup(made, partial(recorder.GraphRecorder, device))

@@ -132,7 +132,8 @@ def pooled_native(
         return None
     weights = None if bags.weights is None else bags.weights.float()
     batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
-    return found.bound(stored, batch, weights, bags.ahead)
+    ahead, bags.ahead = bags.ahead, None  # serves once, and holds the plan
+    return found.bound(stored, batch, weights, ahead)
 
 
 def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None) -> None:

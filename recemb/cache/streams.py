@@ -28,6 +28,8 @@ from recemb.cache.refresh import cache_of, refresh
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
 from recemb_kernels.cache_split import Merger, Splitter
+from recemb_kernels.triton_frame.captures import capturing
+from recemb_kernels.triton_frame.streams import HandOver
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
@@ -73,7 +75,7 @@ class Streams:
             base += next(table.num_embeddings for table in lookups if table.name == name)
         # An id plus its table's base is distinct over all cached tables.
         self.bases = tuple(bases[lookups[f].name] for f in self.cached)
-        self._keys: tuple[list[tuple[Tensor, int | None]], Tensor, Tensor] | None = None
+        self._keys: tuple[list[tuple[Tensor, int | None]], Tensor, Tensor, HandOver | None] | None = None
         self._splitter: tuple[Tensor, Splitter | None] | None = None
         # Graphs whose backward is still to come; they hold slots that must keep their rows until then.
         self._open: list[ref[Token]] = []
@@ -153,7 +155,7 @@ class Streams:
 
     def _split_in_torch(self, bags: Bags) -> Bags:
         assert self._keys is not None
-        _, keys, slots = self._keys
+        _, keys, slots, _ = self._keys
         bounds, mask, ids = bags.feature_bounds, None, bags.ids
         segments = self._segments
         parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]
@@ -207,7 +209,11 @@ class Streams:
             ids is known and version is not None and version == before
             for (ids, version), (known, before) in zip(seen, self._keys[0], strict=True)
         ):
-            return self._keys[1:]
+            # Another stream may have worked it out; a graph that the caller captures must not wait for that.
+            _, keys, slots, handed = self._keys
+            if handed is not None and not capturing():
+                handed.take((keys, slots))
+            return keys, slots
         bases = dict(zip((self.lookups[f].name for f in self.cached), self.bases, strict=True))
         parts = []
         for name, cache in zip(self.names, caches, strict=True):
@@ -216,7 +222,7 @@ class Streams:
         end = caches[0].ids.new_tensor([NO_KEY])
         keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
         slots = torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
-        self._keys = seen, keys, slots
+        self._keys = seen, keys, slots, HandOver.now(keys.device)
         return keys, slots
 
     def merge(self, tables: Mapping[str, Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:

@@ -140,7 +140,7 @@ class ShardFile:
         """
         dtype, sizes, _ = self._tensors[name]
         row = tuple(sizes[1:])
-        data = torch.empty(num_bytes(dtype, (stop - start, *row)), dtype=torch.uint8)
+        data = torch.empty(num_bytes(dtype, (stop - start, *row)), dtype=torch.uint8, device="cpu")
         at = self._starts[name] + num_bytes(dtype, (start, *row))
         view = data.numpy().data
         self._fill(view, at, name)

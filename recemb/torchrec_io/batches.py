@@ -42,8 +42,8 @@ def to_batch(
     sparse = KeyedJaggedTensor(
         keys=list(feature_names),
         values=_share(np.ascontiguousarray(ids).reshape(-1)),
-        lengths=torch.ones(num_features * num_rows, dtype=torch.int64),
-        offsets=torch.arange(num_features * num_rows + 1, dtype=torch.int64),
+        lengths=torch.ones(num_features * num_rows, dtype=torch.int64, device="cpu"),
+        offsets=torch.arange(num_features * num_rows + 1, dtype=torch.int64, device="cpu"),
         stride=num_rows,
         length_per_key=[num_rows] * num_features,
         offset_per_key=[num_rows * feature for feature in range(num_features + 1)],
@@ -55,10 +55,10 @@ def blank_row(feature_names: Sequence[str], num_dense: int) -> Batch:
     """A batch of one row: dense features 0, label 0, and no id in any bag."""
     sparse = KeyedJaggedTensor(
         keys=list(feature_names),
-        values=torch.empty(0, dtype=torch.int64),
-        lengths=torch.zeros(len(feature_names), dtype=torch.int64),
+        values=torch.empty(0, dtype=torch.int64, device="cpu"),
+        lengths=torch.zeros(len(feature_names), dtype=torch.int64, device="cpu"),
     )
-    return Batch(torch.zeros(1, num_dense), sparse, torch.zeros(1))
+    return Batch(torch.zeros(1, num_dense, device="cpu"), sparse, torch.zeros(1, device="cpu"))
 
 
 def _share(array: npt.NDArray[np.generic]) -> Tensor:

@@ -24,6 +24,7 @@ from recemb.spec import TableSpec, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
+from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 
 
@@ -110,6 +111,9 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
             return self._exported(features)
         ahead = self._ahead.pop(id(features), None) if self._ahead else None
         known = ahead[2] if ahead and ahead[0] is features and ahead[1] == self._state_of(features) else None
+        if ahead is not None and (known is None or known[1] is not None):
+            # Bags the engine takes over. A batch that was written to keeps the offsets that were made of it.
+            _take_over(*ahead[2])
         bags, inverse = self._bags(features) if known is None or known[0].prepared_outside else known
         pooled = self._engine(self.embedding_bags, bags).float()
         if inverse is not None:
@@ -225,6 +229,12 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         backend = self.embedding_bags[table]
         assert isinstance(backend, Backend)
         return backend
+
+
+def _take_over(bags: Bags, inverse: Tensor | None) -> None:
+    """Have the current stream wait for the one that has prepared a batch; not where a graph would wait."""
+    if bags.handed is not None and not capturing():
+        bags.handed.take((bags, inverse))
 
 
 def reset_tables(tables: Mapping[str, Backend], configs: Sequence[TorchrecEmbeddingBagConfig]) -> None:

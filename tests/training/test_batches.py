@@ -8,7 +8,7 @@ import torch
 
 from recemb.data.click_log import ClickBatch
 from recemb.errors import BatchError
-from recemb.torchrec_io.batches import to_batch
+from recemb.torchrec_io.batches import blank_row, to_batch
 
 NAMES = ["cat_0", "cat_1", "cat_2"]
 
@@ -85,3 +85,18 @@ def test_arrays_that_do_not_fit(change: dict[str, np.ndarray], message: str) -> 
     parts = {"dense": source.dense, "ids": source.ids, "labels": source.labels} | change
     with pytest.raises(BatchError, match=message):
         to_batch(ClickBatch(**parts), NAMES)
+
+
+def test_all_of_a_batch_is_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        batches = [to_batch(clicks(), NAMES), blank_row(NAMES, 5)]
+    for batch in batches:
+        sparse = batch.sparse_features
+        for tensor in (
+            batch.dense_features,
+            batch.labels,
+            sparse.values(),
+            sparse.lengths(),
+            sparse.offsets(),
+        ):
+            assert tensor.is_cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,10 @@ def tuned(
     def run_alone(*args: Any, **launch: Any) -> Any:
         # The tuner keeps the arguments of a launch, tuned or not, and what it restores, in itself.
         with exclusive:
-            return run(*args, **launch)
+            try:
+                return run(*args, **launch)
+            finally:
+                tuner.nargs = None  # which Triton forgets after an error, and they hold a batch's memory
 
     tuner.run = run_alone
     return tuner
@@ -68,7 +72,11 @@ def tuned(
 
 def _time(call: Any, quantiles: Any) -> Any:
     # Milliseconds; Triton's own 25 and 100 would make the first step of a model take minutes.
-    return triton.testing.do_bench(call, warmup=2, rep=10, quantiles=quantiles)
+    try:
+        return triton.testing.do_bench(call, warmup=2, rep=10, quantiles=quantiles)
+    except torch.OutOfMemoryError:
+        # A trial takes memory that the launch itself does not: without one the first variant will do.
+        return [math.inf] * 3
 
 
 def tile(width: int, most: int, least: int = 1) -> int:

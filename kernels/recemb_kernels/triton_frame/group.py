@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from recemb_kernels.triton_frame import ALIGNED, MICRO_BATCH_ROWS
 from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFeature
 from recemb_kernels.triton_frame.plan import Keys, infinite, on_device
 from recemb_kernels.triton_frame.steps import rates_of
-from recemb_kernels.triton_frame.streams import HandOver
+from recemb_kernels.triton_frame.streams import HandOver, own_stream
 from recemb_kernels.triton_frame.verdict import note, poll
 from recemb_kernels.update import Update
 
@@ -129,7 +128,7 @@ class TritonGroup:
         if self.device.type != "cuda":
             return run(), None
         self.hold_beside()  # the ids may still be on their way
-        with torch.cuda.stream(self._beside):
+        with torch.cuda.stream(self._beside()):
             return run(), HandOver.now(self.device)
 
     def plans(self, keep: bool) -> bool:
@@ -139,11 +138,10 @@ class TritonGroup:
     def hold_beside(self) -> None:
         """Have what runs beside from now on wait for what the current stream has been given."""
         if self.device.type == "cuda":
-            self._beside.wait_stream(torch.cuda.current_stream(self.device))
+            self._beside().wait_stream(torch.cuda.current_stream(self.device))
 
-    @cached_property
     def _beside(self) -> torch.cuda.Stream:
-        return cast(torch.cuda.Stream, cast(Any, torch.cuda).Stream(self.device))
+        return own_stream("prepare", self.device)
 
     def on_device(self) -> AbstractContextManager[object]:
         """For launches, which go to the current device."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import torch
 from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
 from recemb_kernels.triton_frame.captures import capturing, exclusive
+from recemb_kernels.triton_frame.streams import own_stream
 
 _T = TypeVar("_T")
 # Of a device's memory, what the graphs of one group of tables may hold.
@@ -42,7 +43,6 @@ class GraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
-        self._stream = cast(Any, torch.cuda).Stream(device)  # untyped
         self.num_bytes = 0
         self.most_bytes = int(_MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
 
@@ -54,11 +54,13 @@ class GraphRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
+        # cuBLAS has one workspace a stream: graphs that may run at once are recorded on different ones.
+        stream = own_stream("capture", self._device, current)
         # Other threads may allocate pinned memory meanwhile, as data loaders do.
         mode = "thread_local"
         with exclusive:
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
                     before = torch.cuda.memory_reserved(self._device)
                     try:
                         result = run()
@@ -71,7 +73,7 @@ class GraphRecorder:
             finally:
                 # torch stays on the capture's stream when a capture fails.
                 torch.cuda.set_stream(current)
-        return result, _Replay(graph, self._stream, current)
+        return result, _Replay(graph, stream, current)
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
         """Tell torch's allocator of the device that a capture is over which the device has broken off.

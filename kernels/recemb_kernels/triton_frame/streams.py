@@ -1,16 +1,37 @@
-"""Work that one CUDA stream hands to another."""
+"""Streams of recemb's own, and work that one CUDA stream hands to another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, is_dataclass
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
+_own: dict[tuple[str, torch.device, int], torch.cuda.Stream] = {}
+_lock = Lock()  # of the above
+
+
+def own_stream(use: str, device: torch.device, beside: torch.cuda.Stream | None = None) -> torch.cuda.Stream:
+    """The stream for one use on a device, the same one each time.
+
+    torch has 32 streams a device, and hands the first out again after the last: who draws many comes to share
+    them with pipelines and data loaders, whose launches a capture would record in place of running them.
+
+    Args:
+        use: what for.
+        device: where.
+        beside: each of these has a stream of that use for itself.
+    """
+    key = use, device, 0 if beside is None else int(beside.cuda_stream)
+    with _lock:
+        if key not in _own:
+            _own[key] = cast(Any, torch.cuda).Stream(device)  # untyped
+        return _own[key]
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,8 @@ def note(mark: Tensor, error: Callable[[], Exception]) -> None:
         return
     if capturing():
         return  # A graph is replayed without the host: its marks can only forbid.
-    host = torch.empty(mark.shape, dtype=mark.dtype, pin_memory=True)
+    # Whatever the default device is: no other memory can be pinned.
+    host = torch.empty(mark.shape, dtype=mark.dtype, device="cpu", pin_memory=True)
     host.copy_(mark, non_blocking=True)
     arrived = cast(Any, torch.cuda).Event()  # untyped
     arrived.record(torch.cuda.current_stream(mark.device))

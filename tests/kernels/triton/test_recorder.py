@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recemb_kernels.triton_frame import recorder
+from recemb_kernels.triton_frame import recorder, streams
 from recemb_kernels.triton_frame.recorder import GraphRecorder
 from tests.kernels.triton.graph_cases import is_free_elsewhere
 
@@ -36,17 +36,25 @@ class Torch:
     Attributes:
         calls: what it has been asked, in order.
         breaks: whether the device breaks a capture off, so that torch cannot end it.
+        drawn: how many streams of its pool it has handed out.
+        current: the current stream's name.
     """
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.breaks = False
+        self.breaks, self.drawn, self.current = False, 0, "user's"
         self._recording = False
 
     def stream(self, name: str) -> Any:
         return SimpleNamespace(
-            name=name, wait_stream=lambda other: self.calls.append((name, "waits", other.name))
+            name=name,
+            cuda_stream=hash(name),
+            wait_stream=lambda other: self.calls.append((name, "waits", other.name)),
         )
+
+    def draw(self, _: torch.device) -> Any:
+        self.drawn += 1
+        return self.stream("own")
 
     @contextmanager
     def graph(self, graph: Any, *, pool: Any, **_: Any) -> Iterator[None]:
@@ -74,8 +82,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
     made = Torch()
     parts = {
         "graph_pool_handle": lambda: POOL,
-        "Stream": lambda _: made.stream("own"),
-        "current_stream": lambda _: made.stream("user's"),
+        "Stream": made.draw,
+        "current_stream": lambda _: made.stream(made.current),
         "set_stream": lambda stream: made.calls.append(("back on", stream.name)),
         "get_device_properties": lambda _: SimpleNamespace(total_memory=2**30),
         "memory_reserved": lambda _: 0,
@@ -88,6 +96,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
     monkeypatch.setattr(recorder, "_cuda_endAllocateToPool", made.end)
     monkeypatch.setattr(recorder, "_cuda_releasePool", made.release)
     monkeypatch.setattr(recorder, "_broken", [])
+    monkeypatch.setattr(streams, "_own", {})
     return made
 
 
@@ -120,6 +129,18 @@ def test_memory_outlives_the_last_replay(fake: Torch) -> None:
     del replay
     assert result == 5
     assert fake.calls == ["replay", ("own", "waits", "user's"), "destroyed"]
+
+
+def test_captures_draw_a_stream_for_each_that_replays(fake: Torch) -> None:
+    """Of 32, which go round: a pipeline's own would come to be among them."""
+    for _ in range(3):
+        record = _record()
+        for _ in range(2):
+            record(lambda: 5)
+    assert fake.drawn == 1
+    fake.current = "another"  # a workspace of cuBLAS's belongs to a stream
+    _record()(lambda: 5)
+    assert fake.drawn == 2
 
 
 def test_no_other_thread_tunes_or_captures_beside_a_capture(fake: Torch) -> None:

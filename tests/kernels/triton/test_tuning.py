@@ -56,6 +56,16 @@ class Tuner:
         self._tuned.fn = SimpleNamespace(run=self._run)
         monkeypatch.setattr(triton.testing, "do_bench", self._time)
 
+    @property
+    def nargs(self) -> Any:
+        """What the tuner keeps of a launch."""
+        return self._tuned.nargs
+
+    @property
+    def best(self) -> tuple[int, int]:
+        """Warps and stages of the last launch."""
+        return self._tuned.best_config.num_warps, self._tuned.best_config.num_stages
+
     def launch(self, grad: Tensor) -> None:
         self._tuned[1, 1](grad, Q=1)
 
@@ -98,6 +108,32 @@ def test_threads_tune_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert mine.tolist() == 4 * [101.0]
     assert other.tolist() == 4 * [201.0]
+
+
+def test_a_launch_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuner is there for good; arguments are a batch's memory."""
+    tuner, grad = Tuner(monkeypatch), torch.zeros(4)
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    tuner.during = fail
+    with pytest.raises(KeyboardInterrupt):
+        tuner.launch(grad)
+    assert tuner.nargs is None
+
+
+def test_without_memory_for_trials_the_first_variant_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, grad = Tuner(monkeypatch), torch.zeros(4)
+
+    def exhaust() -> None:
+        raise torch.OutOfMemoryError("for a trial's copies")
+
+    tuner.during = exhaust
+    tuner.launch(grad)
+    name = current_thread().name
+    assert tuner.calls == [f"{name} tries", f"{name} launches", f"{name} launches"]
+    assert tuner.best == EVERY[0]
 
 
 def test_no_graph_is_captured_beside_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
