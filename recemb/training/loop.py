@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.datasets.utils import Batch
@@ -48,6 +50,21 @@ class Evaluation:
 
 
 @dataclass
+class WarmUp:
+    """The first step of each process that trained: kernels are compiled or loaded in it, memory is mapped.
+
+    Whatever the device. What a later step compiles, as a GPU does for batches of another shape, counts.
+
+    Attributes:
+        steps: their numbers, from 0.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    samples: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class Outcome:
     """What a run has reached; filled while it goes, so that a stopped run can be reported too."""
 
@@ -58,13 +75,23 @@ class Outcome:
     samples: int = 0
     train_seconds: float = 0.0
     step_ms: array[float] = field(default_factory=lambda: array("d"))
+    warm_up: WarmUp = field(default_factory=WarmUp)
     stopped: str | None = None
     interrupted: str | None = None
 
     @property
-    def samples_per_second(self) -> float:
-        """Training samples over the wall time of the training steps, reading included, evaluation not."""
-        return self.samples / self.train_seconds if self.train_seconds > 0 else 0.0
+    def samples_per_second(self) -> float | None:
+        """Training samples over the wall time of the training steps, reading included, evaluation not.
+
+        Without each process's first step; ``None`` before there is another one.
+        """
+        seconds = self.train_seconds - self.warm_up.seconds
+        return (self.samples - self.warm_up.samples) / seconds if seconds > 0 else None
+
+    @property
+    def warm_step_ms(self) -> NDArray[np.float64]:
+        """``step_ms`` without each process's first step."""
+        return np.delete(np.frombuffer(self.step_ms, dtype=np.float64), self.warm_up.steps)
 
 
 class _Stopped(Exception):  # noqa: N818 - control flow within this file, not an error
@@ -113,6 +140,7 @@ class Trainer:
         self._on_evaluation = on_evaluation
         self._world = world
         self._on_checkpoint = on_checkpoint
+        self._is_warm = False
         self._steps_per_epoch = batches.count("train")
         self._progress = Progress(config.method, self.last_step, shown=world.is_first)
 
@@ -285,7 +313,13 @@ class Trainer:
 
     def _record_step(self, batch: Batch, logits: Tensor, seconds: float) -> None:
         outcome = self.outcome
-        outcome.samples += self._batches.num_rows("train", outcome.steps % self._steps_per_epoch)
+        samples = self._batches.num_rows("train", outcome.steps % self._steps_per_epoch)
+        if not self._is_warm:
+            outcome.warm_up.steps.append(outcome.steps)
+            outcome.warm_up.samples += samples
+            outcome.warm_up.seconds += seconds
+            self._is_warm = True
+        outcome.samples += samples
         outcome.steps += 1
         outcome.train_seconds += seconds
         outcome.step_ms.append(seconds * 1e3)

@@ -42,22 +42,22 @@ class Progress:
         """Whether the step that ends now will be drawn with figures."""
         return not self._bar.disable and self._bar.n % _REFRESH_STEPS == 0
 
-    def step(self, figures: MetricValues | None, samples_per_second: float) -> None:
+    def step(self, figures: MetricValues | None, samples_per_second: float | None) -> None:
         """Count one training step; ``figures`` are the metrics since the last evaluation, if wanted."""
         if figures is not None:
             self._bar.set_postfix_str(
-                f"loss {figures.logloss:.4f}, AUC {_auc(figures.auc)}, {samples_per_second:,.0f} samples/s",
+                f"loss {figures.logloss:.4f}, AUC {_auc(figures.auc)}, {_speed(samples_per_second)}",
                 refresh=False,
             )
         self._bar.update()
 
-    def evaluation(self, evaluation: Evaluation, samples_per_second: float) -> None:
+    def evaluation(self, evaluation: Evaluation, samples_per_second: float | None) -> None:
         """One line for an evaluation, on a terminal and elsewhere."""
         values = evaluation.values
         self.note(
             f"step {evaluation.step}/{self._total}  {evaluation.split} "
             f"AUC {_auc(values.auc)}  logloss {values.logloss:.5f}  NE {values.ne:.5f}  "
-            f"{samples_per_second:,.0f} samples/s" + ("  best so far" if evaluation.best else "")
+            f"{_speed(samples_per_second)}" + ("  best so far" if evaluation.best else "")
         )
 
     def note(self, text: str) -> None:
@@ -68,6 +68,10 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+def _speed(samples_per_second: float | None) -> str:
+    return "- samples/s" if samples_per_second is None else f"{samples_per_second:,.0f} samples/s"
 
 
 def _auc(value: float) -> str:

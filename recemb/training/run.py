@@ -304,13 +304,14 @@ def _result(
 ) -> dict[str, Any]:
     """``result.json``: the figures of the best weights, on the test split if there is one, else on val.
 
-    ``step_ms_p50`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation;
-    samples are those of all ranks, and step times and ``peak_rss_bytes`` are rank 0's.
+    ``step_ms_*`` and ``samples_per_second`` count reading, forward, backward and update, not evaluation, and
+    leave each process's first step out, in which kernels are compiled; ``train_seconds`` counts it. Samples
+    are those of all ranks, and step times and ``peak_rss_bytes`` are rank 0's.
     """
     best = outcome.best
     values = test if test is not None else best.values if best is not None else None
     memory, stats = run.tables.memory, run.log.stats
-    step_ms = np.frombuffer(outcome.step_ms, dtype=np.float64)
+    step_ms = outcome.warm_step_ms
     return {
         "auc": values.auc if values else None,
         "logloss": values.logloss if values else None,

@@ -26,7 +26,7 @@ from recemb.data.click_log import ClickLog
 from recemb.errors import ConfigError, DiskFullError
 from recemb.training.config import RunConfig
 from recemb.training.distributed import World
-from recemb.training.loop import Evaluation, Outcome, Trainer
+from recemb.training.loop import Evaluation, Outcome, Trainer, WarmUp
 from recemb.training.metrics import ClickMetrics, MetricValues
 from recemb.training.optimizer_state import as_on_one_process
 
@@ -246,6 +246,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "epochs": outcome.epochs,
         "samples": outcome.samples,
         "train_seconds": outcome.train_seconds,
+        "warm_up": asdict(outcome.warm_up),
         "evaluations": [_without_nan(asdict(evaluation)) for evaluation in outcome.evaluations],
         "best_step": best.step if best is not None else None,
     }
@@ -261,6 +262,8 @@ def _outcome_from(saved: Mapping[str, Any]) -> Outcome:
         epochs=saved["epochs"],
         samples=saved["samples"],
         train_seconds=saved["train_seconds"],
+        # Checkpoints of before it was counted do not have it.
+        warm_up=WarmUp(**saved.get("warm_up", {})),
     )
 
 

@@ -69,6 +69,24 @@ def test_evaluates_every_n_steps_and_at_each_epochs_end(make_config: MakeConfig)
     assert outcome.samples_per_second > 0
 
 
+def test_speed_leaves_out_the_first_step_which_compiles(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config(limit_train_batches=3))
+    record = trainer._record_step
+    assert trainer.outcome.samples_per_second is None
+    speeds = []
+
+    def record_scripted(batch: Any, logits: torch.Tensor, seconds: float) -> None:
+        record(batch, logits, 0.5 if trainer.outcome.steps else 60.0)
+        speeds.append(trainer.outcome.samples_per_second)
+
+    trainer._record_step = record_scripted  # type: ignore[method-assign]
+    outcome = trainer.train()
+    assert speeds == [None, pytest.approx(400), pytest.approx(400)]
+    assert outcome.warm_step_ms.tolist() == [500, 500]
+    # What it took is not lost.
+    assert (outcome.samples, outcome.train_seconds) == (600, 61)
+
+
 def test_no_frequency_means_once_an_epoch(make_config: MakeConfig) -> None:
     trainer, evaluations = make_trainer(make_config(epochs=2, validation_freq_within_epoch=None))
     trainer.train()

@@ -35,6 +35,15 @@ def test_bar_shows_loss_auc_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"loss {metrics.compute().logloss:.4f}, AUC 1.00000, 12,345 samples/s" in shown
 
 
+def test_speed_is_a_dash_before_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress("tt", 30)
+    progress.step(ClickMetrics().compute(), None)
+    progress.close()
+    assert ", - samples/s" in terminal.getvalue()
+
+
 def test_nothing_is_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -86,6 +86,27 @@ def test_resumed_equals_unbroken(
         assert result(path)["caches"] == result(unbroken)["caches"]
 
 
+def test_the_first_step_of_each_process_is_left_out_of_the_speed(
+    make_config: MakeConfig, stop_in: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, begun = loop_module.Trainer._record_step, list[loop_module.Trainer]()
+
+    def record_scripted(self: loop_module.Trainer, batch: Any, logits: Any, seconds: float) -> None:
+        record(self, batch, logits, 0.5 if self in begun else 60.0)
+        begun.append(self)
+
+    monkeypatch.setattr(loop_module.Trainer, "_record_step", record_scripted)
+    stop_in("_train_step", 4)
+    with pytest.raises(Interrupted):
+        train(make_config(resume=True, **RUN))
+    [path] = train(make_config(resume=True, **RUN))
+    found = result(path)
+    # 14 of 16 steps of 200 rows, of half a second each.
+    assert found["samples_per_second"] == pytest.approx(400)
+    assert (found["step_ms_p50"], found["step_ms_p80"]) == (500, 500)
+    assert found["train_seconds"] == 127
+
+
 def test_early_stopping_and_best_weights_survive(
     make_config: MakeConfig, stop_in: Callable[[str, int], None], tmp_path: Path
 ) -> None:
