@@ -94,8 +94,8 @@ def _row(name: str, runs: Sequence[Run], aucs: dict[str, list[float]]) -> AucRow
 
     return AucRow(
         setting=name,
-        policy=str(runs[0].config.get("cache_policy") or ""),
-        fraction=float(runs[0].config.get("cache_fraction") or 0),
+        policy=runs[0].config.cache_policy or "",
+        fraction=runs[0].config.cache_fraction or 0.0,
         seeds=len(runs),
         embedding_bytes=int(first["embedding_bytes"]),
         compression_ratio=float(first["compression_ratio"]),

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DESCRIPTION = """\
-Compare runs of recemb train. Runs that differ in their seed alone are averaged, and the AUC loss is
-taken against the dense run of the same configuration and seed.
+Compare runs of recemb train. Runs of one setting are averaged over their seeds; labels hold what differs
+between settings. The AUC loss is taken against the dense run of the same seed and training: data (by their
+contents), model, optimizer, batch, epochs, evaluations. Where there is none, the report says what differs.
+samples/s and ms/step leave out each process's first step, in which kernels are compiled.
 
 Prints a table and writes report.html (self-contained), comparison.png and comparison.svg.
 """

@@ -31,6 +31,13 @@ DEFAULT_LEARNING_RATE = {"adam": 1e-3, "adagrad": 1e-2, "rowwise_adagrad": 1e-2,
 DEFAULT_EPS = 1e-8
 # Evaluation keeps no gradients, so larger batches cost little memory; the figures do not depend on it.
 DEFAULT_TEST_BATCH_SIZE = 4096
+# Fields of how a run is carried out, which do not say what is trained; the data count by their contents.
+OPERATIONAL_FIELDS = frozenset(
+    {
+        *("data_dir", "dataset_name", "output", "overwrite", "compare", "checkpoint_freq", "resume"),
+        *("plan", "communication_slices", "dist_timeout_seconds"),
+    }
+)
 
 
 def _split_commas(value: object) -> object:

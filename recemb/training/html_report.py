@@ -113,7 +113,7 @@ def _details(setting: Setting) -> str:
         for table in tables
     ]
     memory = _table(("table", "method", "rows", "dim", "bytes", "dense bytes", "ratio"), rows, text_columns=2)
-    config = "\n".join(f"{key}: {value}" for key, value in run.config.items())
+    config = "\n".join(f"{key}: {value}" for key, value in run.config.model_dump(mode="json").items())
     versions = ", ".join(f"{name} {value}" for name, value in run.result.get("versions", {}).items())
     paths = ", ".join(str(each.path) for each in setting.runs)
     return (

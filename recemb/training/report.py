@@ -1,8 +1,9 @@
 """Finished runs side by side: one line per setting, seeds aggregated, accuracy loss paired by seed.
 
-A setting is a configuration without its seed and paths. Its loss against dense is taken seed by seed from
-the dense run of the same configuration and seed, then averaged: the spread between seeds (0.001 to 0.002
-AUC on small logs) is larger than the differences of interest, and most of it is common to both runs.
+A setting is what decides a run's figures (:mod:`recemb.training.run_settings`), without the seed. Its loss
+against dense is taken seed by seed from the dense run of the same training and seed, then averaged: the
+spread between seeds (0.001 to 0.002 AUC on small logs) is larger than the differences of interest, and most
+of it is common to both runs.
 """
 
 from __future__ import annotations
@@ -10,27 +11,30 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from recemb.errors import ConfigError, DataError
 from recemb.planner.report import wrapped
+from recemb.training.config import RunConfig, load_config
 from recemb.training.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from recemb.training.yaml_file import read_yaml
-
-# Keys of a configuration that do not change what is trained, and those that say how tables are stored.
-_IDENTITY_KEYS = frozenset({"output", "overwrite", "compare", "seed"})
-_COMPRESSION_KEYS = frozenset(
-    {
-        *("method", "compress_rate", "method_threshold"),
-        *("cache_fraction", "cache_policy", "cache_refresh_every"),
-    }
+from recemb.training.run_settings import (
+    Settings,
+    difference,
+    labels,
+    placement_settings,
+    storage_settings,
+    training_settings,
 )
+
 _SEARCH_DEPTH = 3
 TABLE_WIDTH = 100
 _Key = TypeVar("_Key", bound=Hashable)
+_Twin = tuple[frozenset[tuple[str, Hashable]], int]
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,28 @@ class Run:
 
     path: Path
     result: dict[str, Any]
-    config: dict[str, Any]
+    config: RunConfig
     curve: tuple[dict[str, Any], ...]
 
     @property
-    def setting(self) -> str:
-        """Equal for runs that differ in their seed and paths alone."""
-        return _key(self.config, _IDENTITY_KEYS)
+    def seed(self) -> int:
+        return int(self.result["seed"])
+
+    @cached_property
+    def training(self) -> Settings:
+        """Equal for a run and the dense run that it is compared with, as the seed is."""
+        return training_settings(self.config, self.result)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Equal for runs that differ in nothing but the seed."""
+        placement = placement_settings(self.config, self.result)
+        return storage_settings(self.config) | self.training | placement
 
     @property
-    def twin(self) -> tuple[str, int]:
+    def twin(self) -> _Twin:
         """Equal for a run and the dense run that it is compared with."""
-        return _key(self.config, _IDENTITY_KEYS | _COMPRESSION_KEYS), int(self.result["seed"])
+        return _key(self.training), self.seed
 
 
 @dataclass(frozen=True)
@@ -130,10 +144,11 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def summarise(runs: Sequence[Run]) -> list[Setting]:
     """One entry per setting: dense first, then by falling embedding bytes."""
     dense_auc = _per_key((run.twin, run.result["auc"]) for run in runs if run.result["method"] == "dense")
-    groups: dict[str, list[Run]] = {}
+    groups: dict[Hashable, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.setting, []).append(run)
-    names = _names(list(groups.values()))
+        groups.setdefault(_key(run.settings), []).append(run)
+    first = [group[0] for group in groups.values()]
+    names = labels([run.settings for run in first], [run.path for run in first])
     settings = [
         _summarise(name, group, dense_auc) for name, group in zip(names, groups.values(), strict=True)
     ]
@@ -141,16 +156,16 @@ def summarise(runs: Sequence[Run]) -> list[Setting]:
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
-    """The comparison as text of at most 100 columns; a path that is longer stays in one piece."""
+    """The comparison as text of at most 100 columns; in the notes a longer path stays in one piece."""
     header = ("run", "method", "emb. MB", "ratio", "AUC", "ΔAUC", "logloss", "samples/s", "ms/step")
     settings = summarise(runs)
     rows = [header, *(_row(setting) for setting in settings)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     gaps = len(widths) - 1
     gap = "  " if sum(widths) + 2 * gaps <= TABLE_WIDTH else " "
-    # Names alone have no bound, so they give way.
+    # Names alone have no bound, so they go on below.
     widths[0] = max(8, min(widths[0], TABLE_WIDTH - sum(widths[1:]) - len(gap) * gaps))
-    lines = [gap.join(_cells(row, widths)).rstrip() for row in rows]
+    lines = [line for row in rows for line in _lines(row, widths, gap)]
     lines.insert(1, "-" * max(map(len, lines)))
     notes = [line for note in footnotes(runs, settings) for line in wrapped(note)]
     return "\n".join([*lines, *notes])
@@ -163,7 +178,8 @@ def footnotes(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:
     if splits:
         notes.append(f"AUC and logloss on the {' and '.join(splits)} split, best weights on validation")
     if any(setting.auc_loss is not None and setting.method != "dense" for setting in settings):
-        notes.append("ΔAUC: against the dense run of the same seed and configuration")
+        notes.append("ΔAUC: against the dense run of the same seed and training settings")
+    notes += _unpaired(settings)
     if any(setting.seeds > 1 for setting in settings):
         notes.append("±: sample standard deviation over n seeds")
     best = sorted({run.result["best_auc"] for run in runs if run.result.get("best_auc") is not None})
@@ -191,33 +207,37 @@ def _load(path: Path) -> Run:
     missing = [key for key in needed if not isinstance(result, dict) or key not in result]
     if missing:
         raise DataError(f"{path / RESULT_FILE}: lacks {', '.join(missing)}; train it again")
-    return Run(path, result, read_yaml(path / CONFIG_FILE).values, curve)
+    return Run(path, result, load_config({}, path / CONFIG_FILE), curve)
 
 
-def _key(config: dict[str, Any], without: frozenset[str]) -> str:
-    return json.dumps({key: value for key, value in config.items() if key not in without}, sort_keys=True)
+def _key(settings: Settings) -> frozenset[tuple[str, Hashable]]:
+    return frozenset(settings.items())
 
 
-def _names(groups: Sequence[list[Run]]) -> list[str]:
-    """What tells the settings apart: method, rate and cache, else the directory too."""
-    short = []
-    for group in groups:
-        rate = group[0].config.get("compress_rate")
-        count = len(_seeds(group))
-        seeds = f" (n={count})" if count > 1 else ""
-        cached = group[0].config.get("cache_fraction")
-        cache = f" cache {cached:.3g}" if cached else ""
-        policy = group[0].config.get("cache_policy") if cached else None
-        cache += f" {policy}" if policy else ""
-        short.append(f"{group[0].result['method']}{f' {rate:g}x' if rate else ''}{cache}{seeds}")
-    return [
-        name if short.count(name) == 1 else f"{group[0].path.name}: {name}"
-        for name, group in zip(short, groups, strict=True)
-    ]
-
-
-def _seeds(runs: Iterable[Run]) -> set[int]:
-    return {int(run.result["seed"]) for run in runs}
+def _unpaired(settings: Sequence[Setting]) -> list[str]:
+    """Why runs have no ΔAUC although there are dense runs: what the most similar of them has otherwise."""
+    dense = [(setting, run) for setting in settings if setting.method == "dense" for run in setting.runs]
+    paired = {run.twin for _, run in dense if run.result["auc"] is not None}
+    notes = []
+    for setting in settings if dense else ():
+        if setting.method == "dense":
+            continue
+        seeds = []
+        for run in setting.runs:
+            if run.result["auc"] is None or run.twin in paired:
+                continue
+            nearest, found = min(
+                ((other, difference(twin.training, run.training)) for other, twin in dense),
+                key=lambda pair: len(pair[1]),
+            )
+            if found:
+                notes.append(f"no ΔAUC for {setting.name}: {nearest.name} differs in {', '.join(found)}")
+            else:
+                seeds.append(run.seed)
+        if seeds:
+            which = ", ".join(map(str, sorted(set(seeds))))
+            notes.append(f"ΔAUC of {setting.name}: no dense run of seed {which} has an AUC")
+    return notes
 
 
 def _per_key(pairs: Iterable[tuple[_Key, float | None]]) -> dict[_Key, float]:
@@ -229,22 +249,22 @@ def _per_key(pairs: Iterable[tuple[_Key, float | None]]) -> dict[_Key, float]:
     return {key: statistics.fmean(values) for key, values in known.items()}
 
 
-def _summarise(name: str, runs: list[Run], dense_auc: dict[tuple[str, int], float]) -> Setting:
+def _summarise(name: str, runs: list[Run], dense_auc: dict[_Twin, float]) -> Setting:
     def spread(value: Callable[[Run], float | None]) -> Spread | None:
         # A repeated run is no second sample: it would shrink the deviation over seeds.
-        return Spread.of(_per_key((int(run.result["seed"]), value(run)) for run in runs).values())
+        return Spread.of(_per_key((run.seed, value(run)) for run in runs).values())
 
     def loss(run: Run) -> float | None:
         dense = dense_auc.get(run.twin)
         known = dense is not None and run.result["auc"] is not None and run.result["method"] != "dense"
         return run.result["auc"] - dense if known else None
 
-    first = runs[0].result
+    first, seeds = runs[0].result, len({run.seed for run in runs})
     return Setting(
-        name=name,
+        name=f"{name} (n={seeds})" if seeds > 1 else name,
         method=first["method"],
         runs=tuple(runs),
-        seeds=len(_seeds(runs)),
+        seeds=seeds,
         embedding_bytes=first["embedding_bytes"],
         ratio=first["compression_ratio"],
         auc=spread(lambda run: run.result["auc"]),
@@ -275,7 +295,8 @@ def _row(setting: Setting) -> tuple[str, ...]:
     )
 
 
-def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    name = row[0] if len(row[0]) <= widths[0] else f"{row[0][: widths[0] - 1]}…"
-    first = [name.ljust(widths[0]), row[1].ljust(widths[1])]
-    return first + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+def _lines(row: Sequence[str], widths: Sequence[int], gap: str) -> list[str]:
+    name, *below = textwrap.wrap(row[0], widths[0], subsequent_indent="  ", break_on_hyphens=False)
+    cells = [name.ljust(widths[0]), row[1].ljust(widths[1])]
+    cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+    return [gap.join(cells).rstrip(), *below]

@@ -26,6 +26,7 @@ from recemb.training.metrics import MetricValues
 from recemb.training.run_dir import CONFIG_FILE, MetricsLog, RunDir
 from recemb.training.seeds import deterministic_algorithms
 from recemb.training.setup import (
+    ClickBatches,
     build_model,
     build_optimizer,
     choose_tables,
@@ -167,11 +168,12 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
     reset_peak_rss()
     with deterministic_algorithms(config.device):
         built = _build(run)
+        batches = make_batches(config, run.log, world.rank, world.size)
         trainer = Trainer(
             config,
             built.model,
             built.optimizer,
-            make_batches(config, run.log, world.rank, world.size),
+            batches,
             stop,
             lambda evaluation: metrics.add(_metrics_record(evaluation)),
             world,
@@ -195,7 +197,7 @@ def _train_one(run: _Run, stop: StopRequest) -> None:
     _save_weights(run, built.model, _checkpoint_metadata(outcome))
     caches = trainer.cache_metrics()
     world.first(metrics.flush)
-    world.first(lambda: directory.write_result(_result(run, outcome, test, caches, built.sharding)))
+    world.first(lambda: directory.write_result(_result(run, outcome, test, caches, built.sharding, batches)))
     if outcome.interrupted is not None:
         world.together = True
         again = "--overwrite to train again"
@@ -301,6 +303,7 @@ def _result(
     test: MetricValues | None,
     caches: Mapping[str, CacheMetrics],
     sharding: dict[str, str] | None,
+    batches: ClickBatches,
 ) -> dict[str, Any]:
     """``result.json``: the figures of the best weights, on the test split if there is one, else on val.
 
@@ -344,6 +347,9 @@ def _result(
         "num_threads": torch.get_num_threads(),
         "world_size": run.world.size,
         "sharding": sharding,
+        "data": fingerprint(run.log),
+        "steps_per_epoch": batches.count("train"),
+        "limited_rows": batches.limited_rows(),
         "dataset_name": stats.get("dataset_name"),
         "best_auc": stats.get("best_auc"),
         "best_logloss": stats.get("best_logloss"),

@@ -16,6 +16,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recemb.data.click_log import ClickBatch, ClickLog
+from recemb.data.layout import SPLITS
 from recemb.errors import ConfigError
 from recemb.models import dlrm
 from recemb.planner.budget import BudgetedTables, compress
@@ -72,6 +73,11 @@ class ClickBatches:
         """Rows of batch ``index`` of a pass, over all ranks."""
         whole = self._batch_size(split) * self.world_size
         return min(whole, self.log.num_rows(split) - index * whole)
+
+    def limited_rows(self) -> dict[str, int]:
+        """Rows of one pass over all ranks, for each split of which ``limit_*_batches`` leaves some out."""
+        rows = {s: self.count(s) * self._batch_size(s) * self.world_size for s in SPLITS}
+        return {split: used for split, used in rows.items() if used < self.log.num_rows(split)}
 
     def _read(self, split: str, shuffle_seed: int | None, start_batch: int) -> Iterator[Batch]:
         clicks = self.log.batches(

@@ -24,32 +24,14 @@ from recemb.cache.metrics import CacheMetrics
 from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from recemb.data.click_log import ClickLog
 from recemb.errors import ConfigError, DiskFullError
-from recemb.training.config import RunConfig
+from recemb.training.config import OPERATIONAL_FIELDS, RunConfig
 from recemb.training.distributed import World
 from recemb.training.loop import Evaluation, Outcome, Trainer, WarmUp
 from recemb.training.metrics import ClickMetrics, MetricValues
 from recemb.training.optimizer_state import as_on_one_process
 
 # What may differ between a run and its continuation. The batch is compared over all ranks.
-_FREE: Final = frozenset(
-    {
-        "output",
-        "overwrite",
-        "resume",
-        "checkpoint_freq",
-        "plan",
-        "communication_slices",
-        "dist_timeout_seconds",
-        "data_dir",
-        "dataset_name",
-        "compare",
-        "epochs",
-        "patience",
-        "batch_size",
-        "test_batch_size",
-        "device",
-    }
-)
+_FREE: Final = OPERATIONAL_FIELDS | {"epochs", "patience", "batch_size", "test_batch_size", "device"}
 
 
 class TrainerState:

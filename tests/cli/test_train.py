@@ -103,6 +103,29 @@ def test_exit_codes(recemb: Recemb, small: list[str], flags: list[str], code: in
     assert "Traceback" not in answer.err
 
 
+def test_report_pairs_runs_and_tells_their_settings(
+    recemb: Recemb, small: list[str], log_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(log_dir.parent)
+    tt = ["train", *small, "--method", "tt", "--compress_rate", "5"]
+    runs = {name: ["--output", str(tmp_path / "runs" / name)] for name in ("dense", "tt", "cached", "fast")}
+    assert recemb("train", *small, *runs["dense"], "--checkpoint_freq", "3").code == 0
+    assert recemb(*tt, *runs["tt"], "--data_dir", f"./{log_dir.name}/", "--test_batch_size", "90").code == 0
+    assert recemb(*tt, *runs["cached"], "--cache_fraction", "0.5").code == 0
+    assert recemb(*tt, *runs["fast"], "--learning_rate", "0.02").code == 0
+    code, out, _ = recemb("report", str(tmp_path / "runs"), "--output", str(tmp_path / "report"))
+    assert code == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    text = " ".join(out.split())
+    for name in ("dense lr 0.001", "tt 5x lr 0.001", "tt 5x cache 0.5 lfu lr 0.001", "tt 5x lr 0.02"):
+        assert f"<td class=text>{name}</td>" in page
+    why = "no ΔAUC for tt 5x lr 0.02: dense lr 0.001 differs in learning_rate (0.001, not 0.02)"
+    assert why in text
+    assert why in page
+    # Of two compressed runs of three.
+    assert len(re.findall(r" [+-]0\.\d{4} ", text)) == 2
+
+
 def test_prepare_train_report(recemb: Recemb, small: list[str], tmp_path: Path) -> None:
     data = str(tmp_path / "data")
     made = recemb(

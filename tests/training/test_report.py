@@ -51,6 +51,9 @@ def write_run(
         "versions": {"torch": "2.13.0"},
         "status": "completed",
         "steps": 20,
+        "best_step": 20,
+        "steps_per_epoch": 20,
+        "limited_rows": {},
         "method": method,
         "split": "val",
         "shortfall": None,
@@ -135,18 +138,145 @@ def test_losses_are_paired_with_the_same_configuration_only(tmp_path: Path) -> N
 
 
 def test_table_fits_its_width(seeds: Path, tmp_path: Path) -> None:
-    write_run(seeds / ("long_name_" * 9), "robe", auc=0.7, compress_rate=12345)
-    write_run(
-        seeds / ("long_name_" * 9 + "b"), "robe", seed=9, auc=None, compress_rate=12345, config={"epochs": 3}
-    )
-    table = comparison_table(load_runs([seeds])).splitlines()
-    rows = table[: 2 + 4]
+    for contents in ("one", "two"):
+        # Nothing but the directory tells these apart.
+        path = seeds / ("long_name_" * 9 + contents)
+        write_run(path, "robe", auc=0.7, compress_rate=12345, config={"data_dir": "other"}, data=contents)
+    runs = load_runs([seeds])
+    rows = comparison_table(runs).partition("\nAUC and")[0].splitlines()
     assert max(map(len, rows)) <= TABLE_WIDTH
     assert rows[0].split() == [
         *("run", "method", "emb.", "MB", "ratio", "AUC", "ΔAUC", "logloss", "samples/s", "ms/step")
     ]
-    assert "…" in "".join(rows)
-    assert "tt 100x (n=3) " in "".join(rows)
+    # What the first column has no room for is below, and nothing is left out.
+    width = rows[0].index("method")
+    names = "".join("".join(row[:width].split()) for row in rows[2:])
+    assert names == "".join("".join(setting.name.split()) for setting in summarise(runs))
+    assert "long_name_two: robe 12345x other".replace(" ", "") in names
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "labels"),
+    [
+        ({}, {"learning_rate": 0.01}, ["lr 0.001", "lr 0.01"]),
+        ({}, {"batch_size": 1024, "test_batch_size": 64}, ["batch 512", "batch 1024"]),
+        ({}, {"patience": 3, "epochs": 9}, ["epochs 1", "epochs 9 patience 3"]),
+        ({}, {"optimizer": "sgd", "learning_rate": 0.001}, ["adam eps 1e-08", "sgd"]),
+        ({}, {"method_threshold": 10}, ["threshold 200", "threshold 10"]),
+        ({}, {"interaction_type": "dcn"}, ["original", "dcn"]),
+        ({}, {"over_arch_layer_sizes": "64,1"}, ["top 512,512,256,1", "top 64,1"]),
+        ({"cache_fraction": 0.01}, {"cache_fraction": 0.0100001}, ["cache 0.01 lfu", "cache 0.0100001 lfu"]),
+        (
+            {"cache_fraction": 0.5},
+            {"cache_fraction": 0.5, "cache_policy": "lru"},
+            ["cache 0.5 lfu", "cache 0.5 lru"],
+        ),
+        (
+            {"cache_fraction": 0.5, "cache_refresh_every": 8},
+            {"cache_fraction": 0.5},
+            ["cache 0.5 lfu refresh 8", "cache 0.5 lfu refresh 64"],
+        ),
+    ],
+)
+def test_labels_hold_the_settings_that_differ(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], labels: list[str]
+) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", "tt", seed, 0.75, config=first)
+        write_run(tmp_path / f"b{seed}", "tt", seed, 0.76, config=second)
+    settings = summarise(load_runs([tmp_path]))
+    assert [setting.name for setting in settings] == [f"tt 100x {label} (n=2)" for label in labels]
+    assert [setting.auc.mean for setting in settings if setting.auc] == [0.75, 0.76]
+
+
+def test_equal_labels_are_told_apart_by_directory(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_run(tmp_path / folder / "tt", "tt", data=f"contents of {folder}")
+    names = [setting.name for setting in summarise(load_runs([tmp_path]))]
+    assert names == ["a/tt: tt 100x", "b/tt: tt 100x"]
+
+
+def test_ranks_are_told_apart_and_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", auc=0.76)
+    one = {"world_size": 2, "sharding": {"t": "table_wise on 0"}, "config": {"batch_size": 256}}
+    write_run(tmp_path / "tt1", "tt", auc=0.75)
+    write_run(tmp_path / "tt2", "tt", auc=0.75, **one)
+    _, *tts = summarise(load_runs([tmp_path]))
+    assert [tt.name for tt in tts] == ["tt 100x ranks 1", "tt 100x ranks 2"]
+    assert [tt.auc_loss.mean for tt in tts if tt.auc_loss] == pytest.approx([-0.01, -0.01])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"checkpoint_freq": 10},
+        {"data_dir": str(Path.cwd() / "data")},
+        {"data_dir": "./data/"},
+        {"dataset_name": "synthetic"},
+        {"dist_timeout_seconds": 10},
+        {"resume": True},
+        {"test_batch_size": 100},
+        {"patience": 2, "validation_freq_within_epoch": 20},
+        {"dcn_num_layers": 2},
+        {"eps": 1e-8},
+    ],
+    ids=str,
+)
+def test_what_changes_no_figure_neither_parts_runs_nor_their_pairs(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    write_run(tmp_path / "dense", auc=0.76)
+    write_run(tmp_path / "tt0", "tt", auc=0.75)
+    write_run(tmp_path / "tt1", "tt", auc=0.75, config=config)
+    (tmp_path / "tt1").rename(tmp_path / "moved")
+    _, tt = summarise(load_runs([tmp_path]))
+    assert (tt.name, len(tt.runs)) == ("tt 100x", 2)
+    assert tt.auc_loss is not None
+    assert tt.auc_loss.mean == pytest.approx(-0.01)
+    assert "no ΔAUC" not in comparison_table(load_runs([tmp_path]))
+
+
+def test_data_are_known_by_their_contents(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", auc=0.76, data="a1", config={"data_dir": "here"})
+    write_run(tmp_path / "copy", "tt", auc=0.75, data="a1", config={"data_dir": "there/here"})
+    write_run(tmp_path / "again", "robe", auc=0.75, data="b2", config={"data_dir": "here"})
+    losses = {setting.method: setting.auc_loss for setting in summarise(load_runs([tmp_path]))}
+    assert losses["tt"] is not None
+    assert losses["robe"] is None
+    why = "no ΔAUC for robe 100x: dense differs in data (equal in name alone)"
+    assert why in comparison_table(load_runs([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"learning_rate": 0.01}, "learning_rate (0.001, not 0.01)"),
+        ({"validation_freq_within_epoch": 19}, "validation_freq_within_epoch (none, not 19)"),
+        ({"epochs": 3, "patience": 1}, "epochs (1, not 3), patience (none, not 1)"),
+        ({"embedding_dim": 8, "dense_arch_layer_sizes": "512,256,16,8"}, "embedding_dim (16, not 8), "),
+        ({"shuffle_batches": False}, "shuffle_batches (yes, not no)"),
+        ({"device": "cuda"}, "device (cpu, not cuda)"),
+    ],
+    ids=str,
+)
+def test_what_parts_a_run_from_dense_is_told(tmp_path: Path, config: dict[str, Any], told: str) -> None:
+    write_run(tmp_path / "dense", auc=0.76)
+    write_run(tmp_path / "far", auc=0.76, config={"num_embeddings": 5, "batch_size": 8, "dcn_num_layers": 5})
+    write_run(tmp_path / "tt", "tt", auc=0.75, config=config)
+    table = comparison_table(load_runs([tmp_path]))
+    assert max(map(len, table.splitlines())) <= TABLE_WIDTH
+    assert re.search(
+        rf"no ΔAUC for tt 100x .*: dense .* differs in {re.escape(told)}", " ".join(table.split())
+    )
+
+
+def test_seeds_without_a_dense_run_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "dense", auc=0.76)
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"tt{seed}", "tt", seed, auc=0.75)
+    table = comparison_table(load_runs([tmp_path]))
+    assert "-0.0100 " in table
+    assert "ΔAUC of tt 100x (n=3): no dense run of seed 1, 2 has an AUC" in table
 
 
 def test_footnotes_say_what_the_figures_mean(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,19 @@ def test_progress_is_one_line_per_evaluation_without_a_terminal(
     steps = [line.split("  ")[0] for line in lines[1:]]
     assert steps == ["tt: step 5/16", "tt: step 10/16", "tt: step 15/16", "tt: step 16/16"]
     assert all("val AUC 0." in line and "samples/s" in line for line in lines[1:])
+
+
+def test_the_result_tells_the_data_and_what_limits_leave_of_them(
+    make_config: MakeConfig, log_dir: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(log_dir, tmp_path / "copy")
+    [path] = train(make_config(limit_train_batches=3, limit_val_batches=9, test_batch_size=150))
+    limits = {"limit_train_batches": 99, "limit_val_batches": 1, "limit_test_batches": 2}
+    other = make_config(data_dir=str(copy), output=str(tmp_path / "b"), test_batch_size=150, **limits)
+    one, two = read(path), read(train(other)[0])
+    assert one["data"] == two["data"]
+    assert (one["limited_rows"], one["steps_per_epoch"]) == ({"train": 600}, 3)
+    assert (two["limited_rows"], two["steps_per_epoch"]) == ({"val": 150, "test": 300}, 16)
 
 
 def test_shortfall_is_told(make_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
