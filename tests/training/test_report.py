@@ -17,6 +17,7 @@ from recemb.spec import TableSpec
 from recemb.training import html_report as html_module
 from recemb.training.config import parse_config
 from recemb.training.html_report import write_report
+from recemb.training.plots import comparison_figure, styles_of
 from recemb.training.report import TABLE_WIDTH, comparison_table, load_runs, summarise
 
 DENSE = {0: 0.760, 1: 0.770, 2: 0.765}
@@ -361,6 +362,36 @@ def test_html_is_one_self_contained_file(seeds: Path, tmp_path: Path) -> None:
     }
     for expected in ("t_cat_0", "100.0×", "-0.00400±.00200", "compress_rate: 100.0", "torch 2.13.0"):
         assert expected in text
+
+
+def test_a_setting_looks_the_same_in_both_pictures_and_in_the_key(seeds: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_run(seeds / "robe", "robe")
+    for index, rate in enumerate((1e-2, 2e-3, 5e-3)):
+        write_run(seeds / f"lr{index}", "tt", config={"learning_rate": rate})
+    settings = summarise(load_runs([seeds]))
+    figure = comparison_figure(settings)
+    sizes, curves = figure.axes
+    points = [bars.lines[0] for bars in sizes.containers]
+    key = figure.legends[0].get_lines()
+
+    def look(line: Any) -> tuple[Any, ...]:
+        return line.get_color(), line.get_marker(), line.get_fillstyle(), line.get_alpha()
+
+    assert [look(line) for line in points] == [look(line) for line in key]
+    assert [text.get_text().rpartition(" (")[0] for text in figure.legends[0].get_texts()] == [
+        setting.name for setting in settings
+    ]
+    drawn = [look(line) for line in curves.lines]
+    runs = [len(setting.runs) for setting in settings]
+    assert drawn == [look(line) for line, count in zip(key, runs, strict=True) for _ in range(count)]
+    assert len({line.get_color() for line in key}) == len(settings) == 6
+
+
+def test_many_settings_of_one_method_look_different(tmp_path: Path) -> None:
+    for index in range(28):
+        write_run(tmp_path / str(index), "tt", config={"learning_rate": (index + 1) / 1000})
+    assert len(set(styles_of(summarise(load_runs([tmp_path]))))) == 28
 
 
 def test_equal_runs_give_equal_pictures(seeds: Path, tmp_path: Path) -> None:
