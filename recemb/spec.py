@@ -359,6 +359,11 @@ class TableSpec:
                 raise ConfigError(f"table {self.name!r}: {key}={value!r} must be an int >= 1")
             if value >= 2**61:
                 raise ConfigError(f"table {self.name!r}: {key}={value} must be below 2**61")
+        if self.dense_numel >= 2**61:
+            raise ConfigError(
+                f"table {self.name!r}: num_embeddings={self.num_embeddings} times "
+                f"embedding_dim={self.embedding_dim} must be below 2**61: torch counts bytes in 63 bits"
+            )
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"table {self.name!r}: dtype={self.dtype!r} must be one of {[*DTYPE_BYTES]}")
         if self.pooling not in ("sum", "mean"):

@@ -79,6 +79,8 @@ class Streams:
         self._splitter: tuple[Tensor, Splitter | None] | None = None
         # Graphs whose backward is still to come; they hold slots that must keep their rows until then.
         self._open: list[ref[Token]] = []
+        # Whether an exchange is due since a look-up within a backward.
+        self._put_off = False
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be worked out again stays out of copies, and a graph is not copied.
@@ -103,16 +105,22 @@ class Streams:
         Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
         has stepped on yet: those belong to the rows as they are. It is made up for afterwards. A frozen table
         stays as it is: where its cached rows, or parameters that they would be written to, take no gradient.
+
+        A look-up within a backward repeats that of a checkpointed forward (``torch.utils.checkpoint``,
+        reentrant), and must find its rows. As the forward keeps no graph, it is the next one that exchanges.
         """
         backends = [tables[name] for name in self.names]
         caches = [cache_of(backend) for backend in backends]
-        if not (torch.is_grad_enabled() and caches[0].training):
+        training = torch.is_grad_enabled()
+        if not (caches[0].training and (training or self._put_off)):
             return False
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not _is_frozen(backend)]
         if due and not self._waiting(caches):
-            refresh(due)
-        return True
+            self._put_off = _within_backward()
+            if not self._put_off:
+                refresh(due)
+        return training
 
     def _waiting(self, caches: Sequence[HotRowCache]) -> bool:
         self._open = [token for token in self._open if token() is not None]
@@ -335,6 +343,11 @@ class Streams:
                 for piece in self.pieces
             ]
         )
+
+
+def _within_backward() -> bool:
+    """Whether autograd runs this."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _is_frozen(backend: Backend) -> bool:

@@ -200,7 +200,7 @@ def _text(
         f"HBM {size(hbm)} of {size(budgets.hbm)}, DDR {size(ddr)} of {size(budgets.ddr)}",
         f"expected access time of a step {milliseconds(plan.ns / 1e6)} ms; no placement is faster than "
         f"{milliseconds(plan.bound_ns / 1e6)} ms: within {plan.gap:.2%}",
-        "HotRows keeps rows by what training looks up, in unsharded collections; recemb has no rows in DDR:",
+        "HotRows keeps rows by what training looks up; recemb has no rows in DDR:",
         "for those the placement is advice (torchrec's fused_uvm_caching keeps whole tables there).",
     ]
     return lines

@@ -80,7 +80,7 @@ def require_free_space(directory: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConfigError(
-            f"{directory}: {what} needs about {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are "
+            f"{directory}: {what} needs about {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are "
             "free; choose another --output or free some space"
         )
 

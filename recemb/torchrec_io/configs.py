@@ -133,7 +133,7 @@ def _init_std(config: TorchrecEmbeddingBagConfig) -> float:
         and init.keywords.keys() == {"a", "b"}
     ):
         return float(init.keywords["b"] - init.keywords["a"]) / math.sqrt(12)
-    if not _compressed(config):
+    if not is_compressed(config):
         return float(config.get_weight_init_max() - config.get_weight_init_min()) / math.sqrt(12)
     # A custom init_fn fills an N x D tensor; a compressed table can only match its scale, so measure that.
     with torch.random.fork_rng(devices=[]):
@@ -147,5 +147,6 @@ def _init_std(config: TorchrecEmbeddingBagConfig) -> float:
     return std
 
 
-def _compressed(config: TorchrecEmbeddingBagConfig) -> bool:
+def is_compressed(config: TorchrecEmbeddingBagConfig) -> bool:
+    """Whether a config, ours or torchrec's own, asks for anything but rows as they are."""
     return not isinstance(getattr(config, "compression", None) or Dense(), Dense)

@@ -27,9 +27,15 @@ from recemb.errors import BatchError, ConfigError
 from recemb.inference.rows import kind_of
 from recemb.inference.table import QuantizedBackend, build_quantized, stored_bytes
 from recemb.spec import DTYPE_BYTES, Dense, TableSpec
-from recemb.torchrec_io.configs import as_recemb_config, table_spec
+from recemb.torchrec_io.configs import as_recemb_config, is_compressed, table_spec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
-from recemb.torchrec_io.inference.dense import dense_bytes, empty_dense, in_place, quantize_dense
+from recemb.torchrec_io.inference.dense import (
+    check_storable,
+    dense_bytes,
+    empty_dense,
+    in_place,
+    quantize_dense,
+)
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
 
@@ -121,6 +127,7 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         configs = copy.deepcopy(module.embedding_bag_configs())
         pruned = getattr(module, MODULE_ATTR_EMB_CONFIG_NAME_TO_NUM_ROWS_POST_PRUNING_DICT, {})
         _update_embedding_configs(configs, module.qconfig, pruned)
+        check_storable([config for config in configs if not is_compressed(config)])
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._setup(configs, module.is_weighted(), module.device, module.qconfig.activation().dtype)
@@ -139,7 +146,6 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         made.train(module.training)
         return made
 
-    @torch.no_grad()
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool a batch, as the float module does.
 
@@ -147,8 +153,11 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
             BatchError: names table, feature, sample and value; nothing has been computed by then.
         """
         features = maybe_td_to_kjt(features, None)
-        if torch.compiler.is_exporting():
-            return self._exported(features)
+        # A program that switched gradients off itself would leave them off when it refuses a batch.
+        return self._exported(features) if torch.compiler.is_exporting() else self._eager(features)
+
+    @torch.no_grad()
+    def _eager(self, features: KeyedJaggedTensor) -> KeyedTensor:
         bags, inverse = bags_from_kjt(features, self._targets, self._is_weighted)
         tables = self._tables()
         pooled = self._in_parts(bags) if tables is None else self._engine(tables, bags).to(self._output_dtype)

@@ -18,6 +18,7 @@ from torchrec.quant.embedding_modules import (
 )
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as TorchrecQuantEmbeddingBagCollection
 
+from recemb.errors import ConfigError
 from recemb.inference.table import QuantizedBackend
 from recemb.spec import TableSpec
 from recemb_kernels.storage import DTYPES, StoredAs, stored_width
@@ -50,6 +51,21 @@ class _FloatTables(nn.Module):
 
     def is_weighted(self) -> bool:
         return self._is_weighted
+
+
+def check_storable(configs: Sequence[TorchrecEmbeddingBagConfig]) -> None:
+    """Raise :class:`ConfigError` where fbgemm has no rows of ``data_type`` for an uncompressed table.
+
+    Args:
+        configs: the tables', with the ``data_type`` that is asked for.
+    """
+    for config in configs:
+        if config.data_type == DataType.INT8 and config.embedding_dim % 2:
+            raise ConfigError(
+                f"table {config.name!r} is uncompressed and its embedding_dim={config.embedding_dim} odd, "
+                "which fbgemm does not store in int8; use an even one, or store it in half precision: "
+                f"per_table_weight_dtype={{{config.name!r}: torch.float16}}"
+            )
 
 
 def quantize_dense(
