@@ -22,7 +22,7 @@ for _power, _letter in enumerate("KMGTP", 1):
 _DESCRIPTION = """\
 Plan the sharding of a model's embedding tables: which way each is cut, which ranks it lies on, what a step
 takes, compared with the uncompressed model and with simple rules. Needs no GPU and starts no processes.
-Exit code 4, with the smallest change that fits, when the tables do not fit the ranks.
+Exit code 4, with changes that fit, when the tables do not fit the ranks.
 """
 _EPILOG = """\
 examples:

@@ -14,7 +14,7 @@ from recemb.planner.costs import Costs, default_costs, read_costs
 from recemb.planner.presets import PRESETS
 from recemb.planner.report import PlanLine, milliseconds, plan_block, rank_block, size, table_block, wrapped
 from recemb.spec import Dense
-from recemb.torchrec_io.planning.change import smallest_changes
+from recemb.torchrec_io.planning.change import fitting_changes
 from recemb.torchrec_io.planning.plan_file import plan_document, save_plan
 from recemb.torchrec_io.planning.planned import Planned, Ranks, Request, plan_tables
 from recemb.torchrec_io.planning.summary import (
@@ -194,7 +194,7 @@ def _ranks_of(world_size: int) -> str:
 
 
 def _too_large(planned: Planned, model: _Model) -> str:
-    """Bytes per table, and each smallest change that fits."""
+    """Bytes per table, and for each setting a change that fits."""
     request = planned.request
     ranks = request.ranks
     report = sorted(memory_report(request.tables), key=lambda record: -record.num_bytes)
@@ -220,8 +220,8 @@ def _too_large(planned: Planned, model: _Model) -> str:
             f"{f'... {len(rest)} smaller tables':<38}{sum(r.num_bytes for r in rest):>22,}"
             f"{sum(r.dense_bytes for r in rest):>22,}"
         )
-    known = smallest_changes(request, model.method, model.compress_rate, model.method_threshold)
-    lines.append("the smallest change that fits, one of:" if known else "no single change makes it fit")
+    known = fitting_changes(request, model.method, model.compress_rate, model.method_threshold)
+    lines.append("a change that fits, one of:" if known else "no single change makes it fit")
     lines += [f"  {change}" for change in known]
     if model.method == "dense":
         lines.append("  or a compression: --method tt, qr, robe or md with --compress_rate")

@@ -33,6 +33,14 @@ class Placement:
     loads: Floats
     free: Ints
 
+    @classmethod
+    def of(cls, cluster: Cluster, options: list[Option], ranks: list[Ints]) -> Placement:
+        """Options on ranks, whether they fit or not."""
+        placed = cls(cluster, options, ranks, np.zeros(cluster.world_size), cluster.capacity.copy())
+        for unit, option in enumerate(options):
+            placed.add(unit, option, ranks[unit])
+        return placed
+
     @property
     def cost(self) -> float:
         """Time of the slowest rank, ms."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from recemb.planner.bound import Totals
 from recemb.planner.layout import Cluster, Option, Spread, Unit, dominates, prune
 from recemb.planner.placement import by_storage, place
-from recemb.planner.search import fits, hopeless, search
+from recemb.planner.plans import Plans
+from recemb.planner.search import fits, least_storage, search
 
 LOCAL, WORLD = 2, 4
 AMPLE = 10**6
@@ -130,7 +131,7 @@ def test_whether_a_plan_is_found_is_known_without_it(
     assert fits(asked, cluster) == found
     # A quick look may miss a plan and never makes one; what is hopeless is so by every plan there is.
     assert not fits(asked, cluster, thorough=False) or found
-    if hopeless(asked, cluster):
+    if Plans(asked, cluster).hopeless():
         assert best_plan(units, [hbm, ddr, 0]) == math.inf
 
 
@@ -216,3 +217,37 @@ def test_no_units_is_an_empty_plan() -> None:
     found = search([], Cluster.uniform(4, 2, [1, 1, 0]))
     assert found.placement is not None
     assert found.placement.cost == 0
+
+
+def uneven_units(seed: int, count: int) -> list[Unit]:
+    """Tables of log-normal sizes in HBM on one rank, there on every rank, or slowly in DDR."""
+    draw = np.random.default_rng(seed)
+    units = []
+    for i in range(count):
+        size, ms = int(draw.lognormal(5, 1.5)) + 4, float(draw.lognormal(0, 1))
+        parts = [-(-size // WORLD)] * WORLD
+        options = [option("tw", Spread.ANY, [ms], [size]), option("rw", Spread.EVERY, [ms] * WORLD, parts)]
+        options.append(option("ddr", Spread.ANY, [30 * ms], [size // 20], [size]))
+        units.append(Unit(f"u{i}", tuple(options)))
+    return units
+
+
+@pytest.mark.parametrize(("seed", "count", "ddr"), [(6, 12, 400), (8, 9, 150), (14, 7, 700), (22, 7, 700)])
+def test_what_fits_fits_in_more_too(seed: int, count: int, ddr: int) -> None:
+    """Where HBM is scarce; by the search for the least time alone the answer goes back and forth."""
+    units = uneven_units(seed, count)
+    least = least_storage(units, Cluster.uniform(WORLD, LOCAL, [0, ddr, 0]))
+    assert least is not None
+    needed = int(least.used[:, 0].max())
+    whole = sum(int(unit.options[0].storage[0, 0]) for unit in units)
+    ladder = sorted({needed - 1, needed, needed + 1, *(whole * step // 160 for step in range(20, 64))})
+    found = [fits(units, Cluster.uniform(WORLD, LOCAL, [hbm, ddr, 0])) for hbm in ladder]
+    assert found == [hbm >= needed for hbm in ladder]
+
+
+@settings(max_examples=60)
+@given(some_units(), st.sampled_from([0, 2, 4, 100]), st.lists(st.integers(0, 5), min_size=4, max_size=4))
+def test_what_fits_uneven_ranks_fits_in_more_too(units: list[Unit], ddr: int, less: list[int]) -> None:
+    capacity = np.asarray([[20 - own, ddr, 0] for own in less])
+    found = [fits(units, Cluster(LOCAL, np.maximum(0, capacity - [taken, 0, 0]))) for taken in range(20)]
+    assert found == sorted(found, reverse=True)

@@ -1,4 +1,4 @@
-"""The smallest change that makes a plan fit: to the compression, the storage, or the number of ranks."""
+"""A change that makes a plan fit: to the compression, the storage, or the number of ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from tqdm import tqdm
 
 from recemb.backends.memory import memory_report
 from recemb.planner.budget import BudgetedTables, compress
-from recemb.planner.layout import Cluster
 from recemb.planner.report import size
 from recemb.planner.search import fits as planner_fits
-from recemb.planner.search import hopeless as planner_hopeless
+from recemb.planner.search import least_storage
 from recemb.torchrec_io.planning.planned import Layouts, Ranks, Request
 
-# Steps of a compression rate and of a rank's storage: 1 %, and 0.2 % in whole MB.
+# Steps of a compression rate and of a rank's storage: 1 %, and a MB; up to a PB.
 RATE_STEP = 1.01
-_STORAGE_STEPS, _MB = 500, 10**6
+_MB, _MOST_MB = 10**6, 10**9
 _MOST_RATE, _MOST_STEPS = 10**6, 2**14
 # More than these, or 8 times the hosts there are, are not looked at.
 _MOST_HOSTS = 32
@@ -50,13 +49,14 @@ class Change:
         return f"{self.flag} {self.fits:.10g}{self.beside}"
 
 
-def smallest_changes(
+def fitting_changes(
     request: Request, method: str, rate: float, method_threshold: int, progress: bool = True
 ) -> list[Change]:
-    """Each smallest change that makes a model fit that does not: at most one for each setting.
+    """Changes that make a model fit that does not: at most one for each setting; a step less does not fit.
 
-    Values that certainly do not fit are skipped by the bytes that are stored, the others tried one by one;
-    what takes more than a few seconds shows its progress on a terminal's stderr.
+    No less HBM (DDR on the CPU) fits. Less compression or fewer ranks might, further below: more of them need
+    not fit better, and not all are tried. What takes more than a few seconds shows its progress on a
+    terminal's stderr.
 
     Args:
         request: whose plan does not fit.
@@ -64,7 +64,7 @@ def smallest_changes(
         progress: ``False`` shows none.
     """
     with tqdm(
-        desc="smallest change that fits",
+        desc="change that fits",
         unit=" tries",
         delay=_SILENT,
         miniters=1,
@@ -81,13 +81,13 @@ def smallest_changes(
 
 
 class _Looking:
-    """For the smallest change to one request, with a bar of how many plans were tried."""
+    """For changes to one request, with a bar of how many plans were tried."""
 
     def __init__(self, request: Request, bar: Any) -> None:
         self._request, self._bar = request, bar
 
     def rate(self, method: str, rate: float, method_threshold: int) -> Change | None:
-        """The least compression that fits, in steps of 1 %; ``None`` when none does.
+        """A compression that fits where 1 % less does not; ``None`` when none does.
 
         Compressed tables have the cache of the first one that has one, if any.
         """
@@ -117,27 +117,23 @@ class _Looking:
         return None if found is None else Change("--compress_rate", at(found), at(found - 1))
 
     def storage(self) -> Change | None:
-        """The least HBM of a rank that fits (DDR on the CPU); ``None`` when none does."""
+        """The least HBM of a rank that fits (DDR on the CPU), in steps of a MB; ``None`` when none does."""
         kind = "hbm" if self._request.costs.device == "cuda" else "ddr"
         now: int = getattr(self._request.ranks, kind)
-        width = max(_MB, now // _STORAGE_STEPS // _MB * _MB)
         layouts = Layouts(self._request)
+        self._tell(f"--{kind}", "")
+        least = least_storage(layouts.units, layouts.cluster())
+        if least is None:
+            return None
 
-        def at(step: int) -> int:
-            return now + step * width
+        def roomy(step: int) -> bool:
+            return bool((least.used <= layouts.cluster(**{kind: now + step * _MB}).capacity).all())
 
-        def cluster(step: int) -> Cluster:
-            self._tell(f"--{kind}", size(at(step)))
-            return layouts.cluster(**{kind: at(step)})
-
-        def fits(step: int, thorough: bool) -> bool:
-            return planner_fits(layouts.units, cluster(step), thorough)
-
-        found = _least(fits, lambda step: planner_hopeless(layouts.units, cluster(step)), 0, _MOST_STEPS)
-        return None if found is None else Change(f"--{kind}", at(found), at(found - 1))
+        found = _least_above(0, _some_above(0, _MOST_MB, 1, roomy), lambda step: not roomy(step))
+        return None if found is None else Change(f"--{kind}", now + found * _MB, now + (found - 1) * _MB)
 
     def world(self) -> Change | None:
-        """The fewest ranks that fit, whole hosts, each rank with the same batch; ``None`` when none do."""
+        """Ranks that fit where a host less does not, each with the same batch; ``None`` when none do."""
         request, local = self._request, self._request.ranks.local_world_size
         hosts = request.ranks.world_size // local
         stored = memory_report(request.tables).total.num_bytes
