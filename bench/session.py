@@ -31,7 +31,7 @@ from bench.settings import (
 from bench.targets import TARGETS
 from bench.work import distinct_ids, work
 from recemb.errors import ConfigError
-from recemb.training.plots import format_bytes
+from recemb.units import size
 
 _LARGEST_SHARE = 1 / 3
 # Of a step that takes part in every round: tensorly-torch's take 30 to 200 times as long as ours.
@@ -107,7 +107,7 @@ class Tables:
         left = min(self.memory_limit * _LARGEST_SHARE, self.memory_limit - taken)
         if needed <= left:
             return None
-        return f"its tables take {format_bytes(needed)}, at most {format_bytes(left)} are given to them"
+        return f"its tables take {size(needed)}, at most {size(left)} are given to them"
 
     def _build(self, case: str, setting: Setting) -> Any:
         if case not in self._built:

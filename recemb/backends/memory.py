@@ -61,14 +61,29 @@ class MemoryReport(Sequence[TableMemory]):
         )
 
     def __str__(self) -> str:
-        lines = [
-            f"{'table':<24}{'rows':>15}{'dim':>6}  {'method':<8}{'bytes':>16}{'dense bytes':>18}{'ratio':>10}"
-        ]
-        for r in (*self.records, self.total):
-            lines.append(
-                f"{r.table[:23]:<24}{r.num_embeddings:>15,}{r.embedding_dim:>6}  {r.method:<8}"
-                f"{r.num_bytes:>16,}{r.dense_bytes:>18,}{r.ratio:>9.1f}x"
+        head = ("table", "rows", "dim", "method", "bytes", "dense bytes", "ratio")
+        rows = [head] + [
+            (
+                r.table[:23],
+                f"{r.num_embeddings:,}",
+                str(r.embedding_dim),
+                r.method,
+                f"{r.num_bytes:,}",
+                f"{r.dense_bytes:,}",
+                f"{r.ratio:.1f}x",
             )
+            for r in (*self.records, self.total)
+        ]
+        least = (23, 14, 5, 8, 15, 17, 9)
+        widths = [max(least[k], *(len(row[k]) for row in rows)) for k in range(len(head))]
+        lines = [
+            " ".join(
+                # Names to the left, numbers to the right.
+                cell.ljust(width) if k in (0, 3) else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
         return "\n".join(lines)
 
 

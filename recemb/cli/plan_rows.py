@@ -15,13 +15,14 @@ from recemb.errors import ConfigError, DataError
 from recemb.planner.budget import compress
 from recemb.planner.costs import Costs
 from recemb.planner.frequencies import row_frequencies
-from recemb.planner.report import milliseconds, size
+from recemb.planner.report import milliseconds
 from recemb.planner.statistical import place_rows as place_tiers
 from recemb.planner.statistical import unreserved
 from recemb.planner.tiers import Corners, TieredTable, TierPlan, Tiers, stored_bytes
 from recemb.planner.work import forward_work
 from recemb.spec import DTYPE_BYTES, Dense, TableSpec
 from recemb.torchrec_io.planning.planned import OPTIMIZERS
+from recemb.units import size
 from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 
 

@@ -12,7 +12,7 @@ from recemb.errors import ConfigError, PlanError
 from recemb.planner.budget import BudgetedTables, compress
 from recemb.planner.costs import Costs, default_costs, read_costs
 from recemb.planner.presets import PRESETS
-from recemb.planner.report import PlanLine, milliseconds, plan_block, rank_block, size, table_block, wrapped
+from recemb.planner.report import PlanLine, milliseconds, plan_block, rank_block, table_block, wrapped
 from recemb.spec import Dense
 from recemb.torchrec_io.planning.change import fitting_changes
 from recemb.torchrec_io.planning.plan_file import plan_document, save_plan
@@ -28,6 +28,7 @@ from recemb.torchrec_io.planning.summary import (
     reasons,
     table_lines,
 )
+from recemb.units import size
 
 _RANKS_SHOWN = 16
 _FITTED = 12

@@ -31,6 +31,7 @@ from typing import Any, Final
 
 from recemb.errors import ConfigError, DataError
 from recemb.files import commit_file, is_full
+from recemb.units import size
 
 FORMAT_VERSION: Final = 1
 NUM_DENSE: Final = 13
@@ -80,8 +81,8 @@ def require_free_space(directory: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConfigError(
-            f"{directory}: {what} needs about {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are "
-            "free; choose another --output or free some space"
+            f"{directory}: {what} needs about {size(needed)} of disk and {size(free)} are free; "
+            "choose another --output or free some space"
         )
 
 

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from recemb.units import size
+
 
 @dataclass(frozen=True)
 class TableLine:
@@ -66,15 +68,6 @@ class PlanLine:
     imbalance: float = 1.0
     most_bytes: int = 0
     total_bytes: int = 0
-
-
-def size(num_bytes: float) -> str:
-    """``12.3 GB``, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 999.5 or unit == "TB":
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    raise AssertionError
 
 
 def milliseconds(ms: float) -> str:

@@ -18,8 +18,8 @@ import numpy as np
 from recemb.errors import PlanError
 from recemb.id_maps.radix import ceil_div
 from recemb.planner.least_hbm import least_hbm
-from recemb.planner.report import size
 from recemb.planner.tiers import Rows, TieredTable, TierPlan, Tiers
+from recemb.units import size
 
 _STEPS = 50
 

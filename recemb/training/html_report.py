@@ -16,11 +16,11 @@ from recemb.training.plots import (
     MISSING_MATPLOTLIB,
     comparison_figure,
     figure_svg,
-    format_bytes,
     have_matplotlib,
     save_figure,
 )
 from recemb.training.report import Run, Setting, Spread, footnotes, summarise
+from recemb.units import size
 
 _STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
@@ -84,7 +84,7 @@ def _comparison(settings: Sequence[Setting]) -> str:
         (
             setting.name,
             setting.method,
-            format_bytes(setting.embedding_bytes),
+            size(setting.embedding_bytes),
             f"{setting.ratio:,.1f}×",
             _spread(setting.auc, 5),
             _spread(setting.auc_loss, 5, "+"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from recemb.training.report import Setting
+from recemb.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +100,7 @@ def comparison_figure(settings: Sequence[Setting]) -> Figure:
             marker=style.marker,
             fillstyle=style.fill,
             linestyle=style.line,
-            label=f"{setting.name} ({format_bytes(setting.embedding_bytes)})",
+            label=f"{setting.name} ({size(setting.embedding_bytes)})",
         )
         for setting, style in styled
     ]
@@ -188,19 +189,10 @@ def _label_bytes(axes: Axes) -> None:
     decades = high / low
     # A range of less than two decades has too few round powers of ten to be read.
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 100 else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish(axes: Axes) -> None:
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def format_bytes(value: float) -> str:
-    """``1.5 MB``: decimal units, two or three significant digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from recemb.cache.hot_rows import HotRowCache
 from recemb.spec import HotRows, MixedDimension, QuotientRemainder, TensorTrain
@@ -121,3 +122,23 @@ def test_counters_count_on_whatever_the_rows_are_stored_in(policy: Any, dtype: t
         collection(one_id_bags([7] * 400 + [8] * 400 + [1] * (40 if policy == "lfu" else 0)))
     assert set(cache.ids.tolist()) == {7, 8}
     assert bool(torch.isfinite(cache.scores).all())
+
+
+def test_a_checkpointed_forward_finds_its_rows_again() -> None:
+    """Reentrant: it keeps no graph, and is repeated within the backward."""
+    collection = made(TensorTrain(rank=2, cache=HotRows(rows=4, warmup=1, refresh_every=2, track_every=1)))
+    optimizer = torch.optim.SGD(collection.parameters(), 0.05)
+    for k in range(8):
+        bags, seen = one_id_bags([k, k, k, k + 1]), []
+
+        def look_up(scale: torch.Tensor, bags: Any = bags, seen: Any = seen) -> torch.Tensor:
+            seen.append(collection(bags).detach().clone())
+            return collection(bags) * scale
+
+        optimizer.zero_grad()
+        scale = torch.ones(1, requires_grad=True)
+        checkpoint(look_up, scale, use_reentrant=True).square().sum().backward()
+        optimizer.step()
+        first, again = seen
+        assert torch.equal(first, again)
+    assert collection.cache().metrics().evictions > 0

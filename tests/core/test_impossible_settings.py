@@ -231,6 +231,7 @@ def test_f15_table_names_that_break_state_dict_keys(name: str) -> None:
         ({"init_std": -0.1}, ["init_std=-0.1", ">= 0"]),
         ({"init_std": math.inf}, ["init_std=inf"]),
         ({"rows": 2**61}, [r"below 2\*\*61"]),
+        ({"rows": 2**61 - 1}, ["num_embeddings=2305843009213693951 times", r"below 2\*\*61"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

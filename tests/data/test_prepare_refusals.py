@@ -85,7 +85,7 @@ def test_free_space_is_checked_first(
     criteo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(ConfigError, match="GB of disk"):
+    with pytest.raises(ConfigError, match="B of disk and 10 B are free"):
         prepare(settings_for(tmp_path, criteo.make_tsv(10)))
     assert not list((tmp_path / "out").rglob("*.parquet"))
 

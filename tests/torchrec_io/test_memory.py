@@ -40,3 +40,23 @@ def test_memory_counts_the_parameters() -> None:
     for record in report:
         assert record.table in text
         assert f"{record.num_bytes:,}" in text
+
+
+def test_columns_of_large_tables_stay_apart() -> None:
+    names = ["a", "b"]
+    tables = [
+        config(name, 2**40, 16, [name], compression=recemb.TensorTrain(rank=4, num_cores=5)) for name in names
+    ]
+    report = recemb.EmbeddingBagCollection(tables=tables, device="meta").memory()
+    head, *rows = str(report).splitlines()
+    assert [len(row) for row in rows] == 3 * [len(head)]
+    for record, row in zip(report, rows, strict=False):
+        assert row.split() == [
+            record.table,
+            f"{2**40:,}",
+            "16",
+            "tt",
+            f"{record.num_bytes:,}",
+            f"{2**40 * 64:,}",
+            f"{record.ratio:.1f}x",
+        ]

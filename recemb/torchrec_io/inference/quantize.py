@@ -52,13 +52,21 @@ def quantize_embeddings(
     mapping.update(additional_mapping or {})
     # Modules are replaced within their parents.
     whole = nn.ModuleDict({"module": module})
-    done = torchrec_inference.quantize_embeddings(
-        whole,
-        dtype=dtype,
-        inplace=inplace,
-        additional_qconfig_spec_keys=[EmbeddingBagCollection, *(additional_qconfig_spec_keys or ())],
-        additional_mapping=mapping,
-        output_dtype=output_dtype,
-        per_table_weight_dtype=dict(per_table_weight_dtype) if per_table_weight_dtype else None,
-    )
+    told = [child for child in module.modules() if hasattr(child, "qconfig")]
+    try:
+        done = torchrec_inference.quantize_embeddings(
+            whole,
+            dtype=dtype,
+            inplace=inplace,
+            additional_qconfig_spec_keys=[EmbeddingBagCollection, *(additional_qconfig_spec_keys or ())],
+            additional_mapping=mapping,
+            output_dtype=output_dtype,
+            per_table_weight_dtype=dict(per_table_weight_dtype) if per_table_weight_dtype else None,
+        )
+    except Exception:
+        # In place, the next attempt would find what this one has asked for.
+        for child in module.modules():
+            if not any(child is known for known in told):
+                vars(child).pop("qconfig", None)
+        raise
     return cast(nn.Module, cast(Any, done)["module"])

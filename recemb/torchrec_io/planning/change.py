@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from recemb.backends.memory import memory_report
 from recemb.planner.budget import BudgetedTables, compress
-from recemb.planner.report import size
 from recemb.planner.search import fits as planner_fits
 from recemb.planner.search import least_storage
 from recemb.torchrec_io.planning.planned import Layouts, Ranks, Request
+from recemb.units import size
 
 # Steps of a compression rate and of a rank's storage: 1 %, and a MB; up to a PB.
 RATE_STEP = 1.01

@@ -71,6 +71,7 @@ def test_a_bad_batch_is_refused_when_the_program_runs(kind: object) -> None:
                 BatchError, match=rf"feature '{key}' \(table '{table}'\), sample 2, .* id {bad} is"
             ):
                 program(ids, lengths)
+            assert torch.is_grad_enabled()
     ids = torch.zeros(lengths.numel(), dtype=torch.int64)
     # Nobody looks these up.
     ids[3 * KEYS.index("nobody's")] = 10**9

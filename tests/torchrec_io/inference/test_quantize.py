@@ -17,7 +17,7 @@ from torchrec.quant.embedding_modules import (
 )
 from torchrec.quant.embedding_modules import quant_prep_enable_quant_state_dict_split_scale_bias_for_types
 
-from recemb import Dense, EmbeddingBagCollection, TensorTrain
+from recemb import Dense, EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import QuantEmbeddingBagCollection, quantize_embeddings
 from tests.torchrec_io.inference.models import COMPRESSIONS, DIM, KEYS, ROWS, batch, collection, request
@@ -233,3 +233,24 @@ def test_tables_without_kernels_are_looked_up_by_torch() -> None:
         table.native_shape = lambda: None  # type: ignore[method-assign]
         table.memo.clear()
     torch.testing.assert_close(served(features).values(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_uncompressed_table_of_an_odd_dim_is_refused_in_int8(inplace: bool) -> None:
+    """fbgemm has no such rows; compressed tables do."""
+    tables = [
+        EmbeddingBagConfig(
+            name=name, num_embeddings=20, embedding_dim=3, feature_names=[name], compression=compression
+        )
+        for name, compression in (("t", TensorTrain(rank=2)), ("plain", Dense()))
+    ]
+    model = nn.Sequential(EmbeddingBagCollection(tables=tables))
+    asked = "table 'plain' is uncompressed and its embedding_dim=3 odd.*{'plain': torch.float16}"
+    with pytest.raises(ConfigError, match=asked):
+        quantize_embeddings(model, torch.int8, inplace=inplace)
+    assert type(model[0]) is EmbeddingBagCollection
+    dtypes = {"plain": torch.float16}
+    features = KeyedJaggedTensor(["t", "plain"], torch.tensor([3, 4]), lengths=torch.tensor([1, 1]))
+    torch.testing.assert_close(
+        served(features).values(), model(features).values().detach(), rtol=0, atol=0.02
+    )
