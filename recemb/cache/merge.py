@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.refresh import is_frozen
 from recemb.errors import RecembError
 
 if TYPE_CHECKING:
@@ -131,8 +132,10 @@ class Merge(torch.autograd.Function):
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         step.token = None
         # One of each parameter, which several features and tables may share.
-        copies: dict[nn.Parameter, Tensor] | None = {} if any(cache.due for cache in step.caches) else None
-        for cache, table in dict(zip(step.caches, step.tables, strict=True)).items():
+        pairs = dict(zip(step.caches, step.tables, strict=True)).items()
+        due = any(cache.due and not is_frozen(table) for cache, table in pairs)
+        copies: dict[nn.Parameter, Tensor] | None = {} if due else None
+        for cache, table in pairs:
             cache.before_step.note([cache.weight, *table.own_parameters().values()], copies)
         both = None if streams.merger is None else streams.merger.spread(grad)
         if both is None:

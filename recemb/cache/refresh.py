@@ -117,6 +117,13 @@ def cache_of(table: Backend) -> HotRowCache:
     return table.cache
 
 
+def is_frozen(table: Backend) -> bool:
+    """Whether cached rows, or what they would be written to, take no gradient: nothing is exchanged."""
+    cache = cache_of(table)
+    written = table.written_parameters() if cache.settings.write_back else ()
+    return not all(parameter.requires_grad for parameter in (cache.weight, *written))
+
+
 def _check_finite(table: Backend, ids: Tensor, values: Tensor) -> None:
     bad = ~torch.isfinite(values).all(dim=1)
     if bool(bad.any()):

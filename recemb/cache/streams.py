@@ -24,7 +24,7 @@ from torch import Tensor
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Merge, Piece, Step, Token
-from recemb.cache.refresh import cache_of, refresh
+from recemb.cache.refresh import cache_of, is_frozen, refresh
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
 from recemb_kernels.cache_split import Merger, Splitter
@@ -115,7 +115,7 @@ class Streams:
         if not (caches[0].training and (training or self._put_off)):
             return False
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
-        due = [backend for backend in due if not _is_frozen(backend)]
+        due = [backend for backend in due if not is_frozen(backend)]
         if due and not self._waiting(caches):
             self._put_off = _within_backward()
             if not self._put_off:
@@ -348,12 +348,6 @@ class Streams:
 def _within_backward() -> bool:
     """Whether autograd runs this."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _is_frozen(backend: Backend) -> bool:
-    cache = cache_of(backend)
-    written = backend.written_parameters() if cache.settings.write_back else ()
-    return not all(parameter.requires_grad for parameter in (cache.weight, *written))
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -8,7 +8,7 @@ exceeds what it was seen. With K = N nothing collides and votes are exact counts
 between equals alone.
 
 Every function works on tensors of one device, reads nothing back from it, and gives the same result for the
-same batch whatever the device.
+same batch whatever the device. On the CPU it takes time in proportion to the batch, not to the counters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 # Fibonacci hashing (Knuth, 6.4); int64 products wrap.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
-_NOBODY = torch.iinfo(torch.int64).max
 # In which a batch's weights are added up by id. As many whatever the batch: a GPU's holds positions that a
 # CPU's leaves out. Either few ids share one, or the heavy ones stand out still.
 NUM_CELLS = 1 << 16
@@ -66,8 +65,11 @@ def vote(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, weights: T
     own, weights = owners[buckets] == ids, weights.to(votes.dtype)
     add(votes, buckets, torch.where(own, weights, -weights))
     _hand_over(owners, buckets, ids, weights, (votes[buckets] < 0) & ~own)
-    held = torch.zeros_like(votes).index_add_(0, buckets, torch.where(owners[buckets] == ids, weights, 0.0))
-    votes.copy_(torch.where(votes < 0, torch.minimum(-votes, held), votes))
+    held = torch.empty_like(votes)
+    held[buckets] = 0
+    held.index_add_(0, buckets, torch.where(owners[buckets] == ids, weights, 0.0))
+    now = votes[buckets]
+    votes[buckets] = torch.where(now < 0, torch.minimum(-now, held[buckets]), now)
 
 
 def see(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, step: int) -> None:
@@ -76,13 +78,10 @@ def see(owners: Tensor, votes: Tensor, buckets: Tensor, ids: Tensor, step: int) 
     Arguments as in :func:`vote`; votes are of :func:`times_seen`.
     """
     times = times_seen(ids >= 0, step).to(votes.dtype)
-    last = torch.zeros_like(votes).scatter_reduce_(0, buckets, times, "amax")
-    latest = torch.full_like(owners, _NOBODY)
-    latest.scatter_reduce_(0, buckets, ids.masked_fill(times < last[buckets], _NOBODY), "amin")
     # Another feature of the table may have seen later ones in this step.
-    newer = last > votes
-    owners.copy_(torch.where(newer, latest, owners))
-    votes.copy_(torch.where(newer, last, votes))
+    votes.scatter_reduce_(0, buckets, times, "amax")
+    # Equals of before too: a place is rounded, into the next step at times.
+    _give(owners, buckets, ids, (times > 0) & (times == votes[buckets]))
 
 
 def times_seen(present: Tensor, step: int) -> Tensor:
@@ -106,11 +105,15 @@ def _hand_over(owners: Tensor, buckets: Tensor, ids: Tensor, weights: Tensor, he
     weights = torch.where(heirs, weights, 0.0)
     sums = weights.new_zeros(NUM_CELLS).index_add_(0, cells, weights)[cells]
     sums = sums.masked_fill(~heirs, -1.0)
-    most = sums.new_full(owners.shape, -1.0).scatter_reduce_(0, buckets, sums, "amax")
-    wins = heirs & (sums == most[buckets])
-    found = torch.full_like(owners, _NOBODY)
-    found.scatter_reduce_(0, buckets, ids.masked_fill(~wins, _NOBODY), "amin")
-    owners.copy_(torch.where(found == _NOBODY, owners, found))
+    most = sums.new_empty(owners.shape).scatter_reduce_(0, buckets, sums, "amax", include_self=False)
+    _give(owners, buckets, ids, heirs & (sums == most[buckets]))
+
+
+def _give(owners: Tensor, buckets: Tensor, ids: Tensor, wins: Tensor) -> None:
+    """Give buckets to the smallest of the ids that ``wins`` [L] bool names; others keep their owner."""
+    # The spare bucket, the last, belongs to no id.
+    to = torch.where(wins, buckets, owners.numel() - 1)
+    owners.scatter_reduce_(0, to, torch.where(wins, ids, -1), "amin", include_self=False)
 
 
 def cells_of(ids: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from recemb.spec import TableSpec, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
-from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 
 
@@ -233,7 +232,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
 
 def _take_over(bags: Bags, inverse: Tensor | None) -> None:
     """Have the current stream wait for the one that has prepared a batch; not where a graph would wait."""
-    if bags.handed is not None and not capturing():
+    if bags.handed is not None and not bags.prepared_outside:
         bags.handed.take((bags, inverse))
 
 

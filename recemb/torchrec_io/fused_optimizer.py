@@ -181,8 +181,13 @@ class _Group(MutableMapping[str, Any]):
             member[key] = value
 
     def _share(self, key: str, value: Tensor) -> None:
-        """Have every member hold this very tensor, and its defaults where they hold the member's own."""
+        """Have every member hold this very tensor, and its defaults where they hold the member's own.
+
+        Not one that has been given another value since.
+        """
         for optimizer, member in zip(self._optimizers, self._members, strict=True):
+            if member[key] is value or not bool((torch.as_tensor(member[key]) == value).all()):
+                continue
             if optimizer.defaults.get(key) is member[key]:
                 optimizer.defaults[key] = value
             member[key] = value

@@ -75,10 +75,27 @@ def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: 
 
 def state_of(features: KeyedJaggedTensor) -> list[object]:
     """What a batch that has been prepared is known by: how often it was written to, and what it is for."""
-    weights = features.weights_or_none()
-    tensors = [features.values(), features.offsets(), *([] if weights is None else [weights])]
+    weights, inverse = features.weights_or_none(), features.inverse_indices_or_none()
+    tensors = [features.values(), features.offsets()]
+    if features.variable_stride_per_key():  # padded by these
+        tensors.append(features.lengths())
+    tensors += [tensor for tensor in (weights, inverse and inverse[1]) if tensor is not None]
     learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
-    return [*map(version_of, tensors), learns, torch.is_inference_mode_enabled()]
+    return [*map(_Seen, tensors), learns, torch.is_inference_mode_enabled()]
+
+
+class _Seen:
+    """A tensor as it was, equal to itself until it is written to; held, so that no other takes its place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, version_of(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Seen):
+            return NotImplemented
+        return self._tensor is other._tensor and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment] # it changes
 
 
 def padded_offsets(features: KeyedJaggedTensor) -> Tensor:

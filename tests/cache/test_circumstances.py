@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.spec import HotRows, MixedDimension, QuotientRemainder, TensorTrain
-from tests.cache.cases import METHODS, Collection, one_id_bags, spec
+from tests.cache.cases import METHODS, Collection, forever, one_id_bags, spec
 
 EACH_STEP = HotRows(rows=2, warmup=1, refresh_every=1, track_every=1)
 
@@ -58,9 +59,28 @@ def test_a_frozen_table_keeps_its_rows(method: str, frozen: str) -> None:
     head = torch.nn.Linear(8, 1)
     for _ in range(4):
         head(collection(one_id_bags([5, 5, 6, 6]))).sum().backward()
+        collection.zero_grad()  # nothing accumulated keeps an exchange back
     assert torch.equal(cache.ids, held)
     for parameter, known in zip(collection.parameters(), before, strict=True):
         assert torch.equal(parameter, known)
+
+
+def test_a_frozen_table_has_no_other_copied_at_each_step() -> None:
+    """Its rows are due for good; those of the other are not."""
+    collection = Collection(
+        [
+            spec(TensorTrain(rank=4, cache=EACH_STEP), 40, name="frozen"),
+            spec(TensorTrain(rank=4, cache=forever(rows=2)), 40, name="other"),
+        ]
+    )
+    collection.backend("frozen").requires_grad_(False)
+    for _ in range(3):
+        collection(Bags(torch.tensor([1, 1, 2, 2]), torch.arange(5), 2)).sum().backward()
+        collection.zero_grad()
+    assert collection.cache("frozen").due
+    seen = collection.cache("other").before_step._seen
+    assert seen
+    assert all(values is None for _, _, values in seen)
 
 
 def test_cached_rows_may_train_on_frozen_parameters_that_nothing_is_written_to() -> None:

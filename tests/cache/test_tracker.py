@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recemb.cache.tracker import buckets_of, cells_of, see, vote
 from recemb.data.zipf import BoundedZipf
@@ -97,6 +101,49 @@ def test_seen_last(batches: list[list[int]]) -> None:
         owner, time = expected.get(bucket, (-1, 0))
         assert int(owners[bucket]) == owner
         assert abs(float(votes[bucket]) - time) < 1e-6
+
+
+def test_a_later_step_takes_over_however_coarse_its_places_are() -> None:
+    """float32 cannot tell this step from the one before."""
+    owners, votes = empty(1)
+    nobody = torch.zeros(1, dtype=torch.int64)
+    for ids, step in ((3, 2**24), (5, 2**24 + 1), (4, 2**24 + 2)):
+        see(owners, votes, nobody, torch.tensor([ids]), step)
+        assert int(owners[0]) == ids
+
+
+class _LargeResults(TorchDispatchMode):
+    """Notes operations that make as many numbers as there are counters."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(tensor) for tensor in tree_leaves((args, kwargs))}
+        for made in tree_leaves(out):
+            # Memory that is only reached where it is needed costs nothing.
+            empty = "empty" in func.__name__
+            if isinstance(made, Tensor) and made.numel() > self.most and id(made) not in given and not empty:
+                self.found.append(func.__name__)
+        return out
+
+
+@pytest.mark.parametrize("count", ["vote", "see"])
+def test_a_batch_costs_what_it_holds(count: str) -> None:
+    """Whatever the number of counters, which grows with the cache: a batch of 64 may meet a million."""
+    owners, votes = empty(10**6)
+    ids = torch.arange(64) * 997
+    buckets = buckets_of(ids, 10**6, 10**8)
+    with _LargeResults(10**5) as seen:
+        if count == "vote":
+            vote(owners, votes, buckets, ids, torch.ones(64))
+        else:
+            see(owners, votes, buckets, ids, 7)
+    assert seen.found == []
+    assert torch.equal(owners[buckets], ids)
 
 
 def test_buckets_are_even_and_no_id_has_the_spare_one() -> None:

@@ -273,6 +273,16 @@ def test_there_is_no_second_derivative_of_a_linear_loss_either() -> None:
         torch.autograd.grad(sum(each.square().sum() for each in first), parameters, allow_unused=True)
 
 
+def test_gradients_that_could_be_differentiated_again_can_be_changed_in_place() -> None:
+    engine, tables = make_engine()
+    bags = make_bags(engine, 9, 2, seed=1)
+    parameters = [parameter for table in tables.values() for parameter in table.own_parameters().values()]
+    for gradient in torch.autograd.grad(engine(tables, bags).sum(), parameters, create_graph=True):
+        expected = gradient.detach() * 0.5
+        gradient.mul_(0.5)
+        assert torch.equal(gradient.detach_(), expected)
+
+
 def test_a_forked_child_prepares_batches_in_a_thread_of_its_own() -> None:
     engine, tables = make_engine()
     bags = make_bags(engine, 9, 2, seed=1)

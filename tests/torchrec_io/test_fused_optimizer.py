@@ -210,6 +210,18 @@ def test_a_schedule_reaches_every_rate_that_is_a_tensor(
         assert len(ebc.fused_optimizer.param_groups) == 1
 
 
+def test_a_rate_that_has_been_set_apart_stays_so() -> None:
+    """Looking at a group, as a checkpoint does, changes nothing."""
+    ebc = _per_table(torch.optim.SGD)
+    optimizer = ebc.fused_optimizer
+    *_, last = ebc.parameters()
+    (own,) = last._in_backward_optimizers
+    own.param_groups[0]["lr"].fill_(0.5)
+    optimizer.state_dict()
+    assert [float(group["lr"]) for group in optimizer.param_groups]
+    assert float(own.param_groups[0]["lr"]) == 0.5
+
+
 def test_loading_leaves_a_rate_that_is_a_tensor_where_it_is() -> None:
     ebc, other, rate = attached(torch.optim.SGD, momentum=0.9), collection(), torch.tensor(0.1)
     _apply_optimizer_in_backward(torch.optim.SGD, other.parameters(), {"lr": rate, "momentum": 0.9})

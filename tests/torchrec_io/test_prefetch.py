@@ -178,6 +178,37 @@ def test_a_batch_that_has_been_written_to_is_prepared_anew(methods: str) -> None
         module(second)
 
 
+@pytest.mark.parametrize("written", ["inverse indices", "lengths", "another tensor"])
+def test_all_of_a_batch_is_seen_to_have_been_written_to(written: str) -> None:
+    tables = [
+        EmbeddingBagConfig(
+            name=f"t_{name}",
+            num_embeddings=100,
+            embedding_dim=4,
+            feature_names=[name],
+            compression=TensorTrain(rank=4),
+        )
+        for name in ("a", "b")
+    ]
+    module = EmbeddingBagCollection(tables=tables)
+    features = KeyedJaggedTensor(
+        keys=["a", "b"],
+        values=torch.arange(5),
+        lengths=torch.ones(5, dtype=torch.int64),
+        stride_per_key_per_rank=[[2], [3]],
+        inverse_indices=(["a", "b"], torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])),
+    )
+    module.prefetch(features)
+    if written == "inverse indices":
+        features.inverse_indices()[1].copy_(torch.tensor([[1, 0, 1, 0], [2, 1, 0, 0]]))
+    elif written == "lengths":
+        features.lengths().copy_(torch.tensor([2, 0, 1, 1, 1]))
+    else:
+        features._values = torch.arange(5) + 50
+    pooled = module(features).values()
+    assert torch.equal(pooled, module(features).values())  # for which nothing has been prepared
+
+
 @pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
 @pytest.mark.parametrize("cache", [None, HotRows(rows=4, warmup=1, refresh_every=1000, track_every=1)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -249,8 +249,8 @@ def test_an_uncompressed_table_of_an_odd_dim_is_refused_in_int8(inplace: bool) -
     with pytest.raises(ConfigError, match=asked):
         quantize_embeddings(model, torch.int8, inplace=inplace)
     assert type(model[0]) is EmbeddingBagCollection
-    dtypes = {"plain": torch.float16}
     features = KeyedJaggedTensor(["t", "plain"], torch.tensor([3, 4]), lengths=torch.tensor([1, 1]))
-    torch.testing.assert_close(
-        served(features).values(), model(features).values().detach(), rtol=0, atol=0.02
-    )
+    expected = model(features).values().detach()
+    dtypes = {"plain": torch.float16}
+    served = quantize_embeddings(model, torch.int8, inplace=inplace, per_table_weight_dtype=dtypes)
+    torch.testing.assert_close(served(features).values(), expected, rtol=0, atol=0.02)
