@@ -43,6 +43,7 @@ PLACES: dict[str, dict[str, Place]] = {
     "four": {"tt": 3, "qr": ROWS, "robe_a": 2, "robe_b": 2, "md": ROWS, "qr_cat": None, "d_tw": 3},
     "four_whole": {"tt": 3, "qr": 2, "robe_a": 2, "robe_b": 2, "md": 3, "d_rw": 3, "d_tw": 1, "d_cw": 1},
     "hosts": {"tt": 1, "qr": ROWS, "robe_a": None, "robe_b": None, "md": 3, "d_rw": HOST_ROWS, "d_cw": GRID},
+    "variable_hosts": dict.fromkeys(COMPRESSED) | {"qr": ROWS, "d_rw": HOST_ROWS, "d_cw": 0},
 }
 
 
@@ -135,6 +136,7 @@ CASES = [
         ("four", "mixed_pooling", "rowwise_adagrad", 4),
         ("four", "weighted", None, 4),
         ("hosts", "sum", "sgd", 4),
+        ("hosts", "mean", "rowwise_adagrad", 4),
     )
 ]
 CASES += [*_drawn(2), *_drawn(4)]
@@ -145,4 +147,5 @@ UNEVEN: list[tuple[Case, tuple[int, ...]]] = [
     (Case("row_wise", "weighted", None), (1, 6)),
     (Case("table_wise", "sum", "rowwise_adagrad"), (2, 5)),
     (Case("four", "mixed_pooling", "rowwise_adagrad", 4), (3, 0, 6, 1)),
+    *((Case("hosts", "sum", "sgd", 4), sizes) for sizes in ((3, 0, 6, 1), (0, 2, 0, 5), (4, 1, 2, 5))),
 ]

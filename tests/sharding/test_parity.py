@@ -130,9 +130,9 @@ def test_replicas_start_equal(found: dict[int, list[Found]]) -> None:
         assert one["spread"] > 0.1
 
 
-@pytest.mark.parametrize("place", ["variable", "variable_rows"])
-def test_a_batch_size_per_feature(found: dict[int, list[Found]], place: str) -> None:
-    for one in _of(found, place):
+@pytest.mark.parametrize(("place", "world"), [("variable", 2), ("variable_rows", 2), ("variable_hosts", 4)])
+def test_a_batch_size_per_feature(found: dict[int, list[Found]], place: str, world: int) -> None:
+    for one in _of(found, place, world):
         assert one["outputs"] <= OUTPUTS
         assert max(one["weights"].values()) <= WEIGHTS, one["weights"]
 

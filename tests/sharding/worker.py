@@ -144,9 +144,9 @@ def round_trip(rank: int) -> Found:
     }
 
 
-def variable(rank: int, place: str) -> Found:
+def variable(rank: int, place: str, world: int) -> Found:
     """A batch size per feature: outputs, and weights after a fused step."""
-    case = Case(place, "sum", "sgd")
+    case = Case(place, "sum", "sgd", world)
     reference = Model(collection(case))
     model = sharded(case, reference.state_dict())
     dense = dense_optimizer(model)
@@ -357,11 +357,11 @@ def main(rank: int, world: int, folder: Path) -> None:
     for case, sizes in UNEVEN:
         if case.world == world:
             runs[f"{case} {sizes}"] = lambda case=case, sizes=sizes: parity(rank, case, sizes)
+    for place in {2: ("variable", "variable_rows"), 4: ("variable_hosts",)}[world]:
+        runs[place] = lambda place=place: variable(rank, place, world)
     if world == 2:
         for run in (round_trip, frozen, another_table, schedule, pipeline):
             runs[run.__name__] = lambda run=run: run(rank)
-        for place in ("variable", "variable_rows"):
-            runs[place] = lambda place=place: variable(rank, place)
         for place in ("adam", "adam_replicated"):
             runs[f"partly_frozen {place}"] = lambda place=place: partly_frozen(rank, place)
         for place in processed.PLACES:

@@ -17,7 +17,8 @@ class SplitMeans:
     """What the summed output of row-wise MEAN tables is divided by.
 
     torchrec's own divisor (1.5 to 1.8 at least) also divides every table that is not split row-wise by its
-    bag lengths, means that have been taken already among them; this one is 1 there.
+    bag lengths, means that have been taken already among them; this one is 1 there. And torchrec divides no
+    table under grid sharding, whose rows are split too: its mean is the sum.
 
     Args:
         configs: all tables of the collection.

@@ -33,8 +33,7 @@ from recemb.torchrec_io.embedding_bag_collection import (
     reset_tables,
 )
 from recemb.torchrec_io.kjt import check_kjt, check_weighted
-from recemb.torchrec_io.sharding.even import EvenRwSharding
-from recemb.torchrec_io.sharding.held import ROW_WISE
+from recemb.torchrec_io.sharding.even import EVEN
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
 from recemb.torchrec_io.sharding.placement import check_environment, check_plan, customized
@@ -169,14 +168,15 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         qcomm_codecs_registry: Any = None,
     ) -> Any:
         compressed = any(isinstance(info, CompressedShardingInfo) for info in sharding_infos)
-        if not compressed and sharding_infos[0].param_sharding.sharding_type != ROW_WISE:
+        even = EVEN.get(sharding_infos[0].param_sharding.sharding_type)
+        if not compressed and even is None:
             return super().create_embedding_bag_sharding(
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
         if device is not None and device.type == "meta":
             replace_placement_with_meta_device(sharding_infos)
-        if not compressed:
-            return EvenRwSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+        if not compressed and even is not None:
+            return even(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
         return compressed_sharding(sharding_infos, env, device, qcomm_codecs_registry)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:

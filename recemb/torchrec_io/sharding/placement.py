@@ -13,7 +13,7 @@ from recemb.spec import TableSpec
 from recemb.torchrec_io.sharding.held import DATA_PARALLEL, ROW_WISE, TABLE_WISE, row_split
 from recemb.torchrec_io.sharding.tables import CompressedTables
 
-ROWS_SPLIT = (ROW_WISE, ShardingType.TABLE_ROW_WISE.value)
+ROWS_SPLIT = (ROW_WISE, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 _WAYS = {TABLE_WISE: "table_wise(rank=...)", DATA_PARALLEL: "data_parallel()", ROW_WISE: "row_wise()"}
 
 

@@ -37,9 +37,8 @@ class EmbeddingBagCollectionSharder(TorchrecEmbeddingBagCollectionSharder):  # t
     Tables that share a ROBE array lie on one rank or are all data-parallel. Uncompressed tables take every
     plan and kernel of torchrec's.
 
-    Ranks' batches may differ in size, or be empty. On gloo, where torchrec's row-wise exchange takes equal
-    ones alone, pooled rows travel with zeros up to the largest batch; torchrec's own ``table_row_wise`` and
-    ``grid_shard`` still fail there in the backward.
+    Ranks' batches may differ in size, or be empty. On gloo, where torchrec's exchanges of tables that are cut
+    by rows take equal ones alone, pooled rows travel with zeros up to the largest batch.
 
     An optimizer that ``apply_optimizer_in_backward`` attached before steps on compressed tables however they
     are planned: fused into the backward, or, on what every rank holds whole, once its gradient has been
