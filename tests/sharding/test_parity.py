@@ -137,6 +137,16 @@ def test_a_batch_size_per_feature(found: dict[int, list[Found]], place: str, wor
         assert max(one["weights"].values()) <= WEIGHTS, one["weights"]
 
 
+def test_a_collection_that_was_not_sharded_says_so_once(found: dict[int, list[Found]]) -> None:
+    first, second = _of(found, "left_whole")
+    for how in ("without sharders", "without a plan"):
+        [said] = first.pop(how)
+        assert "did not shard its module 'ebc'" in said
+        assert "DistributedModelParallel(..., sharders=recemb.torchrec_io.get_sharders())" in said
+        assert second.pop(how) == []
+    assert first == second == {"sharded": [], "by the user": []}
+
+
 def test_a_learning_rate_schedule_reaches_the_backward(found: dict[int, list[Found]]) -> None:
     both = _of(found, "schedule")
     for one in both:

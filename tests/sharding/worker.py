@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
@@ -331,6 +333,28 @@ def noted(taken: Callable[..., Bags | None], prepared: list[str], features: Keye
     return bags
 
 
+def left_whole(rank: int) -> Found:
+    """What two look-ups warn of: without our sharders, with them, and replicated on purpose."""
+    case = Case("table_wise", "sum", None)
+    models = {
+        "without sharders": lambda: DistributedModelParallel(Model(collection(case))),
+        "without a plan": lambda: DistributedModelParallel(
+            Model(collection(case)), plan=ShardingPlan({}), sharders=get_sharders()
+        ),
+        "sharded": lambda: sharded(case, {}),
+        "by the user": lambda: DistributedDataParallel(Model(collection(case))),
+    }
+    found: Found = {}
+    for name, made in models.items():
+        model = made()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(batch(rank, case))[0].backward()
+        found[name] = [str(warning.message) for warning in caught if "shard" in str(warning.message)]
+    return found
+
+
 def bad_id(rank: int) -> Found:
     """An id without a row on rank 0, of a table that lies on rank 1. Run last: it breaks the group."""
     case = Case("table_wise", "sum", "sgd")
@@ -360,7 +384,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     for place in {2: ("variable", "variable_rows"), 4: ("variable_hosts",)}[world]:
         runs[place] = lambda place=place: variable(rank, place, world)
     if world == 2:
-        for run in (round_trip, frozen, another_table, schedule, pipeline):
+        for run in (round_trip, frozen, another_table, schedule, pipeline, left_whole):
             runs[run.__name__] = lambda run=run: run(rank)
         for place in ("adam", "adam_replicated"):
             runs[f"partly_frozen {place}"] = lambda place=place: partly_frozen(rank, place)

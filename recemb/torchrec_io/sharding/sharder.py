@@ -156,9 +156,9 @@ def _check_managed_collisions(module: ManagedCollisionEmbeddingBagCollection) ->
 def get_sharders(communication_slices: int = 1) -> list[ModuleSharder[nn.Module]]:
     """torchrec's default sharders and recemb's: ``DistributedModelParallel(model, sharders=get_sharders())``.
 
-    torchrec looks sharders up by a module's exact type: with its defaults alone, a
-    :class:`recemb.EmbeddingBagCollection` is replicated on every rank without a word. The sharder of
-    ``FeatureProcessedEmbeddingBagCollection`` takes recemb's collections and torchrec's.
+    torchrec looks sharders up by a module's exact type: with its defaults alone, or without a plan for it, a
+    :class:`recemb.EmbeddingBagCollection` is replicated on every rank, and warns at its first look-up. The
+    sharder of ``FeatureProcessedEmbeddingBagCollection`` takes recemb's collections and torchrec's.
 
     Args:
         communication_slices: of :class:`EmbeddingBagCollectionSharder`.
