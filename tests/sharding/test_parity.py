@@ -82,6 +82,28 @@ def test_equals_the_unsharded_module(found: dict[int, list[Found]], case: Case) 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_memory_is_what_each_rank_holds(found: dict[int, list[Found]], case: Case) -> None:
+    every_rank = _of(found, str(case), case.world)
+    whole = {record.table: record for record in collection(case).memory()}
+    uncompressed = dict.fromkeys(whole, 0)
+    for one in every_rank:
+        records = {record["table"]: record for record in one["memory"]}
+        assert list(records) == [name for name in whole if name in records]
+        num_bytes = {name: record["num_bytes"] for name, record in records.items()}
+        # They share an array, which the state has under the first.
+        num_bytes["robe_a"] = num_bytes.get("robe_a", 0) + num_bytes.pop("robe_b", 0)
+        assert num_bytes == {name: size for name, size in one["stored"].items() if size or name == "robe_a"}
+        for name, record in records.items():
+            assert record["method"] == whole[name].method
+            assert record["embedding_dim"] <= whole[name].embedding_dim
+            assert record["dense_bytes"] == 4 * record["num_embeddings"] * record["embedding_dim"]
+            uncompressed[name] += record["dense_bytes"]
+    for name, record in whole.items():
+        copies = 1 if case.places[name] is not None else case.world
+        assert uncompressed[name] == copies * record.dense_bytes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_kernel_serves_all_compressed_tables_of_a_rank(found: dict[int, list[Found]], case: Case) -> None:
     served = case.places if case.optimizer == "adam" else COMPRESSED
     places = [case.places[name] for name in served]

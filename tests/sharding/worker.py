@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,19 @@ def parity(rank: int, case: Case, sizes: Sequence[int] | None = None) -> Found:
         "keys": sorted(state) == sorted(after),
         "fused": sorted(model.fused_optimizer.params),
         "dense": sorted(dense.params),
+        "memory": [asdict(record) for record in model.module.ebc.memory()],
+        "stored": stored(state),
     }
+
+
+def stored(state: dict[str, Any]) -> dict[str, int]:
+    """Bytes of each table on this rank; of both that share an array, those of the array."""
+    found: dict[str, int] = {}
+    for key, value in state.items():
+        if key.startswith("ebc.embedding_bags."):
+            name = key.split(".")[2]
+            found[name] = found.get(name, 0) + sum(part.nbytes for _, part in held(value))
+    return found
 
 
 def round_trip(rank: int) -> Found:

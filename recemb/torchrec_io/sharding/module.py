@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from recemb.backends.base import Backend
+from recemb.backends.memory import MemoryReport, memory_report
 from recemb.bags import LookupTarget, LookupTargets
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.metrics import CacheMetrics
@@ -36,7 +37,7 @@ from recemb.torchrec_io.kjt import check_kjt, check_weighted
 from recemb.torchrec_io.sharding.even import EVEN
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
-from recemb.torchrec_io.sharding.placement import check_environment, check_plan, customized
+from recemb.torchrec_io.sharding.placement import check_environment, check_plan, customized, part_on
 from recemb.torchrec_io.sharding.shardings import (
     Compressed,
     CompressedDpSharding,
@@ -219,6 +220,25 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
             return
         reset_tables(self._backends(), every)
         self._broadcast()
+
+    def memory(self) -> MemoryReport:
+        """The unsharded collection's :meth:`~recemb.EmbeddingBagCollection.memory` of what this rank holds.
+
+        Tables of which it holds nothing are left out. Of one that is cut, rows, columns and uncompressed
+        bytes are of the part that is looked up here (of a compressed one, rows to whole rows of its store),
+        and bytes those stored here, with the parameter that every rank holds whole. A replicated table
+        counts on every rank.
+        """
+        held = {name: backend.table for name, backend in self._backends().items()}
+        for config in self._embedding_bag_configs:
+            if config.name not in self._compressed.specs:
+                plan = self.module_sharding_plan[config.name]
+                part = part_on(self._env.rank, table_spec(config), plan)
+                if part is not None:
+                    held[config.name] = part
+        return memory_report(
+            [held[config.name] for config in self._embedding_bag_configs if config.name in held]
+        )
 
     def hot_row_caches(self) -> dict[str, HotRowCache]:
         """The caches on this rank, by table name.

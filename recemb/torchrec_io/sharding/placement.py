@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
@@ -33,6 +34,19 @@ def sharding_types(table: TableSpec) -> tuple[str, ...]:
         return (TABLE_WISE,)
     whole = (TABLE_WISE, DATA_PARALLEL)
     return whole if row_split(table, 1) is None else (*whole, ROW_WISE)
+
+
+def part_on(rank: int, table: TableSpec, sharding: ParameterSharding) -> TableSpec | None:
+    """What a rank holds of an uncompressed table, as a table of its own; ``None`` for nothing.
+
+    A rank's shards have the same rows: they are cut by columns, or rows are cut into one part a rank.
+    """
+    if sharding.sharding_type == DATA_PARALLEL:
+        return table
+    shards = [shard for shard in sharding.sharding_spec.shards if shard.placement.rank() == rank]
+    rows = max((shard.shard_sizes[0] for shard in shards), default=0)
+    columns = sum(shard.shard_sizes[1] for shard in shards)
+    return replace(table, num_embeddings=rows, embedding_dim=columns) if rows * columns else None
 
 
 def check_environment(env: ShardingEnv) -> None:
