@@ -172,8 +172,9 @@ def run(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name not in own}
     config = load_config(flags, Path(args.config) if args.config is not None else None)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        # torchrun has started the ranks again: what they have reached is to be gone on from, not removed.
-        config = config.model_copy(update={"resume": True, "overwrite": False})
+        # torchrun has started the ranks again: what they have reached is to be gone on from, not removed, but
+        # what --overwrite was to replace, and they have not come to, still is.
+        config = config.model_copy(update={"resume": True})
     if args.nproc_per_node is not None:
         return launch(
             args.nproc_per_node, args.max_restarts or 0, words_of("train", {"config": args.config, **flags})

@@ -21,7 +21,8 @@ def warn_of_replication(collection: nn.Module) -> bool:
     Returns:
         whether the question is settled.
     """
-    around = DistributedDataParallel._get_active_ddp_module()
+    # torch leaves this one untyped.
+    around = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if around is None:
         return False
     left = getattr(around.module, "_ddp_params_and_buffers_to_ignore", None)

@@ -144,9 +144,8 @@ class RunConfig(BaseModel):
 
     def dense_twin(self) -> RunConfig:
         """The same run with uncompressed tables: same data, model, optimizer and seed."""
-        values = self.model_dump() | {"method": "dense", "compress_rate": None, "compare": None}
-        values |= {"cache_fraction": None, "cache_policy": None, "cache_refresh_every": None}
-        return RunConfig.model_validate(values)
+        unset = ("compress_rate", "compare", "cache_fraction", "cache_policy", "cache_refresh_every")
+        return self.model_copy(update={"method": "dense", **dict.fromkeys(unset)})
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that ``--config`` reads back to an equal model."""

@@ -39,13 +39,18 @@ from recemb.training.state import TrainerState, differing, fingerprint, settings
 
 @dataclass(frozen=True)
 class _Run:
-    """What is fixed once a run has started."""
+    """What is fixed once a run has started.
+
+    Attributes:
+        above: the directory whose own run gives way to this one and its twin, or ``None``.
+    """
 
     config: RunConfig
     directory: RunDir
     log: ClickLog
     tables: BudgetedTables
     world: World
+    above: RunDir | None
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,43 @@ def _train_all(config: RunConfig, world: World) -> list[Path]:
         for part, directory in sorted(plans, key=lambda plan: plan[1].is_complete):
             directory.check_free(part.overwrite, part.resume)
         log = open_log(config)
-        runs = [_Run(part, directory, log, choose_tables(part, log), world) for part, directory in plans]
+        tables = [choose_tables(part, log) for part, _ in plans]
         _check_world(config, world)
     world.check_equal("data", {"features, rows and files": fingerprint(log)})
+    above = RunDir(root) if config.compare is not None and config.overwrite else None
+    runs = [
+        _Run(part, directory, log, own, world, above)
+        for (part, directory), own in zip(_begun(config, plans, world), tables, strict=True)
+    ]
     with StopRequest() as stop:
         for run in runs:
-            complete = world.exchange(config.resume and _is_complete(run))[0]
+            complete = world.exchange(run.config.resume and _is_complete(run))[0]
             if not complete:
                 _train_one(run, stop)
             elif world.is_first:
                 print(f"{run.directory.path} is complete; --resume leaves it as it is", file=sys.stderr)
     return [run.directory.path for run in runs]
+
+
+def _begun(
+    config: RunConfig, plans: list[tuple[RunConfig, RunDir]], world: World
+) -> list[tuple[RunConfig, RunDir]]:
+    """Note what ``--overwrite`` replaces; restarted ranks replace what is left of it, and resume the rest.
+
+    Those have ``resume`` beside ``overwrite``: what they have reached themselves is not to be removed.
+    """
+    if not config.overwrite:
+        return plans
+    if not config.resume:
+        for _, directory in plans:
+            world.first(directory.mark_replaced)
+        return plans
+    # As rank 0 sees the files.
+    replaced = world.exchange([directory.is_replaced for _, directory in plans])[0]
+    return [
+        (part.model_copy(update={"overwrite": anew, "resume": not anew}), directory)
+        for (part, directory), anew in zip(plans, replaced, strict=True)
+    ]
 
 
 def _is_complete(run: _Run) -> bool:
@@ -142,9 +173,8 @@ def _check_nothing_hidden(config: RunConfig) -> None:
         )
 
 
-def _remove_single(config: RunConfig) -> None:
+def _remove_single(root: RunDir) -> None:
     """Remove the run that a ``--compare`` in its directory replaces."""
-    root = RunDir(Path(config.output))
     if root.holds_run:
         root.claim()
         root.remove()
@@ -223,11 +253,12 @@ def _open(run: _Run, state: TrainerState, trainer: Trainer) -> None:
     yaml = run.config.model_copy(update={"overwrite": False, "resume": False}).to_yaml()
     run.world.first(run.directory.claim)
     found = state.restore() if run.config.resume else None
+    if run.config.resume and found is None:
+        run.world.first(run.directory.check_nothing_lost)
+    if run.above is not None:
+        above = run.above
+        run.world.first(lambda: _remove_single(above))
     if found is None:
-        if run.config.resume:
-            run.world.first(run.directory.check_nothing_lost)
-        if run.config.overwrite and run.directory.path != Path(run.config.output):
-            run.world.first(lambda: _remove_single(run.config))
         run.world.first(lambda: run.directory.create(yaml))
     else:
         records = [_metrics_record(evaluation) for evaluation in trainer.outcome.evaluations]

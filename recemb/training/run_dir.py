@@ -9,6 +9,7 @@
     checkpoints/step-<n>/           what --resume goes on from (recemb.checkpoint)
     checkpoints/.lock               held by the run that trains here, which is named in it
     report/
+    .replaced                       there until --overwrite has removed what was here
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FILE = "checkpoints/model.safetensors"
 LATEST_FILE = "checkpoints/LATEST"
 REPORT_DIR = "report"
+REPLACED_FILE = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,21 @@ class RunDir:
     def holds_run(self) -> bool:
         """Whether a run was begun here, whatever has become of it."""
         return any((self.path / name).is_file() for name in (CONFIG_FILE, RESULT_FILE))
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether :meth:`mark_replaced` has been here and :meth:`create` not since."""
+        return (self.path / REPLACED_FILE).is_file()
+
+    def mark_replaced(self) -> None:
+        """Note that the run which is here, if one is, gives way to another, for ranks that are restarted.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        if self.holds_run:
+            with _writing(self.path):
+                write_text(self.path / REPLACED_FILE, "")
 
     def check_free(self, overwrite: bool, resume: bool = False) -> None:
         """Refuse a directory that holds another run, unless it may be overwritten or is to be resumed.
@@ -157,6 +174,7 @@ class RunDir:
         for folder in self.checkpoints.glob("step-*"):
             shutil.rmtree(folder)
         (self.path / LATEST_FILE).unlink(missing_ok=True)
+        (self.path / REPLACED_FILE).unlink(missing_ok=True)
 
     def resume(self, config_yaml: str, records: Sequence[Mapping[str, object]]) -> None:
         """Go on with what is here: drop the result, and have these lines of metrics, no others.

@@ -113,6 +113,7 @@ class Launcher:
         after: Callable[[list[int]], None] | None = None,
         port: int | None = None,
         alone: bool = False,
+        restarts: int = 0,
         **flags: Any,
     ) -> Ended:
         """Run the command on ``size`` ranks until all of them have ended.
@@ -125,6 +126,7 @@ class Launcher:
             after: called with the process ids once they have started.
             port: where the ranks meet; a free one when left out.
             alone: whether only rank 0 is started.
+            restarts: how often torchrun says that it has restarted the ranks.
         """
         self._count += 1
         log = self._scratch / f"log-{self._count}-"
@@ -132,7 +134,7 @@ class Launcher:
         ranks = [
             {
                 "argv": self.arguments(output, **flags | (each or {}).get(rank, {})),
-                "env": rank_environment(rank, size, port),
+                "env": rank_environment(rank, size, port) | {"TORCHELASTIC_RESTART_COUNT": str(restarts)},
                 "hook": (hooks or {}).get(rank, {}),
             }
             for rank in range(1 if alone else size)

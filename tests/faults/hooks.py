@@ -238,4 +238,5 @@ _AT_START: dict[str, Callable[[], None]] = {
     "other_data": _other_data,
     "save_again": _save_again,
     "count_left_over": _count_left_over,
+    "killed_in_building": lambda: _before(run, "_build", _ACTIONS["kill"]),
 }

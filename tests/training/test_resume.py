@@ -316,7 +316,7 @@ def test_f23_restarted_ranks_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr("recemb.training.report.load_runs", lambda directories: [])
     monkeypatch.setattr("recemb.training.report.comparison_table", lambda runs: "")
     main(["train", "--data_dir", str(tmp_path), "--output", str(tmp_path / "out"), "--overwrite"])
-    assert [(config.resume, config.overwrite) for config in seen] == [(True, False)]
+    assert [(config.resume, config.overwrite) for config in seen] == [(True, True)]
 
 
 def test_f22_plans_that_differ_in_a_kernel_differ() -> None:
