@@ -77,12 +77,13 @@ class RunDir:
         return (self.path / REPLACED_FILE).is_file()
 
     def mark_replaced(self) -> None:
-        """Note that the run which is here, if one is, gives way to another, for ranks that are restarted.
+        """Claim the run which is here, if one is, and note that it gives way, for ranks that are restarted.
 
         Raises:
-            ConfigError: the directory cannot be written.
+            ConfigError: another run trains here; or the directory cannot be written.
         """
         if self.holds_run:
+            self.claim()
             with _writing(self.path):
                 write_text(self.path / REPLACED_FILE, "")
 
