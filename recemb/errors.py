@@ -39,6 +39,12 @@ class PlanError(RecembError, ValueError):
     exit_code = 4
 
 
+class OutOfMemoryError(RecembError, MemoryError):
+    """A look-up, or its backward, for which the CPU has no memory; no weight was changed (exit code 4)."""
+
+    exit_code = 4
+
+
 class CheckpointError(RecembError, ValueError):
     """A checkpoint that cannot be written, or that is damaged or of another model (exit code 3)."""
 

@@ -58,14 +58,15 @@ class Lookup:
     Args:
         tables: the tables, of any ops.
         features: (table, is mean, key base) per feature, flat.
-        refusal: makes the error that a backward with an update raises, nothing changed, when the gradient is
-            not finite.
+        refusal: makes the error that is raised in place of the kernels' when nothing has changed: in place of
+            a FloatingPointError of a backward with an update whose gradient is not finite, and of a
+            MemoryError.
         micro_batch_rows: distinct rows that are computed at once; the device's default when ``None``.
     """
 
     tables: tuple[TableShape, ...]
     features: tuple[int, ...]
-    refusal: Callable[[], Exception]
+    refusal: Callable[[Exception], Exception]
     micro_batch_rows: int | None = None
 
     @cached_property
@@ -78,7 +79,8 @@ class Lookup:
         known = self._groups.get((device, dtypes))
         if known is None:
             tables = [(table.op, table.shape, table.stored) for table in self.tables]
-            known = make_group(tables, self.features, device, dtypes, self.refusal, self.micro_batch_rows)
+            not_finite = partial(self.refusal, FloatingPointError())
+            known = make_group(tables, self.features, device, dtypes, not_finite, self.micro_batch_rows)
             self._groups[device, dtypes] = known
         return known
 
@@ -127,7 +129,7 @@ class Bound:
     """
 
     group: PooledGroup
-    refusal: Callable[[], Exception]
+    refusal: Callable[[Exception], Exception]
     steps: list[Step | None]
     stepped: list[bool]
     wanted: list[bool]
@@ -143,14 +145,17 @@ class Bound:
             weights: the batch's weights as autograd knows them.
             ahead: what :meth:`prepare` has made of this batch.
         """
-        state = None if ahead is None else ahead.state_for(self.group)
-        if not torch.is_grad_enabled():
-            return self.group.forward(stored, batch, keep=False, state=state)[0]
-        changing = list(compress(stored, self.stepped))
-        # Without an update, whether a gradient is wanted is for the parameters and weights to say.
-        anchor = _ANCHOR if changing else None
-        call = _Call(self, stored, batch, changing, state)
-        return _pool(call, anchor, weights, *compress(stored, self.wanted))
+        try:
+            state = None if ahead is None else ahead.state_for(self.group)
+            if not torch.is_grad_enabled():
+                return self.group.forward(stored, batch, keep=False, state=state)[0]
+            changing = list(compress(stored, self.stepped))
+            # Without an update, whether a gradient is wanted is for the parameters and weights to say.
+            anchor = _ANCHOR if changing else None
+            call = _Call(self, stored, batch, changing, state)
+            return _pool(call, anchor, weights, *compress(stored, self.wanted))
+        except MemoryError as error:
+            raise self.refusal(error) from None
 
     def prepare(self, stored: Sequence[Tensor], batch: Batch) -> Ahead:
         """Sort and group a batch beside what runs now: in a thread, or on a stream of the GPU's own."""
@@ -240,10 +245,10 @@ class _Pool(torch.autograd.Function):
         call: _Call = ctx.call
         bound, stored, batch = call.bound, call.stored, call.batch
         updates = [None if step is None else step.make() for step in bound.steps]
-        if ctx.versions != [parameter._version for parameter in call.changing]:
-            # A step has been taken since the forward: its products belong to weights that are gone.
-            bound.group.forward(stored, batch, keep=True, state=call.state)
         try:
+            if ctx.versions != [parameter._version for parameter in call.changing]:
+                # A step has been taken since the forward: its products belong to weights that are gone.
+                bound.group.forward(stored, batch, keep=True, state=call.state)
             grads, grad_weights = bound.group.backward(
                 grad_out,
                 stored,
@@ -253,8 +258,8 @@ class _Pool(torch.autograd.Function):
                 wanted=bound.wanted,
                 want_weights=ctx.needs_input_grad[2],
             )
-        except FloatingPointError:
-            raise bound.refusal() from None
+        except (FloatingPointError, MemoryError) as error:
+            raise bound.refusal(error) from None
         if call.changing:
             torch.autograd.graph.increment_version(call.changing)
         return None, None, grad_weights, *compress(grads, bound.wanted)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.bags import Bags
-from recemb.errors import NonFiniteError
+from recemb.errors import NonFiniteError, OutOfMemoryError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
@@ -123,6 +123,7 @@ def pooled_native(
 
     Raises:
         NonFiniteError: in the backward of a fused update, before any weight changes.
+        OutOfMemoryError: here or in the backward; likewise.
     """
     prepared = _prepare(tables, micro_batch_rows)
     if torch.compiler.is_compiling():
@@ -305,8 +306,10 @@ def _fits(parameter: Tensor, kind: StoredAs) -> bool:
     return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % ALIGNED == 0
 
 
-def _refusal(names: Sequence[str]) -> NonFiniteError:
+def _refusal(names: Sequence[str], error: Exception) -> NonFiniteError | OutOfMemoryError:
     shown = ", ".join(dict.fromkeys(names[:5])) + (", ..." if len(names) > 5 else "")
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"tables {shown}: {error}")
     return NonFiniteError(
         f"the gradient of the pooled rows of tables {shown} is NaN or infinite; none of their weights was "
         "changed. Lower the learning rate, or look for infinite inputs or losses in this batch"

@@ -1,7 +1,7 @@
 """The ``recemb`` command: reads the verb and its flags, runs it, turns errors into exit codes.
 
-Exit codes: 0 done, 1 a check failed or a rank was lost, 2 bad configuration or usage, 3 bad data, 4 a plan
-that does not fit, 5 non-finite training, 75 interrupted. Only errors that a user can cause and mend
+Exit codes: 0 done, 1 a check failed or a rank was lost, 2 bad configuration or usage, 3 bad data, 4 a plan or
+a batch that does not fit, 5 non-finite training, 75 interrupted. Only errors that a user can cause and mend
 (:mod:`recemb.errors`) become a message; anything else is a defect of recemb and keeps its traceback.
 """
 

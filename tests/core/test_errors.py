@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("ConfigError", 2, ValueError),
         ("BatchError", 3, ValueError),
         ("DataError", 3, ValueError),
+        ("OutOfMemoryError", 4, MemoryError),
         ("CheckpointError", 3, ValueError),
         ("NonFiniteError", 5, ArithmeticError),
         ("Interrupted", 75, Exception),

@@ -157,7 +157,8 @@ def count(
         weights: what each counts for, [H] and [M]; or ``None`` for 1.
 
     Returns:
-        ``False`` where nothing has been done: other devices and dtypes, no compiler, torch.compile.
+        ``False`` where nothing has been done: other devices and dtypes, no compiler, torch.compile,
+        no memory.
     """
     held = (counters.scores, counters.owners, counters.votes)
     floats = (counters.scores, counters.votes)
@@ -183,8 +184,8 @@ def count(
         id_weights=None if each[1] is None else each[1].data_ptr(),
         num_ids=misses.numel(),
     )
-    compiled.recemb_split_count(ctypes.addressof(call))
-    return True
+    lacks: int = compiled.recemb_split_count(ctypes.addressof(call))
+    return not lacks
 
 
 class Merger:
@@ -237,9 +238,9 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    compiled = load(
-        "cache_split", [Path(__file__).parent / name for name in ("cpu.cpp", "count.cpp", "merge.cpp")], {}
-    )
+    own, shared = Path(__file__).parent, Path(__file__).parents[1] / "digit_tree"
+    sources = [*(own / name for name in ("cpu.cpp", "count.cpp", "merge.cpp")), shared / "buffer.cpp"]
+    compiled = load("cache_split", sources, {})
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     for name, structure in (("call", _Call), ("count", _Count), ("merge", _Merge)):
         size = getattr(compiled, f"recemb_split_{name}_size")
@@ -249,7 +250,8 @@ def library() -> ctypes.CDLL:
     compiled.recemb_split_index.argtypes = (pointer, integer, pointer, integer)
     compiled.recemb_split_index.restype = None
     compiled.recemb_split.argtypes, compiled.recemb_split.restype = (pointer,), None
-    compiled.recemb_split_count.argtypes, compiled.recemb_split_count.restype = (pointer,), None
+    compiled.recemb_split_count.argtypes, compiled.recemb_split_count.restype = (pointer,), integer
+    compiled.recemb_split_fail.argtypes, compiled.recemb_split_fail.restype = (integer,), None  # for tests
     for function in (compiled.recemb_split_merge, compiled.recemb_split_spread):
         function.argtypes, function.restype = (pointer,) * 3, None
     return compiled

@@ -1,7 +1,8 @@
 // Counts the ids of a training step: scores of cached rows, and a majority vote in each bucket of the others.
 #include <algorithm>
 #include <cstdint>
-#include <memory>
+
+#include "recemb_buffer.h"
 
 namespace {
 
@@ -44,9 +45,10 @@ struct Vote {
   int64_t bucket, held;
 };
 
-// Gives each bucket whose vote is below zero to the heaviest id that it was lost to, the smallest of equals.
-void hand_over(const Count& c, const Vote* votes) {
-  const std::unique_ptr<float[]> sums(new float[NUM_CELLS]());
+// Gives each bucket whose vote is below zero to the heaviest id that it was lost to, the smallest of equals. `sums` and
+// `own` have room for a number of each cell and of each bucket.
+void hand_over(const Count& c, const Vote* votes, float* sums, float* own) {
+  std::fill_n(sums, NUM_CELLS, 0.f);
   const auto lost = [&](int64_t i) { return c.votes[votes[i].bucket] < 0; };
   const auto sum_of = [&](int64_t id) { return sums[cell_of(id)]; };
   for (int64_t i = 0; i < c.num_ids; i++) {
@@ -60,7 +62,7 @@ void hand_over(const Count& c, const Vote* votes) {
     int64_t& owner = c.owners[votes[i].bucket];
     if (owner == NOBODY || sum_of(id) > sum_of(owner) || (sum_of(id) == sum_of(owner) && id < owner)) owner = id;
   }
-  const std::unique_ptr<float[]> own(new float[c.num_buckets + 1]());
+  std::fill_n(own, c.num_buckets + 1, 0.f);
   for (int64_t i = 0; i < c.num_ids; i++)
     if (lost(i) && c.owners[votes[i].bucket] == c.ids[i])
       own[votes[i].bucket] += weight_of(c.id_weights, i, c.ids[i]);
@@ -74,12 +76,18 @@ extern "C" {
 
 int64_t recemb_split_count_size() { return sizeof(Count); }
 
-// By one thread: sums are taken in the order of the ids, as torch takes them.
-void recemb_split_count(const Count* count) {
+// By one thread: sums are taken in the order of the ids, as torch takes them. Returns 0, or how many bytes there is no
+// room for: nothing has been counted then.
+int64_t recemb_split_count(const Count* count) {
   const Count& c = *count;
+  recemb::Buffer votes_room, sums, own;
+  if (const int64_t lacks = recemb::lacking([&] {
+        votes_room.room<Vote>(c.num_ids), sums.room<float>(NUM_CELLS), own.room<float>(c.num_buckets + 1);
+      }))
+    return lacks;
+  Vote* const votes = votes_room.at<Vote>();
   for (int64_t i = 0; i < c.num_slots; i++)
     c.scores[std::max<int64_t>(c.slots[i], 0)] += weight_of(c.slot_weights, i, c.slots[i]);
-  const std::unique_ptr<Vote[]> votes(new Vote[c.num_ids]);
   const bool hashed = c.num_buckets < c.num_embeddings;
   for (int64_t i = 0; i < c.num_ids; i++) {
     const int64_t id = c.ids[i], bucket = bucket_of(id, c.num_buckets, hashed), held = c.owners[bucket];
@@ -87,8 +95,8 @@ void recemb_split_count(const Count* count) {
     votes[i] = {bucket, held};
     c.votes[bucket] += held == id ? weight : -weight;
   }
-  const auto end = votes.get() + c.num_ids;
-  if (std::any_of(votes.get(), end, [&](const Vote& vote) { return c.votes[vote.bucket] < 0; }))
-    hand_over(c, votes.get());
+  if (std::any_of(votes, votes + c.num_ids, [&](const Vote& vote) { return c.votes[vote.bucket] < 0; }))
+    hand_over(c, votes, sums.at<float>(), own.at<float>());
+  return 0;
 }
 }

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <vector>
+
+#include "recemb_buffer.h"
 
 namespace {
 
@@ -104,19 +104,18 @@ void shift_offsets(const Call& call, const Share& share, int64_t hot, int64_t co
   }
 }
 
-// Memory of the calling thread's own, kept: fresh pages cost more than what is written to them.
-int64_t* room(int64_t size) {
-  thread_local std::unique_ptr<int64_t[]> held;
-  thread_local int64_t held_size = 0;
-  if (size > held_size) held.reset(new int64_t[size]), held_size = size;
-  return held.get();
-}
-
-void split_together(const Call& call, int threads) {
+// False where there is no room for it; nothing has been written then.
+bool split_together(const Call& call, int threads) {
   const int64_t bags = call.num_features * call.batch;
-  int64_t* const ids = room(call.num_ids * (call.order ? 2 : 1));
+  // Of the calling thread's own, and kept: fresh pages cost more than what is written to them.
+  thread_local recemb::Buffer room, shares_room;
+  if (recemb::lacking([&] {
+        room.room<int64_t>(call.num_ids * (call.order ? 2 : 1)), shares_room.room<Share>(threads);
+      }))
+    return false;
+  int64_t* const ids = room.at<int64_t>();
   int64_t* const order = call.order ? ids + call.num_ids : nullptr;
-  std::vector<Share> shares(threads);
+  Share* const shares = shares_room.at<Share>();
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), own = omp_get_thread_num();
@@ -124,7 +123,7 @@ void split_together(const Call& call, int threads) {
       return t == team ? bags : std::lower_bound(call.offsets, call.offsets + bags, call.num_ids * t / team) - call.offsets;
     };
     Share& share = shares[own];
-    share.first = own ? start(own) : 0, share.last = start(own + 1);
+    share = {own ? start(own) : 0, start(own + 1)};
     split(call, share, ids, order);
 #pragma omp barrier
     int64_t hot = 0, cold = 0, hot_before = 0, cold_before = 0;
@@ -141,6 +140,7 @@ void split_together(const Call& call, int threads) {
     if (call.order) move(order, call.order);
     shift_offsets(call, share, hot_before, hot + cold_before);
   }
+  return true;
 }
 
 }  // namespace
@@ -148,6 +148,8 @@ void split_together(const Call& call, int threads) {
 extern "C" {
 
 int64_t recemb_split_call_size() { return sizeof(Call); }
+
+void recemb_split_fail(int64_t at) { recemb::Buffer::failing = at; }
 
 // Fills a table of 2^(64 - shift) entries, of which more than `count` are -1 so that a search ends.
 void recemb_split_index(const int64_t* keys, int64_t count, int32_t* table, int64_t shift) {
@@ -162,9 +164,9 @@ void recemb_split_index(const int64_t* keys, int64_t count, int32_t* table, int6
 
 void recemb_split(const Call* call) {
   const int64_t bags = call->num_features * call->batch;
-  if (call->threads > 1 && call->num_ids >= SERIAL) {
-    split_together(*call, static_cast<int>(call->threads));
-  } else {
+  const bool together = call->threads > 1 && call->num_ids >= SERIAL;
+  // By one thread it needs no memory.
+  if (!together || !split_together(*call, static_cast<int>(call->threads))) {
     Share share{0, bags};
     split(*call, share, call->out_ids, call->order);
     std::reverse(call->out_ids + share.hot, call->out_ids + call->num_ids);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "recemb_plan.h"
 #include "recemb_sort.h"
@@ -22,31 +21,41 @@ constexpr int64_t TOGETHER = 1 << 14;
 // Everything a call holds from its forward to its backward; kept for the next call of the same tables.
 struct State {
   PlanRoom plan;
-  Buffer bags, slots, kept{true}, spare{true};
-  std::vector<Table> tables;
-  std::vector<std::vector<int64_t>> features;
-  std::vector<Gradient> gradient;
-  bool reserved = false, one_hot = false;
+  Buffer bags, slots, kept{true}, spare{true}, own;
+  Buffer tables, features, gradient;  // of the group
+  bool known = false, reserved = false, one_hot = false;
   bool complete = false;  // the backward's plans are there too
 };
 
 int threads_for(const Call* call, int64_t threads) { return static_cast<int>(call->num_ids < SERIAL ? 1 : threads); }
 
-// Points the call and its tables at the state and at this call's parameters.
-void attach(Call* call, State* state) {
-  if (state->tables.empty()) {
-    state->tables.resize(call->num_tables), state->features.resize(call->num_tables);
-    state->gradient.resize(call->num_features);
-    for (int64_t f = 0; f < call->num_features; f++) state->features[call->features[f].table].push_back(f);
+// What a state keeps of its group.
+void know(const Call* call, State* state) {
+  Table* tables = state->tables.room<Table>(call->num_tables);
+  int64_t* feature = state->features.room<int64_t>(call->num_features);
+  state->gradient.room<Gradient>(call->num_features);
+  for (int64_t t = 0; t < call->num_tables; t++) {
+    tables[t] = {};
+    tables[t].features = feature;
+    for (int64_t f = 0; f < call->num_features; f++)
+      if (call->features[f].table == t) *feature++ = f;
+    tables[t].num_features = feature - tables[t].features;
   }
-  call->tables = state->tables.data(), call->gradient = state->gradient.data();
+  state->known = true;
+}
+
+// Points the call and its tables at the state and at this call's parameters.
+void attach(Call* call, State* state, int threads) {
+  if (!state->known) know(call, state);
+  call->tables = state->tables.at<Table>(), call->gradient = state->gradient.at<Gradient>();
   call->bag = state->one_hot ? nullptr : state->bags.at<int32_t>();
   call->slot = state->one_hot ? nullptr : state->slots.at<int32_t>();
+  call->own_stride = 0;
   int64_t at = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
     table.code = call->codes + t, table.order = table.code->order;
-    table.features = state->features[t].data(), table.num_features = static_cast<int64_t>(state->features[t].size());
+    call->own_stride = std::max({call->own_stride, table.code->kernel.own, table.code->mirror.own});
     table.param = call->param + at;
     table.optimizer = GRADIENT, table.left = 0;
     if (call->rules) {
@@ -55,12 +64,20 @@ void attach(Call* call, State* state) {
     }
     for (int64_t k = 0; k < table.code->parameters && table.optimizer != GRADIENT; k++) {
       const Rule& rule = call->rules[t];
-      // One step more for every parameter that is stepped, as torch's optimizers count.
-      const double step = call->steps[at + k] ? ++*call->steps[at + k] : 1;
+      const double step = call->steps[at + k] ? *call->steps[at + k] + 1 : 1;
       table.hyper[k] = hyper_at(rule.optimizer, step, rule.lr, rule.eps, rule.beta1, rule.beta2, rule.lr_decay);
     }
     at += table.code->parameters;
   }
+  call->own = state->own.room<float>(threads * call->own_stride);
+}
+
+// One step more for every parameter that has been stepped, as torch's optimizers count.
+void count_steps(const Call* call) {
+  int64_t at = 0;
+  for (int64_t t = 0; t < call->num_tables; at += call->codes[t++].parameters)
+    for (int64_t k = at; k < at + call->codes[t].parameters && call->rules[t].optimizer != GRADIENT; k++)
+      if (call->steps[k]) ++*call->steps[k];
 }
 
 bool holds_one_id_a_bag(const Call* call) {
@@ -81,17 +98,16 @@ bool plans(const Call* call, Plan pass) {
   return std::any_of(call->codes, call->codes + call->num_tables, [&](const TableCode& c) { return c.plan == pass; });
 }
 
+// Makes room for the plans of a batch.
+void reserve_plan(const Call* call, State* state, int threads) {
+  if (!state->reserved) state->plan.reserve(call);
+  state->reserved = true;
+  // The backward may meet more threads than the forward did.
+  state->plan.reserve_threads(threads);
+}
+
 // Plans the tables whose kernels ask for it in this pass; every thread of the region calls it.
 void plan_tables(const Call* call, State* state, Plan pass) {
-#pragma omp single
-  {
-    if (!state->reserved) {
-      state->plan.reserve(call);
-      state->reserved = true;
-    }
-    // The backward may meet more threads than the forward did.
-    state->plan.counts.room<int32_t>(int64_t{omp_get_num_threads()} << SORT_BITS);
-  }
   const auto now = [&](int64_t t) { return call->codes[t].plan == pass; };
   const auto base = [&](int64_t t) {
     int64_t ids = 0;
@@ -99,30 +115,30 @@ void plan_tables(const Call* call, State* state, Plan pass) {
     return ids;
   };
   // Large tables are sorted by all threads together, the others by one thread each.
-  const int threads = omp_get_num_threads();
+  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
   for (int64_t t = 0; t < call->num_tables && threads > 1; t++)
-    if (now(t) && call->tables[t].ids >= TOGETHER) sort_table(call, t, base(t), state->plan, omp_get_thread_num(), threads);
+    if (now(t) && call->tables[t].ids >= TOGETHER) sort_table(call, t, base(t), state->plan, thread, threads);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
   for (int64_t t = 0; t < call->num_tables; t++)
-    if (now(t)) plan_table(call, t, base(t), state->plan);
+    if (now(t)) plan_table(call, t, base(t), state->plan, thread);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < call->num_tables * MAX_ORDER; task++) {
     // The last level is the largest: first.
     const int64_t t = task / MAX_ORDER, level = MAX_ORDER - 1 - task % MAX_ORDER;
-    if (now(t)) plan_level(call, t, level);
+    if (now(t)) plan_level(call, t, level, state->plan, thread);
   }
 }
 
 // Looks at a new batch, and makes room for what is known of its bags.
-void begin(Call* call, State* state) {
+void begin(Call* call, State* state, int threads) {
   state->reserved = state->complete = false;
   state->one_hot = holds_one_id_a_bag(call);
   if (!state->one_hot) {
     // At least one: null means one id a bag.
     state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
   }
-  attach(call, state);
+  attach(call, state, threads);
   count_ids(call);
 }
 
@@ -180,10 +196,11 @@ extern "C" {
 
 int64_t recemb_tree_call_size() { return sizeof(Call); }
 int64_t recemb_tree_code_size() { return sizeof(TableCode); }
-void* recemb_tree_state_new() { return new State; }
+void* recemb_tree_state_new() { return new (std::nothrow) State; }
 void recemb_tree_state_free(void* state) { delete static_cast<State*>(state); }
 
 void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
+void recemb_tree_fail(int64_t at) { Buffer::failing = at; }
 
 // 0 when offsets rise from 0 to `num_ids`, every feature's ids are in [0, limits[f]) and weights are finite.
 int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const float* weights, int64_t num_ids,
@@ -213,17 +230,27 @@ int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const floa
   return bad;
 }
 
+// The three below return 0, or how many bytes there is no room for: nothing of the caller's has been written then, and
+// the state serves the next batch, or the same call again.
+
 // Plans a batch for both passes, ahead of its forward. Parameters are not read.
-void recemb_tree_prepare(Call* call, void* holder, int64_t threads) {
+int64_t recemb_tree_prepare(Call* call, void* holder, int64_t threads) {
   State* state = static_cast<State*>(holder);
-  begin(call, state);
-#pragma omp parallel num_threads(threads_for(call, threads))
+  const int team = threads_for(call, threads);
+  const bool plan = plans(call, FORWARD) || plans(call, BACKWARD);
+  const int64_t lacks = lacking([&] {
+    begin(call, state, team);
+    if (plan) reserve_plan(call, state, team);
+  });
+  if (lacks) return lacks;
+#pragma omp parallel num_threads(team)
   {
     if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
     for (const Plan pass : {FORWARD, BACKWARD})
       if (plans(call, pass)) plan_tables(call, state, pass);
   }
   state->complete = true;
+  return 0;
 }
 
 // The driver's own floats at work, of the products and of the rows; what `micro_batch_rows` bounds.
@@ -233,37 +260,48 @@ int64_t recemb_tree_workspace(void* holder) {
 }
 
 // `prepared`: recemb_tree_prepare has been called with this batch and state.
-void recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t prepared) {
+int64_t recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t prepared) {
   State* state = static_cast<State*>(holder);
   const bool plan = plans(call, FORWARD) && !prepared;
-  if (prepared)
-    attach(call, state);
-  else
-    begin(call, state);
-#pragma omp parallel num_threads(threads_for(call, threads))
+  const int team = threads_for(call, threads);
+  int64_t lacks = lacking([&] {
+    if (prepared)
+      attach(call, state, team);
+    else
+      begin(call, state, team);
+    if (plan) reserve_plan(call, state, team);
+  });
+  if (lacks) return lacks;
+#pragma omp parallel num_threads(team)
   {
     if (plan) {
       if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
       plan_tables(call, state, FORWARD);
     }
 #pragma omp single
-    place(call, state, true);
-    run_kernels(call, &Functions::forward);
+    lacks = lacking([&] { place(call, state, true); });
+    if (!lacks) run_kernels(call, &Functions::forward);
   }
+  return lacks;
 }
 
-// 0, or 1 when the gradient is not finite: nothing has been written then.
+// -1 when the gradient is not finite: nothing has been written then either.
 int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
   State* state = static_cast<State*>(holder);
   bool updates = false;
   for (int64_t t = 0; t < call->num_tables; t++) updates = updates || call->rules[t].optimizer != GRADIENT;
-  if (updates && !finite(call->grad_out, call->batch * call->columns, threads)) return 1;
-  attach(call, state);
-  for (int64_t f = 0; f < call->num_features; f++)
-    state->gradient[f] = {call->grad_out + call->features[f].column, call->columns};
+  if (updates && !finite(call->grad_out, call->batch * call->columns, threads)) return -1;
   // Kernels without a plan look bags up as well.
   const bool bags = plans(call, BACKWARD) || plans(call, NEVER), plan = plans(call, BACKWARD) && !state->complete;
-#pragma omp parallel num_threads(threads_for(call, threads))
+  const int team = threads_for(call, threads);
+  int64_t lacks = lacking([&] {
+    attach(call, state, team);
+    if (plan) reserve_plan(call, state, team);
+  });
+  if (lacks) return lacks;
+  for (int64_t f = 0; f < call->num_features; f++)
+    call->gradient[f] = {call->grad_out + call->features[f].column, call->columns};
+#pragma omp parallel num_threads(team)
   {
     if (bags && !state->one_hot) {
       fill_bags(call, state->bags.at<int32_t>());
@@ -271,9 +309,11 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
     }
     if (plan) plan_tables(call, state, BACKWARD);
 #pragma omp single
-    place(call, state, false);
-    run_kernels(call, &Functions::backward);
+    lacks = lacking([&] { place(call, state, false); });
+    if (!lacks) run_kernels(call, &Functions::backward);
   }
+  if (lacks) return lacks;
+  count_steps(call);
   state->complete = true;  // for another backward of the same look-up
   return 0;
 }

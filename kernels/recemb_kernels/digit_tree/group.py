@@ -24,7 +24,7 @@ MICRO_BATCH_ROWS = 2**13
 
 
 class _Functions(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("kept", "spare", "forward", "backward"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("kept", "spare", "forward", "backward", "own"))
 
 
 class _Code(ctypes.Structure):
@@ -56,7 +56,8 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "codes", "features")),
         *((name, ctypes.c_void_p) for name in ("param", "out", "grad_out", "grad_weights")),
         *((name, ctypes.c_void_p) for name in ("rules", "grad", "state", "state2", "steps")),
-        *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "slot")),
+        *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "slot", "own")),
+        ("own_stride", ctypes.c_int64),
     )
 
 
@@ -119,11 +120,9 @@ class Batch:
 class State:
     """What one forward leaves for its backward: memory of the driver, given back when it is dropped."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, pointer: int) -> None:
+        self._group, self.pointer = group, pointer
         self.prepared = False
-        # A list's pop and append are atomic, so threads need no lock.
-        self.pointer: int = group.free.pop() if group.free else group.driver.recemb_tree_state_new()
 
     def __del__(self) -> None:
         self._group.free.append(self.pointer)
@@ -131,6 +130,9 @@ class State:
 
 class Group:
     """Tables and features that are looked up together; fixed, so built once and called for every batch.
+
+    Every pass makes all its room before it writes anything of its caller's: a MemoryError changes neither
+    parameters nor their optimizers' states, and what was asked for can be asked for again.
 
     Args:
         kernels: one per table.
@@ -185,8 +187,8 @@ class Group:
         Args:
             parameters: those of the forward; none is read.
         """
-        state, call = State(self), self._call(parameters, batch)
-        self.driver.recemb_tree_prepare(ctypes.addressof(call), state.pointer, 1)
+        state, call = self._state(), self._call(parameters, batch)
+        self._lacks(self.driver.recemb_tree_prepare(ctypes.addressof(call), state.pointer, 1), batch)
         state.prepared = True
         return state
 
@@ -198,13 +200,15 @@ class Group:
         A ``state`` of the same batch comes from :meth:`prepare`, or is filled again for parameters that have
         changed since.
         """
-        state = State(self) if state is None else state
+        state = self._state() if state is None else state
         out = _floats(batch.size, self.columns)
         call = self._call(parameters, batch)
         call.out, call.keep = out.data_ptr(), int(keep)
         threads, prepared = torch.get_num_threads(), int(state.prepared)
         state.prepared = False
-        self.driver.recemb_tree_forward(ctypes.addressof(call), state.pointer, threads, prepared)
+        self._lacks(
+            self.driver.recemb_tree_forward(ctypes.addressof(call), state.pointer, threads, prepared), batch
+        )
         return out, state
 
     def backward(
@@ -225,6 +229,7 @@ class Group:
 
         Raises:
             FloatingPointError: there is an update and ``grad_out`` is not finite; nothing has changed.
+            MemoryError: nor has it then.
         """
         call = self._call(parameters, batch)
         grad_out = grad_out.contiguous()
@@ -256,9 +261,29 @@ class Group:
         call.state, call.state2, call.steps = base + 8 * each, base + 16 * each, base + 24 * each
         call.rules = ctypes.addressof(rules)
         threads = torch.get_num_threads()
-        if self.driver.recemb_tree_backward(ctypes.addressof(call), state.pointer, threads):
+        lacks = self.driver.recemb_tree_backward(ctypes.addressof(call), state.pointer, threads)
+        if lacks < 0:
             raise FloatingPointError("the gradient of the pooled rows is NaN or infinite")
+        self._lacks(lacks, batch)
         return grads, grad_weights
+
+    def _state(self) -> State:
+        try:
+            # A list's pop and append are atomic, so threads need no lock.
+            pointer = self.free.pop()
+        except IndexError:
+            pointer = self.driver.recemb_tree_state_new()
+        if pointer is None:
+            raise MemoryError("no memory for a look-up")
+        return State(self, pointer)
+
+    def _lacks(self, size: int, batch: Batch) -> None:
+        if size:
+            raise MemoryError(
+                f"no memory for {size:,} bytes more, for {batch.ids.numel():,} ids of {batch.size:,} samples "
+                f"in {self.num_tables} tables; nothing has changed. Use a smaller batch, or where tensor "
+                f"trains take it, micro_batch_rows below {self._template.slice_rows:,}"
+            )
 
     def _code(self, kernel: TableKernel) -> _Code:
         code = _Code(
@@ -309,7 +334,7 @@ def driver() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    library = load("tree_driver", [_HERE / "driver.cpp", _HERE / "plan.cpp"], {})
+    library = load("tree_driver", [_HERE / name for name in ("driver.cpp", "plan.cpp", "buffer.cpp")], {})
     for name, structure in (("call", _Call), ("code", _Code)):
         size = getattr(library, f"recemb_tree_{name}_size")
         size.restype = ctypes.c_int64
@@ -322,14 +347,13 @@ def driver() -> ctypes.CDLL:
     library.recemb_tree_state_free.restype = None
     library.recemb_tree_forward.argtypes = (pointer, pointer, integer, integer)
     library.recemb_tree_backward.argtypes = (pointer, pointer, integer)
-    library.recemb_tree_forward.restype = None
-    library.recemb_tree_backward.restype = integer
-    library.recemb_tree_prepare.argtypes, library.recemb_tree_prepare.restype = (
-        (*(pointer,) * 2, integer),
-        None,
-    )
+    library.recemb_tree_prepare.argtypes = (pointer, pointer, integer)
+    for function in ("prepare", "forward", "backward"):
+        getattr(library, f"recemb_tree_{function}").restype = integer
     library.recemb_tree_workspace.argtypes, library.recemb_tree_workspace.restype = (pointer,), integer
-    library.recemb_tree_poison.argtypes, library.recemb_tree_poison.restype = (integer,), None
+    for function in ("poison", "fail"):
+        for_tests = getattr(library, f"recemb_tree_{function}")
+        for_tests.argtypes, for_tests.restype = (integer,), None
     library.recemb_tree_check.argtypes = (*(pointer,) * 3, *(integer,) * 3, pointer, integer)
     library.recemb_tree_check.restype = integer
     return library

@@ -1,12 +1,6 @@
 #include "recemb_plan.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <vector>
 
 #include "recemb_sort.h"
 
@@ -14,7 +8,6 @@ namespace recemb {
 
 namespace {
 
-constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
 // 32-bit arrays of a plan: perm, then per level parent, first, digit, group, by_digit, runs (4), pieces, slices (3).
 constexpr int64_t ARRAYS_PER_LEVEL = 13;
 int64_t arrays_of(int64_t order) { return 1 + ARRAYS_PER_LEVEL * order; }
@@ -192,23 +185,22 @@ double product_cost(const Table& table, bool mirrored, const int64_t* nodes) {
   return cost;
 }
 
+// Bits of a table of bits, in which distinct suffixes are counted.
+constexpr uint64_t MOST = uint64_t{1} << 20;
+
 // Whether products of suffixes are enough fewer than products of prefixes to sort again. Depends on the distinct
-// ids alone, so that equal batches are computed in equal ways.
-bool mirror_is_cheaper(const Table& table, const int64_t* keys) {
+// ids alone, so that equal batches are computed in equal ways. `seen` has room for MOST bits.
+bool mirror_is_cheaper(const Table& table, const int64_t* keys, uint64_t* seen) {
   const TableCode& code = *table.code;
   const int64_t levels = table.order;
   if (levels < 3 || code.product_cost[1][1] == 0) return false;
   int64_t straight[MAX_ORDER], mirrored[MAX_ORDER] = {};
   for (int64_t l = 0; l < levels; l++) straight[l] = table.level[l].nodes;
-  // Distinct suffixes of each length, counted in a table of bits; large tables of bits count hashes, and two
-  // suffixes with one hash count once.
-  constexpr uint64_t MOST = uint64_t{1} << 20;
-  static thread_local std::vector<uint64_t> storage;
-  std::vector<uint64_t>& seen = storage;
+  // Distinct suffixes of each length; large tables of bits count hashes, and two suffixes with one hash count once.
   uint64_t span = code.radix[levels - 1];
   for (int64_t l = 1; l + 1 < levels; l++) {
     span *= code.radix[levels - 1 - l];
-    seen.assign(std::min(span, MOST) / 64 + 1, 0);
+    std::fill_n(seen, std::min(span + 63, MOST) / 64, 0);
     for (int64_t u = 0; u < table.rows(); u++) {
       uint64_t suffix = static_cast<uint64_t>(keys[u]);
       suffix -= quotient(suffix, span) * span;
@@ -264,39 +256,27 @@ uint64_t straight(uint64_t key) { return key; }
 
 }  // namespace
 
-Buffer::~Buffer() { std::free(memory_); }
-
-bool Buffer::poison = false;
-
-void* Buffer::reserve(int64_t bytes) {
-  if (bytes > size_) grow(bytes);
-  if (poison && size_) std::memset(memory_, 0xFF, size_);
-  return memory_;
-}
-
-void Buffer::grow(int64_t bytes) {
-  std::free(memory_);
-  memory_ = nullptr, size_ = 0;
-  // A quarter more than asked, so that batches of varying length settle.
-  const int64_t align = huge_ && bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
-  const int64_t size = (bytes + bytes / 4 + align - 1) / align * align;
-  memory_ = std::aligned_alloc(align, size);
-  if (!memory_) throw std::bad_alloc();
-  if (align == HUGE_PAGE) madvise(memory_, size, MADV_HUGEPAGE);
-  size_ = size;
-}
-
 void PlanRoom::reserve(const Call* call) {
   int64_t each = 0, total = 0;
+  words = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
     const int64_t room = table.ids + 2;
     each += room, total += room * arrays_of(table.order);
+    // Of one level's nodes twice, and of what tells whether a mirror is cheaper.
+    if (table.order > 1) words = std::max(words, 2 * room);
+    if (table.order > 2) words = std::max<int64_t>(words, MOST / 64);
     table.most = largest_key(call, table), table.sorted = nullptr;
   }
   keys.room<int64_t>(each);
   arrays.room<int32_t>(total);
   records.room<Wide>(2 * each);
+  words = (words + 7) / 8 * 8;  // whole lines
+}
+
+void PlanRoom::reserve_threads(int64_t threads) {
+  counts.room<int32_t>(threads << SORT_BITS);
+  scratch.room<uint64_t>(threads * words);
 }
 
 void count_ids(const Call* call) {
@@ -320,7 +300,7 @@ void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   });
 }
 
-void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room) {
+void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room, int thread) {
   Table& table = call->tables[index];
   int64_t before = 0;
   for (int64_t t = 0; t < index; t++) before += (call->tables[t].ids + 2) * arrays_of(call->tables[t].order);
@@ -338,7 +318,7 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   if (!table.sorted) sort_table(call, index, base, room, 0, 1);
   with_records(table, records_of(room, index, base), [&](auto* a) {
     grow_tree(table, static_cast<decltype(a)>(table.sorted), keys, perm);
-    if (!mirror_is_cheaper(table, keys)) return;
+    if (!mirror_is_cheaper(table, keys, room.scratch_of(thread))) return;
     table.mirrored = 1;
     collect(call, table, 0, table.ids, Mirror{*table.code}, a);
     grow_tree(table, radix_sort(a, a + table.ids, table.ids, bits_of(table.most)), keys, perm);
@@ -347,12 +327,11 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   cut_slices(table, table.code->plan == FORWARD ? call->slice_rows : table.ids);
 }
 
-void plan_level(const Call* call, int64_t index, int64_t l) {
+void plan_level(const Call* call, int64_t index, int64_t l, const PlanRoom& room, int thread) {
   Table& table = call->tables[index];
   if (l == 0 || l >= table.order) return;
-  static thread_local std::vector<Narrow> records;
-  if (static_cast<int64_t>(records.size()) < 2 * table.level[l].nodes) records.resize(2 * table.level[l].nodes);
-  group_level(table.level[l], table.slices, radix_of(table, l), records.data(), records.data() + table.level[l].nodes);
+  Narrow* records = reinterpret_cast<Narrow*>(room.scratch_of(thread));
+  group_level(table.level[l], table.slices, radix_of(table, l), records, records + table.level[l].nodes);
   if (l == table.order - 2) weigh_runs(table);
 }
 

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <iterator>
-#include <vector>
 
 #include "recemb_bags.h"
 #include "recemb_storage.h"
@@ -100,18 +99,20 @@ constexpr int widest_gradients() {
 
 // Per-thread room, off the stack: a slice of rank 256 is over a megabyte.
 enum Room { TILE, SLICE, GRADIENTS, ROOMS };
-float* scratch(Room which) {
-  constexpr int WIDEST_GRADIENTS = std::max(widest_gradients<Sizes<false>>(), widest_gradients<Sizes<true>>());
-  constexpr int SIZE[] = {WIDEST_SLICE, WIDEST_SLICE, WIDEST_GRADIENTS};
-  static thread_local std::vector<float> room[ROOMS];
-  if (room[which].empty()) room[which].resize(SIZE[which]);
-  if (POISON) std::fill(room[which].begin(), room[which].end(), NAN);
-  return room[which].data();
+constexpr int WIDEST_GRADIENTS = std::max(widest_gradients<Sizes<false>>(), widest_gradients<Sizes<true>>());
+// Where each begins, in whole lines, and how much all take.
+constexpr int64_t ROOM_AT[] = {0, (WIDEST_SLICE + LINE - 1) / LINE * LINE, 2 * ((WIDEST_SLICE + LINE - 1) / LINE * LINE)};
+constexpr int64_t OWN = ROOM_AT[GRADIENTS] + (WIDEST_GRADIENTS + LINE - 1) / LINE * LINE;
+
+float* scratch(const Call& call, Room which) {
+  float* room = call.own + omp_get_thread_num() * call.own_stride + ROOM_AT[which];
+  if (POISON) std::fill_n(room, which == GRADIENTS ? WIDEST_GRADIENTS : WIDEST_SLICE, NAN);
+  return room;
 }
 
 // What a task leaves in its thread's room is not for the next one.
-void forget() {
-  for (int which = TILE; POISON && which < ROOMS; which++) scratch(static_cast<Room>(which));
+void forget(const Call& call) {
+  for (int which = TILE; POISON && which < ROOMS; which++) scratch(call, static_cast<Room>(which));
 }
 
 template <bool MIRRORED>
@@ -205,7 +206,7 @@ struct Train : Sizes<MIRRORED> {
 #pragma omp for schedule(static) nowait
       for (int64_t g = 0; g < level.touched; g++) {
         float* to = packed[l] + g * S::PACKED(l);
-        float* room = S::AS_STORED(l) ? to : scratch(TILE);
+        float* room = S::AS_STORED(l) ? to : scratch(call, TILE);
         const float* slice = read_row<S::core(l), S::WIDTH(l)>(table.param[S::core(l)], level.digit[g], room);
         if (S::AS_STORED(l)) continue;
         if (S::PACKED(l) > S::WIDTH(l)) std::fill(to, to + S::PACKED(l), 0.0f);

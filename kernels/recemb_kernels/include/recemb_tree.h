@@ -49,6 +49,7 @@ struct Functions {
   int64_t (*spare)(const Table*, const Call*); // floats of one pass, forward or backward
   void (*forward)(const Table*, const Call*);
   void (*backward)(const Table*, const Call*);
+  int64_t own;                                 // floats of each thread's own
 };
 
 // What is fixed for one table of a group.
@@ -93,7 +94,6 @@ struct Table {
   float* kept;
   float* spare;
   int64_t spare_size;
-  void* scratch;             // of the kernel at work
   Level level[MAX_ORDER];
   int64_t rows() const { return level[order - 1].nodes; }
 };
@@ -126,6 +126,8 @@ struct Call {
   Gradient* gradient;    // per feature
   const int32_t* bag;    // [ids] bag of each position; null when every bag holds one id
   int32_t* slot;         // [ids] distinct row of each position; null unless rows are pooled from a list
+  float* own;            // [threads, own_stride] of the kernel at work
+  int64_t own_stride;
 };
 
 }  // namespace recemb

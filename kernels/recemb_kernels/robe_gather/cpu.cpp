@@ -5,7 +5,6 @@
 // by start, and each array row gathers its gradient from the blocks that start in it or in the row before: one
 // owner, one order, and the optimizer steps on it at once.
 #include <algorithm>
-#include <vector>
 
 #include "recemb_bags.h"
 #include "recemb_sort.h"
@@ -100,22 +99,47 @@ void add_row(const Table* table, const Hash& hash, int64_t t, int64_t key, float
   }
 }
 
-// Sorted blocks of the batch, and the array rows that they touch, each with the blocks that start in it.
+// Sorted blocks of the batch, and the array rows that they touch, each with the blocks that start in it. They lie in
+// the table's workspace, behind the distinct rows' gradients where there are any.
 struct Blocks {
-  std::vector<Narrow> narrow;
-  std::vector<Wide> wide;
-  std::vector<int64_t> start, piece;  // piece: (position in the batch, or distinct row) * BLOCKS + block, by start
-  std::vector<float> sign;            // by piece
-  std::vector<int64_t> row, first;    // touched array rows, rising; first block at or after each row's begin
+  int64_t n;
+  int64_t* rows;           // [1] touched array rows
+  int64_t *start, *piece;  // [n] piece: (position in the batch, or distinct row) * BLOCKS + block, by start
+  int64_t *row, *first;    // [rows] touched array rows, rising; first block at or after each row's begin
+  void* records;           // [2 n]
+  float* sign;             // [n] by piece
+  int64_t floats;          // of all
+
+  Blocks(const Table* table, const Call* call) : n(DIRECT ? table->ids : table->rows() * BLOCKS) {
+    // A block touches two rows, and one that wraps row 0.
+    const int64_t touched = std::min(2 * n + 1, table->code->constants[0]);
+    const int64_t gradients = DIRECT ? 0 : (table->rows() * D + LINE - 1) / LINE * LINE;
+    const int64_t record = is_wide(table) ? sizeof(Wide) : sizeof(Narrow);
+    constexpr int64_t PAGE = 4096 / sizeof(int64_t);
+    int64_t* const base = reinterpret_cast<int64_t*>(table->spare + gradients);
+    // Each at another place of its page: a processor takes a load for one of what a store has just written when both
+    // end in the same twelve bits, and waits.
+    int64_t at = 0, arrays = 0;
+    const auto take = [&](int64_t count) {
+      at = (at + PAGE - 1) / PAGE * PAGE + arrays++ * (PAGE / 8);
+      return at += count, base + at - count;
+    };
+    rows = take(1), start = take(n), piece = take(n), row = take(touched), first = take(touched);
+    records = take(2 * n * record / static_cast<int64_t>(sizeof(int64_t)));
+    const int64_t signs = DIRECT ? call->num_ids : n;
+    sign = reinterpret_cast<float*>(take((signs + 1) / 2));
+    floats = sign - table->spare + signs;
+  }
+  static int64_t size_of(const Table* table) { return table->code->constants[0] * Z; }
+  static bool is_wide(const Table* table) { return size_of(table) >> 32; }
 };
 
 template <class Record>
-void sort_pieces(Blocks& blocks, std::vector<Record>& records, int64_t size) {
-  const int64_t n = static_cast<int64_t>(blocks.start.size());
-  records.resize(2 * n);
+void sort_pieces(Blocks& blocks, int64_t size) {
+  const int64_t n = blocks.n;
+  Record* records = static_cast<Record*>(blocks.records);
   for (int64_t i = 0; i < n; i++) records[i] = Record(blocks.start[i], DIRECT ? blocks.piece[i] : i);
-  const Record* sorted = radix_sort(records.data(), records.data() + n, n, bits_of(size - 1));
-  blocks.piece.resize(n);
+  const Record* sorted = radix_sort(records, records + n, n, bits_of(size - 1));
   for (int64_t i = 0; i < n; i++) {
     blocks.start[i] = static_cast<int64_t>(sorted[i].key());
     blocks.piece[i] = sorted[i].value();
@@ -124,14 +148,13 @@ void sort_pieces(Blocks& blocks, std::vector<Record>& records, int64_t size) {
 
 // From unsorted starts, in order of piece.
 void sort_blocks(const Table* table, Blocks& blocks) {
-  const int64_t size = table->code->constants[0] * Z, count = table->code->constants[0];
-  if (size >> 32)
-    sort_pieces(blocks, blocks.wide, size);
+  const int64_t size = Blocks::size_of(table), count = table->code->constants[0], n = blocks.n;
+  if (Blocks::is_wide(table))
+    sort_pieces<Wide>(blocks, size);
   else
-    sort_pieces(blocks, blocks.narrow, size);
-  blocks.row.clear(), blocks.first.clear();
-  const int64_t n = static_cast<int64_t>(blocks.start.size());
-  const auto touch = [&](int64_t row, int64_t at) { blocks.row.push_back(row), blocks.first.push_back(at); };
+    sort_pieces<Narrow>(blocks, size);
+  int64_t rows = 0;
+  const auto touch = [&](int64_t row, int64_t at) { blocks.row[rows] = row, blocks.first[rows++] = at; };
   const auto spills = [&](int64_t i, int64_t end) {
     return blocks.start[i] + length_of(static_cast<int>(blocks.piece[i] % BLOCKS)) > end;
   };
@@ -147,12 +170,13 @@ void sort_blocks(const Table* table, Blocks& blocks) {
     for (; i < n && blocks.start[i] < end; i++) goes_on = goes_on || spills(i, end);
     if (goes_on && row + 1 < count) touch(last = row + 1, i);
   }
+  *blocks.rows = rows;
 }
 
 // sum[2 Z] of the blocks from `at` on that start in array row `from`: that row and the one after it. Whole blocks
 // are added, so that the loops have constant lengths; a row takes its half of two such sums.
 void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int64_t at, int64_t from, float* sum) {
-  const int64_t n = static_cast<int64_t>(blocks.start.size()), end = (from + 1) * Z;
+  const int64_t n = blocks.n, end = (from + 1) * Z;
   for (int64_t k = at; k < n && blocks.start[k] < end; k++) {
     if (DIRECT && k + AHEAD < n) {
       const int64_t next = blocks.piece[k + AHEAD];
@@ -174,7 +198,7 @@ void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int6
 // Steps on this thread's share of the touched array rows. A row's gradient is its half of the blocks that start in it
 // and the other half of those that start in the row before, which the loop has just added up and hands on.
 void add_rows(const Table* table, const Call* call, const Blocks& blocks) {
-  const int64_t rows = static_cast<int64_t>(blocks.row.size()), count = table->code->constants[0];
+  const int64_t rows = *blocks.rows, count = table->code->constants[0];
   const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
   const int64_t first = rows * thread / threads, past = rows * (thread + 1) / threads;
   float sums[2][2 * Z], grad[Z];
@@ -196,7 +220,7 @@ void add_rows(const Table* table, const Call* call, const Blocks& blocks) {
 }
 
 int64_t kept(const Table*, const Call*) { return 0; }
-int64_t spare(const Table* table, const Call* call) { return call->grad_out && !DIRECT ? table->rows() * D : 0; }
+int64_t spare(const Table* table, const Call* call) { return call->grad_out ? Blocks(table, call).floats : 0; }
 
 void forward(const Table* table, const Call* call) {
   const Hash hash(table);
@@ -224,21 +248,8 @@ void backward(const Table* table, const Call* call) {
       });
     });
   }
-  const int64_t rows = DIRECT ? table->ids : table->rows();
-  // One set of vectors a thread that ever sorts, so that their memory is used again.
-  static thread_local Blocks sorted;
-#pragma omp single
-  {
-    sorted.start.resize(rows * BLOCKS), sorted.sign.resize(DIRECT ? call->num_ids : rows * BLOCKS);
-    sorted.piece.resize(rows);
-    if (POISON) {
-      std::fill(sorted.start.begin(), sorted.start.end(), int64_t{1} << 60);
-      std::fill(sorted.piece.begin(), sorted.piece.end(), int64_t{1} << 60);
-      std::fill(sorted.sign.begin(), sorted.sign.end(), NAN);
-    }
-    const_cast<Table*>(table)->scratch = &sorted;
-  }
-  Blocks& blocks = *static_cast<Blocks*>(table->scratch);
+  Blocks blocks(table, call);
+  if (!blocks.n) return;  // the workspace of a batch of no samples is empty
   if constexpr (DIRECT) {
     int64_t before = 0;
     for (int64_t k = 0; k < table->num_features; k++) {
@@ -254,7 +265,7 @@ void backward(const Table* table, const Call* call) {
 #pragma omp barrier
   } else {
 #pragma omp for schedule(dynamic, ROWS)
-    for (int64_t u = 0; u < rows; u++) {
+    for (int64_t u = 0; u < table->rows(); u++) {
       hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
       row_gradient<D>(table, call, u, table->spare + u * D);
     }
@@ -262,7 +273,6 @@ void backward(const Table* table, const Call* call) {
 #pragma omp single
   sort_blocks(table, blocks);
   add_rows(table, call, blocks);
-#pragma omp barrier
 }
 
 }  // namespace

@@ -100,11 +100,12 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l), AT_ONCE = nodes_at_once<S>(l);
     const Level& level = table.level[l];
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1];
-    float *const tile_room = scratch(TILE), *const slice_room = scratch(SLICE), *const grads = scratch(GRADIENTS);
+    float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
+    float* const grads = scratch(call, GRADIENTS);
     Turned turned;
     share_tasks(first, last, [&](int64_t run) { return cost_of_runs<l>(run); }, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
-      forget();
+      forget(call);
       const float* straight = matrix(l, group);
       const bool few = past - start <= FEW;  // transposing would take longer than the product
       if (!few) {
@@ -144,11 +145,11 @@ struct TrainBackward : Train<MIRRORED> {
     const Level& last = table.level[LAST];
     constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
-    float *const tile_room = scratch(TILE), *const slice_room = scratch(SLICE);
+    float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     const bool steps = table.slices == 1 && table.optimizer != GRADIENT;
     share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
       const int64_t group = last.run_group[run];
-      forget();
+      forget(call);
       if (steps && run + SLICES_AHEAD < past)
         prefetch_row<true>(Base::slice_of(LAST, last.run_group[run + SLICES_AHEAD]), S::WIDTH(LAST));
       float* tile = tile_of<LAST>(group, tile_room);
@@ -177,11 +178,11 @@ struct TrainBackward : Train<MIRRORED> {
       level_gradients<l>();
       levels_below<l - 1>();
     } else {
-      float *const room = scratch(SLICE), *const grad = scratch(GRADIENTS);
+      float *const room = scratch(call, SLICE), *const grad = scratch(call, GRADIENTS);
       Turned turned;
 #pragma omp for schedule(static)
       for (int64_t node = begin(0); node < end(0); node++) {
-        forget();
+        forget(call);
         node_gradient<0>(node, grad, turned);
         finish<0>(node, grad, room);
       }
@@ -197,10 +198,10 @@ struct TrainBackward : Train<MIRRORED> {
 #pragma omp barrier
     last_tiles();
 #pragma omp barrier
-    float* const room = scratch(SLICE);
+    float* const room = scratch(call, SLICE);
 #pragma omp for schedule(static)
     for (int64_t node = begin(0); node < end(0); node++) {
-      forget();
+      forget(call);
       finish<0>(node, core0_grad(node), room);
     }
   }
@@ -209,7 +210,7 @@ struct TrainBackward : Train<MIRRORED> {
   void finish_tiles() const {
 #pragma omp for schedule(static) nowait
     for (int64_t g = 0; g < table.level[l].touched; g++)
-      finish<l>(g, tiles[l] + g * S::PACKED(l), scratch(SLICE));
+      finish<l>(g, tiles[l] + g * S::PACKED(l), scratch(call, SLICE));
     if constexpr (l < LAST) finish_tiles<l + 1>();
   }
 
@@ -287,6 +288,6 @@ void backward(const Table* table, const Call* call) {
 }  // namespace
 
 extern "C" Functions recemb_kernel = {kept<false>, spare<false>, forward<false>,
-                                       TRAINS ? backward<false> : nullptr};
+                                       TRAINS ? backward<false> : nullptr, OWN};
 extern "C" Functions recemb_kernel_mirrored = {kept<true>, spare<true>, forward<true>,
-                                                TRAINS ? backward<true> : nullptr};
+                                                TRAINS ? backward<true> : nullptr, OWN};
