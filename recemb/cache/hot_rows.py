@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +14,15 @@ from recemb.cache.before_step import BeforeStep
 from recemb.cache.layout import num_candidates
 from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import add, buckets_of, see, times_seen, vote
+from recemb.errors import CheckpointError
 from recemb.optim.state import version_of
-from recemb.spec import Dense, HotRows, TableSpec
+from recemb.spec import CachePolicy, Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
 
 _FLOATS = ("scores", "votes", "errors")
+# Whose counters these are, in place of the spare bucket's owner, which nothing else reads: a state keeps its
+# keys and shapes, and one that was saved before has -1 there.
+_MARKS = {policy: -2 - k for k, policy in enumerate(get_args(CachePolicy))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +120,31 @@ class HotRowCache(DenseBackend):
             buffer.zero_()
         for buffer in (self.ids, self.owners, self.refreshed):
             buffer.fill_(-1)
+        self.owners[-1] = _MARKS[self.settings.policy]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *context: Any, **named: Any
+    ) -> None:
+        owners = state_dict.get(prefix + "owners")
+        if isinstance(owners, Tensor) and owners.shape == self.owners.shape and not owners.is_meta:
+            wrong = self._misfit(owners)
+            if wrong:
+                # torch raises them all together; nothing of this cache is loaded.
+                context[-1].append(wrong)
+                return
+        super()._load_from_state_dict(state_dict, prefix, *context, **named)
+
+    def _misfit(self, owners: Tensor) -> str:
+        """What is wrong with counters of another policy, which counts other things; empty if nothing is."""
+        mark, own = int(owners[-1]), self.settings.policy
+        theirs = next((policy for policy, known in _MARKS.items() if known == mark), own)
+        if theirs == own:
+            return ""
+        return (
+            f"table {self.table.name!r}: the counters of its cache are of policy={theirs!r}, and it has "
+            f"policy={own!r}, which counts other things. Give it HotRows(policy={theirs!r}); or, to count "
+            "anew, leave the cache's scores, owners and votes out of the state and load it with strict=False"
+        )
 
     @property
     def capacity(self) -> int:
@@ -192,7 +221,13 @@ class HotRowCache(DenseBackend):
 
         Free slots are filled first. Then the hottest id outside takes the place of the coldest row while it
         is strictly hotter. Equal scores go to the lower id.
+
+        Raises:
+            CheckpointError: the counters are another policy's, from a load that writes to tensors in place.
         """
+        wrong = self._misfit(self.owners)
+        if wrong:
+            raise CheckpointError(wrong)
         held = self.ids >= 0
         free = (~held).nonzero().flatten()
         ids, scores = self._candidates(free.numel())
@@ -241,6 +276,7 @@ class HotRowCache(DenseBackend):
             vote(self.owners, self.votes, buckets, evicted, scores)
             self.scores.mul_(self.settings.decay)
             self.votes.mul_(self.settings.decay)
+        self.owners[-1] = _MARKS[self.settings.policy]
         self.before_step.forget()
         moved = torch.tensor([exchange.ids.numel(), evicted.numel()], device=self.counts.device)
         self.counts[2:] += moved

@@ -7,6 +7,8 @@
     steps   [1] int64     training steps so far                   refreshed [1] int64, at the last exchange
     counts  [4] int64     look-ups, hits, promotions, evictions   errors [2] float32, of write-backs
 
+The last owner says whose policy's counters these are, -1 in a state from before that was noted.
+
 None is a scalar: torch cannot gather a ``ShardedTensor`` without dimensions.
 """
 

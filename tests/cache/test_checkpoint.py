@@ -16,6 +16,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 
 from recemb.cache import refresh as refresh_module
 from recemb.cache.hot_rows import HotRowCache
+from recemb.errors import CheckpointError
 from recemb.spec import HotRows, TableSpec
 from tests.backends.cases import make_bags
 from tests.cache.cases import METHODS, Collection, one_id_bags, spec
@@ -150,3 +151,44 @@ def test_a_cache_of_another_size_is_refused() -> None:
     other = built(spec(METHODS["tt"](HotRows(rows=5)), 60))
     with pytest.raises(RuntimeError, match=r"cache\.weight"):
         other.load_state_dict(live.state_dict())
+
+
+@pytest.mark.parametrize("theirs", ["lfu", "lru", "importance"])
+@pytest.mark.parametrize("own", ["lfu", "lru", "importance"])
+def test_counters_of_another_policy_are_refused(own: str, theirs: str, tmp_path: Path) -> None:
+    live, other = built(table("tt", theirs)), built(table("tt", own), seed=9)
+    train(live, range(5))
+    before = snapshot(other)
+    state = snapshot(live)
+    if own == theirs:
+        other.load_state_dict(state)
+        return
+    said = f"table 't': the counters of its cache are of policy='{theirs}', and it has policy='{own}'"
+    with pytest.raises(RuntimeError, match=said):
+        other.load_state_dict(state)
+    cached = [name for name in before if ".cache." in name]
+    assert cached
+    assert all(torch.equal(other.state_dict()[name], before[name]) for name in cached)
+    # Without them it counts anew, with the rows that are cached.
+    counters = {name for name in cached if name.endswith(("scores", "owners", "votes"))}
+    other.load_state_dict({k: v for k, v in state.items() if k not in counters}, strict=False)
+    train(other, range(5, 10))
+    # What loads in place is noticed before it moves a row.
+    dcp_save(live.state_dict(), checkpoint_id=str(tmp_path / "dcp"))
+    dcp_load(other.state_dict(), checkpoint_id=str(tmp_path / "dcp"))
+    with pytest.raises(CheckpointError, match=said):
+        train(other, range(10, 14))
+    assert torch.equal(other.cache().ids, live.cache().ids)
+
+
+def test_a_state_from_before_policies_were_noted_is_loaded() -> None:
+    live, other = built(table("tt", "lru")), built(table("tt", "lru"), seed=9)
+    train(live, range(5))
+    old = snapshot(live)
+    (owners,) = (value for name, value in old.items() if name.endswith("owners"))
+    owners[-1] = -1
+    other.load_state_dict(old)
+    train(live, range(5, 12))
+    train(other, range(5, 12))
+    for name, value in live.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
