@@ -142,6 +142,18 @@ def test_memory_is_given_back_and_used_again() -> None:
     assert group.forward(cores, bags, keep=False)[1].pointer in pointers
 
 
+def test_memory_that_another_thread_has_just_taken_is_made_anew() -> None:
+    class Emptied(list[int]):
+        def __bool__(self) -> bool:
+            return True  # as it was when it was looked at
+
+    cores, bags, _ = train_batch(20, 2, False, 0)
+    group = Group([kernel for _, kernel in make_kernels(False)], [FeatureCode(t, False) for t in range(4)])
+    expected, _ = group.forward(cores, bags, keep=False)
+    group.free = Emptied()
+    assert torch.equal(group.forward(cores, bags, keep=False)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("ids", "offsets", "weights"),
     [
