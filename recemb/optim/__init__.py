@@ -10,6 +10,11 @@ optimizer object keeps its state, its ``param_groups`` (learning-rate schedules 
 dict. Everywhere else the gradient is accumulated and the hook steps, as in plain torch, but that Adam stays
 lazy there. Without a hook (``register_hook=False``, or removed, as DistributedDataParallel does) nothing
 steps in the backward, and the gradient is there for whoever does.
+
+That is settled in the look-up. Where a hook is removed between it and its backward, this backward steps
+still, and the next look-up's does not; torch would leave this gradient already. To ask every hook once more
+would cost a step of many tables microseconds, and the gradient would have to be added past autograd, unseen
+by hooks on it such as DistributedDataParallel's: the parameter was no input of this backward.
 """
 
 from __future__ import annotations
