@@ -111,9 +111,9 @@ def _hand_over(owners: Tensor, buckets: Tensor, ids: Tensor, weights: Tensor, he
 
 def _give(owners: Tensor, buckets: Tensor, ids: Tensor, wins: Tensor) -> None:
     """Give buckets to the smallest of the ids that ``wins`` [L] bool names; others keep their owner."""
-    # The spare bucket, the last, belongs to no id.
+    # The spare bucket, the last, is given what it has.
     to = torch.where(wins, buckets, owners.numel() - 1)
-    owners.scatter_reduce_(0, to, torch.where(wins, ids, -1), "amin", include_self=False)
+    owners.scatter_reduce_(0, to, torch.where(wins, ids, owners[-1]), "amin", include_self=False)
 
 
 def cells_of(ids: Tensor) -> Tensor:

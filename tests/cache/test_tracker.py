@@ -135,6 +135,7 @@ class _LargeResults(TorchDispatchMode):
 def test_a_batch_costs_what_it_holds(count: str) -> None:
     """Whatever the number of counters, which grows with the cache: a batch of 64 may meet a million."""
     owners, votes = empty(10**6)
+    owners[-1] = -5  # the spare bucket's is not an id
     ids = torch.arange(64) * 997
     buckets = buckets_of(ids, 10**6, 10**8)
     with _LargeResults(10**5) as seen:
@@ -143,6 +144,7 @@ def test_a_batch_costs_what_it_holds(count: str) -> None:
         else:
             see(owners, votes, buckets, ids, 7)
     assert seen.found == []
+    assert int(owners[-1]) == -5
     assert torch.equal(owners[buckets], ids)
 
 
