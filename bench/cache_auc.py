@@ -42,7 +42,7 @@ class AucRow:
     gained: float
     gained_std: float
     recovered: float | None
-    step_ms_p50: float
+    step_ms_p50: float | None
 
 
 def auc_rows(args: argparse.Namespace) -> list[AucRow]:
@@ -88,6 +88,7 @@ def _row(name: str, runs: Sequence[Run], aucs: dict[str, list[float]]) -> AucRow
     gap = statistics.fmean(dense) - statistics.fmean(plain)
     first, results = runs[0].result, [run.result for run in runs]
     cached = first.get("cache_rows") is not None
+    times = [float(r["step_ms_p50"]) for r in results if r["step_ms_p50"] is not None]
 
     def mean(key: str) -> float | None:
         return statistics.fmean(float(r[key]) for r in results) if cached else None
@@ -109,7 +110,7 @@ def _row(name: str, runs: Sequence[Run], aucs: dict[str, list[float]]) -> AucRow
         gained=statistics.fmean(gained),
         gained_std=_deviation(gained),
         recovered=statistics.fmean(gained) / gap if gap > 0 else None,
-        step_ms_p50=statistics.fmean(float(r["step_ms_p50"]) for r in results),
+        step_ms_p50=statistics.fmean(times) if times else None,
     )
 
 

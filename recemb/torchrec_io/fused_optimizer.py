@@ -186,7 +186,8 @@ class _Group(MutableMapping[str, Any]):
         Not one that has been given another value since.
         """
         for optimizer, member in zip(self._optimizers, self._members, strict=True):
-            if member[key] is value or not bool((torch.as_tensor(member[key]) == value).all()):
+            # Only where they differ in identity is a device asked.
+            if member[key] is value or float(member[key]) != float(value):
                 continue
             if optimizer.defaults.get(key) is member[key]:
                 optimizer.defaults[key] = value

@@ -73,11 +73,16 @@ def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: 
     check_bags(bags, LookupTargets(owner.get(key, LookupTarget(key, "none", _ANY_ID)) for key in keys))
 
 
-def state_of(features: KeyedJaggedTensor) -> list[object]:
-    """What a batch that has been prepared is known by: how often it was written to, and what it is for."""
+def state_of(features: KeyedJaggedTensor, *, cut: bool = False) -> list[object]:
+    """What a batch that has been prepared is known by: its memory, how often that was written to, its use.
+
+    Args:
+        features: the batch.
+        cut: whether torchrec cuts it out of a larger one anew each time, its offsets with it.
+    """
     weights, inverse = features.weights_or_none(), features.inverse_indices_or_none()
-    tensors = [features.values(), features.offsets()]
-    if features.variable_stride_per_key():  # padded by these
+    tensors = [features.values()] if cut else [features.values(), features.offsets()]
+    if cut or features.variable_stride_per_key():  # which are padded by these
         tensors.append(features.lengths())
     tensors += [tensor for tensor in (weights, inverse and inverse[1]) if tensor is not None]
     learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
@@ -85,7 +90,7 @@ def state_of(features: KeyedJaggedTensor) -> list[object]:
 
 
 class _Seen:
-    """A tensor as it was, equal to itself until it is written to; held, so that no other takes its place."""
+    """Memory as it was, until it is written to; held, so that no other tensor takes its place."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor, version_of(tensor)
@@ -93,7 +98,9 @@ class _Seen:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Seen):
             return NotImplemented
-        return self._tensor is other._tensor and self._version == other._version
+        mine, theirs = self._tensor, other._tensor
+        there = mine.data_ptr() == theirs.data_ptr() and mine.shape == theirs.shape
+        return there and self._version == other._version
 
     __hash__ = None  # type: ignore[assignment] # it changes
 

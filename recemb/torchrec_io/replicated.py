@@ -26,8 +26,10 @@ def warn_of_replication(collection: nn.Module) -> bool:
     if around is None:
         return False
     left = getattr(around.module, "_ddp_params_and_buffers_to_ignore", None)
+    if left is None or dist.get_world_size(around.process_group) == 1:
+        return True
     path = next((name for name, module in around.module.named_modules() if module is collection), None)
-    if left is None or path is None or dist.get_world_size(around.process_group) == 1:
+    if path is None:
         return False
     prefix = f"{path}." if path else ""
     replicated = [name for name, _ in collection.named_parameters() if prefix + name not in left]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from recemb.errors import ConfigError, DataError
 from recemb.planner.report import wrapped
-from recemb.training.config import RunConfig, load_config
+from recemb.training.config import RunConfig, parse_config
 from recemb.training.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
 from recemb.training.run_settings import (
     Settings,
@@ -30,6 +30,7 @@ from recemb.training.run_settings import (
     storage_settings,
     training_settings,
 )
+from recemb.training.yaml_file import read_yaml
 
 _SEARCH_DEPTH = 3
 TABLE_WIDTH = 100
@@ -207,7 +208,10 @@ def _load(path: Path) -> Run:
     missing = [key for key in needed if not isinstance(result, dict) or key not in result]
     if missing:
         raise DataError(f"{path / RESULT_FILE}: lacks {', '.join(missing)}; train it again")
-    return Run(path, result, load_config({}, path / CONFIG_FILE), curve)
+    document = read_yaml(path / CONFIG_FILE)
+    # Another version's may have more.
+    values = {key: value for key, value in document.values.items() if key in RunConfig.model_fields}
+    return Run(path, result, parse_config(values, document), curve)
 
 
 def _key(settings: Settings) -> frozenset[tuple[str, Hashable]]:

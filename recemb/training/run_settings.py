@@ -108,6 +108,7 @@ def labels(settings: Sequence[Settings], paths: Sequence[Path]) -> list[str]:
         settings: of each group of runs.
         paths: a run of each; its directory is added where names alone do not tell groups apart.
     """
+    paths = [path.resolve() for path in paths]
     # By key and value; what has several names, as copies of the data have, is called by the first.
     known: dict[tuple[str, Hashable], Hashable] = {}
     for each in settings:

@@ -205,12 +205,44 @@ print("goes on")
 """
 
 
-def test_a_batch_too_large_for_the_process_is_an_error() -> None:
+_SHORT_OF_GRADIENTS = """
+import resource
+import torch
+from recemb.backends import build
+from recemb.bags import Bags
+from recemb.engine import Engine
+from recemb.errors import OutOfMemoryError
+from recemb.spec import QuotientRemainder, TableSpec
+table = TableSpec(name="t", num_embeddings=12 * 10**6, embedding_dim=16, feature_names=("f",),
+                  compression=QuotientRemainder(collisions=4))
+tables, engine = build([table], torch.device("cpu")), Engine([table])
+loss = engine(tables, Bags(torch.arange(100), torch.arange(101), 1)).sum()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 10**8, resource.RLIM_INFINITY))
+try:
+    loss.backward(retain_graph=True)
+except OutOfMemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+loss.backward()
+print("goes on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (_SHORT, "2,000,000 ids of 2,000,000 samples"),
+        (_SHORT_OF_GRADIENTS, "its rows or gradients, for 100 ids"),
+    ],
+    ids=["batch", "gradients"],
+)
+def test_what_is_too_large_for_the_process_is_an_error(script: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _SHORT], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     first, last = done.stdout.strip().split("\n")
     assert first.startswith("tables t: no memory for ")
-    assert "2,000,000 ids of 2,000,000 samples" in first
+    assert said in first
     assert last == "goes on"

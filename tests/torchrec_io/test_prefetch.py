@@ -26,6 +26,7 @@ from recemb import (
     TensorTrain,
 )
 from recemb.errors import BatchError, ConfigError
+from recemb.torchrec_io.kjt import state_of
 
 ROWS = 3000
 HOT = HotRows(rows=40, refresh_every=3, warmup=1)
@@ -207,6 +208,18 @@ def test_all_of_a_batch_is_seen_to_have_been_written_to(written: str) -> None:
         features._values = torch.arange(5) + 50
     pooled = module(features).values()
     assert torch.equal(pooled, module(features).values())  # for which nothing has been prepared
+
+
+def test_a_part_that_torchrec_cuts_out_anew_is_known_until_it_is_written_to() -> None:
+    whole = KeyedJaggedTensor(["a", "b"], torch.arange(4), lengths=torch.ones(4, dtype=torch.int64))
+
+    def part() -> list[object]:
+        return state_of(whole.split([1, 1])[1], cut=True)
+
+    first = part()
+    assert first == part()
+    whole.values()[0] = 9  # of the other part, but the memory is one
+    assert first != part()
 
 
 @pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])

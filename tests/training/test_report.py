@@ -197,6 +197,20 @@ def test_equal_labels_are_told_apart_by_directory(tmp_path: Path) -> None:
     assert names == ["a/tt: tt 100x", "b/tt: tt 100x"]
 
 
+def test_relative_and_absolute_paths_of_equal_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [write_run(tmp_path / folder, "tt", data=f"contents of {folder}") for folder in ("a", "b")]
+    names = [setting.name for setting in summarise(load_runs([Path("a"), paths[1]]))]
+    assert names == ["a: tt 100x", "b: tt 100x"]
+
+
+def test_a_run_of_another_version_may_have_other_settings(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "tt", "tt")
+    with (run / "config.yaml").open("a") as file:
+        file.write("of_the_future: 3\n")
+    assert [setting.name for setting in summarise(load_runs([tmp_path]))] == ["tt 100x"]
+
+
 def test_ranks_are_told_apart_and_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "dense", auc=0.76)
     one = {"world_size": 2, "sharding": {"t": "table_wise on 0"}, "config": {"batch_size": 256}}

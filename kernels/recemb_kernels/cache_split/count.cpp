@@ -48,9 +48,10 @@ struct Vote {
 // Gives each bucket whose vote is below zero to the heaviest id that it was lost to, the smallest of equals. `sums` and
 // `own` have room for a number of each cell and of each bucket.
 void hand_over(const Count& c, const Vote* votes, float* sums, float* own) {
-  std::fill_n(sums, NUM_CELLS, 0.f);
   const auto lost = [&](int64_t i) { return c.votes[votes[i].bucket] < 0; };
   const auto sum_of = [&](int64_t id) { return sums[cell_of(id)]; };
+  // What is not reached is not cleared: there are more counters than ids.
+  for (int64_t i = 0; i < c.num_ids; i++) sums[cell_of(c.ids[i])] = own[votes[i].bucket] = 0;
   for (int64_t i = 0; i < c.num_ids; i++) {
     if (!lost(i) || votes[i].held == c.ids[i]) continue;
     sums[cell_of(c.ids[i])] += weight_of(c.id_weights, i, c.ids[i]);
@@ -62,7 +63,6 @@ void hand_over(const Count& c, const Vote* votes, float* sums, float* own) {
     int64_t& owner = c.owners[votes[i].bucket];
     if (owner == NOBODY || sum_of(id) > sum_of(owner) || (sum_of(id) == sum_of(owner) && id < owner)) owner = id;
   }
-  std::fill_n(own, c.num_buckets + 1, 0.f);
   for (int64_t i = 0; i < c.num_ids; i++)
     if (lost(i) && c.owners[votes[i].bucket] == c.ids[i])
       own[votes[i].bucket] += weight_of(c.id_weights, i, c.ids[i]);
@@ -80,7 +80,7 @@ int64_t recemb_split_count_size() { return sizeof(Count); }
 // room for: nothing has been counted then.
 int64_t recemb_split_count(const Count* count) {
   const Count& c = *count;
-  recemb::Buffer votes_room, sums, own;
+  static thread_local recemb::Buffer votes_room, sums, own;
   if (const int64_t lacks = recemb::lacking([&] {
         votes_room.room<Vote>(c.num_ids), sums.room<float>(NUM_CELLS), own.room<float>(c.num_buckets + 1);
       }))

@@ -126,7 +126,7 @@ void plan_tables(const Call* call, State* state, Plan pass) {
   for (int64_t task = 0; task < call->num_tables * MAX_ORDER; task++) {
     // The last level is the largest: first.
     const int64_t t = task / MAX_ORDER, level = MAX_ORDER - 1 - task % MAX_ORDER;
-    if (now(t)) plan_level(call, t, level, state->plan, thread);
+    if (now(t)) plan_level(call, t, base(t), level, state->plan);
   }
 }
 

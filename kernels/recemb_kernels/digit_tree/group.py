@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,7 +202,7 @@ class Group:
         changed since.
         """
         state = self._state() if state is None else state
-        out = _floats(batch.size, self.columns)
+        out = self._room(batch, _floats, batch.size, self.columns)
         call = self._call(parameters, batch)
         call.out, call.keep = out.data_ptr(), int(keep)
         threads, prepared = torch.get_num_threads(), int(state.prepared)
@@ -233,7 +234,7 @@ class Group:
         """
         call = self._call(parameters, batch)
         grad_out = grad_out.contiguous()
-        grad_weights = _floats(batch.ids.numel()) if want_weights else None
+        grad_weights = self._room(batch, _floats, batch.ids.numel()) if want_weights else None
         call.keep = 1
         call.grad_out = grad_out.data_ptr()
         call.grad_weights = None if grad_weights is None else grad_weights.data_ptr()
@@ -243,7 +244,7 @@ class Group:
         for kernel, rule, update in zip(self._kernels, rules, updates, strict=True):
             for k in range(at, at + kernel.parameters):
                 if wanted[k] and not is_stepped(update, k - at):
-                    grads[k] = grad = torch.zeros_like(parameters[k])
+                    grads[k] = grad = self._room(batch, torch.zeros_like, parameters[k])
                     held[k] = grad.data_ptr()
             if update is not None:
                 for left in update.left:
@@ -277,13 +278,23 @@ class Group:
             raise MemoryError("no memory for a look-up")
         return State(self, pointer)
 
+    def _room(self, batch: Batch, make: Callable[..., Tensor], *of: Any) -> Tensor:
+        """A tensor for the caller, of rows or of gradients."""
+        try:
+            return make(*of)
+        except RuntimeError as error:  # torch's allocator has no other
+            raise self._short("its rows or gradients", batch) from error
+
     def _lacks(self, size: int, batch: Batch) -> None:
         if size:
-            raise MemoryError(
-                f"no memory for {size:,} bytes more, for {batch.ids.numel():,} ids of {batch.size:,} samples "
-                f"in {self.num_tables} tables; nothing has changed. Use a smaller batch, or where tensor "
-                f"trains take it, micro_batch_rows below {self._template.slice_rows:,}"
-            )
+            raise self._short(f"{size:,} bytes more", batch)
+
+    def _short(self, what: str, batch: Batch) -> MemoryError:
+        return MemoryError(
+            f"no memory for {what}, for {batch.ids.numel():,} ids of {batch.size:,} samples in "
+            f"{self.num_tables} tables; nothing has changed. Use a smaller batch, or where tensor trains "
+            f"take it, micro_batch_rows below {self._template.slice_rows:,}"
+        )
 
     def _code(self, kernel: TableKernel) -> _Code:
         code = _Code(

@@ -249,7 +249,7 @@ void with_records(const Table& table, char* room, Act act) {
 }
 
 char* records_of(const PlanRoom& room, int64_t index, int64_t base) {
-  return reinterpret_cast<char*>(room.records.at<Wide>() + 2 * (base + 2 * index));
+  return reinterpret_cast<char*>(room.records.at<Wide>() + room.each * (base + 2 * index));
 }
 
 uint64_t straight(uint64_t key) { return key; }
@@ -257,21 +257,20 @@ uint64_t straight(uint64_t key) { return key; }
 }  // namespace
 
 void PlanRoom::reserve(const Call* call) {
-  int64_t each = 0, total = 0;
-  words = 0;
+  int64_t ids = 0, total = 0;
+  each = 2, words = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
     const int64_t room = table.ids + 2;
-    each += room, total += room * arrays_of(table.order);
-    // Of one level's nodes twice, and of what tells whether a mirror is cheaper.
-    if (table.order > 1) words = std::max(words, 2 * room);
-    if (table.order > 2) words = std::max<int64_t>(words, MOST / 64);
+    ids += room, total += room * arrays_of(table.order);
+    // Sorted, they make room for two narrow ones of every node of each level but the first.
+    each = std::max(each, table.order - 1);
+    if (table.order > 2) words = MOST / 64;  // of what tells whether a mirror is cheaper
     table.most = largest_key(call, table), table.sorted = nullptr;
   }
-  keys.room<int64_t>(each);
+  keys.room<int64_t>(ids);
   arrays.room<int32_t>(total);
-  records.room<Wide>(2 * each);
-  words = (words + 7) / 8 * 8;  // whole lines
+  records.room<Wide>(each * ids);
 }
 
 void PlanRoom::reserve_threads(int64_t threads) {
@@ -327,10 +326,10 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   cut_slices(table, table.code->plan == FORWARD ? call->slice_rows : table.ids);
 }
 
-void plan_level(const Call* call, int64_t index, int64_t l, const PlanRoom& room, int thread) {
+void plan_level(const Call* call, int64_t index, int64_t base, int64_t l, const PlanRoom& room) {
   Table& table = call->tables[index];
   if (l == 0 || l >= table.order) return;
-  Narrow* records = reinterpret_cast<Narrow*>(room.scratch_of(thread));
+  Narrow* records = reinterpret_cast<Narrow*>(records_of(room, index, base)) + 2 * (l - 1) * (table.ids + 2);
   group_level(table.level[l], table.slices, radix_of(table, l), records, records + table.level[l].nodes);
   if (l == table.order - 2) weigh_runs(table);
 }

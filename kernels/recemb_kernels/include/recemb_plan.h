@@ -11,6 +11,7 @@ namespace recemb {
 // table and one more; pages that are not reached are not touched.
 struct PlanRoom {
   Buffer keys, arrays, records, counts, scratch;
+  int64_t each = 0;   // records of an id
   int64_t words = 0;  // of `scratch`, a thread's own
   void reserve(const Call* call);
   void reserve_threads(int64_t threads);
@@ -29,6 +30,6 @@ void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
 void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room, int thread);
 
 // Then groups the nodes of one of its levels by digit; called by one thread.
-void plan_level(const Call* call, int64_t index, int64_t level, const PlanRoom& room, int thread);
+void plan_level(const Call* call, int64_t index, int64_t base, int64_t level, const PlanRoom& room);
 
 }  // namespace recemb

@@ -90,7 +90,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
             return
         bags = self._bags(features)
         if self._engine.prefetch(self.backends, bags):
-            self._ahead.append((features.values(), weights, state_of(features), bags))
+            self._ahead.append((features.values(), weights, state_of(features, cut=True), bags))
 
     def _bags(self, features: KeyedJaggedTensor) -> Bags:
         offsets = padded_offsets(features) if features.variable_stride_per_key() else features.offsets()
@@ -105,7 +105,7 @@ class CompressedKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[mis
                 del self._ahead[at]
                 # A feature processor may have made other weights since.
                 same = not self._config.is_weighted or _same_memory(known_weights, weights)
-                return bags if same and state == state_of(features) else None
+                return bags if same and state == state_of(features, cut=True) else None
         return None
 
     def __getattr__(self, name: str) -> Any:
