@@ -31,7 +31,6 @@ from bench.settings import (
 from bench.targets import TARGETS
 from bench.work import distinct_ids, work
 from recemb.errors import ConfigError
-from recemb.units import size
 
 _LARGEST_SHARE = 1 / 3
 # Of a step that takes part in every round: tensorly-torch's take 30 to 200 times as long as ours.
@@ -107,7 +106,8 @@ class Tables:
         left = min(self.memory_limit * _LARGEST_SHARE, self.memory_limit - taken)
         if needed <= left:
             return None
-        return f"its tables take {size(needed)}, at most {size(left)} are given to them"
+        # As `recemb.units` would, which commits that are compared with do not have.
+        return f"its tables take {needed / 1e6:,.1f} MB, at most {left / 1e6:,.1f} MB are given to them"
 
     def _build(self, case: str, setting: Setting) -> Any:
         if case not in self._built:
