@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from recemb_kernels.cache_split import Counters, count
 
 _FLOATS = ("scores", "votes", "errors")
 # Whose counters these are, in place of the spare bucket's owner, which nothing else reads: a state keeps its
-# keys and shapes, and one that was saved before has -1 there.
-_MARKS = {policy: -2 - k for k, policy in enumerate(get_args(CachePolicy))}
+# keys and shapes, and one that was saved before has -1 there. Saved states hold these numbers.
+_MARKS: dict[CachePolicy, int] = {"lfu": -2, "lru": -3, "importance": -4}
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,8 +102,6 @@ class _Seen:
         there = mine.data_ptr() == theirs.data_ptr() and mine.shape == theirs.shape
         return there and self._version == other._version
 
-    __hash__ = None  # type: ignore[assignment] # it changes
-
 
 def padded_offsets(features: KeyedJaggedTensor) -> Tensor:
     """[F * B + 1] offsets with every feature padded by empty bags to the longest batch."""

@@ -179,19 +179,24 @@ def test_a_batch_that_has_been_written_to_is_prepared_anew(methods: str) -> None
         module(second)
 
 
-@pytest.mark.parametrize("written", ["inverse indices", "lengths", "another tensor"])
-def test_all_of_a_batch_is_seen_to_have_been_written_to(written: str) -> None:
+def two_tables(is_weighted: bool = False, cache: HotRows | None = None) -> EmbeddingBagCollection:
+    """A table for each of the features a and b."""
     tables = [
         EmbeddingBagConfig(
             name=f"t_{name}",
             num_embeddings=100,
-            embedding_dim=4,
+            embedding_dim=8,
             feature_names=[name],
-            compression=TensorTrain(rank=4),
+            compression=TensorTrain(rank=4, cache=cache),
         )
         for name in ("a", "b")
     ]
-    module = EmbeddingBagCollection(tables=tables)
+    return EmbeddingBagCollection(tables=tables, is_weighted=is_weighted)
+
+
+@pytest.mark.parametrize("written", ["inverse indices", "lengths", "another tensor"])
+def test_all_of_a_batch_is_seen_to_have_been_written_to(written: str) -> None:
+    module = two_tables()
     features = KeyedJaggedTensor(
         keys=["a", "b"],
         values=torch.arange(5),
@@ -231,17 +236,7 @@ def test_weights_get_their_gradient_wherever_a_batch_was_prepared(
     gradients = []
     for prepared in (False, True):
         torch.manual_seed(0)
-        tables = [
-            EmbeddingBagConfig(
-                name=f"t_{name}",
-                num_embeddings=50,
-                embedding_dim=8,
-                feature_names=[name],
-                compression=TensorTrain(rank=4, cache=cache),
-            )
-            for name in ("a", "b")
-        ]
-        module = EmbeddingBagCollection(tables=tables, is_weighted=True)
+        module = two_tables(is_weighted=True, cache=cache)
         ids = torch.tensor([1, 1, 2, 3, 4, 5])
         weights = torch.linspace(1, 2, 6).requires_grad_()
         for _ in range(3):

@@ -52,7 +52,7 @@ def quantize_embeddings(
     mapping.update(additional_mapping or {})
     # Modules are replaced within their parents.
     whole = nn.ModuleDict({"module": module})
-    told = [child for child in module.modules() if hasattr(child, "qconfig")]
+    told = {child for child in module.modules() if hasattr(child, "qconfig")}
     try:
         done = torchrec_inference.quantize_embeddings(
             whole,
@@ -66,7 +66,7 @@ def quantize_embeddings(
     except Exception:
         # In place, the next attempt would find what this one has asked for.
         for child in module.modules():
-            if not any(child is known for known in told):
+            if child not in told:
                 vars(child).pop("qconfig", None)
         raise
     return cast(nn.Module, cast(Any, done)["module"])
