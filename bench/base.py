@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.guard import ROOT
+from bench.hand_over import HandOver
 from bench.measure import Seconds, percentiles, ratio
 from bench.provenance import git
 from bench.results import Row
@@ -94,7 +95,8 @@ def compare_with(
             ready.append(case)
         except (WorkerError, ConfigError) as error:
             skipped.append(Skipped(case, str(error)))
-    times = alternate(workers, [f"{case} {path}" for path in paths for case in ready], rounds)
+    apart = HandOver()
+    times = alternate(workers, [f"{case} {path}" for path in paths for case in ready], rounds, apart)
     for worker in workers:
         worker.drop()
     rows = []
@@ -102,4 +104,4 @@ def compare_with(
         for case in ready:
             this, base = times[f"{case} {path}"]
             rows += Pair(setting, case, path, this, base).rows(commit)
-    return rows, skipped
+    return [replace(row, hand_over_ns=apart.median) for row in rows], skipped

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from bench.floor import floor
+from bench.hand_over import HandOver
 from bench.ids import Batch, make_batches
 from bench.measure import Key, Runner, percentiles, ratio, take_turns
 from bench.ours import build_collection, table_bytes, table_specs
@@ -38,6 +39,7 @@ class TrainRow:
         gflop_s: arithmetic of the look-up (:mod:`bench.work`) and of the linear layers, over the median step.
         gbyte_s: memory traffic of the look-up alone, over the median step.
         floor_us: the least time for that work on this machine (:mod:`bench.floor`).
+        hand_over_ns: what a cache line took between the threads' cores (:mod:`bench.hand_over`).
     """
 
     model: str
@@ -60,6 +62,7 @@ class TrainRow:
     gemm_gflop_s: float
     copy_gbyte_s: float
     gather_gbyte_s: float
+    hand_over_ns: float | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def train_rows(models: Models, batch: int, rounds: int) -> list[TrainRow]:
         (name, MODULE): Runner(_Step(model, models.dense_optimizer, len(setting.rows), labels), batches)
         for name, model in models.models.items()
     }
-    times = take_turns(runners, rounds)
+    apart = HandOver()
+    times = take_turns(runners, rounds, each_round=apart)
     least = floor(setting.dim)
     rows = []
     for name, path in times:
@@ -146,6 +150,7 @@ def train_rows(models: Models, batch: int, rounds: int) -> list[TrainRow]:
                 gemm_gflop_s=least.gemm,
                 copy_gbyte_s=least.copy,
                 gather_gbyte_s=least.gather,
+                hand_over_ns=apart.median,
             )
         )
     return rows

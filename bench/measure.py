@@ -53,7 +53,12 @@ class Percentiles:
     p80: float
 
 
-def take_turns(runners: Mapping[Key, Runner], rounds: int, slow: float = math.inf) -> dict[Key, Seconds]:
+def take_turns(
+    runners: Mapping[Key, Runner],
+    rounds: int,
+    slow: float = math.inf,
+    each_round: Callable[[], object] | None = None,
+) -> dict[Key, Seconds]:
     """Time every runner once a round, so that a machine that slows down slows all of them.
 
     Each round has an order of its own, so that no case always follows the one that empties the caches.
@@ -63,6 +68,7 @@ def take_turns(runners: Mapping[Key, Runner], rounds: int, slow: float = math.in
         rounds: from 1.
         slow: seconds; a longer step takes part in every 2nd, 4th or 8th round only, so as to take about as
             much time as a step of this length. Any two steps meet at least every 8th round.
+        each_round: called before the steps of a round.
 
     Returns:
         [rounds] seconds of each runner, NaN in the rounds without it.
@@ -72,6 +78,8 @@ def take_turns(runners: Mapping[Key, Runner], rounds: int, slow: float = math.in
     generator = np.random.default_rng(0)
     keys = list(runners)
     for turn in range(rounds):
+        if each_round is not None:
+            each_round()
         for k in generator.permutation(len(keys)):
             if turn % every[keys[k]] == 0:
                 # Its own count of turns: every 8th would meet two of sixteen batches.

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from bench.base import checkout, compare_with
 from bench.guard import ROOT
+from bench.hand_over import core_to_core
 from bench.plot import MOST_PAGES, save_plot
 from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
@@ -147,7 +148,7 @@ def _heading(comparison: Comparison, rows: Sequence[Row]) -> str:
     return (
         f"{row.setting}, {row.distinct:,.0f} distinct ids a batch, {most} rounds{fewer}\n"
         f"floor: GEMM {row.gemm_gflop_s:,.0f} GFLOP/s, copy {row.copy_gbyte_s:.1f} GB/s, "
-        f"random rows {row.gather_gbyte_s:.1f} GB/s"
+        f"random rows {row.gather_gbyte_s:.1f} GB/s{core_to_core(row.hand_over_ns)}"
     )
 
 

@@ -33,6 +33,8 @@ class Row:
         target: the bound, ``<=0.8``; ``met`` says whether it is kept.
         gflop_s: arithmetic of :mod:`bench.work` over P50; gbyte_s likewise.
         floor_us: the least time for that work on this machine (:mod:`bench.floor`).
+        hand_over_ns: what a cache line took between the threads' cores, the median over the rounds
+            (:mod:`bench.hand_over`).
     """
 
     setting: str
@@ -61,6 +63,7 @@ class Row:
     gemm_gflop_s: float | None = None
     copy_gbyte_s: float | None = None
     gather_gbyte_s: float | None = None
+    hand_over_ns: float | None = None
     peak_rss_bytes: int | None = None
 
 

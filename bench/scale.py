@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from bench.floor import floor, update_growth
 from bench.guard import ROOT
+from bench.hand_over import HandOver
 from bench.ids import make_batches
 from bench.measure import Seconds, percentiles, ratio
 from bench.results import Row
@@ -51,14 +52,15 @@ def _sizes(worker: Worker, ids: str, rounds: int) -> list[Row]:
     keys = [f"{count(setting.rows[0])} {setting.ids}" for setting in settings]
     for key, setting in zip(keys, settings, strict=True):
         worker.build(key, setting, _CASE, _PATHS)
-    times = alternate([worker], [f"{key} {path}" for path in _PATHS for key in keys], rounds)
+    apart = HandOver()
+    times = alternate([worker], [f"{key} {path}" for path in _PATHS for key in keys], rounds, apart)
     worker.drop()
     rows = []
     for path in _PATHS:
         (million,) = times[f"{keys[0]} {path}"]
         for key, setting in zip(keys, settings, strict=True):
             rows.append(_row(setting, path, times[f"{key} {path}"][0], million))
-    return rows
+    return [replace(row, hand_over_ns=apart.median) for row in rows]
 
 
 def _growth(measured: Sequence[Row]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bench.floor import floor
+from bench.hand_over import HandOver
 from bench.ids import Batch, make_batches
 from bench.measure import Key, Runner, Seconds, percentiles, ratio, take_turns
 from bench.ours import OurTables, table_bytes, table_specs
@@ -124,9 +125,10 @@ def compare(comparison: Comparison, tables: Tables, rounds: int) -> tuple[list[R
     ready, skipped = tables.prepare(comparison)
     batches = make_batches(setting)
     runners = make_runners(ready, comparison.paths, batches)
-    times = take_turns(runners, rounds, _SLOW_SECONDS)
+    apart = HandOver()
+    times = take_turns(runners, rounds, _SLOW_SECONDS, apart)
     rows = [_row(key, setting, times, batches) for key in sorted(times, key=lambda key: _PLACE[key[1]])]
-    return rows, skipped
+    return [replace(row, hand_over_ns=apart.median) for row in rows], skipped
 
 
 _PLACE = {OP: 0, MODULE: 1, FORWARD: 2}

@@ -58,6 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     sources = require_green(args.tests or TESTS)
     # After the tests: torch takes seconds to load.
     from bench.dlrm_step import Models, plot_rows, train_rows, train_table
+    from bench.hand_over import core_to_core
     from bench.report import finish_files
     from bench.results import results_folder, this_machine, write_csv
 
@@ -69,7 +70,8 @@ def _run(args: argparse.Namespace) -> int:
     rows = []
     for batch in args.batch:
         rows += train_rows(models, batch, args.rounds)
-        print(f"\nB={batch:,}, {args.rounds} rounds\n{train_table(rows[-2:])}")
+        apart = core_to_core(rows[-1].hand_over_ns)
+        print(f"\nB={batch:,}, {args.rounds} rounds{apart}\n{train_table(rows[-2:])}")
         if folder is not None:
             write_csv(folder / f"{_NAME}.csv", rows, machine)
     if folder is not None:

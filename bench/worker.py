@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,21 @@ class Worker:
         return reply
 
 
-def alternate(workers: Sequence[Worker], keys: Sequence[str], rounds: int) -> dict[str, list[Seconds]]:
+def alternate(
+    workers: Sequence[Worker],
+    keys: Sequence[str],
+    rounds: int,
+    each_round: Callable[[], object] | None = None,
+) -> dict[str, list[Seconds]]:
     """Seconds of every key in every worker, a step each a round; workers change who goes first.
 
     All keys take part in every round, so that each is spread over the whole run: a disturbance of a second
-    must not meet one case alone.
+    must not meet one case alone. ``each_round`` is called before the steps of a round.
     """
     times = {key: [np.empty(rounds) for _ in workers] for key in keys}
     for turn in range(rounds):
+        if each_round is not None:
+            each_round()
         order = range(len(workers)) if turn % 2 else range(len(workers) - 1, -1, -1)
         for key in keys:
             for k in order:

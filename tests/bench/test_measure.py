@@ -65,6 +65,13 @@ def test_slow_steps_take_part_in_fewer_rounds_all_of_them_the_fast_ones_too() ->
     assert ratio(alone, np.array([1.0, 1.0, 9.0, 2.0, 9.0])) == 3.0
 
 
+def test_what_is_called_each_round_comes_before_its_steps() -> None:
+    calls: list[str] = []
+    runners: dict[Key, Runner] = {("a", "op"): Runner(lambda batch: calls.append("step"), [1, 2])}  # type: ignore[list-item]
+    take_turns(runners, 4, each_round=lambda: calls.append("round"))
+    assert calls[3:] == ["round", "step"] * 4
+
+
 def test_warm_up_leaves_the_first_rounds_batches_cold() -> None:
     seen: list[object] = []
     Runner(seen.append, list(range(10))).warm_up()  # type: ignore[arg-type]

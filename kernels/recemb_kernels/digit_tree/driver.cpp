@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "recemb_plan.h"
+#include "recemb_share.h"
 #include "recemb_sort.h"
 #include "recemb_tree.h"
 
@@ -119,15 +120,27 @@ void plan_tables(const Call* call, State* state, Plan pass) {
   for (int64_t t = 0; t < call->num_tables && threads > 1; t++)
     if (now(t) && call->tables[t].ids >= TOGETHER) sort_table(call, t, base(t), state->plan, thread, threads);
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t t = 0; t < call->num_tables; t++)
+  // Round after round over the tables, each of which takes part in `rounds` of them: ids that go before a task.
+  const auto ids_before = [&](int64_t task, auto rounds) {
+    int64_t ids = 0;
+    for (int64_t t = 0; t < call->num_tables; t++)
+      ids += call->tables[t].ids * std::min<int64_t>(rounds(t), task / call->num_tables + (t < task % call->num_tables));
+    return ids;
+  };
+  share_tasks(0, call->num_tables, [&](int64_t t) { return ids_before(t, now); }, [&](int64_t t) {
     if (now(t)) plan_table(call, t, base(t), state->plan, thread);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < call->num_tables * MAX_ORDER; task++) {
-    // The last level is the largest: first.
-    const int64_t t = task / MAX_ORDER, level = MAX_ORDER - 1 - task % MAX_ORDER;
-    if (now(t)) plan_level(call, t, base(t), level, state->plan);
-  }
+  });
+#pragma omp barrier
+  // The last levels are the largest: first. The first one needs nothing.
+  const auto levels = [&](int64_t t) { return now(t) ? call->tables[t].order - 1 : 0; };
+  int64_t most = 0;
+  for (int64_t t = 0; t < call->num_tables; t++) most = std::max(most, levels(t));
+  const auto cost = [&](int64_t task) { return ids_before(task, levels); };
+  share_tasks(0, call->num_tables * most, cost, [&](int64_t task) {
+    const int64_t t = task % call->num_tables, level = levels(t) - task / call->num_tables;
+    if (level > 0) plan_level(call, t, base(t), level, state->plan);
+  });
+#pragma omp barrier
 }
 
 // Looks at a new batch, and makes room for what is known of its bags.

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "recemb_share.h"
 #include "recemb_tree.h"
 
 namespace recemb {
@@ -20,37 +21,6 @@ constexpr bool POISON = false;
 
 constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
 constexpr int64_t LINE = 16;   // floats of a cache line
-constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
-
-// Tasks that a thread takes at once: handing one out costs 50 ns between two cores, as much as a small one takes, and
-// sixteen shares a thread still even out.
-static inline int64_t tasks_at_once(int64_t tasks) {
-  return std::max<int64_t>(1, tasks / (16 * omp_get_num_threads()));
-}
-
-// Shares tasks [first, last) among the threads of a region; no barrier follows. The first three quarters of their cost
-// are cut into one run of tasks a thread, so that passes over the same digits, and the next step, find much of what
-// they read in the cache of the thread that had it last. The rest goes to whoever is free. cost(i): of tasks before i.
-template <class Cost, class Act>
-void share_tasks(int64_t first, int64_t last, Cost cost, Act act) {
-  const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
-  const int64_t before = cost(first), owned = (cost(last) - before) / 4 * 3;
-  const auto cut = [&](int64_t shares) {
-    int64_t low = first, high = last;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (cost(middle) - before < owned * shares / threads)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  };
-  for (int64_t i = cut(me), own = cut(me + 1); i < own; i++) act(i);
-  const int64_t rest = cut(threads), at_once = tasks_at_once(last - rest);
-#pragma omp for schedule(dynamic, at_once) nowait
-  for (int64_t i = rest; i < last; i++) act(i);
-}
 
 template <bool WRITE = false>
 static inline void prefetch_row(const float* row, int64_t width) {
@@ -128,6 +98,13 @@ void row_gradient(const Table* table, const Call* call, int64_t u, float* grad) 
     for (int j = 0; j < W; j++) sum[j] += from.weight * from.grad[j];
   }
   std::copy(sum, sum + W, grad);
+}
+
+// Shares the distinct rows, each of which adds up the gradients of its ids.
+template <class Act>
+void share_rows(const Table* table, Act act) {
+  const int32_t* first = table->level[table->order - 1].first;
+  share_tasks(0, table->rows(), [&](int64_t u) { return u + first[u]; }, act);
 }
 
 // grad_weights of a feature's bags [begin, end): `dot(key, grad)` is a row times its bag's gradient.

@@ -118,8 +118,8 @@ void send(const Table* table, int64_t u, float* grad) {
 void backward_pair(const Table* table, const Call* call) {
   const Level &top = table->level[0], &rows = table->level[1];
   float* sides = table->spare + table->rows() * W;
-#pragma omp for schedule(dynamic, ROWS)
-  for (int64_t u = 0; u < rows.nodes; u++) row_gradient<W>(table, call, u, table->spare + u * W);
+  share_rows(table, [&](int64_t u) { row_gradient<W>(table, call, u, table->spare + u * W); });
+#pragma omp barrier
   // Under "mult" the remainders' gradients read the quotients and the other way round: both before either moves.
 #pragma omp for schedule(dynamic, 1)
   for (int64_t run = 0; run < rows.slice_run[1]; run++) {
@@ -127,21 +127,20 @@ void backward_pair(const Table* table, const Call* call) {
     for (int32_t k = rows.run_start[run]; k < rows.run_start[run + 1]; k++) send<1>(table, rows.by_digit[k], grad);
     std::copy(grad, grad + RIGHT, sides + run * RIGHT);
   }
-#pragma omp for schedule(dynamic, ROWS)
-  for (int64_t node = 0; node < top.nodes; node++) {
+  share_tasks(0, top.nodes, [&](int64_t node) { return 2 * node + top.first[node]; }, [&](int64_t node) {
     float grad[LEFT] = {};
     if (node + 4 < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + 4]), LEFT);
     for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) send<0>(table, u, grad);
     finish_row<LEFT>(table, 0, top.digit[node], grad);
-  }
+  });
+#pragma omp barrier
 #pragma omp for schedule(static) nowait
   for (int64_t g = 0; g < rows.touched; g++) finish_row<RIGHT>(table, 1, rows.digit[g], sides + g * RIGHT);
 }
 
 void backward_rows(const Table* table, const Call* call) {
   const int64_t rows = table->rows();
-#pragma omp for schedule(dynamic, ROWS) nowait
-  for (int64_t u = 0; u < rows; u++) {
+  share_rows(table, [&](int64_t u) {
     if (u + AHEAD < rows) {
       const int64_t row = table->keys[u + AHEAD];
       prefetch_row(row_of(table, 0, row), LEFT);
@@ -151,7 +150,7 @@ void backward_rows(const Table* table, const Call* call) {
     float grad[LEFT];
     row_gradient<LEFT>(table, call, u, grad);
     finish_row<LEFT>(table, 0, table->keys[u], grad);
-  }
+  });
 }
 
 // The narrow bags' gradients take the place of the output's; the projection's own is summed over chunks of bags.

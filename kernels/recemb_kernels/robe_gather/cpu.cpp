@@ -264,14 +264,15 @@ void backward(const Table* table, const Call* call) {
     }
 #pragma omp barrier
   } else {
-#pragma omp for schedule(dynamic, ROWS)
-    for (int64_t u = 0; u < table->rows(); u++) {
+    share_rows(table, [&](int64_t u) {
       hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
       row_gradient<D>(table, call, u, table->spare + u * D);
-    }
+    });
+#pragma omp barrier
   }
-#pragma omp single
-  sort_blocks(table, blocks);
+  // The same one in every step, which has the memory of the last one in its cache.
+  if (omp_get_thread_num() == 0) sort_blocks(table, blocks);
+#pragma omp barrier
   add_rows(table, call, blocks);
 }
 
