@@ -126,10 +126,13 @@ def cache_dir() -> Path:
         os.environ.get("RECEMB_CACHE_DIR"),
         os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "recemb"),
     ]
-    for candidate in candidates:
+    for candidate in filter(None, candidates):
+        named = os.path.expanduser(candidate)
+        if named.startswith("~"):  # nobody knows that user's home: none has this one, in some containers
+            continue
         # Of the folder that the process is in now; a name without one would be looked for elsewhere.
-        folder = Path(candidate).expanduser().absolute() if candidate else None
-        if folder is not None and _writable(folder):
+        folder = Path(named).absolute()
+        if _writable(folder):
             return folder
     return _temporary_dir()
 

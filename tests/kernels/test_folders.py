@@ -139,6 +139,23 @@ def test_a_home_that_is_read_only_gives_way_to_a_temporary_folder(
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["HOME", "RECEMB_CACHE_DIR", "XDG_CACHE_HOME"])
+def test_a_home_that_nobody_knows_gives_way_to_a_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As of a user without an entry in passwd, which containers run programs as."""
+    monkeypatch.setenv("HOME", "/dev/null")
+    for other in ("RECEMB_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    if name == "HOME":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    else:
+        monkeypatch.setenv(name, "~nobody-of-that-name/kernels")
+    assert build.cache_dir() == tmp_path / "temporary" / f"recemb-{os.getuid()}"
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("taken", ["file", "link"])
 def test_a_temporary_folder_whose_name_is_taken(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, taken: str
