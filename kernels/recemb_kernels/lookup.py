@@ -262,6 +262,9 @@ class _Pool(torch.autograd.Function):
             raise bound.refusal(error) from None
         if call.changing:
             torch.autograd.graph.increment_version(call.changing)
+        if not _keeps_graph():
+            # As torch does with what is saved: whoever keeps the loss keeps the node.
+            ctx.call = None
         return None, None, grad_weights, *compress(grads, bound.wanted)
 
 
@@ -281,6 +284,7 @@ class _Once(torch.autograd.Function):
         )
 
 
+_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 _pool = cast(Callable[..., Tensor], cast(Any, _Pool).apply)
 _once = cast(Callable[..., tuple[Tensor, ...]], cast(Any, _Once).apply)
 _ANCHOR = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")

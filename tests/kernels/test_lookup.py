@@ -142,6 +142,23 @@ def test_memory_is_given_back_and_used_again() -> None:
     assert group.forward(cores, bags, keep=False)[1].pointer in pointers
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_backward_gives_the_memory_back_though_its_output_is_kept(again: bool) -> None:
+    engine, tables = make_engine(methods=("tt", "qr"))
+    bags = make_bags(engine, 9, 2, seed=1)
+    kept = [engine(tables, bags) for _ in range(3)]
+    found = kept[0].grad_fn.call.bound.group  # type: ignore[union-attr] # the look-up's own node
+    free = len(found.free)
+    for out in kept:
+        out.sum().backward(retain_graph=again)
+    assert len(found.free) == free + (0 if again else 3)
+    if again:
+        kept[0].sum().backward()
+        assert len(found.free) == free + 1
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        kept[0].sum().backward()
+
+
 def test_memory_that_another_thread_has_just_taken_is_made_anew() -> None:
     class Emptied(list[int]):
         def __bool__(self) -> bool:
