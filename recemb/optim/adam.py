@@ -118,6 +118,8 @@ def make_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     if state:
         return
     on_device = group["capturable"] or group["fused"]
-    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-    for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
-        state[name] = torch.zeros_like(parameter, requires_grad=False)
+    # Wherever it is asked for: training goes on with these tensors.
+    with torch.inference_mode(False):
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
+            state[name] = torch.zeros_like(parameter, requires_grad=False)

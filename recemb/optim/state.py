@@ -23,11 +23,16 @@ def in_place(
 
     Raises:
         ConfigError: a tensor is not float32 (or of the parameter's own type, on a GPU), contiguous, on the
-            parameter's device and of that shape, for example after loading another optimizer's state. No
-            weight has changed.
+            parameter's device and of that shape, or is missing, for example after loading another optimizer's
+            state. No weight has changed.
     """
     found = []
     for state, parameter in zip(states, parameters, strict=True):
+        if name not in state:
+            raise ConfigError(
+                f"an in-backward optimizer has a state of {sorted(state)} and no {name!r}: load a state of "
+                "the same optimizer"
+            )
         tensor = state[name]
         rows, columns = parameter.shape
         expected = rows if row_wise else rows * columns

@@ -23,12 +23,14 @@ class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ship
     A view, not a copy: ``state`` holds the attached optimizers' own tensors, and writing to a group of
     ``param_groups`` writes to the optimizers it stands for, so a learning-rate schedule around this object
     (torch's, or torchrec's ``WarmupOptimizer``) acts on the next backward. Parameters that were attached with
-    equal class and settings form one group. The step itself is taken by the backward: :meth:`step` and
-    :meth:`zero_grad` change nothing.
+    equal class and settings form one group. The step itself is taken by the backward: :meth:`step` changes
+    nothing.
 
     All state exists from the start, so that ``state_dict()`` can be loaded into before the first step, by
-    ``CombinedOptimizer`` too. The exceptions are optimizers that no kernel fuses and that make their state as
-    they first step (SGD with momentum, RMSprop, ...); :meth:`load_state_dict` makes theirs.
+    ``CombinedOptimizer`` too. That one does not ask this object: it copies whatever broadcasts, such as
+    row-wise Adagrad's sums [N, 1] into Adagrad's [N, D]. The exceptions are optimizers that no kernel fuses
+    and that make their state as they first step (SGD with momentum, RMSprop, ...); :meth:`load_state_dict`
+    makes theirs.
 
     Args:
         parameters: state-dict key -> parameter, each once; those without an attached optimizer are left out.
@@ -68,7 +70,9 @@ class CollectionOptimizer(FusedOptimizer):  # type: ignore[misc] # torchrec ship
         """Change nothing: the backward has taken the step."""
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Change nothing: the backward leaves no gradient."""
+        """Drop gradients, of a dummy step or where no hook steps; a fused backward leaves none."""
+        for parameter in self._optimizers:
+            parameter.grad = None
 
     def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
         """Change nothing: the state exists, and a dummy step would need a gradient of each table's size."""

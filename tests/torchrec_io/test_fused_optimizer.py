@@ -422,3 +422,29 @@ def test_torchrec_may_change_the_callers_kwargs() -> None:
     assert ebc.fused_optimizer.param_groups[0]["lr"] == 0.1
     backward(ebc)
     assert moved(ebc, before) == KEYS
+
+
+def test_a_dummy_step_of_torchrecs_leaves_no_gradient_behind() -> None:
+    """``CombinedOptimizer`` does not ask its members to make their state."""
+    made = collection()
+    _apply_optimizer_in_backward(torch.optim.Adagrad, made.parameters(), {"lr": 0.1})
+    combined = CombinedOptimizer([made.fused_optimizer])
+    combined.init_state()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    combined.zero_grad()
+    assert all(parameter.grad is None for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_made_in_an_evaluation_can_be_trained_with(dtype: torch.dtype) -> None:
+    made = collection().to(dtype)
+    _apply_optimizer_in_backward(torch.optim.Adam, made.parameters(), {"lr": 0.1, "weight_decay": 0.1})
+    with torch.inference_mode():
+        assert made.fused_optimizer.param_groups[0]["lr"] == 0.1
+    keys = [f"f_{name}" for name in TABLES]
+    batch = KeyedJaggedTensor(
+        keys=keys, values=torch.arange(len(keys)), lengths=torch.ones(len(keys), dtype=torch.int64)
+    )
+    before = [parameter.detach().clone() for parameter in made.parameters()]
+    made(batch).values().sum().backward()
+    assert all(not torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
