@@ -92,12 +92,15 @@ class Backend(nn.Module, ABC):
         # array then has one state-dict key, and .to(), to_empty() and assign-loading cannot split it.
         self._owner = () if owner is None else (owner,)
         self.memo = Memo()
+        # What the kernels read, in this order; fewer or others stand there once a parameter is pruned or
+        # parametrized.
+        self.layout = tuple(self.param_shapes(self.peers).items())
         # Filled in by :func:`recemb.backends.build`: a cache is a table of plain rows, a backend itself.
         self.cache: HotRowCache | None
         self.register_module("cache", None)
         if owner is None:
             dtype = getattr(torch, table.dtype)
-            for name, shape in self.param_shapes(self.peers).items():
+            for name, shape in self.layout:
                 empty = torch.empty(shape, device=device, dtype=dtype)
                 hint_huge_pages(empty)
                 self.register_parameter(name, nn.Parameter(empty))
@@ -201,15 +204,25 @@ class Backend(nn.Module, ABC):
         own = (self._owner[0] if self._owner else self)._parameters
         return {name: parameter for name, parameter in own.items() if parameter is not None}
 
+    def weights(self) -> dict[str, Tensor]:
+        """The same as rows are made of them: what their names give, when they are pruned or parametrized."""
+        holder = self._owner[0] if self._owner else self
+        return {name: getattr(holder, name) for name, _ in self.layout}
+
     @property
     def device(self) -> torch.device:
         """Where this table's storage lies."""
-        return next(iter(self.own_parameters().values())).device
+        return self._first.device
 
     @property
     def row_dtype(self) -> torch.dtype:
         """Of what :meth:`rows` gives."""
-        return next(iter(self.own_parameters().values())).dtype
+        return self._first.dtype
+
+    @property
+    def _first(self) -> Tensor:
+        first: Tensor = getattr(self._owner[0] if self._owner else self, self.layout[0][0])
+        return first
 
     @torch.no_grad()
     def to_dense(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -223,7 +236,7 @@ class Backend(nn.Module, ABC):
                 f"table {self.table.name!r}: rows [{start}, {stop}) are not within "
                 f"[0, {self.table.num_embeddings})"
             )
-        parameter = next(iter(self.own_parameters().values()))
+        parameter = self._first
         if parameter.is_meta:
             raise ConfigError(
                 f"table {self.table.name!r} is on the meta device and has no rows yet; call "

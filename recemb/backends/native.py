@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -169,11 +170,12 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
     stored: list[Tensor] = []
     for at in prepared.owners:
         rates: list[object] = []
-        for parameter in owner_of(tables[at])._parameters.values():
+        for name, parameter in owner_of(tables[at])._parameters.items():
             if parameter is None:
                 continue
             stored.append(parameter)
             facts += (
+                name,
                 parameter.dtype,
                 parameter.shape,
                 parameter.device,
@@ -243,18 +245,24 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     training = torch.is_grad_enabled()
     ask = training and not torch.compiler.is_compiling()
     device, found = tables[0].device, []
-    pairs = zip(prepared.owners, prepared.shapes, prepared.fused, strict=True)
-    for k, (at, shape, fused) in enumerate(pairs):
-        owner = owner_of(tables[at])
-        own = list(owner.own_parameters().values())
-        native = shape is not None
+    owners = [owner_of(tables[at]) for at in prepared.owners]
+    parameters = [owner.own_parameters() for owner in owners]
+    uses = Counter(id(parameter) for named in parameters for parameter in named.values())
+    pairs = zip(owners, parameters, prepared.shapes, prepared.fused, strict=True)
+    for k, (owner, named, shape, fused) in enumerate(pairs):
+        own = list(named.values())
+        # Pruned or parametrized, a table holds others than its kernel reads.
+        as_built = owner.layout == tuple((name, tuple(p.shape)) for name, p in named.items())
+        native = shape is not None and as_built
         kinds = (shape.stored if shape else ()) or (StoredAs.FLOAT32,) * len(own)
         for parameter, kind in zip(own, kinds, strict=True):
             # A fused update writes to the parameters: contiguous copies would take it in their place.
             readable = _fits(parameter, kind) and parameter.is_contiguous()
             native = native and readable and parameter.device == device
         native = native and prepared.serves(k, device)
-        step = fused.of(own) if ask and native else None
+        # One that several tables hold has one gradient, their sum, and takes one step with it.
+        alone = all(uses[id(parameter)] == 1 for parameter in own)
+        step = fused.of(own) if ask and native and alone else None
         if training and step is None and owner.native_when_fused:
             native = native and not any(parameter.requires_grad for parameter in own)
         if ask:

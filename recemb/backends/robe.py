@@ -67,9 +67,9 @@ class ROBEBackend(Backend):
         return {"array": (blocks, first.block_size)}
 
     @property
-    def storage(self) -> nn.Parameter:
+    def storage(self) -> Tensor:
         """The shared array."""
-        return self.own_parameters()["array"]
+        return self.weights()["array"]
 
     def map_ids(self, ids: Tensor) -> Tensor:
         compression = _compression(self.table)

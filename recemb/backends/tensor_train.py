@@ -42,7 +42,7 @@ class TensorTrainBackend(Backend):
     @property
     def cores(self) -> list[Tensor]:
         """The cores as [p_k, R_{k-1}, q_k, R_k]."""
-        return self._unfold(self.own_parameters())
+        return self._unfold(self.weights())
 
     def _unfold(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         dims, ranks = table_shapes(self.table)[1], _compression(self.table).ranks

@@ -66,11 +66,13 @@ class QuantizedBackend(Backend):
         self._widths = {name: width for name, (_, width) in shapes.items()}
         self.asked = kind
         self.kinds = {name: smallest(kind, width) for name, (_, width) in shapes.items()}
+        self.layout = tuple(
+            (name, (rows, stored_width(self.kinds[name], width))) for name, (rows, width) in shapes.items()
+        )
         if owner is not None:
             return
-        for name, (rows, width) in shapes.items():
-            size = stored_width(self.kinds[name], width)
-            stored = torch.zeros(rows, size, dtype=DTYPES[self.kinds[name]], device=device)
+        for name, shape in self.layout:
+            stored = torch.zeros(shape, dtype=DTYPES[self.kinds[name]], device=device)
             self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
 
     @classmethod
