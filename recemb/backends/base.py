@@ -96,8 +96,8 @@ class Backend(nn.Module, ABC):
         # parametrized.
         self.layout = tuple(self.param_shapes(self.peers).items())
         # Filled in by :func:`recemb.backends.build`: a cache is a table of plain rows, a backend itself.
-        self.cache: HotRowCache | None
-        self.register_module("cache", None)
+        # Not a child of None: torch would take the keys of another table's cache for known, and drop them.
+        self.cache: HotRowCache | None = None
         if owner is None:
             dtype = getattr(torch, table.dtype)
             for name, shape in self.layout:

@@ -58,8 +58,7 @@ class QuantizedBackend(Backend):
         self.table, self.peers = table, tuple(peers)
         self._owner = () if owner is None else (owner,)
         self.memo = Memo()
-        self.cache: HotRowCache | None
-        self.register_module("cache", None)
+        self.cache: HotRowCache | None = None
         # Knows the method's mathematics; holds no memory, and is no part of the module.
         self._method = (self._on_meta(),)
         shapes = self.param_shapes(self.peers)

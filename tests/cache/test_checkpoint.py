@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,19 @@ def test_a_cache_of_another_size_is_refused() -> None:
     other = built(spec(METHODS["tt"](HotRows(rows=5)), 60))
     with pytest.raises(RuntimeError, match=r"cache\.weight"):
         other.load_state_dict(live.state_dict())
+
+
+def test_cached_rows_are_refused_by_a_table_without_a_cache() -> None:
+    live, other = built(table("tt")), built(spec(METHODS["tt"](None), 60))
+    train(live, range(5))
+    state = snapshot(live)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"tables\.t\.cache\.weight"'):
+        other.load_state_dict(state)
+    found = other.load_state_dict(state, strict=False)
+    assert sorted(found.unexpected_keys) == sorted(name for name in state if ".cache." in name)
+    assert not found.missing_keys
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(other)))
+    assert copied.backend().cache is None
 
 
 @pytest.mark.parametrize("theirs", ["lfu", "lru", "importance"])

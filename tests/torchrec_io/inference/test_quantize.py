@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -130,6 +131,17 @@ def test_a_state_dict_makes_the_same_collection_elsewhere(dtype: torch.dtype) ->
     other.load_state_dict(torch.load(file))
     assert torch.equal(other(features).values(), served(features).values())
     assert torch.equal(copy.deepcopy(served).to("cpu")(features).values(), served(features).values())
+
+
+def test_cached_rows_are_refused_by_a_collection_without_them() -> None:
+    served = quantize_embeddings(collection(), torch.int8)
+    configs = copy.deepcopy(served.embedding_bag_configs())
+    for config in configs:
+        if not isinstance(config.compression, Dense):
+            config.compression = replace(config.compression, cache=None)
+    other = QuantEmbeddingBagCollection(configs)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"embedding_bags\.t6\.cache\.weight"'):
+        other.load_state_dict(served.state_dict())
 
 
 @pytest.mark.parametrize("looked_up", [False, True])
