@@ -67,17 +67,23 @@ class TensorTrainBackend(Backend):
         (row_std**2 / prod(R_k))**(1/d) are right in expectation for any d and R. (TT-Rec's code takes a cube
         root and leaves the rank out.) A product's realised scale still strays by tens of per cent when the
         cores are small; its norm has a closed form, so that is divided out.
+
+        Rows of 0 take one core of 0, the largest, beside others as for rows of deviation 1: were all of them
+        0, so would be every gradient.
         """
         paths = math.prod(_compression(self.table).ranks)
         parameters = list(self.own_parameters().values())
-        std = (self.table.row_std**2 / paths) ** (0.5 / len(parameters))
+        variance = self.table.row_std**2 or 1.0
+        std = (variance / paths) ** (0.5 / len(parameters))
         with torch.no_grad():
             for core in parameters:
                 core.normal_(0, std)
             realised = self._mean_square()
             if realised > 0:
                 for core in parameters:
-                    core.mul_((self.table.row_std**2 / realised) ** (0.5 / len(parameters)))
+                    core.mul_((variance / realised) ** (0.5 / len(parameters)))
+            if self.table.row_std**2 == 0:
+                max(parameters, key=torch.numel).zero_()
 
     def _mean_square(self) -> float:
         """Mean square of the elements of all prod(p) rows, by contracting the train with itself."""

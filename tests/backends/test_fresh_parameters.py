@@ -61,6 +61,8 @@ def test_tensor_train_scale_in_half_precision() -> None:
     assert float(every_row(spec).square().mean().sqrt()) == pytest.approx(math.sqrt(1 / 15000), rel=0.02)
 
 
+SIGNED = ROBE(compress_rate=8, block_size=4, use_sign=True)
+TRAINS = [TensorTrain(rank=3, num_cores=2), TensorTrain(rank=3, num_cores=5)]
 METHODS: list[tuple[str, Compression]] = [
     ("dense", Dense()),
     ("tt", TensorTrain(rank=4)),
@@ -68,7 +70,7 @@ METHODS: list[tuple[str, Compression]] = [
     ("qr-add", QuotientRemainder(collisions=10, operation="add")),
     ("qr-concat", QuotientRemainder(collisions=10, operation="concat")),
     ("robe", ROBE(compress_rate=8, block_size=4)),
-    ("robe-sign", ROBE(compress_rate=8, block_size=4, use_sign=True)),
+    ("robe-sign", SIGNED),
     ("md", MixedDimension(dim=4)),
     ("md-1", MixedDimension(dim=1)),
 ]
@@ -122,3 +124,21 @@ def test_zero_std_gives_zero_rows() -> None:
     for _, compression in METHODS:
         dense = build_tables([table(50, 8, compression, init_std=0.0)]).backend("t").to_dense()
         assert not dense.any()
+
+
+@pytest.mark.parametrize("compression", [*(m for _, m in METHODS), *TRAINS], ids=str)
+def test_zero_rows_learn(compression: Compression) -> None:
+    backend = build_tables([table(50, 8, compression, init_std=0.0)]).backend("t")
+    optimizer = torch.optim.Adam(backend.parameters(), lr=0.05)
+    losses = []
+    for _ in range(60):
+        rows = backend.rows(backend.map_ids(torch.arange(50)))
+        loss = (rows - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == 1
+    # Blocks of either sign that share their weights come no closer than 0.9 to rows of 1.
+    assert losses[-1] < (0.95 if compression == SIGNED else 0.2)
+    assert all(bool(parameter.grad.any()) for parameter in backend.parameters() if parameter.grad is not None)
