@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,12 +22,22 @@ _DTYPES: dict[DataType, DTypeName] = {
     DataType.FP16: "float16",
     DataType.BF16: "bfloat16",
 }
-_PROBE_NUMEL = 2**16
+# An init_fn is measured on a tensor of at most this many elements (64 MB of fp32).
+_PROBE_NUMEL = 2**24
+# Two numbers of rows that an init_fn fills with deviations further apart: its scale depends on the rows.
+_SAME_SCALE = 0.1
 
 
 @dataclass
 class EmbeddingBagConfig(TorchrecEmbeddingBagConfig):  # type: ignore[misc] # torchrec ships no types
-    """torchrec's ``EmbeddingBagConfig`` plus ``compression``; uncompressed unless asked otherwise."""
+    """torchrec's ``EmbeddingBagConfig`` plus ``compression``; uncompressed unless asked otherwise.
+
+    An uncompressed table is filled by ``init_fn``, or uniformly between ``weight_init_min`` and
+    ``weight_init_max``, as in torchrec. A compressed one has no N x D weights to fill: its rows are drawn
+    with mean 0 and the root mean square of what ``init_fn`` writes, or with the deviation of that range. Of
+    values that are given, a trained table's say, it takes that scale alone, and warns: load them with
+    ``from_dense``.
+    """
 
     compression: Compression = field(default_factory=Dense)
 
@@ -135,16 +146,56 @@ def _init_std(config: TorchrecEmbeddingBagConfig) -> float:
         return float(init.keywords["b"] - init.keywords["a"]) / math.sqrt(12)
     if not is_compressed(config):
         return float(config.get_weight_init_max() - config.get_weight_init_min()) / math.sqrt(12)
-    # A custom init_fn fills an N x D tensor; a compressed table can only match its scale, so measure that.
+    # Measured once: a config is read again when its collection is sharded, planned or quantised.
+    shape, known = (config.num_embeddings, config.embedding_dim), vars(config).get("_measured")
+    if known is None or known[0] is not init or known[1] != shape:
+        known = config._measured = init, shape, _measure(config)
+    return float(known[2])
+
+
+def _measure(config: TorchrecEmbeddingBagConfig) -> float:
+    """Root mean square of what a custom ``init_fn`` writes: all of it that a compressed table can match.
+
+    Raises:
+        ConfigError: it fails, writes NaN, or its scale depends on the rows of a table too large to measure.
+    """
+    name, fits = config.name, max(1, _PROBE_NUMEL // config.embedding_dim)
+    rows = min(config.num_embeddings, fits)
+    # Called twice, to tell values that it draws from values that it is given.
+    again = rows if rows == config.num_embeddings else max(1, rows // 2)
     with torch.random.fork_rng(devices=[]):
-        rows = max(1, min(config.num_embeddings, _PROBE_NUMEL // config.embedding_dim))
-        probe = torch.zeros(rows, config.embedding_dim, device="cpu")  # read below, whatever the default
-        with torch.no_grad():
-            init(probe)
-    std = float(probe.square().mean().sqrt())
-    if not math.isfinite(std):
-        raise ConfigError(f"table {config.name!r}: init_fn draws non-finite weights")
+        first, second = _filled(config, rows), _filled(config, again)
+    std, other = (float(probe.square().mean().sqrt()) for probe in (first, second))
+    if not (math.isfinite(std) and math.isfinite(other)):
+        raise ConfigError(f"table {name!r}: init_fn draws non-finite weights")
+    if again < rows and abs(std - other) > _SAME_SCALE * max(std, other):
+        raise ConfigError(
+            f"table {name!r}: init_fn's scale depends on the number of rows (deviation {other:.3g} for "
+            f"{again} rows, {std:.3g} for {rows}), and num_embeddings={config.num_embeddings} are too many "
+            "to measure it for a compressed table; give weight_init_min and weight_init_max in its place"
+        )
+    if torch.equal(first[:again], second) and bool((second != second[0, 0]).any()):
+        warnings.warn(
+            f"table {name!r}: init_fn writes fixed values; a compressed table takes only their scale; load "
+            "them with from_dense",
+            UserWarning,
+            stacklevel=2,
+        )
     return std
+
+
+@torch.no_grad()
+def _filled(config: TorchrecEmbeddingBagConfig, rows: int) -> torch.Tensor:
+    probe = torch.zeros(rows, config.embedding_dim, device="cpu")  # read later, whatever the default
+    try:
+        config.init_fn(probe)
+    except Exception as error:
+        raise ConfigError(
+            f"table {config.name!r}: init_fn fails on a [{rows}, {config.embedding_dim}] tensor, by which "
+            f"the scale of a compressed table is measured ({type(error).__name__}: {error}); give "
+            "weight_init_min and weight_init_max in its place, and load weights with from_dense"
+        ) from error
+    return probe
 
 
 def is_compressed(config: TorchrecEmbeddingBagConfig) -> bool:
