@@ -271,11 +271,24 @@ class Backend(nn.Module, ABC):
             raise ConfigError(
                 f"table {self.table.name!r} is on the meta device; call to_empty(device=...) first"
             )
-        if any(not bool(torch.isfinite(weight[a:b]).all()) for a, b in self.row_blocks(0, expected[0])):
+        if not _finite(weight, weight.dtype):
             raise ConfigError(f"table {self.table.name!r}: from_dense was given NaN or infinite weights")
+        too_large = ConfigError(
+            f"table {self.table.name!r}: from_dense was given weights that {self.row_dtype} does not hold, "
+            f"it goes to {torch.finfo(self.row_dtype).max:g}; scale them, or give the table a wider data_type"
+        )
+        if not _finite(weight, self.row_dtype):
+            raise too_large
         with torch.no_grad():
-            for name, value in self.approximate(weight.detach()).items():
-                self.own_parameters()[name].copy_(value)
+            try:
+                own, found = self.own_parameters(), self.approximate(weight.detach())
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # of sums that overflow
+                raise too_large from error
+            # A factor can be larger than the rows.
+            if not all(_finite(value, own[name].dtype) for name, value in found.items()):
+                raise too_large
+            for name, value in found.items():
+                own[name].copy_(value)
             if self.cache is not None:
                 slots = (self.cache.ids >= 0).nonzero().flatten()
                 self.cache.weight[slots] = weight[self.cache.ids[slots]].to(self.cache.weight.dtype)
@@ -323,3 +336,10 @@ class Backend(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.table.num_embeddings}, {self.table.embedding_dim}, {self.table.compression}"
+
+
+def _finite(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether [rows, W] values are finite in ``dtype``; converted block by block."""
+    step = max(1, BLOCK_NUMEL // values.shape[1])
+    blocks = (values[first : first + step].to(dtype) for first in range(0, len(values), step))
+    return all(bool(torch.isfinite(block).all()) for block in blocks)

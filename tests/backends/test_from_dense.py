@@ -16,7 +16,15 @@ from torch import Tensor
 from recemb.backends import base
 from recemb.backends.base import Backend
 from recemb.errors import ConfigError
-from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb.spec import (
+    ROBE,
+    Compression,
+    DTypeName,
+    MixedDimension,
+    QuotientRemainder,
+    TableSpec,
+    TensorTrain,
+)
 from tests.backends.cases import CASES, Case, build_tables, table
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -101,6 +109,32 @@ def test_a_bad_weight_changes_nothing(case: Case) -> None:
                 backend.from_dense(bad)
             assert repr(backend.table.name) in str(caught.value)
         assert all(torch.equal(p, before[name]) for name, p in backend.own_parameters().items())
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("bfloat16", 1e39), ("float32", 1e39)])
+@every_case
+def test_weights_beyond_the_tables_dtype_change_nothing(case: Case, dtype: DTypeName, value: float) -> None:
+    if len(case.tables) > 1:
+        return
+    backend = build_tables([replace(case.tables[0], dtype=dtype)]).backends()[0]
+    before = {name: p.detach().clone() for name, p in backend.own_parameters().items()}
+    weight = torch.zeros(backend.table.num_embeddings, backend.table.embedding_dim, dtype=torch.float64)
+    weight[-1, -1] = value
+    with pytest.raises(ConfigError, match=rf"table 't': from_dense .* torch\.{dtype} does not hold"):
+        backend.from_dense(weight)
+    assert all(torch.equal(p, before[name]) for name, p in backend.own_parameters().items())
+
+
+@pytest.mark.parametrize(
+    "compression", [MixedDimension(dim=2), TensorTrain(rank=3, row_shape=(4, 3, 5), dim_shape=(3, 1, 4))]
+)
+def test_factors_beyond_the_tables_dtype_change_nothing(compression: Compression) -> None:
+    """Rows of 60,000 go into half precision, and their length, which factors have, does not."""
+    backend = build_tables([replace(table(50, 12, compression), dtype="float16")]).backend("t")
+    before = {name: p.detach().clone() for name, p in backend.own_parameters().items()}
+    with pytest.raises(ConfigError, match=r"table 't': from_dense .* torch\.float16 does not hold"):
+        backend.from_dense(torch.full((50, 12), 6e4))
+    assert all(torch.equal(p, before[name]) for name, p in backend.own_parameters().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
