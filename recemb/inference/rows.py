@@ -76,16 +76,26 @@ def store_rows(weight: Tensor, kind: StoredAs, name: str) -> Tensor:
         return stored
     for first, last in _blocks(rows, width):
         block = weight[first:last].detach()
-        largest = block.abs().amax() if block.numel() else block.new_zeros(())
-        most = math.inf if kind is StoredAs.FLOAT32 else _LARGEST
-        if not bool(torch.isfinite(block).all()) or float(largest) > most:
-            limit = f"; at most {most:g} can be stored" if math.isfinite(most) else ""
-            raise ConfigError(
-                f"{name} has a weight of {float(largest)} in rows {first} to {last - 1}; stored weights must "
-                f"be finite{limit}"
-            )
+        _check(block, kind, name, first)
         stored[first:last] = _bytes_of(block) if kind is StoredAs.INT8 else block
     return stored
+
+
+def check_rows(weight: Tensor, kind: StoredAs, name: str) -> None:
+    """Raise :class:`ConfigError` where :func:`store_rows` would."""
+    for first, last in _blocks(*weight.shape) if not weight.is_meta else ():
+        _check(weight[first:last].detach(), kind, name, first)
+
+
+def _check(block: Tensor, kind: StoredAs, name: str, first: int) -> None:
+    largest = block.abs().amax() if block.numel() else block.new_zeros(())
+    most = math.inf if kind is StoredAs.FLOAT32 else _LARGEST
+    if not bool(torch.isfinite(block).all()) or float(largest) > most:
+        limit = f"; at most {most:g} can be stored" if math.isfinite(most) else ""
+        raise ConfigError(
+            f"{name} has a weight of {float(largest)} in rows {first} to {first + len(block) - 1}; stored "
+            f"weights must be finite{limit}"
+        )
 
 
 def read_rows(stored: Tensor, kind: StoredAs, width: int) -> Tensor:

@@ -127,21 +127,19 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         configs = copy.deepcopy(module.embedding_bag_configs())
         pruned = getattr(module, MODULE_ATTR_EMB_CONFIG_NAME_TO_NUM_ROWS_POST_PRUNING_DICT, {})
         _update_embedding_configs(configs, module.qconfig, pruned)
-        check_storable([config for config in configs if not is_compressed(config)])
+        trained = cast(Mapping[str, Backend], module.embedding_bags)
+        dense = [config for config in module.embedding_bag_configs() if not is_compressed(config)]
+        weights = {config.name: trained[config.name].own_parameters()["weight"] for config in dense}
+        check_storable([config for config in configs if config.name in weights], weights)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._setup(configs, module.is_weighted(), module.device, module.qconfig.activation().dtype)
-        trained = cast(Mapping[str, Backend], module.embedding_bags)
         for name, table in made.embedding_bags.items():
             if name in pruned:
                 raise ConfigError(
                     f"table {name!r} is compressed: its rows cannot be pruned; take it out of the dict"
                 )
             cast(QuantizedBackend, table).fill(trained[name])
-        dense = [
-            config for config in module.embedding_bag_configs() if config.name not in made.embedding_bags
-        ]
-        weights = {config.name: trained[config.name].own_parameters()["weight"] for config in dense}
         made.dense = quantize_dense(dense, weights, module, module.is_weighted()) if dense else None
         made.train(module.training)
         return made

@@ -19,6 +19,7 @@ from torchrec.quant.embedding_modules import (
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as TorchrecQuantEmbeddingBagCollection
 
 from recemb.errors import ConfigError
+from recemb.inference.rows import check_rows
 from recemb.inference.table import QuantizedBackend
 from recemb.spec import TableSpec
 from recemb_kernels.storage import DTYPES, StoredAs, stored_width
@@ -53,11 +54,12 @@ class _FloatTables(nn.Module):
         return self._is_weighted
 
 
-def check_storable(configs: Sequence[TorchrecEmbeddingBagConfig]) -> None:
+def check_storable(configs: Sequence[TorchrecEmbeddingBagConfig], weights: Mapping[str, Tensor]) -> None:
     """Raise :class:`ConfigError` where fbgemm has no rows of ``data_type`` for an uncompressed table.
 
     Args:
         configs: the tables', with the ``data_type`` that is asked for.
+        weights: [N, D] by table.
     """
     for config in configs:
         if config.data_type == DataType.INT8 and config.embedding_dim % 2:
@@ -66,6 +68,9 @@ def check_storable(configs: Sequence[TorchrecEmbeddingBagConfig]) -> None:
                 "which fbgemm does not store in int8; use an even one, or store it in half precision: "
                 f"per_table_weight_dtype={{{config.name!r}: torch.float16}}"
             )
+        # Bytes, and what is smaller, have scales and biases in half precision.
+        kind = _KINDS.get(config.data_type, StoredAs.TBE_INT8)
+        check_rows(weights[config.name], kind, f"table {config.name!r}: weight")
 
 
 def quantize_dense(

@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torchrec.inference import modules as torchrec_inference
+from torchrec.modules.embedding_modules import EmbeddingBagCollection as TorchrecEmbeddingBagCollection
 
+from recemb.errors import ConfigError
 from recemb.inference.rows import kind_of
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.inference.collection import QuantEmbeddingBagCollection
@@ -39,7 +41,8 @@ def quantize_embeddings(
         per_table_weight_dtype: by table name, where it differs from ``dtype``.
 
     Raises:
-        ConfigError: compressed parameters cannot be stored so; the model has not changed when it is a copy.
+        ConfigError: weights cannot be stored so, or ``per_table_weight_dtype`` names a table that the model
+            does not have; the model has not changed when it is a copy.
 
     Example::
 
@@ -48,6 +51,9 @@ def quantize_embeddings(
     """
     if any(type(child) is EmbeddingBagCollection for child in module.modules()):
         kind_of(dtype)
+    # Modules of further types may have tables that are not seen here.
+    if per_table_weight_dtype and not additional_qconfig_spec_keys:
+        _check_names(per_table_weight_dtype, module)
     mapping: dict[type[nn.Module], type[nn.Module]] = {EmbeddingBagCollection: QuantEmbeddingBagCollection}
     mapping.update(additional_mapping or {})
     # Modules are replaced within their parents.
@@ -70,3 +76,18 @@ def quantize_embeddings(
                 vars(child).pop("qconfig", None)
         raise
     return cast(nn.Module, cast(Any, done)["module"])
+
+
+def _check_names(per_table: Mapping[str, torch.dtype], module: nn.Module) -> None:
+    known = [
+        config.name
+        for child in module.modules()
+        if isinstance(child, TorchrecEmbeddingBagCollection)
+        for config in child.embedding_bag_configs()
+    ]
+    for name in per_table:
+        if name not in known:
+            raise ConfigError(
+                f"per_table_weight_dtype: no table {name!r} in the model, whose tables are {known}; "
+                "correct the name"
+            )

@@ -13,12 +13,13 @@ import torchrec
 from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.inference.modules import quantize_embeddings as torchrec_quantize
+from torchrec.modules.embedding_configs import DataType
 from torchrec.quant.embedding_modules import (
     EmbeddingBagCollection as TorchrecQuantEmbeddingBagCollection,
 )
 from torchrec.quant.embedding_modules import quant_prep_enable_quant_state_dict_split_scale_bias_for_types
 
-from recemb import Dense, EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
+from recemb import Compression, Dense, EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io import QuantEmbeddingBagCollection, quantize_embeddings
 from tests.torchrec_io.inference.models import COMPRESSIONS, DIM, KEYS, ROWS, batch, collection, request
@@ -217,6 +218,43 @@ def test_what_cannot_be_stored_is_refused() -> None:
     trained.embedding_bags["t2"].q.data[3, 1] = float("inf")
     with pytest.raises(ConfigError, match="table 't2': q has a weight of inf in rows 0 to"):
         quantize_embeddings(trained, torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "refused"),
+    [
+        *((dtype, weight, True) for dtype in DTYPES for weight in (float("nan"), float("inf"), 7e4, -7e4)),
+        (torch.float32, float("nan"), True),
+        (torch.float32, 7e4, False),
+    ],
+)
+@pytest.mark.parametrize("compression", [Dense(), TensorTrain(rank=8)])
+def test_weights_beyond_a_type_are_refused_whatever_the_method(
+    compression: Compression, dtype: torch.dtype, weight: float, refused: bool
+) -> None:
+    trained = collection(compressions=(TensorTrain(rank=8), compression))
+    table = trained.embedding_bags["t1"]
+    name, parameter = next(iter(table.named_parameters()))
+    parameter.data[3, 1] = weight
+    if not refused:
+        assert type(quantize_embeddings(trained, dtype)) is QuantEmbeddingBagCollection
+        return
+    model = nn.Sequential(trained)
+    said = rf"table 't1': {name} has a weight of (nan|inf|70000\.0) in rows 0 to"
+    with pytest.raises(ConfigError, match=said):
+        quantize_embeddings(model, dtype, inplace=True)
+    assert model[0] is trained
+
+
+def test_a_type_for_a_table_that_is_not_there_is_refused() -> None:
+    plain = torchrec.EmbeddingBagCollection(
+        tables=[torchrec.EmbeddingBagConfig(name="p", num_embeddings=9, embedding_dim=8, feature_names=["f"])]
+    )
+    model = nn.Sequential(collection(), plain)
+    with pytest.raises(ConfigError, match=r"per_table_weight_dtype: no table 'tt'.*'t0'.*'p'"):
+        quantize_embeddings(model, torch.int8, per_table_weight_dtype={"tt": torch.float16})
+    served = quantize_embeddings(model, torch.int8, per_table_weight_dtype={"p": torch.float16})
+    assert served[1].embedding_bag_configs()[0].data_type == DataType.FP16
 
 
 def test_a_model_without_our_collections_takes_every_type_of_torchrecs() -> None:
