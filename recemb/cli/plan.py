@@ -50,6 +50,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rows(text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 0")
+    return int(text)
+
+
 def _rate(text: str) -> float:
     try:
         value = float(text)
@@ -87,7 +93,7 @@ def add_parser(subparsers: Subparsers) -> None:
     model.add_argument("--compress_rate", type=_rate, metavar="R", help="all tables together R times smaller")
     model.add_argument(
         "--method_threshold",
-        type=int,
+        type=_rows,
         metavar="ROWS",
         help="leave tables of at most this many rows uncompressed (default 200)",
     )

@@ -12,10 +12,10 @@ from typing import Any
 from recemb.cli.plan_run import costs_of
 from recemb.data.layout import read_json, write_json
 from recemb.errors import ConfigError, DataError
-from recemb.planner.budget import compress
+from recemb.planner.budget import BudgetedTables, compress
 from recemb.planner.costs import Costs
 from recemb.planner.frequencies import row_frequencies
-from recemb.planner.report import milliseconds
+from recemb.planner.report import milliseconds, wrapped
 from recemb.planner.statistical import place_rows as place_tiers
 from recemb.planner.statistical import unreserved
 from recemb.planner.tiers import Corners, TieredTable, TierPlan, Tiers, stored_bytes
@@ -60,12 +60,12 @@ def place_rows(args: argparse.Namespace) -> str:
     tiered = _tiered(features, budget.tables, stats, _Step(batch, costs, stored))
     plan = _uncompressed_is_hot(place_tiers(tiered, hbm, ddr, ranks, args.reserved), budget.tables)
     budgets = _Budgets(hbm, ddr, ranks, args.reserved)
-    document = _document(plan, budget.tables, budgets, optimizer)
+    document = _document(plan, budget, budgets, optimizer)
     if args.output:
         write_json(Path(args.output), document)
     if args.format == "json":
         return json.dumps(document, indent=1)
-    return "\n".join(_text(plan, budget.tables, f"{method} at {rate:g}x", budgets, optimizer))
+    return "\n".join(_text(plan, budget, f"{method} at {rate:g}x", budgets, optimizer))
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,9 @@ def _runs_today(tiers: Tiers, table: TableSpec) -> str:
 
 
 def _text(
-    plan: TierPlan, tables: Sequence[TableSpec], method: str, budgets: _Budgets, optimizer: str
+    plan: TierPlan, budget: BudgetedTables, method: str, budgets: _Budgets, optimizer: str
 ) -> list[str]:
+    tables = budget.tables
     hbm, ddr = sum(t.hbm for t in plan.tiers), sum(t.ddr for t in plan.tiers)
     lines = [
         f"rows of {len(tables)} tables over HBM, DDR and {method}, {budgets.ranks} "
@@ -204,12 +205,12 @@ def _text(
         "HotRows keeps rows by what training looks up; recemb has no rows in DDR:",
         "for those the placement is advice (torchrec's fused_uvm_caching keeps whole tables there).",
     ]
+    if budget.shortfall:
+        lines += wrapped(f"note: {budget.shortfall}")
     return lines
 
 
-def _document(
-    plan: TierPlan, tables: Sequence[TableSpec], budgets: _Budgets, optimizer: str
-) -> dict[str, Any]:
+def _document(plan: TierPlan, budget: BudgetedTables, budgets: _Budgets, optimizer: str) -> dict[str, Any]:
     return {
         "format": "recemb-rows",
         "version": 1,
@@ -220,6 +221,7 @@ def _document(
         "ns": plan.ns,
         "lower_bound_ns": plan.bound_ns,
         "gap": plan.gap,
+        "shortfall": budget.shortfall,
         "tables": [
             {
                 "table": table.name,
@@ -232,6 +234,6 @@ def _document(
                 "lookup_shares": _shares(tiers),
                 "runs_today": _runs_today(tiers, table),
             }
-            for tiers, table in zip(plan.tiers, tables, strict=True)
+            for tiers, table in zip(plan.tiers, budget.tables, strict=True)
         ],
     }

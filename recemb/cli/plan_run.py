@@ -86,7 +86,8 @@ def plan(args: argparse.Namespace, local_world_size: int) -> str:
         other = plan_tables(replace(request, tables=dense))
         lines.append(plan_line("dense", other.found.placement))
     lines += baseline_lines(name, planned)
-    document = plan_document(planned, estimate(planned, lines))
+    figures = estimate(planned, lines) | {"shortfall": model.budget.shortfall}
+    document = plan_document(planned, figures)
     if args.output:
         save_plan(Path(args.output), document)
     if args.format == "json":

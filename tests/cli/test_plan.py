@@ -166,6 +166,7 @@ def test_a_run_with_a_cache_is_planned_with_it(recemb: Recemb, log_dir: Path, tm
         (("--preset", "criteo_kaggle", "--hbm", "many"), "write e.g. 80GB"),
         (("--preset", "criteo_kaggle", "--hbm", "0"), "more than 0"),
         (("--preset", "criteo_kaggle", "--reserved", "1"), r"\[0, 1\)"),
+        (("--preset", "criteo_kaggle", "--method_threshold", "-5"), "'-5' must be a whole number >= 0"),
         (("--preset", "criteo"), "did you mean criteo_kaggle"),
         (("--preset", "criteo_kaggle", "--hardware", "a100"), "is a GPU and --device is cpu"),
         (("--preset", "criteo_kaggle", "--costs", "no.json"), "cannot be read"),
@@ -213,6 +214,28 @@ def test_rows_by_statistics(recemb: Recemb, log_dir: Path, tmp_path: Path) -> No
     assert document.pop("reserved") == 0.15
     assert unreserved.pop("reserved") == 0
     assert unreserved == document
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_rate_that_is_not_reached_is_told(
+    recemb: Recemb, log_dir: Path, tmp_path: Path, rows: bool
+) -> None:
+    source = ("--statistics", str(log_dir / "stats.json")) if rows else ("--preset", "criteo_kaggle")
+    ranks = ("--device", "cuda", "--hbm", "80GB", "--ddr", "128GB")
+    words = ("plan", *source, *ranks, "--method", "qr", "--compress_rate")
+    output = tmp_path / "plan.json"
+    answer = recemb(*words, "5000", "--output", str(output))
+    assert answer.code == 0, answer.err
+    assert max(map(len, answer.out.splitlines())) <= 100
+    printed = " ".join(line.strip() for line in answer.out.splitlines())
+    told = re.search(r"note: (qr reaches .*x instead of 5000x: .*)", printed)
+    assert told is not None
+    for document in (output.read_text(), recemb(*words, "5000", "--format", "json").out):
+        read = json.loads(document)
+        assert (read if rows else read["estimate"])["shortfall"] == told[1]
+    reached = recemb(*words, "2", "--method_threshold", "0", "--output", str(output))
+    assert "note:" not in reached.out
+    assert not json.loads(output.read_text()).get("shortfall")
 
 
 def test_calibration_is_read_back(recemb: Recemb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
