@@ -86,6 +86,10 @@ def test_version(recemb: Recemb) -> None:
             "unknown argument --bath_size; did you mean --batch_size?",
         ),
         (["train", "--seed=1", "--compres_rate=3"], "did you mean --compress_rate?"),
+        (
+            ["prepare", "--output", "no/such", "--bad_row", "skip"],
+            "unknown argument --bad_row; did you mean --bad_rows?",
+        ),
         (["train", "--qqqqqq"], "unknown argument --qqqqqq\n"),
         (["train", "stray"], "unknown argument stray"),
         (["train", "--seed"], "argument --seed: expected one argument"),
