@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import ClassVar, Literal, get_args
 
 from recemb.errors import ConfigError
@@ -56,6 +56,7 @@ class HotRows:
     track_every: int = 4
 
     def __post_init__(self) -> None:
+        _plain(self, "fraction", "rows", "refresh_every", "warmup", "decay", "track_every")
         if (self.fraction is None) == (self.rows is None):
             both = f"both fraction={self.fraction!r} and rows={self.rows!r} are given"
             neither = "neither fraction nor rows is given"
@@ -160,6 +161,7 @@ class TensorTrain(Compression):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+        _plain(self, "rank", "num_cores", "row_shape", "dim_shape")
         if not is_int(self.num_cores) or self.num_cores < 2:
             raise ConfigError(f"TensorTrain: num_cores={self.num_cores!r} must be an int >= 2, e.g. 3")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * (self.num_cores - 1)
@@ -235,6 +237,7 @@ class QuotientRemainder(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _plain(self, "collisions")
         if not is_int(self.collisions) or self.collisions < 1:
             raise ConfigError(
                 f"QuotientRemainder: collisions={self.collisions!r} must be an int >= 1, e.g. 4"
@@ -282,13 +285,18 @@ class ROBE(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _plain(self, "compress_rate", "block_size", "seed")
         rate = self.compress_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not (1 <= rate < math.inf):
+        if not (_is_number(rate) and 1 <= rate < math.inf):
             raise ConfigError(f"ROBE: compress_rate={rate!r} must be a number >= 1, e.g. 100")
         if not is_int(self.block_size) or self.block_size < 1:
             raise ConfigError(f"ROBE: block_size={self.block_size!r} must be an int >= 1, e.g. 16")
+        if not isinstance(self.group, str):
+            raise ConfigError(f"ROBE: group={self.group!r} must be a str, e.g. group='robe'")
         if not self.group:
             raise ConfigError("ROBE: group is empty; give the shared array a name, e.g. group='robe'")
+        if not isinstance(self.use_sign, bool):
+            raise ConfigError(f"ROBE: use_sign={self.use_sign!r} must be True or False")
         if not is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"ROBE: seed={self.seed!r} must be an int in [0, 2**63)")
 
@@ -308,6 +316,7 @@ class MixedDimension(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _plain(self, "dim")
         if not is_int(self.dim) or self.dim < 1:
             raise ConfigError(f"MixedDimension: dim={self.dim!r} must be an int >= 1, e.g. 4")
 
@@ -349,12 +358,9 @@ class TableSpec:
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
             raise ConfigError(f"table name {self.name!r} must be non-empty and without '.'")
+        _plain(self, "num_embeddings", "embedding_dim")
         for key in ("num_embeddings", "embedding_dim"):
             value = getattr(self, key)
-            if isinstance(value, Integral):
-                # Sizes often come out of numpy, whose integers overflow where Python's do not.
-                object.__setattr__(self, key, value if isinstance(value, bool) else int(value))
-                value = getattr(self, key)
             if not is_int(value) or value < 1:
                 raise ConfigError(f"table {self.name!r}: {key}={value!r} must be an int >= 1")
             if value >= 2**61:
@@ -401,6 +407,20 @@ class TableSpec:
 def is_int(value: object) -> bool:
     """Whether a value is an int, and none of the bools that Python counts among them."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(settings: object, *names: str) -> None:
+    """Store numpy's numbers, which overflow where Python's do not, as Python's; frozen settings too."""
+    for name in names:
+        object.__setattr__(settings, name, _as_python(getattr(settings, name)))
+
+
+def _as_python(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_as_python, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def _is_number(value: object) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +72,49 @@ def test_f15_robe_seed(value: Any) -> None:
 
 def test_f15_robe_group_without_a_name() -> None:
     refused(lambda: recemb.ROBE(compress_rate=2, block_size=4, group=""), "group", "group='robe'")
+
+
+@pytest.mark.parametrize("value", [5, None, b"robe"], ids=repr)
+def test_f15_robe_group_that_is_no_name(value: Any) -> None:
+    make = lambda: recemb.ROBE(compress_rate=2, block_size=4, group=value)  # noqa: E731
+    refused(make, re.escape(f"group={value!r} must be a str"), "group='robe'")
+
+
+@pytest.mark.parametrize("value", ["False", 0, 1, None], ids=repr)
+def test_f15_robe_use_sign(value: Any) -> None:
+    make = lambda: recemb.ROBE(compress_rate=2, block_size=4, use_sign=value)  # noqa: E731
+    refused(make, re.escape(f"use_sign={value!r} must be True or False"))
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpys_numbers_are_stored_as_pythons(integer: Any) -> None:
+    four = integer(4)
+    made = [
+        (recemb.TensorTrain(rank=four, num_cores=four), recemb.TensorTrain(rank=4, num_cores=4)),
+        (
+            recemb.TensorTrain(rank=(four, four), row_shape=[four] * 3, dim_shape=(2, four, 1)),
+            recemb.TensorTrain(rank=(4, 4), row_shape=(4, 4, 4), dim_shape=(2, 4, 1)),
+        ),
+        (recemb.QuotientRemainder(collisions=four), recemb.QuotientRemainder(collisions=4)),
+        (recemb.MixedDimension(dim=four), recemb.MixedDimension(dim=4)),
+        (
+            recemb.ROBE(compress_rate=np.float32(4.5), block_size=four, seed=four),
+            recemb.ROBE(compress_rate=4.5, block_size=4, seed=4),
+        ),
+        (
+            recemb.HotRows(rows=four, refresh_every=four, warmup=four, track_every=four),
+            recemb.HotRows(rows=4, refresh_every=4, warmup=4, track_every=4),
+        ),
+        (
+            recemb.HotRows(fraction=np.float32(0.25), decay=np.float64(0.5)),
+            recemb.HotRows(fraction=0.25, decay=0.5),
+        ),
+    ]
+    for ours, expected in made:
+        # What numpy's numbers print as differs.
+        assert repr(ours) == repr(expected)
+    refused(lambda: recemb.TensorTrain(rank=np.float32(4)), "rank=4.0 must be ints")
+    refused(lambda: recemb.HotRows(rows=np.bool_(True)), "rows=.*must be an int")
 
 
 @pytest.mark.parametrize(
