@@ -259,7 +259,8 @@ class Backend(nn.Module, ABC):
         Cached rows take their values exactly, and stay cached.
 
         Raises:
-            ConfigError: wrong shape or dtype, non-finite values, or the method has no closed form here.
+            ConfigError: wrong shape or dtype, values that are not finite or not in the table's type, or the
+                method has no closed form here.
         """
         expected = (self.table.num_embeddings, self.table.embedding_dim)
         if tuple(weight.shape) != expected or not weight.is_floating_point():

@@ -46,8 +46,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
             on the CPU and 2**18 on a GPU.
 
     Raises:
-        ConfigError: a table that cannot be stored as asked, or ``micro_batch_rows`` that is no int >= 1,
-            before anything is allocated.
+        ConfigError: a table that cannot be stored as asked, or ``micro_batch_rows`` that is no int in
+            [1, 2**31), before anything is allocated.
 
     Example::
 
@@ -79,6 +79,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
     ) -> None:
         if micro_batch_rows is not None and not (is_int(micro_batch_rows) and micro_batch_rows >= 1):
             raise ConfigError(f"micro_batch_rows={micro_batch_rows!r} must be an int >= 1, e.g. 8192")
+        if micro_batch_rows is not None and micro_batch_rows >= 2**31:
+            raise ConfigError(f"micro_batch_rows={micro_batch_rows} must be below 2**31, e.g. 8192")
         configs = [as_recemb_config(config) for config in tables]
         specs = [table_spec(config) for config in configs]
         _check_weighted_mean(specs, is_weighted)
@@ -203,7 +205,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         for ``QuotientRemainder`` and for a ``ROBE`` table that has its array to itself.
 
         Raises:
-            ConfigError: wrong shape, or a ROBE array shared with other tables; no weight has changed.
+            ConfigError: wrong shape, weights that are not finite in the table's type, or a ROBE array shared
+                with other tables; no weight has changed.
         """
         self._backend(table).from_dense(weight)
 

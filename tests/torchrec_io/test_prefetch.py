@@ -166,6 +166,15 @@ def test_micro_batch_rows_must_be_a_positive_int(rows: Any) -> None:
         make("plain", micro_batch_rows=rows)
 
 
+@pytest.mark.parametrize("rows", [2**31, 2**64])
+def test_micro_batch_rows_must_not_wrap(rows: int) -> None:
+    with pytest.raises(ConfigError, match=rf"micro_batch_rows={rows} must be below 2\*\*31, e\.g\. 8192"):
+        make("plain", micro_batch_rows=rows)
+    given = batches("plain", 1)[0]
+    largest = make("plain", micro_batch_rows=2**31 - 1)
+    assert torch.equal(largest(given).values(), make("plain")(given).values())
+
+
 @pytest.mark.parametrize("methods", METHODS)
 def test_a_batch_that_has_been_written_to_is_prepared_anew(methods: str) -> None:
     module, plain = make(methods), make(methods)
