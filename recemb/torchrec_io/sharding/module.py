@@ -119,6 +119,8 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         self._sharding_types = [kind.partition(":")[0] for kind in self._sharding_types]
         self._targets = _targets(module)
         self._means = SplitMeans(configs, plan)
+        # By a batch's keys: where its features are, on the host and on the device.
+        self._orders: dict[tuple[str, ...], tuple[list[int], Tensor]] = {}
         self._has_mean_pooling_callback = False
         if module.device.type not in ("meta", "cpu"):
             self.load_state_dict(module.state_dict(), strict=False)
@@ -183,7 +185,8 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         """Check this rank's batch, then send its ids to the ranks that look them up.
 
-        Weights may be missing: torchrec's feature processors make them between this and the look-up.
+        Weights may be missing: torchrec's feature processors make them between this and the look-up. Keys may
+        come in any order and with others that no table has, anew in each batch.
 
         Raises:
             BatchError: names feature, table, sample and value. Nothing has been sent.
@@ -192,7 +195,34 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         check_kjt(batch, self._targets, self._is_weighted and batch.weights_or_none() is not None)
         if self._means:
             ctx.divisor = self._means.divisor(batch, self._embedding_names, self._embedding_dims)
-        return super().input_dist(ctx, features)
+        if not self._has_uninitialized_input_dist:
+            self._find_features(batch.keys())
+        sent = super().input_dist(ctx, batch)
+        if ctx.inverse_indices is not None:
+            ctx.inverse_indices = self._in_output_order(*ctx.inverse_indices)
+        return sent
+
+    def _find_features(self, keys: list[str]) -> None:
+        """Set where torchrec finds a batch's features; it would look where those of the first one were."""
+        known = self._orders.get(tuple(keys))
+        if known is None:
+            names = [name for sharding in self._embedding_shardings for name in sharding.feature_names()]
+            order = [] if names == keys else [keys.index(name) for name in names]
+            known = order, torch.tensor(order, device=self._device, dtype=torch.int32)
+            self._orders[tuple(keys)] = known
+        self._features_order, self._features_order_tensor = known
+        self._has_features_permute = bool(known[0])
+
+    def _in_output_order(self, names: list[str], bags: Tensor) -> tuple[list[str], Tensor]:
+        """Inverse indices with a row for each block of columns that the ranks send back."""
+        wanted = [name.partition("@")[0] for name in self._uncombined_embedding_names]
+        if wanted == names:
+            return names, bags
+        order = torch.tensor([names.index(name) for name in wanted], device=bags.device)
+        return wanted, bags.index_select(0, order)
+
+    def _create_inverse_indices_permute_indices(self, inverse_indices: Any) -> None:
+        """Nothing: torchrec would take the rows of each batch from where the first one had them."""
 
     def output_dist(self, ctx: Any, output: list[torch.Tensor]) -> Any:
         return self._mean(ctx, super().output_dist(ctx, output))
