@@ -24,7 +24,7 @@ from recemb.spec import TableSpec, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
-from recemb.torchrec_io.replicated import warn_of_replication
+from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
 from recemb_kernels.triton_frame.verdict import poll
 
 
@@ -96,6 +96,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         self._replication_checked = False
         self.register_state_dict_pre_hook(raise_what_is_pending)
         self._specs = tuple(specs)
+        self._cached = [spec.name for spec in specs if spec.cache_rows]
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -109,11 +110,14 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
 
         Raises:
             BatchError: names table, feature, sample and value; nothing has been computed by then.
+            ConfigError: cached rows train on several ranks that would drift apart; nothing has changed.
         """
         if torch.compiler.is_exporting():
             return self._exported(features)
         if not self._replication_checked:
             self._replication_checked = warn_of_replication(self)
+        if self._cached:
+            refuse_to_drift([self._backend(table) for table in self._cached])
         ahead = self._ahead.pop(id(features), None) if self._ahead else None
         known = ahead[2] if ahead and ahead[0] is features and ahead[1] == self._state_of(features) else None
         if ahead is not None and (known is None or known[1] is not None):

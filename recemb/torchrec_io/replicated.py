@@ -1,12 +1,17 @@
-"""The warning of a collection that ``DistributedModelParallel`` has left whole on every rank."""
+"""What is said of a collection that is whole on every rank: a warning, or an error if it has cached rows."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from recemb.backends.base import Backend
+from recemb.cache.refresh import cache_of, is_frozen
+from recemb.errors import ConfigError
 
 
 def warn_of_replication(collection: nn.Module) -> bool:
@@ -43,3 +48,33 @@ def warn_of_replication(collection: nn.Module) -> bool:
             stacklevel=3,
         )
     return True
+
+
+def refuse_to_drift(tables: Sequence[Backend]) -> None:
+    """Refuse cached tables of which each rank would exchange other rows than the rest.
+
+    A cache exchanges rows by what its rank has looked up, while gradients are averaged slot by slot. Where
+    DistributedDataParallel broadcasts buffers, all ranks have the first one's cache.
+
+    Called in each look-up: only there torch says which DistributedDataParallel it runs under.
+
+    Args:
+        tables: cached ones.
+
+    Raises:
+        ConfigError: one that trains is on several ranks, and buffers are not broadcast. Nothing has changed.
+    """
+    # torch leaves this one untyped.
+    around = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if around is None or around.broadcast_buffers:
+        return
+    training = [table for table in tables if cache_of(table).training and not is_frozen(table)]
+    ranks = dist.get_world_size(around.process_group)
+    if training and ranks > 1:
+        raise ConfigError(
+            f"table {training[0].table.name!r}: its cached rows, cache=HotRows(...), would be others on each "
+            f"of the {ranks} ranks, whose gradients are averaged: the ranks' tables would drift apart. Shard "
+            "the collection, DistributedModelParallel(..., sharders=recemb.torchrec_io.get_sharders()), with "
+            "a plan that has the module; or give every rank the cache of the first, "
+            "DistributedDataParallel(..., broadcast_buffers=True)"
+        )

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
@@ -262,6 +265,44 @@ def fresh(rank: int) -> Found:
     }
 
 
+def left_whole(rank: int) -> Found:
+    """What is said of cached tables that every rank has whole, and how far its weights are from rank 0's."""
+    case = CachedCase("lfu", "sum", None)
+    models = {
+        "without sharders": lambda own: DistributedModelParallel(own),
+        "not broadcast": lambda own: DistributedDataParallel(own, broadcast_buffers=False),
+        "broadcast": lambda own: DistributedDataParallel(own),
+        "evaluated": lambda own: DistributedDataParallel(own, broadcast_buffers=False).eval(),
+        "frozen": lambda own: DistributedDataParallel(own, broadcast_buffers=False),
+    }
+    found: Found = {}
+    for name, wrapped in models.items():
+        own = Model(collection(case))
+        if name == "frozen":
+            for table in CACHED:
+                own.ebc.embedding_bags[table].requires_grad_(False)
+        start = {key: value.clone() for key, value in own.state_dict().items()}
+        model, message = wrapped(own), ""
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        try:
+            for at in range(STEPS):
+                optimizer.zero_grad()
+                model(batch(10 * at + rank, case))[0].backward()
+                optimizer.step()
+        except ConfigError as error:
+            message = str(error)
+        apart = 0.0
+        for table in CACHED:
+            mine = own.ebc.to_dense(table)
+            first = mine.clone()
+            dist.broadcast(first, 0)
+            apart = max(apart, float((mine - first).abs().max()))
+        moved = {key for key, value in own.state_dict().items() if not torch.equal(value, start[key])}
+        filled = min(cache.cached_rows for cache in own.ebc.cache_metrics().values())
+        found[name] = {"message": message, "apart": apart, "moved": sorted(moved), "filled": filled}
+    return found
+
+
 def pipeline(rank: int) -> Found:
     """torchrec's pipelines against the plain loop, bit for bit, caches and all."""
     case = CachedCase("importance", "sum", "adagrad")
@@ -291,7 +332,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     }
     runs["frozen"] = lambda: parity(rank, CachedCase("lfu", "sum", "adagrad"), ("qr", "tt"))
     runs["accumulated"] = lambda: parity(rank, CachedCase("lfu", "sum", None), accumulate=3)
-    for run in (pipeline, looking_up, variable, another_cache, gathered, fresh):
+    for run in (pipeline, left_whole, looking_up, variable, another_cache, gathered, fresh):
         runs[run.__name__] = lambda run=run: run(rank)
     for kind in FORMATS:
         runs[kind] = lambda kind=kind: resharded(rank, kind, folder)

@@ -184,6 +184,20 @@ def test_a_state_with_another_cache_is_refused_on_every_rank(found: list[Found])
         assert not one["moved"]
 
 
+def test_ranks_that_would_drift_apart_are_refused(found: list[Found]) -> None:
+    for one in of_case(found, "left_whole"):
+        for how in ("without sharders", "not broadcast"):
+            assert "table 'tt': its cached rows" in one[how]["message"]
+            for mend in ("sharders=recemb.torchrec_io.get_sharders()", "broadcast_buffers=True"):
+                assert mend in one[how]["message"]
+            assert one[how]["apart"] == 0
+            assert one[how]["moved"] == []
+        for how in ("broadcast", "evaluated", "frozen"):
+            assert one[how]["message"] == ""
+            assert one[how]["apart"] == 0
+        assert one["broadcast"]["filled"] > 3
+
+
 def test_whole_weights_are_exact(found: list[Found]) -> None:
     for one in of_case(found, "gathered"):
         assert one["keys"]
