@@ -119,7 +119,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         if self._cached:
             refuse_to_drift([self._backend(table) for table in self._cached])
         ahead = self._ahead.pop(id(features), None) if self._ahead else None
-        known = ahead[2] if ahead and ahead[0] is features and ahead[1] == self._state_of(features) else None
+        known = ahead[2] if ahead and ahead[0] is features and ahead[1] == state_of(features) else None
         if ahead is not None and (known is None or known[1] is not None):
             # Bags the engine takes over. A batch that was written to keeps the offsets that were made of it.
             _take_over(*ahead[2])
@@ -167,15 +167,11 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         while len(self._ahead) > 1:  # of batches that were never looked up
             self._ahead.pop(next(iter(self._ahead)))
         if self._engine.prefetch(self.embedding_bags, bags):
-            self._ahead[id(features)] = features, self._state_of(features), (bags, inverse)
+            self._ahead[id(features)] = features, state_of(features), (bags, inverse)
 
     def _bags(self, features: KeyedJaggedTensor) -> tuple[Bags, Tensor | None]:
         kjt = maybe_td_to_kjt(features, None)
         return bags_from_kjt(kjt, self._engine.targets, self._is_weighted)
-
-    @staticmethod
-    def _state_of(features: KeyedJaggedTensor) -> list[object] | None:
-        return state_of(features) if isinstance(features, KeyedJaggedTensor) else None
 
     @property
     def micro_batch_rows(self) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -73,13 +74,17 @@ def check_kjt(features: KeyedJaggedTensor, targets: LookupTargets, is_weighted: 
     check_bags(bags, LookupTargets(owner.get(key, LookupTarget(key, "none", _ANY_ID)) for key in keys))
 
 
-def state_of(features: KeyedJaggedTensor, *, cut: bool = False) -> list[object]:
+def state_of(features: KeyedJaggedTensor | TensorDict, *, cut: bool = False) -> list[object]:
     """What a batch that has been prepared is known by: its memory, how often that was written to, its use.
 
     Args:
-        features: the batch.
+        features: the batch; of a TensorDict the tensors that its jagged entries are made of.
         cut: whether torchrec cuts it out of a larger one anew each time, its offsets with it.
     """
+    if isinstance(features, TensorDict):
+        parts = [(entry._values, entry._offsets, entry._lengths) for entry in features.values()]
+        seen = [part if part is None else _Seen(part) for entry in parts for part in entry]
+        return [*features.keys(), *seen, torch.is_inference_mode_enabled()]
     weights, inverse = features.weights_or_none(), features.inverse_indices_or_none()
     tensors = [features.values()] if cut else [features.values(), features.offsets()]
     if cut or features.variable_stride_per_key():  # which are padded by these

@@ -188,6 +188,38 @@ def test_a_batch_that_has_been_written_to_is_prepared_anew(methods: str) -> None
         module(second)
 
 
+def entry(ids: list[int]) -> Tensor:
+    """A bag of one id for each."""
+    return torch.nested.nested_tensor([torch.tensor([k]) for k in ids], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("written", ["values", "in place", "replaced", "bags", "another order", "nothing"])
+def test_a_tensordict_that_has_been_written_to_is_prepared_anew(
+    written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensordict = pytest.importorskip("tensordict")
+    module = two_tables()
+    features = tensordict.TensorDict({"a": entry([1, 2, 3]), "b": entry([4, 5, 6])}, batch_size=[3])
+    before = module(features).values()
+    module.prefetch(features)
+    if written == "values":
+        features["a"].values().copy_(torch.tensor([7, 8, 9]))
+    elif written == "in place":
+        features["a"].mul_(2)
+    elif written == "replaced":
+        features["b"] = entry([7, 8, 9])
+    elif written == "bags":
+        features["a"].offsets().copy_(torch.tensor([0, 0, 2, 3]))
+    elif written == "another order":
+        features["b"], features["a"] = features.pop("a"), features.pop("b")
+    else:
+        monkeypatch.setattr("recemb.torchrec_io.embedding_bag_collection.bags_from_kjt", None)
+    pooled = module(features).values()
+    assert torch.equal(pooled, before) == (written == "nothing")
+    if written != "nothing":
+        assert torch.equal(pooled, module(features).values())  # for which nothing has been prepared
+
+
 def two_tables(is_weighted: bool = False, cache: HotRows | None = None) -> EmbeddingBagCollection:
     """A table for each of the features a and b."""
     tables = [
