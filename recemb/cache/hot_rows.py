@@ -53,7 +53,8 @@ class HotRowCache(DenseBackend):
     optimizers attached by ``apply_optimizer_in_backward`` the state of replaced rows starts anew by itself;
     for one that is stepped outside, it stays the former row's unless one of these mends it, as
     ``cache.on_replace.append(lambda cache, slots: reset_rows(optimizer, cache.weight, slots))`` does
-    (:func:`recemb.cache.optimizer_state.reset_rows`).
+    (:func:`recemb.cache.optimizer_state.reset_rows`). They are of this cache and its optimizer: copies and
+    pickles start without any.
 
     Args:
         table: the compressed table.
@@ -102,6 +103,10 @@ class HotRowCache(DenseBackend):
                 self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if not self.weight.is_meta:
             self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors count their writes anew, and functions may be of another's optimizer.
+        return self.__dict__ | {"on_replace": [], "_known": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept: dict[str, Tensor] = {name: getattr(self, name) for name in _FLOATS}

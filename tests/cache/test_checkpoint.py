@@ -64,6 +64,39 @@ def test_training_goes_on_from_a_saved_state_as_it_would_have(
     assert live.cache().metrics().evictions > 0
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_a_copy_loads_a_state_as_a_fresh_collection_does(
+    steps: int, copied: Callable[[Collection], Collection]
+) -> None:
+    """Whatever its tensors had been written to by then."""
+    live, own = built(table("tt")), built(table("tt"))
+    train(live, range(23))
+    train(own, range(steps))
+    twin = copied(own)
+    twin.load_state_dict(live.state_dict())
+    for name in ("steps", "refreshed"):
+        assert twin.cache().host_value(name) == int(getattr(live.cache(), name))
+    assert twin.cache().due == live.cache().due
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
+def test_copies_start_without_functions_on_replaced_rows(
+    copied: Callable[[Collection], Collection],
+) -> None:
+    """Which are of the optimizer of the original, and often lambdas."""
+    own, seen = built(table("tt")), []
+    own.cache().on_replace.append(lambda cache, slots: seen.append(cache))
+    twin = copied(own)
+    for _ in range(4):  # without a backward: a copy's optimizers are not attached
+        twin(one_id_bags([1, 2, 2]))
+    assert twin.cache().metrics().promotions > 0
+    assert not seen
+    train(own, range(4))
+    assert seen
+    assert all(cache is own.cache() for cache in seen)
+
+
 def test_saving_does_not_change_the_run() -> None:
     saved, other = built(table("tt")), built(table("tt"))
     for start in range(10):
