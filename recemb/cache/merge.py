@@ -58,7 +58,20 @@ class Piece:
 
 
 class Token:
-    """Lives while a graph may still go backward."""
+    """Lives while a graph may still go backward.
+
+    Attributes:
+        task: the backward that the forward was part of, -1 for none.
+    """
+
+    def __init__(self) -> None:
+        self.task = backward_under_way()
+
+
+def backward_under_way() -> int:
+    """The number of the backward that autograd runs this in, never given twice; -1 for none."""
+    task: int = torch._C._current_graph_task_id()
+    return task
 
 
 @dataclass(eq=False)
@@ -130,6 +143,8 @@ class Merge(torch.autograd.Function):
                 "backward once already (retain_graph=True); run the forward again"
             )
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
+        if step.token is not None and step.token.task == -1:
+            streams.left_in = backward_under_way()
         step.token = None
         # One of each parameter, which several features and tables may share.
         pairs = dict(zip(step.caches, step.tables, strict=True)).items()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
-from recemb.cache.merge import Merge, Piece, Step, Token
+from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
@@ -81,11 +81,13 @@ class Streams:
         self._open: list[ref[Token]] = []
         # Whether an exchange is due since a look-up within a backward.
         self._put_off = False
+        # The backward that the last graph of a forward outside of any has gone through.
+        self.left_in = -1
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be worked out again stays out of copies, and a graph is not copied.
         kept = {name: value for name, value in self.__dict__.items() if name != "merger"}
-        return kept | {"_keys": None, "_splitter": None, "_open": []}
+        return kept | {"_keys": None, "_splitter": None, "_open": [], "left_in": -1}
 
     @property
     def expanded(self) -> list[TableSpec]:
@@ -106,9 +108,14 @@ class Streams:
         has stepped on yet: those belong to the rows as they are. It is made up for afterwards. A frozen table
         stays as it is: where its cached rows, or parameters that they would be written to, take no gradient.
 
-        A look-up within a backward repeats that of a checkpointed forward (``torch.utils.checkpoint``,
-        reentrant), and must find its rows. As the forward keeps no graph, it is the next one that exchanges.
+        A look-up within a backward repeats that of a checkpointed forward (``torch.utils.checkpoint``), and
+        must find its rows. A reentrant one's forward keeps no graph and is no training step: the repeat is,
+        and the next forward exchanges. With ``use_reentrant=False`` the forward was the step, whose graph is
+        there or has gone backward by now, and the repeat is none. Where one collection is looked up in both
+        ways, or without any, in one graph, the repeats of all are taken to be none.
         """
+        if self._repeats():
+            return False
         backends = [tables[name] for name in self.names]
         caches = [cache_of(backend) for backend in backends]
         training = torch.is_grad_enabled()
@@ -117,10 +124,18 @@ class Streams:
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not is_frozen(backend)]
         if due and not self._waiting(caches):
-            self._put_off = _within_backward()
+            self._put_off = backward_under_way() != -1
             if not self._put_off:
                 refresh(due)
         return training
+
+    def _repeats(self) -> bool:
+        """Whether a look-up is the repeat of one whose graph counts as a step already."""
+        task = backward_under_way()
+        if task == -1:
+            return False
+        held = (token() for token in self._open)
+        return task == self.left_in or any(token is not None and token.task == -1 for token in held)
 
     def _waiting(self, caches: Sequence[HotRowCache]) -> bool:
         self._open = [token for token in self._open if token() is not None]
@@ -343,11 +358,6 @@ class Streams:
                 for piece in self.pieces
             ]
         )
-
-
-def _within_backward() -> bool:
-    """Whether autograd runs this."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
@@ -162,3 +162,56 @@ def test_a_checkpointed_forward_finds_its_rows_again() -> None:
         first, again = seen
         assert torch.equal(first, again)
     assert collection.cache().metrics().evictions > 0
+
+
+@pytest.mark.parametrize("before", ["nothing", "a product"])
+@pytest.mark.parametrize("policy", ["lfu", "importance"])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_checkpoint_that_is_not_reentrant_counts_each_step_once(
+    double: bool, policy: Any, before: str
+) -> None:
+    """Its forward keeps a graph, and is repeated wherever the backward first asks for what was not saved."""
+    hot = HotRows(rows=4, policy=policy, warmup=2, refresh_every=3, track_every=1)
+    found = []
+    for how in ("plain", "checkpointed"):
+        # Plain torch saves what its backward needs, and has the look-up repeated after that of the sum.
+        collection = made(TensorTrain(rank=2, cache=hot))
+        collection = collection.double() if double else collection
+        optimizer, at, looked_up = torch.optim.SGD(collection.parameters(), 0.05), [], 0
+        for k in range(9):
+            bags, scale = one_id_bags([k, k, k, k + 1]), torch.ones(1, requires_grad=True)
+
+            def look_up(scale: torch.Tensor, own: Any = collection, bags: Any = bags) -> torch.Tensor:
+                nonlocal looked_up
+                looked_up += 1
+                out = own(bags)
+                return out * scale if before == "a product" else out
+
+            optimizer.zero_grad()
+            with set_checkpoint_early_stop(before == "a product"):
+                # Else the repeat ends before the streams are summed up.
+                pooled = look_up(scale) if how == "plain" else checkpoint(look_up, scale, use_reentrant=False)
+            # Its backward needs nothing of what was looked up.
+            (pooled * torch.linspace(-1, 1, 8)).sum().backward()
+            optimizer.step()
+            at.append(collection.cache().host_value("refreshed"))
+        state = [value.clone() for value in collection.state_dict().values()]
+        found.append((at, collection.cache().metrics(), state, looked_up))
+    (at, figures, state, once), (again_at, again_figures, again_state, twice) = found
+    assert again_at == at
+    assert again_figures == figures
+    assert figures.evictions > 0
+    assert all(torch.equal(*pair) for pair in zip(state, again_state, strict=True))
+    assert (once, twice) == (9, 18)
+
+
+def test_two_look_ups_of_a_reentrant_checkpoint_are_two_steps() -> None:
+    collection = made(TensorTrain(rank=2, cache=forever(rows=4)))
+
+    def look_up(scale: torch.Tensor) -> torch.Tensor:
+        return collection(one_id_bags([1, 2])) * scale + collection(one_id_bags([3, 3])) * scale
+
+    for steps in (2, 4):
+        checkpoint(look_up, torch.ones(1, requires_grad=True), use_reentrant=True).sum().backward()
+        assert collection.cache().host_value("steps") == steps
+    assert float(collection.cache().votes.sum()) == 2 * 4
