@@ -86,6 +86,11 @@ class Step:
     token: Token | None
     exchanges: list[int] | None = None
     shares: dict[Piece, tuple[Tensor, ...]] = field(default_factory=dict)
+    # Whether rows have been held for its backward.
+    held: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held = self.token is not None
 
     def scaled(self, piece: Piece, hot: Tensor, cold: Tensor) -> tuple[Tensor, Tensor]:
         """[B, columns] each: columns of the mean features of a piece, times each stream's part of the bag."""
@@ -138,9 +143,14 @@ class Merge(torch.autograd.Function):
         step: Step = ctx.step
         streams = step.streams
         if step.exchanges != [cache.exchanges for cache in step.caches]:
+            why = (
+                "has gone backward once already (retain_graph=True)"
+                if step.held
+                else "was made in eval(), where it does not hold them"
+            )
             raise RecembError(
-                "the cached rows have been exchanged since the forward of this graph, which has gone "
-                "backward once already (retain_graph=True); run the forward again"
+                f"the cached rows have been exchanged since the forward of this graph, which {why}; run the "
+                "forward again"
             )
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         if step.token is not None and step.token.task == -1:

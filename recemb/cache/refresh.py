@@ -118,8 +118,10 @@ def cache_of(table: Backend) -> HotRowCache:
 
 
 def is_frozen(table: Backend) -> bool:
-    """Whether cached rows, or what they would be written to, take no gradient: nothing is exchanged."""
+    """Whether nothing is exchanged: in eval(), or cached rows, or what they go to, take no gradient."""
     cache = cache_of(table)
+    if not cache.training:
+        return True
     written = table.written_parameters() if cache.settings.write_back else ()
     return not all(parameter.requires_grad for parameter in (cache.weight, *written))
 

@@ -107,6 +107,7 @@ class Streams:
         Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
         has stepped on yet: those belong to the rows as they are. It is made up for afterwards. A frozen table
         stays as it is: where its cached rows, or parameters that they would be written to, take no gradient.
+        One in ``eval()`` is not counted either, whatever the others are in.
 
         A look-up within a backward repeats that of a checkpointed forward (``torch.utils.checkpoint``), and
         must find its rows. A reentrant one's forward keeps no graph and is no training step: the repeat is,
@@ -119,7 +120,7 @@ class Streams:
         backends = [tables[name] for name in self.names]
         caches = [cache_of(backend) for backend in backends]
         training = torch.is_grad_enabled()
-        if not (caches[0].training and (training or self._put_off)):
+        if not (any(cache.training for cache in caches) and (training or self._put_off)):
             return False
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not is_frozen(backend)]
@@ -254,7 +255,7 @@ class Streams:
         caches = [cache_of(backend) for backend in backends]
         watching: list[bool] = []
         if training:
-            tracked = [cache.tracks for cache in caches]
+            tracked = [cache.training and cache.tracks for cache in caches]
             self._count(caches, split, tracked)
             watching = [
                 now and cache.settings.policy == "importance"
@@ -265,7 +266,7 @@ class Streams:
             self._open.append(ref(cast(Token, step.token)))
         out = cast(Tensor, cast(Any, Merge).apply(pooled, step))
         if training:
-            own = list({id(cache): cache for cache in caches}.values())
+            own = list({id(cache): cache for cache in caches if cache.training}.values())
             known = [cache.host_value("steps") for cache in own]
             torch._foreach_add_([cache.steps for cache in own], 1)
             for cache, before in zip(own, known, strict=True):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recemb.backends.base import Backend
-from recemb.cache.refresh import cache_of, is_frozen
+from recemb.cache.refresh import is_frozen
 from recemb.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ def refuse_to_drift(tables: Sequence[Backend]) -> None:
     around = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if around is None or around.broadcast_buffers:
         return
-    training = [table for table in tables if cache_of(table).training and not is_frozen(table)]
+    training = [table for table in tables if not is_frozen(table)]
     ranks = dist.get_world_size(around.process_group)
     if training and ranks > 1:
         raise ConfigError(

@@ -230,8 +230,40 @@ def test_going_back_again_after_an_exchange_is_refused() -> None:
     out.backward(retain_graph=True)
     collection.zero_grad()
     collection(one_id_bags([3]))
-    with pytest.raises(RecembError, match="exchanged since the forward"):
+    with pytest.raises(RecembError, match=r"exchanged since the forward.*has gone backward once already"):
         out.backward()
+
+
+def test_going_back_through_a_graph_of_eval_after_an_exchange_says_so() -> None:
+    collection = every_step()
+    step(collection, [1, 1, 2], sgd(collection))
+    step(collection, [1, 1, 2], sgd(collection))
+    out = collection.eval()(one_id_bags([1, 2, 3])).sum()
+    collection.train().zero_grad()
+    collection(one_id_bags([3, 3, 3, 4, 4, 4]))
+    collection(one_id_bags([3]))
+    assert cached(collection) == {3, 4}
+    with pytest.raises(RecembError, match=r"exchanged since the forward.*was made in eval\(\)"):
+        out.backward()
+
+
+@pytest.mark.parametrize("policy", ["lfu", "importance"])
+@pytest.mark.parametrize("still", ["a", "b"])
+def test_each_table_trains_or_evaluates_by_itself(still: str, policy: Any) -> None:
+    hot = HotRows(rows=2, policy=policy, warmup=1, refresh_every=1, track_every=1)
+    tables = [spec(TensorTrain(rank=4, cache=hot), 40, name=name) for name in ("a", "b")]
+    collection = Collection(tables)
+    collection.backend(still).eval()
+    other = "b" if still == "a" else "a"
+    before = {name: value.clone() for name, value in collection.cache(still).named_buffers()}
+    for ids in ([1, 1, 2, 2], [4, 4, 5, 5], [4, 4, 5, 5]):
+        collection(Bags(torch.tensor(ids + ids), torch.arange(9), 2)).square().sum().backward()
+        collection.zero_grad()
+    for name, value in collection.cache(still).named_buffers():
+        assert torch.equal(value, before[name]), name
+    metrics = collection.cache(other).metrics()
+    assert (metrics.cached_rows, metrics.lookups) == (2, 8)
+    assert int(collection.cache(other).steps) == 3
 
 
 @pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode"])
