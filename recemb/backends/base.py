@@ -307,7 +307,7 @@ class Backend(nn.Module, ABC):
 
         Args:
             ids: [E] int64, each once.
-            values: [E, D], finite.
+            values: [E, D], finite, as are the rows of ``ids`` and :meth:`read_to_write_back`.
             cost: how often another row is looked up for each time that one of these is, >= 0.
         """
         raise NotImplementedError(
@@ -318,6 +318,10 @@ class Backend(nn.Module, ABC):
     def written_parameters(self) -> Sequence[nn.Parameter]:
         """What :meth:`write_back` changes."""
         return list(self.own_parameters().values())
+
+    def read_to_write_back(self) -> Sequence[str]:
+        """Parameters that :meth:`write_back` reads all of, whatever the ids; they must be finite for it."""
+        return ()
 
     def approximate(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters, by name, that come closest to ``weight`` [N, D] in the Frobenius norm.

@@ -88,6 +88,9 @@ class MixedDimensionBackend(Backend):
     def written_parameters(self) -> Sequence[nn.Parameter]:
         return [self.e]
 
+    def read_to_write_back(self) -> Sequence[str]:
+        return ("p",)
+
     @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Least squares, e[i] = values pinv(P): what of ``values`` lies in the row space of P.

@@ -138,6 +138,12 @@ class QuotientRemainderBackend(Backend):
             return [self.q, self.r]
         return [self.q if _longer(self.table) == "q" else self.r]
 
+    def read_to_write_back(self) -> Sequence[str]:
+        """Under ``mult`` the factors of the other side, which weigh what a change does to the other rows."""
+        if _compression(self.table).operation != "mult":
+            return ()
+        return ("r",) if _longer(self.table) == "q" else ("q",)
+
     @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Damped least squares on the longer table (on both under ``concat``), whose rows fewer ids share.

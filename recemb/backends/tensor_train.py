@@ -118,6 +118,10 @@ class TensorTrainBackend(Backend):
                 break
         return cores
 
+    def read_to_write_back(self) -> Sequence[str]:
+        """All cores: their Gram matrices weigh what a change does to the other rows."""
+        return tuple(self.own_parameters())
+
     @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Damped least squares, core by core (:mod:`recemb.backends.tt_write_back` has the bounds)."""

@@ -33,7 +33,8 @@ def refresh(tables: Sequence[Backend]) -> None:
         tables: cached tables, each once.
 
     Raises:
-        NonFiniteError: a row to be written back is NaN or infinite; nothing has changed.
+        NonFiniteError: a row that leaves or enters, or a parameter that all rows are written back by, is NaN
+            or infinite; nothing has changed.
     """
     pairs = [(table, cache_of(table)) for table in tables]
     # A row that enters has the compressed value, whatever the model around it computes in.
@@ -44,7 +45,7 @@ def refresh(tables: Sequence[Backend]) -> None:
 def _exchange(pairs: Sequence[tuple[Backend, HotRowCache]]) -> None:
     plans = [(table, cache, cache.choose()) for table, cache in pairs]
     for table, cache, plan in plans:
-        _check_finite(table, cache.ids[plan.leaving], cache.weight[plan.leaving])
+        _check_finite(table, cache, plan)
     left = [evict(table, cache, plan) for table, cache, plan in plans]
     for (table, cache, plan), (ids, scores) in zip(plans, left, strict=True):
         promote(table, cache, plan)
@@ -126,11 +127,23 @@ def is_frozen(table: Backend) -> bool:
     return not all(parameter.requires_grad for parameter in (cache.weight, *written))
 
 
-def _check_finite(table: Backend, ids: Tensor, values: Tensor) -> None:
+def _check_finite(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
+    """Raise unless all that an exchange reads is finite: least squares would spread what is not."""
+    leaving = cache.ids[plan.leaving]
+    _raise_first(table, "cached row of id {}", leaving, cache.weight[plan.leaving], "cannot be written back")
+    if leaving.numel() and cache.settings.write_back:
+        for name in table.read_to_write_back():
+            parameter = table.own_parameters()[name]
+            rows = torch.arange(len(parameter), device=parameter.device)
+            _raise_first(table, f"row {{}} of {name}", rows, parameter, "no row can be written back by it")
+    for ids, why in ((leaving, "a cached one cannot be written to it"), (plan.ids, "cannot be cached")):
+        _raise_first(table, "compressed row of id {}", ids, table.rows(table.map_ids(ids)), why)
+
+
+def _raise_first(table: Backend, what: str, ids: Tensor, values: Tensor, why: str) -> None:
     bad = ~torch.isfinite(values).all(dim=1)
     if bool(bad.any()):
         raise NonFiniteError(
-            f"table {table.table.name!r}: the cached row of id {int(ids[bad][0])} is NaN or infinite and "
-            "cannot be written back; training has diverged: lower the learning rate, or look for infinite "
-            "inputs"
+            f"table {table.table.name!r}: the {what.format(int(ids[bad][0]))} is NaN or infinite and {why}; "
+            "training has diverged: lower the learning rate, or look for infinite inputs"
         )

@@ -16,7 +16,7 @@ from recemb.cache.optimizer_state import reset_rows
 from recemb.cache.refresh import refresh
 from recemb.errors import NonFiniteError, RecembError
 from recemb.spec import ROBE, HotRows, MixedDimension, TensorTrain
-from tests.cache.cases import Collection, forever, hold, one_id_bags, spec
+from tests.cache.cases import METHODS, Collection, forever, hold, one_id_bags, spec
 
 
 def every_step(capacity: int = 2, **settings: Any) -> Collection:
@@ -372,3 +372,56 @@ def test_a_row_that_diverged_is_not_written_back() -> None:
         refresh([collection.backend()])
     for name, value in collection.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", ["leaves", "enters", "neither"])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_that_diverged_are_named_before_anything_is_exchanged(
+    method: str, row: str, bad: float
+) -> None:
+    torch.manual_seed(0)
+    collection = Collection([spec(METHODS[method](forever(rows=1)), 40)])
+    hold(collection, [3])
+    cache, table = collection.cache(), collection.backend()
+    slots = table.map_ids(torch.tensor([3, 8, 39]))[["leaves", "enters", "neither"].index(row)]
+    with torch.no_grad():
+        cache.owners[8], cache.votes[8] = 8, 1e9
+        cache.weight.add_(1)
+        if method == "robe":
+            array = table.own_parameters()["array"].view(-1)
+            index, _ = table._elements(slots[None])
+            array[index.flatten()[0]] = bad
+        else:
+            name, parameter = next(iter(table.own_parameters().items()))
+            parameter[slots[0], 0] = bad
+    touched = not bool(torch.isfinite(table.rows(table.map_ids(torch.tensor([3, 8])))).all())
+    broken = torch.isfinite(table.to_dense()).logical_not()
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    if touched or method == "tt":
+        with pytest.raises(NonFiniteError, match=r"table 't': the .* is NaN or infinite and .* be "):
+            refresh([table])
+        for name, value in collection.state_dict().items():
+            assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
+    else:
+        refresh([table])
+        assert cache.ids.tolist() == [8]
+        assert bool(torch.isfinite(cache.weight).all())
+        # It has not spread.
+        assert torch.equal(torch.isfinite(table.to_dense()).logical_not(), broken)
+
+
+@pytest.mark.parametrize("method", ["md", "mult"])
+def test_a_parameter_that_all_rows_are_written_back_by_is_named(method: str) -> None:
+    collection = Collection([spec(METHODS[method](forever(rows=1)), 40)])
+    hold(collection, [3])
+    cache, table = collection.cache(), collection.backend()
+    with torch.no_grad():
+        # Of the factors in r, one that neither row has.
+        (table.p if method == "md" else table.r)[1, 2] = float("nan")
+        cache.owners[8], cache.votes[8] = 8, 1e9
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"table 't': the row 1 of [pr] is NaN or infinite"):
+        refresh([table])
+    for name, value in collection.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
