@@ -112,7 +112,7 @@ def test_a_parametrized_table_is_looked_up_as_torchrecs() -> None:
 def test_a_parameter_with_too_few_rows_is_not_read_beyond_its_end() -> None:
     made = _collection(Dense())
     _table(made).weight = nn.Parameter(torch.randn(10, DIM))
-    with torch.no_grad(), pytest.raises(RuntimeError, match="index_size|valid range"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"index_size|valid range"):
         made(_batch())
 
 
