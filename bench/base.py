@@ -95,8 +95,10 @@ def compare_with(
             ready.append(case)
         except (WorkerError, ConfigError) as error:
             skipped.append(Skipped(case, str(error)))
-    apart = HandOver()
-    times = alternate(workers, [f"{case} {path}" for path in paths for case in ready], rounds, apart)
+    apart = HandOver(workers[0].hand_over)
+    apart()
+    times = alternate(workers, [f"{case} {path}" for path in paths for case in ready], rounds)
+    apart()
     for worker in workers:
         worker.drop()
     rows = []

@@ -33,8 +33,8 @@ class Row:
         target: the bound, ``<=0.8``; ``met`` says whether it is kept.
         gflop_s: arithmetic of :mod:`bench.work` over P50; gbyte_s likewise.
         floor_us: the least time for that work on this machine (:mod:`bench.floor`).
-        hand_over_ns: what a cache line took between the threads' cores, the median over the rounds
-            (:mod:`bench.hand_over`).
+        hand_over_ns: what a cache line took between the threads' cores, the median over the rounds; of a
+            process of its own, before and after them (:mod:`bench.hand_over`).
     """
 
     setting: str

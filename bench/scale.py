@@ -52,8 +52,10 @@ def _sizes(worker: Worker, ids: str, rounds: int) -> list[Row]:
     keys = [f"{count(setting.rows[0])} {setting.ids}" for setting in settings]
     for key, setting in zip(keys, settings, strict=True):
         worker.build(key, setting, _CASE, _PATHS)
-    apart = HandOver()
-    times = alternate([worker], [f"{key} {path}" for path in _PATHS for key in keys], rounds, apart)
+    apart = HandOver(worker.hand_over)
+    apart()
+    times = alternate([worker], [f"{key} {path}" for path in _PATHS for key in keys], rounds)
+    apart()
     worker.drop()
     rows = []
     for path in _PATHS:

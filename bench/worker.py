@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ class Worker:
         """Seconds of one step."""
         return float(self._ask(do="turn", key=key, turn=turn)["seconds"])
 
+    def hand_over(self) -> float | None:
+        """:func:`bench.hand_over.hand_over` of the child's threads; the parent's would spin beside a step."""
+        found = self._ask(do="hand_over")["ns"]
+        return None if found is None else float(found)
+
     def drop(self) -> None:
         """Forget every case."""
         self._ask(do="drop")
@@ -88,21 +93,14 @@ class Worker:
         return reply
 
 
-def alternate(
-    workers: Sequence[Worker],
-    keys: Sequence[str],
-    rounds: int,
-    each_round: Callable[[], object] | None = None,
-) -> dict[str, list[Seconds]]:
+def alternate(workers: Sequence[Worker], keys: Sequence[str], rounds: int) -> dict[str, list[Seconds]]:
     """Seconds of every key in every worker, a step each a round; workers change who goes first.
 
     All keys take part in every round, so that each is spread over the whole run: a disturbance of a second
-    must not meet one case alone. ``each_round`` is called before the steps of a round.
+    must not meet one case alone.
     """
     times = {key: [np.empty(rounds) for _ in workers] for key in keys}
     for turn in range(rounds):
-        if each_round is not None:
-            each_round()
         order = range(len(workers)) if turn % 2 else range(len(workers) - 1, -1, -1)
         for key in keys:
             for k in order:
@@ -133,6 +131,10 @@ class _Server:
                 # The step before wakes what slept while others had their turns; its batch comes up last.
                 runner.run(turn + len(runner.batches) // 2)
                 return {"seconds": runner.run(turn)}
+            case "hand_over":
+                from bench.hand_over import hand_over
+
+                return {"ns": hand_over()}
             case "drop":
                 self._runners.clear()
             case "peak":
