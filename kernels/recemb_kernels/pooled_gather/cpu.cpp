@@ -118,8 +118,8 @@ void send(const Table* table, int64_t u, float* grad) {
 void backward_pair(const Table* table, const Call* call) {
   const Level &top = table->level[0], &rows = table->level[1];
   float* sides = table->spare + table->rows() * W;
-  share_rows(table, [&](int64_t u) { row_gradient<W>(table, call, u, table->spare + u * W); });
-#pragma omp barrier
+#pragma omp for schedule(dynamic, ROWS)
+  for (int64_t u = 0; u < rows.nodes; u++) row_gradient<W>(table, call, u, table->spare + u * W);
   // Under "mult" the remainders' gradients read the quotients and the other way round: both before either moves.
 #pragma omp for schedule(dynamic, 1)
   for (int64_t run = 0; run < rows.slice_run[1]; run++) {
@@ -127,13 +127,13 @@ void backward_pair(const Table* table, const Call* call) {
     for (int32_t k = rows.run_start[run]; k < rows.run_start[run + 1]; k++) send<1>(table, rows.by_digit[k], grad);
     std::copy(grad, grad + RIGHT, sides + run * RIGHT);
   }
-  share_tasks(0, top.nodes, [&](int64_t node) { return 2 * node + top.first[node]; }, [&](int64_t node) {
+#pragma omp for schedule(dynamic, ROWS)
+  for (int64_t node = 0; node < top.nodes; node++) {
     float grad[LEFT] = {};
     if (node + 4 < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + 4]), LEFT);
     for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) send<0>(table, u, grad);
     finish_row<LEFT>(table, 0, top.digit[node], grad);
-  });
-#pragma omp barrier
+  }
 #pragma omp for schedule(static) nowait
   for (int64_t g = 0; g < rows.touched; g++) finish_row<RIGHT>(table, 1, rows.digit[g], sides + g * RIGHT);
 }
