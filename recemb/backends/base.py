@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recemb.backends.native import pooled_native
+from recemb.backends.native import owner_of, pooled_native
 from recemb.backends.row_split import RowSplit
 from recemb.bags import Bags
 from recemb.errors import ConfigError
@@ -201,13 +201,13 @@ class Backend(nn.Module, ABC):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of this table's storage, those of its owner when it shares one; no cached rows."""
         # named_parameters() walks the module tree, which costs more than the kernel at B = 64.
-        own = (self._owner[0] if self._owner else self)._parameters
+        own = owner_of(self)._parameters
         return {name: parameter for name, parameter in own.items() if parameter is not None}
 
     def weights(self) -> dict[str, Tensor]:
         """The same as rows are made of them: what their names give, when they are pruned or parametrized."""
-        holder = self._owner[0] if self._owner else self
-        return {name: getattr(holder, name) for name, _ in self.layout}
+        owner = owner_of(self)
+        return {name: getattr(owner, name) for name, _ in self.layout}
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +221,7 @@ class Backend(nn.Module, ABC):
 
     @property
     def _first(self) -> Tensor:
-        first: Tensor = getattr(self._owner[0] if self._owner else self, self.layout[0][0])
+        first: Tensor = getattr(owner_of(self), self.layout[0][0])
         return first
 
     @torch.no_grad()
