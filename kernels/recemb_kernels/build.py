@@ -17,6 +17,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sysconfig
 import tempfile
 import threading
 import warnings
@@ -61,7 +62,11 @@ class KernelUnavailableError(RuntimeError):
 
 
 def load(
-    name: str, sources: Sequence[Path], constants: Mapping[str, int | str], level: Sequence[str] = FULL
+    name: str,
+    sources: Sequence[Path],
+    constants: Mapping[str, int | str],
+    level: Sequence[str] = FULL,
+    others: Sequence[str] = (),
 ) -> ctypes.CDLL:
     """Compile ``sources`` with ``-DNAME=value`` for every constant, or take the cached library, and load it.
 
@@ -72,12 +77,13 @@ def load(
         sources: C++ files, compiled together with ``recemb_kernels/include`` on the include path.
         constants: preprocessor definitions.
         level: how hard to optimise, ``FULL`` or ``QUICK``.
+        others: the compiler's words after ``FLAGS``, such as where to find what.
 
     Raises:
         KernelUnavailableError: no compiler, or it fails, in which case the message holds its first errors; or
             no folder to keep the library in and load it from.
     """
-    flags = (*level, *FLAGS)
+    flags = (*level, *FLAGS, *others)
     key = _key(sources, constants, flags)
     # A lock per library: a thread waits for its own kernel only, so that several compile at once.
     with _locks.setdefault(key, threading.Lock()):
@@ -117,6 +123,18 @@ def compiler() -> tuple[str, ...]:
         return tuple(shlex.split(named)) or ((found,) if found else ())
     except ValueError as error:
         raise KernelUnavailableError(f"CXX={named} is no command; set it to g++", str(error)) from error
+
+
+def python_headers() -> str:
+    """The folder of ``Python.h``.
+
+    Raises:
+        KernelUnavailableError: it is not there; some Linux distributions keep it apart.
+    """
+    folder = sysconfig.get_path("include")
+    if not (Path(folder) / "Python.h").exists():
+        raise KernelUnavailableError(f"there is no {folder}/Python.h; install python3-dev, or python3-devel")
+    return folder
 
 
 @lru_cache(maxsize=1)

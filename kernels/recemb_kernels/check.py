@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import driver
+from recemb_kernels.digit_tree.step import loaded
 from recemb_kernels.native import attempt
 
 Limits = ctypes.Array[ctypes.c_int64]
@@ -33,7 +35,13 @@ def bags_are_valid(
     Returns:
         ``False`` also where the pass cannot be made: other devices and dtypes, no compiler, torch.compile.
     """
-    if torch.compiler.is_compiling() or not (_reads(ids, torch.int64) and _reads(offsets, torch.int64)):
+    if torch.compiler.is_compiling():
+        return False
+    place = 0 if limits is None else ctypes.addressof(limits)
+    if loaded:
+        valid: bool = loaded[0].bags_are_valid(_address(), ids, offsets, weights, num_features, place)
+        return valid
+    if not (_reads(ids, torch.int64) and _reads(offsets, torch.int64)):
         return False
     num_ids, bags = ids.numel(), offsets.numel() - 1
     if not num_features or bags < 0 or bags % num_features or max(num_ids, bags + 1) > MOST:
@@ -48,9 +56,14 @@ def bags_are_valid(
         num_ids,
         num_features,
         bags // num_features,
-        None if limits is None else ctypes.addressof(limits),
+        place,
         torch.get_num_threads(),
     )
+
+
+@cache
+def _address() -> int:
+    return ctypes.cast(driver().recemb_tree_check, ctypes.c_void_p).value or 0
 
 
 def _reads(given: Tensor, dtype: torch.dtype) -> bool:

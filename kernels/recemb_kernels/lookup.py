@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import compress
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from recemb_kernels.digit_tree.group import Batch, driver
-from recemb_kernels.gather_op import GatherOp, PooledGroup, make_group
-from recemb_kernels.native import attempt
+from recemb_kernels.digit_tree.group import Batch, Group, driver
+from recemb_kernels.digit_tree.step import CompiledLookup, compiled_lookup, loaded, step_module
+from recemb_kernels.gather_op import GatherOp, PooledGroup, make_batch, make_group
+from recemb_kernels.native import STEP, attempt
 from recemb_kernels.storage import Stored
 from recemb_kernels.update import Step, is_stepped
+
+# A batch's ids [L], offsets [F * B + 1], weights [L] as autograd knows them or ``None``, B, and on a GPU the
+# mark of a batch that no weight may change for (:class:`~recemb_kernels.digit_tree.group.Batch`).
+Given: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
         return [attempt(f"{shape.op.name} on GPU", shape.op.family) is not None for shape in shapes]
     # Compilers run as processes of their own, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if torch.is_grad_enabled():  # what trains will ask for it, and it takes the longest
+            pool.submit(attempt, STEP, step_module, instead="from Python")
         return list(pool.map(_compiled, shapes))
 
 
@@ -99,7 +107,21 @@ class Lookup:
         stepped = [is_stepped(step, k) for table, step in pairs for k in range(len(table))]
         asking = [parameter.requires_grad for table in parameters for parameter in table]
         wanted = [ask and not step for ask, step in zip(asking, stepped, strict=True)]
-        return Bound(self.group(parameters), self.refusal, list(steps), stepped, wanted)
+        group = self.group(parameters)
+        return Bound(
+            group, self.refusal, list(steps), stepped, wanted, self._in_cpp(group, steps, stepped, wanted)
+        )
+
+    def _in_cpp(
+        self, group: PooledGroup, steps: Sequence[Step | None], stepped: list[bool], wanted: list[bool]
+    ) -> CompiledLookup | None:
+        """The same without Python; not on a GPU, nor before anything trains: it takes a while to compile."""
+        if not isinstance(group, Group) or not (torch.is_grad_enabled() or loaded):
+            return None
+        # Not the look-up itself: nothing that is given to C++ is to hold the tables.
+        refusal = partial(_refused, self.refusal, group)
+        make = partial(compiled_lookup, group, steps, stepped, wanted, refusal, _guarded)
+        return attempt(STEP, make, instead="from Python")
 
     def compiled(
         self,
@@ -126,6 +148,7 @@ class Bound:
         steps: per table.
         stepped: per parameter, whether it takes its table's step.
         wanted: per parameter, whether its gradient is written out.
+        compiled: the same look-up in C++, where there is one.
     """
 
     group: PooledGroup
@@ -133,32 +156,41 @@ class Bound:
     steps: list[Step | None]
     stepped: list[bool]
     wanted: list[bool]
+    compiled: CompiledLookup | None
 
-    def __call__(
-        self, stored: Sequence[Tensor], batch: Batch, weights: Tensor | None, ahead: Ahead | None = None
-    ) -> Tensor:
+    def __call__(self, stored: list[Tensor], given: Given, ahead: Ahead | None = None) -> Tensor:
         """Pool a batch of F features, [B, sum of D over the features].
 
         Args:
             stored: the parameters, table by table.
-            batch: the bags, their ids already checked against the tables' rows.
-            weights: the batch's weights as autograd knows them.
+            given: the bags, their ids already checked against the tables' rows.
             ahead: what :meth:`prepare` has made of this batch.
         """
+        ids, offsets, weights, samples, refused = given
         try:
             state = None if ahead is None else ahead.state_for(self.group)
-            if not torch.is_grad_enabled():
-                return self.group.forward(stored, batch, keep=False, state=state)[0]
-            changing = list(compress(stored, self.stepped))
-            # Without an update, whether a gradient is wanted is for the parameters and weights to say.
-            anchor = _ANCHOR if changing else None
-            call = _Call(self, stored, batch, changing, state)
-            return _pool(call, anchor, weights, *compress(stored, self.wanted))
+            if self.compiled is None or _autograd_is_compiled():
+                batch = make_batch(ids, offsets, weights, samples, refused)
+                return self._from_python(stored, batch, weights, state)
         except MemoryError as error:
             raise self.refusal(error) from None
+        prepared = 0 if state is None else state.hand_over()
+        return self.compiled.look_up(stored, ids, offsets, weights, samples, prepared)
 
-    def prepare(self, stored: Sequence[Tensor], batch: Batch) -> Ahead:
+    def _from_python(
+        self, stored: Sequence[Tensor], batch: Batch, weights: Tensor | None, state: Any
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.group.forward(stored, batch, keep=False, state=state)[0]
+        changing = list(compress(stored, self.stepped))
+        # Without an update, whether a gradient is wanted is for the parameters and weights to say.
+        anchor = _ANCHOR if changing else None
+        call = _Call(self, stored, batch, changing, state)
+        return _pool(call, anchor, weights, *compress(stored, self.wanted))
+
+    def prepare(self, stored: Sequence[Tensor], given: Given) -> Ahead:
         """Sort and group a batch beside what runs now: in a thread, or on a stream of the GPU's own."""
+        batch = make_batch(*given)
         if stored[0].is_cpu:
             return Ahead(self.group, _beside().submit(self.group.prepare, stored, batch).result)
         made = self.group.prepare(stored, batch)
@@ -234,9 +266,7 @@ class _Pool(torch.autograd.Function):
         # `grad_out` is constant, as it is of a loss that is linear in the rows.
         with torch.no_grad():
             grads = _Pool.step(ctx, grad_out)
-        made = [grad for grad in grads if grad is not None]
-        guarded = iter(_once(len(made), *made, grad_out, *ctx.saved_tensors) if made else ())
-        return tuple(None if grad is None else next(guarded) for grad in grads)
+        return tuple(_guarded(grads, [grad_out, *ctx.saved_tensors]))
 
     @staticmethod
     def step(ctx: Any, grad_out: Tensor) -> Any:
@@ -282,6 +312,23 @@ class _Once(torch.autograd.Function):
             "a look-up cannot be differentiated twice: its backward is a kernel; take second derivatives "
             "with respect to other parameters, or of pooled embeddings that are detached"
         )
+
+
+def _guarded(grads: Sequence[Tensor | None], of: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients that hang on what they were made of, and cannot be differentiated."""
+    made = [grad for grad in grads if grad is not None]
+    guarded = iter(_once(len(made), *made, *of) if made else ())
+    return [None if grad is None else next(guarded) for grad in grads]
+
+
+def _autograd_is_compiled() -> bool:
+    """Whether backwards are compiled, which a node in C++ would have to be made for."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.compiled_autograd_enabled
+
+
+def _refused(refusal: Callable[[Exception], Exception], group: Group, *what: int) -> Exception:
+    return refusal(group.error(*what))
 
 
 _keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph

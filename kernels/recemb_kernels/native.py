@@ -8,21 +8,25 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
 
-from recemb_kernels.build import KernelUnavailableError, compiler
+from recemb_kernels.build import KernelUnavailableError, compiler, python_headers
 
 _T = TypeVar("_T")
-OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split")
+STEP = "training_step"
+OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split", STEP)
 _unavailable: dict[str, str] = {}
 _lock = Lock()
 
 
-def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
+def attempt(
+    op: str, call: Callable[[], _T], shape: object = None, instead: str = "on plain torch"
+) -> _T | None:
     """``call()``, or ``None`` when a kernel it needs cannot be had here; each reason is warned about once.
 
     Args:
         op: the op.
         call: compiles or runs its kernel.
         shape: what the kernel is compiled for, so that a failure is remembered of this shape only.
+        instead: what it runs on then.
     """
     what = op if shape is None else f"{op} of {shape}"
     if op in _unavailable or what in _unavailable:
@@ -36,7 +40,7 @@ def attempt(op: str, call: Callable[[], _T], shape: object = None) -> _T | None:
             _unavailable[what] = str(error)
         if not known:
             warnings.warn(
-                f"recemb: {what}, with all that fails alike, runs on plain torch, which is slower: {error}. "
+                f"recemb: {what}, with all that fails alike, runs {instead}, which is slower: {error}. "
                 "See `recemb doctor`.",
                 stacklevel=3,
             )
@@ -52,8 +56,20 @@ def status(failure: str = "") -> dict[str, str]:
     report = {}
     for op in OPS:
         failed = [reason for what, reason in _unavailable.items() if what.startswith(op)]
+        if op == STEP and not failed:
+            failed = _lacking()
         if failed or failure:
-            report[op] = f"plain torch: {(failed or [failure])[0]}"
+            # Without any kernel nothing is left to step for.
+            instead = "steps are taken from Python" if op == STEP and not failure else "plain torch"
+            report[op] = f"{instead}: {(failed or [failure])[0]}"
         else:
             report[op] = f"native CPU, compiled on first use by {shlex.join(compiler())}"
     return report
+
+
+def _lacking() -> list[str]:
+    try:
+        python_headers()
+    except KernelUnavailableError as error:
+        return [str(error)]
+    return []

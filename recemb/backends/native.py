@@ -18,8 +18,7 @@ from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
 from recemb.optim.state import version_of
-from recemb_kernels.gather_op import make_batch
-from recemb_kernels.lookup import Bound, Lookup, TableShape, available
+from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.triton_frame import ALIGNED
 from recemb_kernels.update import Step
@@ -132,10 +131,8 @@ def pooled_native(
     found, stored = _now(tables, prepared)
     if found.bound is None:
         return None
-    weights = None if bags.weights is None else bags.weights.float()
-    batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
     ahead, bags.ahead = bags.ahead, None  # serves once, and holds the plan
-    return found.bound(stored, batch, weights, ahead)
+    return found.bound(stored, _given(bags), ahead)
 
 
 def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None) -> None:
@@ -146,9 +143,12 @@ def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int 
     found, stored = _now(tables, _prepare(tables, micro_batch_rows))
     if found.bound is None or not bags.batch_size:
         return
+    bags.ahead = found.bound.prepare(stored, _given(bags))
+
+
+def _given(bags: Bags) -> Given:
     weights = None if bags.weights is None else bags.weights.float()
-    batch = make_batch(bags.ids, bags.offsets, weights, bags.batch_size, bags.refused)
-    bags.ahead = found.bound.prepare(stored, batch)
+    return bags.ids, bags.offsets, weights, bags.batch_size, bags.refused
 
 
 def served_natively(tables: Sequence[Backend]) -> list[bool]:
@@ -166,11 +166,17 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
 
     A step costs more to ask every parameter what can be done with it than to see that nothing has changed.
     """
+    found = prepared.found
+    owned = [owner_of(tables[at])._parameters for at in prepared.owners]
+    if found is not None and found.bound is not None and found.bound.compiled is not None:
+        unchanged = found.bound.compiled.unchanged(owned)
+        if unchanged is not None:
+            return found, unchanged
     facts: list[object] = [torch.is_grad_enabled()]
     stored: list[Tensor] = []
-    for at in prepared.owners:
+    for parameters in owned:
         rates: list[object] = []
-        for name, parameter in owner_of(tables[at])._parameters.items():
+        for name, parameter in parameters.items():
             if parameter is None:
                 continue
             stored.append(parameter)
@@ -188,16 +194,17 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
                 facts += optimizer.param_groups
                 rates.append(optimizer.param_groups[0].get("lr"))
         facts.append(_are_alike(rates))
-    found = prepared.found
     if found is None or not found.holds(facts):
         storages, bound = _storages(tables, prepared), None
         native = [storage.native for storage in storages]
         if prepared.lookup is not None and all(native):
-            parameters = [storage.parameters for storage in storages]
-            bound = prepared.lookup.bind(parameters, [storage.step for storage in storages])
+            each = [storage.parameters for storage in storages]
+            bound = prepared.lookup.bind(each, [storage.step for storage in storages])
         # Settings are changed in place.
         facts = [dict(fact) if isinstance(fact, dict) else fact for fact in facts]
         hooks = [hook for parameter in stored for hook in live_hooks(parameter)]
+        if bound is not None and bound.compiled is not None:
+            bound.compiled.watch(owned, hooks, ALIGNED)
         found = prepared.found = _Found(facts, hooks, native, bound)
     return found, stored
 

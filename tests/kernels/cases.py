@@ -67,6 +67,15 @@ def make_bags(engine: Engine, batch: int, longest: int, seed: int) -> Bags:
     return Bags(torch.cat(ids), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), len(engine.targets))
 
 
+def group_of(tables: dict[str, Backend]) -> Group:
+    """What has looked up batches of all these tables together."""
+    prepared = next(
+        made for made in next(iter(tables.values())).memo.values() if len(made.tables) == len(tables)
+    )
+    (group,) = prepared.lookup._groups.values()
+    return group
+
+
 def plain(engine: Engine, tables: dict[str, Backend], bags: Bags) -> Tensor:
     pooled = [
         type(tables[target.table]).pooled_plain([tables[target.table]], bags.feature(f))

@@ -6,7 +6,10 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import patch
+from weakref import ref
 
 import pytest
 import torch
@@ -17,15 +20,17 @@ from torch import Tensor
 from recemb.backends import build
 from recemb.backends.native import pooled_native
 from recemb.backends.tt_shapes import table_shapes
-from recemb.bags import Bags, LookupTarget, check_bags
+from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.engine import Engine
 from recemb.errors import BatchError
 from recemb.spec import ROBE, Compression, TableSpec, TensorTrain
 from recemb_kernels import check
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
+from recemb_kernels.digit_tree.step import step_module
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
     METHODS,
+    group_of,
     make_bags,
     make_engine,
     make_kernels,
@@ -136,9 +141,9 @@ def test_memory_is_given_back_and_used_again() -> None:
     held = [group.forward(cores, bags, keep=True)[1] for _ in range(3)]
     pointers = {state.pointer for state in held}
     assert len(pointers) == 3
-    assert not group.free
+    assert not group.at_rest
     del held
-    assert set(group.free) == pointers
+    assert group.at_rest == 3
     assert group.forward(cores, bags, keep=False)[1].pointer in pointers
 
 
@@ -147,28 +152,43 @@ def test_a_backward_gives_the_memory_back_though_its_output_is_kept(again: bool)
     engine, tables = make_engine(methods=("tt", "qr"))
     bags = make_bags(engine, 9, 2, seed=1)
     kept = [engine(tables, bags) for _ in range(3)]
-    found = kept[0].grad_fn.call.bound.group  # type: ignore[union-attr] # the look-up's own node
-    free = len(found.free)
+    found = group_of(tables)
+    free = found.at_rest
     for out in kept:
         out.sum().backward(retain_graph=again)
-    assert len(found.free) == free + (0 if again else 3)
+    assert found.at_rest == free + (0 if again else 3)
     if again:
         kept[0].sum().backward()
-        assert len(found.free) == free + 1
+        assert found.at_rest == free + 1
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         kept[0].sum().backward()
 
 
-def test_memory_that_another_thread_has_just_taken_is_made_anew() -> None:
-    class Emptied(list[int]):
-        def __bool__(self) -> bool:
-            return True  # as it was when it was looked at
-
+def test_threads_share_the_memory_at_rest() -> None:
     cores, bags, _ = train_batch(20, 2, False, 0)
     group = Group([kernel for _, kernel in make_kernels(False)], [FeatureCode(t, False) for t in range(4)])
     expected, _ = group.forward(cores, bags, keep=False)
-    group.free = Emptied()
-    assert torch.equal(group.forward(cores, bags, keep=False)[0], expected)
+
+    def many(_: int) -> bool:
+        return all(torch.equal(group.forward(cores, bags, keep=False)[0], expected) for _ in range(50))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(many, range(8)))
+    assert 1 <= group.at_rest <= 8
+
+
+def test_memory_may_outlive_its_group() -> None:
+    cores, bags, _ = train_batch(20, 2, False, 0)
+    groups = [
+        Group([kernel for _, kernel in make_kernels(False)], [FeatureCode(t, False) for t in range(4)])
+        for _ in range(2)
+    ]
+    states = [group.forward(cores, bags, keep=True)[1] for group in groups for _ in range(2)]
+    gone = ref(groups[0])
+    del groups[0]
+    assert gone() is None
+    del states
+    assert groups[0].at_rest == 2
 
 
 @pytest.mark.parametrize(
@@ -192,9 +212,28 @@ def test_the_native_check_refuses_what_the_long_way_refuses(
     with pytest.raises(BatchError) as native:
         check_bags(bags, [LookupTarget("f", "t", 10)])
     monkeypatch.setattr(check, "attempt", lambda op, call: None)
+    monkeypatch.setattr(check, "loaded", [])
     with pytest.raises(BatchError) as torchs:
         check_bags(bags, [LookupTarget("f", "t", 10)])
     assert str(native.value) == str(torchs.value)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_native_check_reads_what_it_can_read(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "loaded", [step_module()] if compiled else [])
+    ids, offsets, weights = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 4]), torch.ones(4)
+    rows = LookupTargets([LookupTarget("f", "t", 3)]).limits
+    assert check.bags_are_valid(ids, offsets, weights, 1, rows)
+    assert check.bags_are_valid(ids * 9, offsets, None, 1, None)
+    assert check.bags_are_valid(ids[:0], torch.zeros(1, dtype=torch.int64), weights[:0], 1, rows)
+    for wrong in (ids.int(), ids[None], torch.stack([ids, ids], 1)[:, 0], ids.to("meta")):
+        assert not check.bags_are_valid(wrong, offsets, weights, 1, rows)
+    for wrong in (offsets.int(), offsets[:0], torch.stack([offsets, offsets], 1)[:, 0], offsets.to("meta")):
+        assert not check.bags_are_valid(ids, wrong, weights, 1, rows)
+    for wrong in (weights.double(), weights[:3], weights.to("meta")):
+        assert not check.bags_are_valid(ids, offsets, wrong, 1, rows)
+    assert not check.bags_are_valid(ids, offsets, weights, 3, rows), "two bags of three features"
+    assert not check.bags_are_valid(ids, offsets, weights, 0, rows)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -202,8 +241,9 @@ def test_the_native_check_refuses_what_the_long_way_refuses(
     lengths=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda x: len(x) % 2 == 0),
     bad=st.sampled_from(["none", "high", "low"]),
     seed=st.integers(0, 1000),
+    compiled=st.booleans(),
 )
-def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed: int) -> None:
+def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed: int, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     total, batch = sum(lengths), len(lengths) // 2
     limits = (7, 3)
@@ -222,11 +262,14 @@ def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed:
     fine = all(0 <= i < limits[k >= first] for k, i in enumerate(ids))
     bags = Bags(torch.tensor(ids, dtype=torch.int64), torch.tensor(offsets), 2)
     targets = [LookupTarget("f", "t", limits[0]), LookupTarget("g", "u", limits[1])]
-    if fine:
-        check_bags(bags, targets)
-    else:
-        with pytest.raises(BatchError, match="outside"):
+    rows = LookupTargets(targets).limits
+    with patch.object(check, "loaded", [step_module()] if compiled else []):
+        assert check.bags_are_valid(bags.ids, bags.offsets, None, 2, rows) == fine
+        if fine:
             check_bags(bags, targets)
+        else:
+            with pytest.raises(BatchError, match="outside"):
+                check_bags(bags, targets)
 
 
 def test_large_tables_are_sorted_by_all_threads_to_the_same_bits() -> None:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 
 #include "recemb_plan.h"
 #include "recemb_share.h"
@@ -26,7 +27,27 @@ struct State {
   Buffer tables, features, gradient;  // of the group
   bool known = false, reserved = false, one_hot = false;
   bool complete = false;  // the backward's plans are there too
+  State* next = nullptr;  // at rest
 };
+
+// States at rest, for the next look-up of the same tables, on whatever thread. Lives until its owner and all that have
+// taken a state are done: Python may finalize them in any order.
+struct Pool {
+  std::mutex lock;
+  State* first = nullptr;
+  int64_t users = 1;
+};
+
+// Gives a state back, when there is one, and leaves the pool.
+void leave(Pool* pool, State* state) {
+  pool->lock.lock();
+  if (state) state->next = pool->first, pool->first = state;
+  const bool last = --pool->users == 0;
+  pool->lock.unlock();
+  if (!last) return;
+  while ((state = pool->first)) pool->first = state->next, delete state;
+  delete pool;
+}
 
 int threads_for(const Call* call, int64_t threads) { return static_cast<int>(call->num_ids < SERIAL ? 1 : threads); }
 
@@ -209,8 +230,31 @@ extern "C" {
 
 int64_t recemb_tree_call_size() { return sizeof(Call); }
 int64_t recemb_tree_code_size() { return sizeof(TableCode); }
-void* recemb_tree_state_new() { return new (std::nothrow) State; }
-void recemb_tree_state_free(void* state) { delete static_cast<State*>(state); }
+
+void* recemb_tree_pool_new() { return new (std::nothrow) Pool; }
+void recemb_tree_pool_free(void* pool) { leave(static_cast<Pool*>(pool), nullptr); }
+
+// A state for one look-up, to be given back; null when there is no memory.
+void* recemb_tree_take(void* holder) {
+  Pool* pool = static_cast<Pool*>(holder);
+  const std::lock_guard<std::mutex> held(pool->lock);
+  State* state = pool->first ? pool->first : new (std::nothrow) State;
+  if (!state) return nullptr;
+  pool->first = state->next, state->next = nullptr, pool->users++;
+  return state;
+}
+
+void recemb_tree_give(void* pool, void* state) { leave(static_cast<Pool*>(pool), static_cast<State*>(state)); }
+
+// How many states rest, and their bytes of products and of rows, which `micro_batch_rows` bounds; not those of plans.
+int64_t recemb_tree_at_rest(void* holder, int64_t* bytes) {
+  Pool* pool = static_cast<Pool*>(holder);
+  const std::lock_guard<std::mutex> held(pool->lock);
+  int64_t states = *bytes = 0;
+  for (State* state = pool->first; state; state = state->next, states++)
+    *bytes += state->kept.size() + state->spare.size();
+  return states;
+}
 
 void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
 void recemb_tree_fail(int64_t at) { Buffer::failing = at; }
@@ -264,12 +308,6 @@ int64_t recemb_tree_prepare(Call* call, void* holder, int64_t threads) {
   }
   state->complete = true;
   return 0;
-}
-
-// The driver's own floats at work, of the products and of the rows; what `micro_batch_rows` bounds.
-int64_t recemb_tree_workspace(void* holder) {
-  const State* state = static_cast<State*>(holder);
-  return state->kept.size() + state->spare.size();
 }
 
 // `prepared`: recemb_tree_prepare has been called with this batch and state.

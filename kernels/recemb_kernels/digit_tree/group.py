@@ -22,6 +22,8 @@ MAX_ORDER = 8
 # its products of cores are computed once more in the backward instead of being kept: figures of both in
 # bench/results/micro_batches.csv.
 MICRO_BATCH_ROWS = 2**13
+# What a pass lacks, when it is not bytes of the driver's.
+NOT_FINITE, NO_TENSOR = -1, 0
 
 
 class _Functions(ctypes.Structure):
@@ -121,12 +123,18 @@ class Batch:
 class State:
     """What one forward leaves for its backward: memory of the driver, given back when it is dropped."""
 
-    def __init__(self, group: Group, pointer: int) -> None:
-        self._group, self.pointer = group, pointer
+    def __init__(self, pool: int, pointer: int) -> None:
+        self._pool, self.pointer = pool, pointer
         self.prepared = False
 
+    def hand_over(self) -> int:
+        """The memory, for a caller who gives it back."""
+        pointer, self.pointer = self.pointer, 0
+        return pointer
+
     def __del__(self) -> None:
-        self._group.free.append(self.pointer)
+        if self.pointer:
+            driver().recemb_tree_give(self._pool, self.pointer)
 
 
 class Group:
@@ -149,22 +157,25 @@ class Group:
         features: Sequence[FeatureCode],
         micro_batch_rows: int = MICRO_BATCH_ROWS,
     ) -> None:
-        self.free: list[int] = []
         self.driver = driver()
+        self.pool: int = self.driver.recemb_tree_pool_new() or 0
+        if not self.pool:
+            raise MemoryError("no memory for a group of tables")
         self._kernels = tuple(kernels)  # keeps the libraries loaded
         self._constants: list[ctypes.Array[ctypes.c_int64]] = []
         self._codes = (_Code * len(kernels))(*map(self._code, kernels))
         self._features = (_Feature * len(features))()
         self.num_tables, self.columns = len(kernels), 0
+        self.parameters = [kernel.parameters for kernel in kernels]
         for feature, code in zip(self._features, features, strict=True):
             feature.table, feature.column = code.table, self.columns
             feature.mean, feature.key_base = int(code.mean), code.key_base
             self.columns += kernels[code.table].dim
-        parameters = sum(kernel.parameters for kernel in kernels)
+        parameters = sum(self.parameters)
         # ctypes makes an array's type anew, slowly, whenever nobody holds it.
         self._list, self._four_lists = (ctypes.c_void_p * (k * parameters) for k in (1, 4))
         self._rules = _Rule * len(kernels)
-        self._template = _Call(
+        self.template = _Call(
             num_tables=self.num_tables,
             num_features=len(features),
             columns=self.columns,
@@ -176,11 +187,28 @@ class Group:
     @property
     def workspace_bytes(self) -> int:
         """Bytes for products of parameters and rows of batches, the most so far; plans are not counted."""
-        return sum(self.driver.recemb_tree_workspace(pointer) for pointer in self.free)
+        return self._at_rest()[1]
+
+    @property
+    def at_rest(self) -> int:
+        """How many look-ups' memory is not in use."""
+        return self._at_rest()[0]
+
+    def _at_rest(self) -> tuple[int, int]:
+        size = ctypes.c_int64()
+        return self.driver.recemb_tree_at_rest(self.pool, ctypes.byref(size)), size.value
 
     def __del__(self) -> None:
-        for pointer in self.free:
-            self.driver.recemb_tree_state_free(pointer)
+        if getattr(self, "pool", 0):  # it could be made
+            self.driver.recemb_tree_pool_free(self.pool)
+
+    @property
+    def driver_addresses(self) -> tuple[int, ...]:
+        """Of a call without a batch, the memory at rest, and what takes it, gives it back, and runs."""
+        names = ("take", "give", "forward", "backward")
+        functions = [getattr(self.driver, f"recemb_tree_{name}") for name in names]
+        found = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+        return ctypes.addressof(self.template), self.pool, *found
 
     def prepare(self, parameters: Sequence[Tensor], batch: Batch) -> State:
         """Sort and group a batch ahead of its forward, on this thread alone; what it computes stays the same.
@@ -263,37 +291,41 @@ class Group:
         call.rules = ctypes.addressof(rules)
         threads = torch.get_num_threads()
         lacks = self.driver.recemb_tree_backward(ctypes.addressof(call), state.pointer, threads)
-        if lacks < 0:
-            raise FloatingPointError("the gradient of the pooled rows is NaN or infinite")
         self._lacks(lacks, batch)
         return grads, grad_weights
 
     def _state(self) -> State:
-        try:
-            # A list's pop and append are atomic, so threads need no lock.
-            pointer = self.free.pop()
-        except IndexError:
-            pointer = self.driver.recemb_tree_state_new()
+        pointer = self.driver.recemb_tree_take(self.pool)
         if pointer is None:
             raise MemoryError("no memory for a look-up")
-        return State(self, pointer)
+        return State(self.pool, pointer)
 
     def _room(self, batch: Batch, make: Callable[..., Tensor], *of: Any) -> Tensor:
         """A tensor for the caller, of rows or of gradients."""
         try:
             return make(*of)
         except RuntimeError as error:  # torch's allocator has no other
-            raise self._short("its rows or gradients", batch) from error
+            raise self.error(NO_TENSOR, batch.ids.numel(), batch.size) from error
 
     def _lacks(self, size: int, batch: Batch) -> None:
         if size:
-            raise self._short(f"{size:,} bytes more", batch)
+            raise self.error(size, batch.ids.numel(), batch.size)
 
-    def _short(self, what: str, batch: Batch) -> MemoryError:
+    def error(self, lacks: int, num_ids: int, samples: int) -> FloatingPointError | MemoryError:
+        """What is raised of a batch when nothing has changed.
+
+        Args:
+            lacks: bytes that there is no room for, or ``NO_TENSOR``, or ``NOT_FINITE``.
+            num_ids: L.
+            samples: B.
+        """
+        if lacks == NOT_FINITE:
+            return FloatingPointError("the gradient of the pooled rows is NaN or infinite")
+        what = f"{lacks:,} bytes more" if lacks else "its rows or gradients"
         return MemoryError(
-            f"no memory for {what}, for {batch.ids.numel():,} ids of {batch.size:,} samples in "
+            f"no memory for {what}, for {num_ids:,} ids of {samples:,} samples in "
             f"{self.num_tables} tables; nothing has changed. Use a smaller batch, or where tensor trains "
-            f"take it, micro_batch_rows below {self._template.slice_rows:,}"
+            f"take it, micro_batch_rows below {self.template.slice_rows:,}"
         )
 
     def _code(self, kernel: TableKernel) -> _Code:
@@ -316,7 +348,7 @@ class Group:
         return code
 
     def _call(self, parameters: Sequence[Tensor], batch: Batch) -> _Call:
-        call = _Call.from_buffer_copy(self._template)
+        call = _Call.from_buffer_copy(self.template)
         # A plain attribute: lives as long as the structure that points to it.
         call.held = self._list(*[parameter.data_ptr() for parameter in parameters])
         call.param = ctypes.addressof(call.held)
@@ -352,16 +384,16 @@ def driver() -> ctypes.CDLL:
         if size() != ctypes.sizeof(structure):
             raise RuntimeError(f"the {name} structures of driver.cpp and of group.py differ")
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.recemb_tree_state_new.restype = pointer
-    library.recemb_tree_state_new.argtypes = ()
-    library.recemb_tree_state_free.argtypes = (pointer,)
-    library.recemb_tree_state_free.restype = None
+    library.recemb_tree_pool_new.argtypes, library.recemb_tree_pool_new.restype = (), pointer
+    library.recemb_tree_pool_free.argtypes, library.recemb_tree_pool_free.restype = (pointer,), None
+    library.recemb_tree_take.argtypes, library.recemb_tree_take.restype = (pointer,), pointer
+    library.recemb_tree_give.argtypes, library.recemb_tree_give.restype = (pointer, pointer), None
+    library.recemb_tree_at_rest.argtypes, library.recemb_tree_at_rest.restype = (pointer, pointer), integer
     library.recemb_tree_forward.argtypes = (pointer, pointer, integer, integer)
     library.recemb_tree_backward.argtypes = (pointer, pointer, integer)
     library.recemb_tree_prepare.argtypes = (pointer, pointer, integer)
     for function in ("prepare", "forward", "backward"):
         getattr(library, f"recemb_tree_{function}").restype = integer
-    library.recemb_tree_workspace.argtypes, library.recemb_tree_workspace.restype = (pointer,), integer
     for function in ("poison", "fail"):
         for_tests = getattr(library, f"recemb_tree_{function}")
         for_tests.argtypes, for_tests.restype = (integer,), None

@@ -1,0 +1,318 @@
+// A look-up that trains, as one node of torch's graph: from tensors to the driver and back without a line of Python
+// between them, but for what a step reads of its optimizers. What it does is what lookup.py's `_Pool` does.
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include "recemb_step.h"
+
+using namespace recemb;
+namespace autograd = torch::autograd;
+
+namespace {
+
+// Parameters with a fused update are no inputs of it: their change in the backward is not taken for a mistake.
+class Pooled : public autograd::Node {
+ public:
+  Pooled(Lookup* lookup, std::vector<Tensor> stored, Batch batch, State state)
+      : lookup_(lookup), stored_(std::move(stored)), batch_(std::move(batch)), state_(std::move(state)) {
+    Py_INCREF(lookup_);
+  }
+  ~Pooled() override {
+    state_.give();  // before what it belongs to
+    if (!Py_IsInitialized()) return;
+    pybind11::gil_scoped_acquire gil;
+    Py_DECREF(lookup_);
+  }
+
+  std::string name() const override { return "PooledLookup"; }
+
+  void compiled_args(autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "compiled autograd cannot go back through a look-up of recemb that was made outside of it; "
+                                "enable it around the forward as well");
+  }
+
+  // What was computed, for inputs (weights, then the parameters whose gradients are wanted).
+  Tensor run(const Tensor& weights, bool prepared) {
+    const Fixed& fixed = *lookup_->fixed;
+    autograd::variable_list inputs{weights};
+    for (size_t k = 0; k < stored_.size(); k++) {
+      if (fixed.wanted[k]) inputs.push_back(stored_[k]);
+      if (fixed.stepped[k]) versions_.push_back(stored_[k]._version());
+    }
+    Tensor out;
+    {
+      pybind11::gil_scoped_release release;
+      out = forward(lookup_, stored_, batch_, state_.at(), true, prepared);
+    }
+    set_next_edges(autograd::collect_next_edges(inputs));
+    // Read again in the backward: autograd then complains when one was changed in place.
+    for (const Tensor& tensor : {batch_.ids, batch_.offsets, batch_.weights})
+      if (tensor.defined()) saved_.emplace_back(tensor, false);
+    for (size_t k = 1; k < inputs.size(); k++) saved_.emplace_back(inputs[k], false);
+    return out;
+  }
+
+  autograd::variable_list apply(autograd::variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    autograd::variable_list saved;
+    for (const autograd::SavedVariable& tensor : saved_) saved.push_back(tensor.unpack());
+    autograd::variable_list made;
+    {
+      at::NoGradGuard none;
+      made = step(grads[0]);
+    }
+    return at::GradMode::is_enabled() ? once(std::move(made), grads[0], saved) : made;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (autograd::SavedVariable& tensor : saved_) tensor.reset_data();
+    state_.give();
+    stored_.clear(), batch_ = {};
+  }
+
+ private:
+  autograd::variable_list step(const Tensor& given) {
+    const Fixed& fixed = *lookup_->fixed;
+    const Updates updates = with_python([&] { return Updates(lookup_); });
+    if (versions_ != versions())  // A step has been taken since: its products belong to weights that are gone.
+      forward(lookup_, stored_, batch_, state_.at(), true, false);
+    const Tensor grad = room(lookup_, batch_, [&] {
+      return given.defined() ? given.contiguous() : at::zeros({batch_.size, fixed.call.columns}, at::kFloat);
+    });
+    const std::vector<float*> parameters = pointers(stored_);
+    Call call = call_of(fixed, batch_, parameters);
+    call.keep = 1, call.grad_out = grad.const_data_ptr<float>();
+    autograd::variable_list made(1);
+    if (should_compute_output(0)) {
+      made[0] = room(lookup_, batch_, [&] { return floats({batch_.ids.numel()}); });
+      call.grad_weights = made[0].mutable_data_ptr<float>();
+    }
+    std::vector<float*> written(parameters.size());
+    for (size_t k = 0; k < stored_.size(); k++)
+      if (fixed.wanted[k]) {
+        made.push_back(room(lookup_, batch_, [&] { return at::zeros_like(stored_[k]); }));
+        written[k] = made.back().mutable_data_ptr<float>();
+      }
+    call.rules = updates.rules.data(), call.grad = written.data();
+    call.state = updates.state.data(), call.state2 = updates.state2.data(), call.steps = updates.steps.data();
+    const int64_t lacks = fixed.driver.backward(&call, state_.at(), at::get_num_threads());
+    if (lacks) raise(lookup_, lacks < 0 ? NOT_FINITE : lacks, batch_);
+    for (size_t k = 0; k < stored_.size(); k++)
+      if (fixed.stepped[k]) stored_[k].unsafeGetTensorImpl()->bump_version();
+    return made;
+  }
+
+  std::vector<int64_t> versions() const {
+    std::vector<int64_t> found;
+    for (size_t k = 0; k < stored_.size(); k++)
+      if (lookup_->fixed->stepped[k]) found.push_back(stored_[k]._version());
+    return found;
+  }
+
+  // Gradients that hang on their inputs, and cannot be differentiated.
+  autograd::variable_list once(autograd::variable_list made, const Tensor& grad, const autograd::variable_list& saved) {
+    const auto list = [](const autograd::variable_list& tensors) {
+      Object all(PyList_New(0));
+      for (const Tensor& tensor : tensors) {
+        const Object wrapped(THPVariable_Wrap(tensor));
+        if (PyList_Append(all.at, wrapped.at)) throw python_error();
+      }
+      return all;
+    };
+    autograd::variable_list others = saved;
+    others.push_back(grad);
+    with_python([&] {
+      const Object result(PyObject_CallFunctionObjArgs(lookup_->once, list(made).at, list(others).at, nullptr));
+      for (size_t k = 0; k < made.size(); k++) {
+        const Object guarded(PySequence_GetItem(result.at, static_cast<Py_ssize_t>(k)));
+        made[k] = Py_IsNone(guarded.at) ? Tensor() : THPVariable_Unpack(guarded.at);
+      }
+    });
+    return made;
+  }
+
+  Lookup* lookup_;
+  std::vector<Tensor> stored_;
+  Batch batch_;
+  State state_;
+  std::vector<int64_t> versions_;
+  std::vector<autograd::SavedVariable> saved_;
+};
+
+Tensor tensor_of(PyObject* given) { return Py_IsNone(given) ? Tensor() : THPVariable_Unpack(given); }
+
+// look_up(stored, ids, offsets, weights, samples, prepared): `prepared` is a state's address, or 0.
+PyObject* look_up(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 6 && PyList_CheckExact(arguments[0]), "look_up takes 6 arguments, the first one a list");
+  Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  const Fixed& fixed = *lookup->fixed;
+  std::vector<Tensor> stored;
+  stored.reserve(fixed.wanted.size());
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(arguments[0]); k++)
+    stored.push_back(tensor_of(PyList_GET_ITEM(arguments[0], k)));
+  TORCH_CHECK(stored.size() == fixed.wanted.size(), "a look-up of ", fixed.wanted.size(), " parameters was given ",
+              stored.size());
+  const Tensor weights = tensor_of(arguments[3]);
+  Batch batch{tensor_of(arguments[1]).contiguous(), tensor_of(arguments[2]).contiguous(),
+              weights.defined() ? weights.detach().contiguous() : weights, PyLong_AsLongLong(arguments[4])};
+  void* prepared = PyLong_AsVoidPtr(arguments[5]);
+  State state(&fixed, prepared ? prepared : fixed.driver.take(fixed.pool));
+  if (!state.at()) raise(lookup, sizeof(Call), batch);
+  // As of torch's own functions in Python that have no jvp.
+  bool forward_mode = weights.defined() && weights._fw_grad(0).defined();
+  for (size_t k = 0; k < stored.size(); k++) forward_mode = forward_mode || stored[k]._fw_grad(0).defined();
+  TORCH_CHECK_NOT_IMPLEMENTED(!forward_mode, "a look-up has no forward-mode derivative");
+  bool learns = weights.defined() && weights.requires_grad();
+  for (size_t k = 0; k < stored.size(); k++) learns = learns || fixed.wanted[k] || fixed.stepped[k];
+  Tensor out;
+  if (learns && at::GradMode::is_enabled()) {
+    auto node = c10::make_intrusive<Pooled>(lookup, std::move(stored), std::move(batch), std::move(state));
+    out = node->run(weights, prepared != nullptr);
+    autograd::set_history(out, node);
+  } else {
+    pybind11::gil_scoped_release release;
+    out = forward(lookup, stored, batch, state.at(), false, prepared != nullptr);
+  }
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
+// watch(tables, hooks, aligned): notes how the parameters of tables, each a dict, and their optimizers' hooks are.
+PyObject* watch_tables(PyObject* self, PyObject* const* arguments, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  Py_CLEAR(lookup->seen);
+  Object held(PyList_New(0));
+  if (watch(arguments[0], arguments[1], PyLong_AsLongLong(arguments[2]), held.at, &lookup->fixed->watch))
+    lookup->seen = std::exchange(held.at, nullptr);
+  if (PyErr_Occurred()) throw python_error();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// unchanged(tables): their parameters, in a list, when all is as it was at `watch`; else None.
+PyObject* unchanged_tables(PyObject* self, PyObject* tables) {
+  HANDLE_TH_ERRORS
+  const Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  PyObject* stored = lookup->seen ? unchanged(lookup->fixed->watch, tables) : nullptr;
+  if (stored) return stored;
+  PyErr_Clear();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// bags_are_valid(check, ids, offsets, weights, features, limits): recemb_kernels/check.py's, of what can be read here.
+PyObject* bags_are_valid(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  using Check = int64_t (*)(const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, const int64_t*,
+                            int64_t);
+  const auto check = reinterpret_cast<Check>(PyLong_AsVoidPtr(arguments[0]));
+  const int64_t features = PyLong_AsLongLong(arguments[4]);
+  const auto limits = static_cast<const int64_t*>(PyLong_AsVoidPtr(arguments[5]));
+  for (const int k : {1, 2, 3})
+    if (!THPVariable_CheckExact(arguments[k]) && !(k == 3 && Py_IsNone(arguments[k]))) Py_RETURN_FALSE;
+  const Tensor ids = tensor_of(arguments[1]), offsets = tensor_of(arguments[2]), weights = tensor_of(arguments[3]);
+  const auto reads = [](const Tensor& given, at::ScalarType type) {
+    return given.is_cpu() && given.scalar_type() == type && given.dim() == 1 && given.is_contiguous();
+  };
+  if (!reads(ids, at::kLong) || !reads(offsets, at::kLong)) Py_RETURN_FALSE;
+  const int64_t count = ids.numel(), bags = offsets.numel() - 1;
+  if (!features || bags < 0 || bags % features || std::max(count, bags + 1) > INT32_MAX) Py_RETURN_FALSE;
+  if (weights.defined() && !(reads(weights, at::kFloat) && weights.numel() == count)) Py_RETURN_FALSE;
+  int64_t bad;
+  {
+    pybind11::gil_scoped_release release;
+    bad = check(ids.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(),
+                weights.defined() ? weights.const_data_ptr<float>() : nullptr, count, features, bags / features, limits,
+                at::get_num_threads());
+  }
+  return PyBool_FromLong(!bad);
+  END_HANDLE_TH_ERRORS
+}
+
+std::vector<char> flags_of(PyObject* list) {
+  std::vector<char> found;
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(list); k++) found.push_back(PyObject_IsTrue(PyList_GET_ITEM(list, k)) > 0);
+  return found;
+}
+
+// Lookup((call, pool, take, give, forward, backward), parameters, stepped, wanted, group, steps, error, once): addresses
+// of the driver's, and per table, or per parameter, what is fixed.
+PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
+  HANDLE_TH_ERRORS
+  unsigned long long at[6];
+  PyObject *parameters, *stepped, *wanted, *group, *steps, *error, *once;
+  if (!PyArg_ParseTuple(arguments, "(KKKKKK)O!O!O!OO!OO", at, at + 1, at + 2, at + 3, at + 4, at + 5, &PyList_Type,
+                        &parameters, &PyList_Type, &stepped, &PyList_Type, &wanted, &group, &PyTuple_Type, &steps,
+                        &error, &once))
+    return nullptr;
+  auto fixed = std::make_unique<Fixed>();
+  fixed->call = *reinterpret_cast<const Call*>(at[0]);
+  fixed->pool = reinterpret_cast<void*>(at[1]);
+  fixed->driver = {reinterpret_cast<decltype(Driver::take)>(at[2]), reinterpret_cast<decltype(Driver::give)>(at[3]),
+                   reinterpret_cast<decltype(Driver::forward)>(at[4]),
+                   reinterpret_cast<decltype(Driver::backward)>(at[5])};
+  for (Py_ssize_t t = 0; t < PyList_GET_SIZE(parameters); t++)
+    fixed->parameters.push_back(PyLong_AsLongLong(PyList_GET_ITEM(parameters, t)));
+  fixed->stepped = flags_of(stepped), fixed->wanted = flags_of(wanted);
+  Lookup* lookup = reinterpret_cast<Lookup*>(type->tp_alloc(type, 0));
+  if (!lookup) return nullptr;
+  lookup->fixed = fixed.release();
+  lookup->group = Py_NewRef(group), lookup->steps = Py_NewRef(steps);
+  lookup->error = Py_NewRef(error), lookup->once = Py_NewRef(once);
+  return reinterpret_cast<PyObject*>(lookup);
+  END_HANDLE_TH_ERRORS
+}
+
+// No tp_clear: what it holds is fixed, so that in any circle there is something else to clear.
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  Py_VISIT(Py_TYPE(self));
+  for (PyObject* held : {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen}) Py_VISIT(held);
+  return 0;
+}
+
+void dealloc(PyObject* self) {
+  PyObject_GC_UnTrack(self);
+  PyTypeObject* type = Py_TYPE(self);
+  const Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  for (PyObject* held : {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen}) Py_XDECREF(held);
+  delete lookup->fixed;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+template <class Function>
+PyCFunction method(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {{"look_up", method(look_up), METH_FASTCALL, nullptr},
+                         {"watch", method(watch_tables), METH_FASTCALL, nullptr},
+                         {"unchanged", unchanged_tables, METH_O, nullptr},
+                         {}};
+PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
+                       {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+                       {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
+                       {Py_tp_methods, methods},
+                       {}};
+PyType_Spec spec = {"recemb_step.Lookup", sizeof(Lookup), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, slots};
+PyMethodDef functions[] = {{"bags_are_valid", method(bags_are_valid), METH_FASTCALL, nullptr}, {}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "recemb_step", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+extern "C" PyObject* recemb_step_module() {
+  PyObject* made = PyModule_Create(&module);
+  PyObject* type = made ? PyType_FromSpec(&spec) : nullptr;
+  if (type && PyModule_AddObject(made, "Lookup", type) == 0) return made;
+  Py_XDECREF(type);
+  Py_XDECREF(made);
+  return nullptr;
+}

@@ -1,0 +1,170 @@
+// One look-up of tables from tensors to the driver, and what a step of its tables reads of Python.
+#pragma once
+#include <Python.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "recemb_object.h"
+#include "recemb_tree.h"
+#include "recemb_watch.h"
+
+namespace recemb {
+
+using at::Tensor;
+
+// driver.cpp's.
+struct Driver {
+  void* (*take)(void* pool);
+  void (*give)(void* pool, void* state);
+  int64_t (*forward)(Call*, void* state, int64_t threads, int64_t prepared);
+  int64_t (*backward)(Call*, void* state, int64_t threads);
+};
+
+// What is fixed of a look-up's tables.
+struct Fixed {
+  Call call;  // without a batch
+  Driver driver;
+  void* pool;
+  std::vector<int64_t> parameters;    // of each table
+  std::vector<char> stepped, wanted;  // per parameter
+  Watch watch;
+};
+
+// The Python object. `error` makes what is raised from (what lacks, ids, samples); `steps` gives, per table, what
+// makes its update, or None; `once` guards gradients that no one may differentiate; `group` keeps pool and tables;
+// `seen`, none at first, what is watched.
+struct Lookup {
+  PyObject_HEAD
+  Fixed* fixed;
+  PyObject *group, *steps, *error, *once, *seen;
+};
+
+// As `Group.error` reads them; else the bytes that there is no room for.
+constexpr int64_t NOT_FINITE = -1, NO_TENSOR = 0;
+
+struct Batch {
+  Tensor ids, offsets, weights;  // weights undefined where there are none
+  int64_t size;
+};
+
+[[noreturn]] inline void raise(const Lookup* lookup, int64_t lacks, const Batch& batch) {
+  pybind11::gil_scoped_acquire gil;
+  const Object error(PyObject_CallFunction(lookup->error, "LLL", lacks, batch.ids.numel(), batch.size));
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.at)), error.at);
+  python_error raised;
+  raised.persist();
+  throw std::move(raised);
+}
+
+// A tensor for the caller, of rows or of gradients.
+template <class Make>
+Tensor room(const Lookup* lookup, const Batch& batch, Make make) {
+  try {
+    return make();
+  } catch (const c10::Error&) {  // torch's allocator has no other
+  }
+  raise(lookup, NO_TENSOR, batch);
+}
+
+inline Tensor floats(at::IntArrayRef size) { return at::empty(size, at::TensorOptions(at::kCPU).dtype(at::kFloat)); }
+
+// Memory of the driver for one look-up and its backward.
+class State {
+ public:
+  State(const Fixed* fixed, void* at) : fixed_(fixed), at_(at) {}
+  State(State&& other) noexcept : fixed_(other.fixed_), at_(std::exchange(other.at_, nullptr)) {}
+  ~State() { give(); }
+  void* at() const { return at_; }
+  void give() {
+    if (at_) fixed_->driver.give(fixed_->pool, std::exchange(at_, nullptr));
+  }
+
+ private:
+  const Fixed* fixed_;
+  void* at_;
+};
+
+inline std::vector<float*> pointers(const std::vector<Tensor>& tensors) {
+  std::vector<float*> found;
+  found.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) found.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
+  return found;
+}
+
+inline Call call_of(const Fixed& fixed, const Batch& batch, const std::vector<float*>& parameters) {
+  Call call = fixed.call;
+  call.param = parameters.data();
+  call.batch = batch.size, call.num_ids = batch.ids.numel();
+  call.ids = batch.ids.const_data_ptr<int64_t>(), call.offsets = batch.offsets.const_data_ptr<int64_t>();
+  call.weights = batch.weights.defined() ? batch.weights.const_data_ptr<float>() : nullptr;
+  return call;
+}
+
+inline Tensor forward(const Lookup* lookup, const std::vector<Tensor>& stored, const Batch& batch, void* state,
+                      bool keep, bool prepared) {
+  const Fixed& fixed = *lookup->fixed;
+  Tensor out = room(lookup, batch, [&] { return floats({batch.size, fixed.call.columns}); });
+  const std::vector<float*> parameters = pointers(stored);
+  Call call = call_of(fixed, batch, parameters);
+  call.out = out.mutable_data_ptr<float>(), call.keep = keep;
+  if (const int64_t lacks = fixed.driver.forward(&call, state, at::get_num_threads(), prepared))
+    raise(lookup, lacks, batch);
+  return out;
+}
+
+// The updates of one backward: rules, and pointers to the states of every parameter. Their objects are held, as the
+// kernels write to the tensors in them.
+struct Updates {
+  std::vector<Rule> rules;
+  std::vector<float*> state, state2, steps;
+  std::vector<Object> held;
+
+  Updates(Updates&&) = default;
+  ~Updates() {
+    pybind11::gil_scoped_acquire gil;
+    held.clear();
+  }
+
+  // With the GIL.
+  explicit Updates(const Lookup* lookup) {
+    const Fixed& fixed = *lookup->fixed;
+    const size_t all = fixed.wanted.size();
+    rules.resize(fixed.parameters.size()), state.resize(all), state2.resize(all), steps.resize(all);
+    size_t at = 0;
+    for (size_t t = 0; t < rules.size(); at += fixed.parameters[t++]) {
+      PyObject* make = PyTuple_GET_ITEM(lookup->steps, t);
+      if (Py_IsNone(make)) continue;
+      held.emplace_back(PyObject_CallNoArgs(make));
+      PyObject* update = held.back().at;
+      Rule& rule = rules[t];
+      rule.optimizer = static_cast<int64_t>(number(update, "kind"));
+      rule.lr = number(update, "lr"), rule.eps = number(update, "eps"), rule.lr_decay = number(update, "lr_decay");
+      rule.beta1 = number(update, "beta1"), rule.beta2 = number(update, "beta2");
+      for (int64_t k = 0; k < fixed.parameters[t]; k++)
+        if (!fixed.stepped[at + k]) rule.left |= int64_t{1} << k;
+      place(update, "state", &state[at]), place(update, "state2", &state2[at]), place(update, "steps", &steps[at]);
+    }
+  }
+
+ private:
+  PyObject* attribute(PyObject* of, const char* name) {
+    held.emplace_back(PyObject_GetAttrString(of, name));
+    return held.back().at;
+  }
+  double number(PyObject* of, const char* name) {
+    const double found = PyFloat_AsDouble(attribute(of, name));
+    if (PyErr_Occurred()) throw python_error();
+    return found;
+  }
+  void place(PyObject* update, const char* name, float** to) {
+    const Object tensors(PySequence_Fast(attribute(update, name), "an update's states are sequences"));
+    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(tensors.at); k++) {
+      PyObject* tensor = PySequence_Fast_GET_ITEM(tensors.at, k);
+      if (!Py_IsNone(tensor)) to[k] = static_cast<float*>(THPVariable_Unpack(tensor).mutable_data_ptr());
+    }
+  }
+};
+
+}  // namespace recemb

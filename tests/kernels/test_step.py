@@ -1,0 +1,354 @@
+"""A look-up that trains in C++ does what one from Python does, and sees what has changed of its tables."""
+
+from __future__ import annotations
+
+import gc
+import sysconfig
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+import torchrec
+from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.distributed.optim.apply_optimizer_in_backward import param_to_optim_hook_handle_map
+from torch.utils.checkpoint import checkpoint
+
+from recemb.backends.base import Backend
+from recemb.backends.native import _now, _prepare
+from recemb.bags import Bags
+from recemb.engine import Engine
+from recemb.errors import ConfigError, NonFiniteError
+from recemb_kernels import native
+from recemb_kernels.digit_tree import step
+from recemb_kernels.lookup import Lookup
+from tests.kernels.cases import METHODS, make_bags, make_engine, step_all
+
+OPTIMIZERS = (
+    torch.optim.SGD,
+    torch.optim.Adagrad,
+    torchrec.optim.RowWiseAdagrad,
+    torch.optim.Adam,
+)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By which way look-ups of this test train."""
+    if request.param == "Python":
+        from_python(monkeypatch)
+    return str(request.param)
+
+
+def from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lookup, "_in_cpp", lambda *_: None)
+
+
+def name_of(out: Tensor) -> str:
+    assert out.grad_fn is not None
+    return out.grad_fn.name()
+
+
+def outcome(
+    kind: type[torch.optim.Optimizer] | None, longest: int, weighted: bool, steps: int = 3
+) -> tuple[str, list[Tensor]]:
+    """The node's name, and all that training for some steps makes and changes."""
+    methods = [name for name in METHODS if kind is not None or name not in ("dense", "md")]
+    engine, tables = make_engine(methods=methods)
+    if kind is not None:
+        step_all(tables, kind, 0.1)
+        # One that is frozen, and one whose gradient is written out beside steps.
+        tables["qr"].requires_grad_(False)
+        next(tables["tt"].parameters())._in_backward_optimizers = []
+    found, name = [], ""
+    for seed in range(steps):
+        bags = make_bags(engine, 37, longest, seed)
+        if weighted:
+            bags.weights = torch.rand(bags.ids.numel(), generator=torch.Generator().manual_seed(seed))
+            bags.weights.requires_grad_()
+        out = engine(tables, bags)
+        name = name_of(out)
+        # Not contiguous, as of a part of what an interaction takes.
+        torch.cat([out, out], dim=1).square()[:, 1:-1].sum().backward()
+        found += [out.detach()] + ([] if bags.weights is None else [bags.weights.grad])
+    for table in tables.values():
+        for parameter in table.parameters():
+            found += [parameter.detach(), parameter.grad]
+            for optimizer in getattr(parameter, "_in_backward_optimizers", []):
+                found += optimizer.state[parameter].values()
+    return name, [tensor for tensor in found if tensor is not None]
+
+
+@pytest.mark.parametrize("kind", [None, *OPTIMIZERS])
+@pytest.mark.parametrize("longest", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_ways_give_the_same_bits(
+    kind: type[torch.optim.Optimizer] | None,
+    longest: int,
+    weighted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, compiled = outcome(kind, longest, weighted)
+    assert name == "PooledLookup"
+    from_python(monkeypatch)
+    name, python = outcome(kind, longest, weighted)
+    assert name == "_PoolBackward"
+    assert len(compiled) == len(python) > 6
+    assert all(torch.equal(a, b) for a, b in zip(compiled, python, strict=True))
+
+
+def trained(
+    kind: type[torch.optim.Optimizer] = torch.optim.Adagrad,
+) -> tuple[Engine, dict[str, Backend], Bags]:
+    engine, tables = make_engine(methods=("tt", "qr"))
+    step_all(tables, kind, 0.1)
+    return engine, tables, make_bags(engine, 9, 3, seed=1)
+
+
+def values_of(tables: dict[str, Backend]) -> list[Tensor]:
+    return [parameter.detach().clone() for table in tables.values() for parameter in table.parameters()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_refused(way: str) -> None:
+    engine, tables, bags = trained()
+    before, out = values_of(tables), engine(tables, bags)
+    with pytest.raises(NonFiniteError, match="of tables tt, qr is NaN or infinite") as raised:
+        out.backward(torch.full_like(out, torch.nan), retain_graph=True)
+    assert raised.value.__cause__ is None
+    assert same(before, values_of(tables))
+    out.sum().backward()
+    assert not same(before, values_of(tables))
+
+
+def test_an_optimizer_that_cannot_step_changes_nothing(way: str) -> None:
+    engine, tables, bags = trained()
+    before, out = values_of(tables), engine(tables, bags)
+    parameter = next(tables["qr"].parameters())
+    parameter._in_backward_optimizers[0].state[parameter]["sum"] = torch.zeros(1)
+    with pytest.raises(ConfigError, match="state 'sum'"):
+        out.sum().backward()
+    assert same(before, values_of(tables))
+
+
+def test_what_the_backward_reads_again_may_not_have_changed(way: str) -> None:
+    engine, tables, bags = trained()
+    next(tables["tt"].parameters())._in_backward_optimizers = []
+    out = engine(tables, bags)
+    with torch.no_grad():
+        next(tables["tt"].parameters()).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    out = engine(tables, bags)
+    bags.ids.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_no_gradient_is_a_gradient_of_zeros(way: str) -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rows: Tensor) -> Tensor:
+            return rows.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return None
+
+    engine, tables, bags = trained(torch.optim.Adam)
+    engine(tables, bags).sum().backward()
+    before = values_of(tables)
+    Nothing.apply(engine(tables, bags)).sum().backward()  # type: ignore[no-untyped-call]
+    assert not same(before, values_of(tables)), "Adam's momentum moves the rows of the batch on"
+
+
+def test_a_negated_view_is_read_as_what_it_says(way: str) -> None:
+    engine, tables, bags = trained(torch.optim.SGD)
+    twin, others, _ = trained(torch.optim.SGD)
+    out = engine(tables, bags)
+    upstream = torch.view_as_complex(torch.randn(*out.shape, 2)).conj().imag
+    assert upstream.is_neg()
+    out.backward(upstream)
+    twin(others, bags).backward(upstream.clone().resolve_neg())
+    assert same(values_of(tables), values_of(others))
+
+
+def test_a_look_up_has_no_forward_mode(way: str) -> None:
+    engine, tables, bags = trained()
+    bags.weights = torch.rand(bags.ids.numel())
+    with forward_ad.dual_level():
+        bags.weights = forward_ad.make_dual(bags.weights, torch.rand(bags.ids.numel()))
+        with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+            engine(tables, bags)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_look_up_may_be_done_again_in_the_backward(way: str, reentrant: bool) -> None:
+    results = []
+    for checkpointed in (False, True):
+        engine, tables, bags = trained()
+        gain = torch.ones((), requires_grad=True)
+
+        def forward(gain: Tensor) -> Tensor:
+            return engine(tables, bags) * gain  # noqa: B023 # called in this iteration
+
+        out = checkpoint(forward, gain, use_reentrant=reentrant) if checkpointed else forward(gain)
+        out.square().sum().backward()
+        results.append([out.detach(), gain.grad, *values_of(tables)])
+    assert same(*results)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_autograd_takes_look_ups_that_are_made_in_it(whole: bool) -> None:
+    outcomes = []
+    for compiled in (False, True):
+        engine, tables, bags = trained()
+        enabled = compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext()
+        if not (whole and compiled):
+            out = engine(tables, bags)
+        with enabled:
+            if whole and compiled:
+                out = engine(tables, bags)
+            elif compiled:
+                with pytest.raises(NotImplementedError, match="enable it around the forward as well"):
+                    out.square().sum().backward()
+                return
+            out.square().sum().backward()
+        outcomes.append([out.detach(), *values_of(tables)])
+    assert same(*outcomes)
+
+
+def test_saved_tensors_may_be_kept_elsewhere(way: str) -> None:
+    engine, tables = make_engine(methods=("tt", "qr"))
+    bags = make_bags(engine, 9, 3, seed=1)
+    seen: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> int:
+        seen.append(tensor)
+        return len(seen) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda at: seen[at]):
+        out = engine(tables, bags)
+    assert len(seen) == 2 + sum(len(list(table.parameters())) for table in tables.values())
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_anomalies_are_looked_for(way: str, strict: bool) -> None:
+    engine, tables, bags = trained()
+    watching: AbstractContextManager[Any] = nullcontext()
+    if strict:
+        watching = warnings.catch_warnings(action="ignore")
+    with watching, torch.autograd.set_detect_anomaly(strict):
+        out = engine(tables, bags)
+        with pytest.raises(NonFiniteError):
+            out.backward(torch.full_like(out, torch.inf))
+
+
+def test_tables_go_when_nobody_holds_them(way: str) -> None:
+    engine, tables, bags = trained()
+    module = nn.ModuleDict(tables)
+    module.last = engine(tables, bags)  # type: ignore[assignment] # a loss that nobody goes back from
+    engine(tables, bags).sum().backward()
+    gone = [ref(table) for table in tables.values()]
+    del module.last, module, tables, engine
+    gc.collect()
+    assert [table() for table in gone] == [None, None]
+
+
+CHANGES: dict[str, Callable[[Backend, nn.Parameter], Any]] = {
+    "nothing": lambda table, parameter: None,
+    "rate": lambda table, parameter: [_settings(each).update(lr=0.2) for each in table.parameters()],
+    "one rate": lambda table, parameter: _settings(parameter).update(lr=0.2),
+    "eps": lambda table, parameter: _settings(parameter).update(eps=1e-3),
+    "option": lambda table, parameter: _settings(parameter).update(new=1),
+    "rate as tensor": lambda table, parameter: _settings(parameter).update(lr=torch.tensor(0.1)),
+    "frozen": lambda table, parameter: parameter.requires_grad_(False),
+    "optimizer": lambda table, parameter: apply_optimizer_in_backward(
+        torch.optim.SGD, [parameter], {"lr": 0.1}
+    ),
+    "no optimizer": lambda table, parameter: setattr(parameter, "_in_backward_optimizers", []),
+    "hook": lambda table, parameter: [
+        handle.remove() for handle in param_to_optim_hook_handle_map[parameter]
+    ],
+    "dtype": lambda table, parameter: setattr(parameter, "data", parameter.data.double()),
+    "layout": lambda table, parameter: setattr(
+        parameter, "data", parameter.data.repeat(1, 2)[:, : parameter.shape[1]]
+    ),
+    "storage": lambda table, parameter: setattr(parameter, "data", parameter.data.clone()),
+    "parameter": lambda table, parameter: setattr(table, _first(table), nn.Parameter(parameter.detach())),
+    "one more": lambda table, parameter: table.register_parameter("more", nn.Parameter(torch.ones(1))),
+    "name": lambda table, parameter: table._parameters.update(
+        core_0=table._parameters.pop("core_0"), core_x=table._parameters.pop("core_2")
+    ),
+}
+SETTINGS = ("rate", "one rate", "eps", "option", "rate as tensor", "hook")
+
+
+def _settings(parameter: nn.Parameter) -> dict[str, Any]:
+    settings: dict[str, Any] = parameter._in_backward_optimizers[0].param_groups[0]
+    return settings
+
+
+def _first(table: Backend) -> str:
+    return next(iter(table._parameters))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("steps", [True, False])
+def test_a_change_is_seen_as_python_sees_it(change: str, steps: bool) -> None:
+    engine, tables = make_engine(methods=("tt", "qr"))
+    if steps:
+        step_all(tables, torch.optim.Adagrad, 0.1)
+    elif change in SETTINGS:
+        pytest.skip("there is no optimizer")
+    engine(tables, make_bags(engine, 9, 3, seed=1))
+    served = [tables[target.table] for target in engine.targets]
+    prepared = _prepare(served)
+    found = prepared.found
+    assert found is not None
+    assert found.bound is not None
+    compiled = found.bound.compiled
+    assert compiled is not None
+    CHANGES[change](tables["tt"], next(tables["tt"].parameters()))
+    owned = [table._parameters for table in served]
+    with torch.no_grad():
+        assert compiled.unchanged(owned) is None, "and there is nothing to step"
+    quick = compiled.unchanged(owned)
+    # By the long way, which is taken where C++ does not know.
+    found.bound.compiled = None
+    known, stored = _now(served, prepared)
+    without = ("parameter", "no optimizer")  # no optimizer holds it, or there was none
+    assert (known is found) == (change in ("nothing", "rate", "storage") or (change in without and not steps))
+    assert (quick is not None) == (known is found)
+    if quick is not None:
+        assert all(a is b for a, b in zip(quick, stored, strict=True))
+
+
+def test_without_headers_of_python_steps_are_taken_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tables, bags = trained()
+    assert native.status()[native.STEP].startswith("native CPU")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.setattr(native, "_unavailable", {})
+    assert native.status()[native.STEP].endswith(
+        "there is no /nowhere/Python.h; install python3-dev, or python3-devel"
+    )
+    step.step_module.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="from Python, which is slower: there is no /nowhere/Python.h"):
+            out = engine(tables, bags)
+        assert name_of(out) == "_PoolBackward"
+        assert native.status()[native.STEP].startswith("steps are taken from Python: there is no /nowhere")
+    finally:
+        monkeypatch.undo()
+        step.step_module.cache_clear()
+        step.step_module()
