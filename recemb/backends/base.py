@@ -221,8 +221,10 @@ class Backend(nn.Module, ABC):
 
     @property
     def _first(self) -> Tensor:
-        first: Tensor = getattr(owner_of(self), self.layout[0][0])
-        return first
+        owner, name = owner_of(self), self.layout[0][0]
+        # Every look-up asks for its device, and a module finds its attributes slowly.
+        first = owner._parameters.get(name)
+        return getattr(owner, name) if first is None else first
 
     @torch.no_grad()
     def to_dense(self, start: int = 0, stop: int | None = None) -> Tensor:
