@@ -26,6 +26,18 @@ settings.register_profile(
 settings.load_profile("recemb")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_step() -> None:
+    """So that no rank of a test waits for another one's compiler, longer than its timeout."""
+    from recemb_kernels.build import KernelUnavailableError
+    from recemb_kernels.digit_tree.step import step_module
+
+    try:
+        step_module()
+    except KernelUnavailableError:
+        return
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Path of a licensed Criteo sample beside the repository; the test is skipped without it."""

@@ -1,9 +1,9 @@
 """Compiles a C++ kernel for the shapes at hand, once, and loads it with ctypes.
 
 As Triton compiles a kernel for the GPU when its shapes are known, this does for the CPU: ``g++
--march=native`` with ranks and widths as constants takes two to four seconds and is cached on disk. The
-library shares torch's OpenMP runtime, because torch's ``libgomp.so.1`` is already loaded under that name;
-clang's would bring a second one.
+-march=native`` with ranks and widths as constants takes two to four seconds and is cached on disk. (The
+look-up that trains, compiled against torch's headers, takes some sixteen.) The library shares torch's OpenMP
+runtime, because torch's ``libgomp.so.1`` is already loaded under that name; clang's would bring a second one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shlex
 import shutil
 import stat
 import subprocess
-import sysconfig
 import tempfile
 import threading
 import warnings
@@ -123,18 +122,6 @@ def compiler() -> tuple[str, ...]:
         return tuple(shlex.split(named)) or ((found,) if found else ())
     except ValueError as error:
         raise KernelUnavailableError(f"CXX={named} is no command; set it to g++", str(error)) from error
-
-
-def python_headers() -> str:
-    """The folder of ``Python.h``.
-
-    Raises:
-        KernelUnavailableError: it is not there; some Linux distributions keep it apart.
-    """
-    folder = sysconfig.get_path("include")
-    if not (Path(folder) / "Python.h").exists():
-        raise KernelUnavailableError(f"there is no {folder}/Python.h; install python3-dev, or python3-devel")
-    return folder
 
 
 @lru_cache(maxsize=1)

@@ -39,8 +39,10 @@ def bags_are_valid(
         return False
     place = 0 if limits is None else ctypes.addressof(limits)
     if loaded:
-        valid: bool = loaded[0].bags_are_valid(_address(), ids, offsets, weights, num_features, place)
-        return valid
+        address = attempt("check_bags", _address)
+        return address is not None and loaded[0].bags_are_valid(
+            address, ids, offsets, weights, num_features, place
+        )
     if not (_reads(ids, torch.int64) and _reads(offsets, torch.int64)):
         return False
     num_ids, bags = ids.numel(), offsets.numel() - 1

@@ -6,15 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import compress
+from threading import Lock
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from recemb_kernels.digit_tree.group import Batch, Group, driver
+from recemb_kernels.digit_tree.group import Batch, ChangedError, Group, driver
 from recemb_kernels.digit_tree.step import CompiledLookup, compiled_lookup, loaded, step_module
 from recemb_kernels.gather_op import GatherOp, PooledGroup, make_batch, make_group
 from recemb_kernels.native import STEP, attempt
@@ -38,18 +40,25 @@ class TableShape:
     stored: Stored = ()
 
 
-def available(shapes: Sequence[TableShape], device: torch.device) -> list[bool]:
+def available(shapes: Sequence[TableShape], device: torch.device, trains: bool) -> list[bool]:
     """Whether each shape's kernel can be had here, compiled side by side for the CPU.
 
     What cannot is warned about once, and not tried again. A GPU's kernels are compiled when they first run.
+
+    Args:
+        shapes: the tables.
+        device: where they are looked up.
+        trains: whether the look-up that trains will be asked for, which takes longest to compile.
     """
     if device.type == "cuda":
         return [attempt(f"{shape.op.name} on GPU", shape.op.family) is not None for shape in shapes]
     # Compilers run as processes of their own, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if torch.is_grad_enabled():  # what trains will ask for it, and it takes the longest
-            pool.submit(attempt, STEP, step_module, instead="from Python")
-        return list(pool.map(_compiled, shapes))
+        step = pool.submit(step_module) if trains else None
+        found = list(pool.map(_compiled, shapes))
+    if step is not None and any(found):
+        attempt(STEP, step.result, instead="from Python")
+    return found
 
 
 def _compiled(shape: TableShape) -> bool:
@@ -116,7 +125,7 @@ class Lookup:
         self, group: PooledGroup, steps: Sequence[Step | None], stepped: list[bool], wanted: list[bool]
     ) -> CompiledLookup | None:
         """The same without Python; not on a GPU, nor before anything trains: it takes a while to compile."""
-        if not isinstance(group, Group) or not (torch.is_grad_enabled() or loaded):
+        if not isinstance(group, Group) or not (any(stepped) or any(wanted) or loaded):
             return None
         # Not the look-up itself: nothing that is given to C++ is to hold the tables.
         refusal = partial(_refused, self.refusal, group)
@@ -185,7 +194,7 @@ class Bound:
         changing = list(compress(stored, self.stepped))
         # Without an update, whether a gradient is wanted is for the parameters and weights to say.
         anchor = _ANCHOR if changing else None
-        call = _Call(self, stored, batch, changing, state)
+        call = _Call(self, stored, batch, changing, state, _kinds(stored))
         return _pool(call, anchor, weights, *compress(stored, self.wanted))
 
     def prepare(self, stored: Sequence[Tensor], given: Given) -> Ahead:
@@ -199,13 +208,18 @@ class Bound:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One look-up: its parameters, those that its backward changes, and what is known of its batch."""
+    """One look-up: its parameters, those that its backward changes, and what is known of its batch.
+
+    ``kinds`` says of what type, size and layout the parameters were.
+    """
 
     bound: Bound
     stored: Sequence[Tensor]
     batch: Batch
     changing: list[Tensor]
     state: Any
+    kinds: list[object]
+    lock: Any = field(default_factory=Lock)
 
 
 @dataclass(slots=True, eq=False)
@@ -271,16 +285,29 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def step(ctx: Any, grad_out: Tensor) -> Any:
         """The backward, of which there is no derivative."""
-        _ = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: _Call | None = ctx.call
+        # One thread at a time: they would share its memory.
+        with nullcontext() if call is None else call.lock:
+            _ = ctx.saved_tensors
+            if ctx.call is None:  # of another thread, which is about to leave
+                raise RuntimeError("trying to backward through the graph a second time")
+            return _Pool.step_of(ctx, ctx.call, grad_out)
+
+    @staticmethod
+    def step_of(ctx: Any, call: _Call, grad_out: Tensor) -> Any:
+        """The backward of a call."""
         bound, stored, batch = call.bound, call.stored, call.batch
+        if call.kinds != _kinds(stored):
+            raise bound.refusal(ChangedError())
+        if grad_out.is_sparse:
+            grad_out = grad_out.to_dense()
         updates = [None if step is None else step.make() for step in bound.steps]
         try:
             if ctx.versions != [parameter._version for parameter in call.changing]:
                 # A step has been taken since the forward: its products belong to weights that are gone.
                 bound.group.forward(stored, batch, keep=True, state=call.state)
             grads, grad_weights = bound.group.backward(
-                grad_out,
+                grad_out.resolve_neg(),
                 stored,
                 batch,
                 call.state,
@@ -288,7 +315,7 @@ class _Pool(torch.autograd.Function):
                 wanted=bound.wanted,
                 want_weights=ctx.needs_input_grad[2],
             )
-        except (FloatingPointError, MemoryError) as error:
+        except (FloatingPointError, MemoryError, ChangedError) as error:
             raise bound.refusal(error) from None
         if call.changing:
             torch.autograd.graph.increment_version(call.changing)
@@ -312,6 +339,10 @@ class _Once(torch.autograd.Function):
             "a look-up cannot be differentiated twice: its backward is a kernel; take second derivatives "
             "with respect to other parameters, or of pooled embeddings that are detached"
         )
+
+
+def _kinds(parameters: Sequence[Tensor]) -> list[object]:
+    return [(each.dtype, each.shape, each.is_contiguous()) for each in parameters]
 
 
 def _guarded(grads: Sequence[Tensor | None], of: Sequence[Tensor]) -> list[Tensor | None]:

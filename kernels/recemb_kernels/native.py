@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
 
-from recemb_kernels.build import KernelUnavailableError, compiler, python_headers
+from recemb_kernels.build import KernelUnavailableError, compiler
 
 _T = TypeVar("_T")
 STEP = "training_step"
@@ -36,7 +36,9 @@ def attempt(
     except KernelUnavailableError as error:
         with _lock:  # Shapes are tried side by side.
             own = (error.reason, f"{error.reason}: ")
-            known = any(text == own[0] or text.startswith(own[1]) for text in _unavailable.values())
+            # That steps are taken from Python does not say that a table runs on plain torch.
+            others = [text for named, text in _unavailable.items() if named != STEP or what == STEP]
+            known = any(text == own[0] or text.startswith(own[1]) for text in others)
             _unavailable[what] = str(error)
         if not known:
             warnings.warn(
@@ -56,20 +58,10 @@ def status(failure: str = "") -> dict[str, str]:
     report = {}
     for op in OPS:
         failed = [reason for what, reason in _unavailable.items() if what.startswith(op)]
-        if op == STEP and not failed:
-            failed = _lacking()
-        if failed or failure:
+        if failure or failed:
             # Without any kernel nothing is left to step for.
             instead = "steps are taken from Python" if op == STEP and not failure else "plain torch"
-            report[op] = f"{instead}: {(failed or [failure])[0]}"
+            report[op] = f"{instead}: {failure or failed[0]}"
         else:
             report[op] = f"native CPU, compiled on first use by {shlex.join(compiler())}"
     return report
-
-
-def _lacking() -> list[str]:
-    try:
-        python_headers()
-    except KernelUnavailableError as error:
-        return [str(error)]
-    return []

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from recemb.bags import Bags
-from recemb.errors import NonFiniteError, OutOfMemoryError
+from recemb.errors import ConfigError, NonFiniteError, OutOfMemoryError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
-from recemb.optim.state import version_of
+from recemb.optim.state import settings_of, version_of
+from recemb_kernels.digit_tree.group import ChangedError
 from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.triton_frame import ALIGNED
@@ -57,16 +58,22 @@ class _Prepared:
     available: dict[torch.device, list[bool]] = field(default_factory=dict)
     found: _Found | None = None
 
-    def serves(self, at: int, device: torch.device) -> bool:
+    def serves(self, at: int, device: torch.device, trains: bool) -> bool:
         """Whether the kernel of storage ``at`` can be had for a device.
 
         All are compiled side by side when one is first asked for, which tables that no kernel reads, as those
         in float64, do not.
+
+        Args:
+            at: which storage.
+            device: where it lies.
+            trains: whether one of all storages is to train in kernels.
         """
         if torch.compiler.is_compiling():  # It is met, and missed, when the compiled code runs.
             return True
         if device not in self.available:
-            found = iter(available([shape for shape in self.shapes if shape is not None], device))
+            shapes = [shape for shape in self.shapes if shape is not None]
+            found = iter(available(shapes, device, trains))
             self.available[device] = [shape is not None and next(found) for shape in self.shapes]
         return self.available[device][at]
 
@@ -193,7 +200,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
                 facts += (id(parameter), optimizer)
                 facts += optimizer.param_groups
                 rates.append(optimizer.param_groups[0].get("lr"))
-        facts.append(_are_alike(rates))
+        facts.append(_equal_ones(rates))
     if found is None or not found.holds(facts):
         storages, bound = _storages(tables, prepared), None
         native = [storage.native for storage in storages]
@@ -201,7 +208,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
             each = [storage.parameters for storage in storages]
             bound = prepared.lookup.bind(each, [storage.step for storage in storages])
         # Settings are changed in place.
-        facts = [dict(fact) if isinstance(fact, dict) else fact for fact in facts]
+        facts = [settings_of(fact) if isinstance(fact, dict) else fact for fact in facts]
         hooks = [hook for parameter in stored for hook in live_hooks(parameter)]
         if bound is not None and bound.compiled is not None:
             bound.compiled.watch(owned, hooks, ALIGNED)
@@ -209,15 +216,15 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
     return found, stored
 
 
-def _are_alike(rates: list[object]) -> object:
-    """Whether a storage's learning rates are all equal.
+def _equal_ones(rates: list[object]) -> object:
+    """Which of a storage's learning rates are equal: of each, the first one that is.
 
     Tensors, which a GPU may hold, are not compared: of several, how often each has been written to.
     """
-    if rates and isinstance(rates[0], Tensor):
+    if any(isinstance(rate, Tensor) for rate in rates):
         alike = all(rate is rates[0] for rate in rates)
         return alike or [version_of(rate) if isinstance(rate, Tensor) else rate for rate in rates]
-    return not rates or rates.count(rates[0]) == len(rates)
+    return [rates.index(rate) for rate in rates]
 
 
 def _rates_alone_differ(known: list[object], facts: list[object]) -> bool:
@@ -254,6 +261,7 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
     device, found = tables[0].device, []
     owners = [owner_of(tables[at]) for at in prepared.owners]
     parameters = [owner.own_parameters() for owner in owners]
+    trains = ask and any(map(_trains_natively, owners))
     uses = Counter(id(parameter) for named in parameters for parameter in named.values())
     pairs = zip(owners, parameters, prepared.shapes, prepared.fused, strict=True)
     for k, (owner, named, shape, fused) in enumerate(pairs):
@@ -266,7 +274,7 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
             # A fused update writes to the parameters: contiguous copies would take it in their place.
             readable = _fits(parameter, kind) and parameter.is_contiguous()
             native = native and readable and parameter.device == device
-        native = native and prepared.serves(k, device)
+        native = native and prepared.serves(k, device, trains)
         # One that several tables hold has one gradient, their sum, and takes one step with it.
         alone = all(uses[id(parameter)] == 1 for parameter in own)
         step = fused.of(own) if ask and native and alone else None
@@ -276,6 +284,12 @@ def _storages(tables: Sequence[Backend], prepared: _Prepared) -> list[_Storage]:
             _leave_to_torch(owner, range(len(own)) if step is None else step.left)
         found.append(_Storage(own, step, native))
     return found
+
+
+def _trains_natively(owner: Backend) -> bool:
+    """Whether a kernel is to give this storage's gradients, or to step on it."""
+    own = [parameter for parameter in owner.own_parameters().values() if parameter.requires_grad]
+    return any(map(attached_to, own)) if owner.native_when_fused else bool(own)
 
 
 def _leave_to_torch(owner: Backend, left: Container[int]) -> None:
@@ -321,10 +335,12 @@ def _fits(parameter: Tensor, kind: StoredAs) -> bool:
     return parameter.is_cuda and parameter.dtype in _ON_GPU and parameter.data_ptr() % ALIGNED == 0
 
 
-def _refusal(names: Sequence[str], error: Exception) -> NonFiniteError | OutOfMemoryError:
+def _refusal(names: Sequence[str], error: Exception) -> NonFiniteError | OutOfMemoryError | ConfigError:
     shown = ", ".join(dict.fromkeys(names[:5])) + (", ..." if len(names) > 5 else "")
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"tables {shown}: {error}")
+    if isinstance(error, ChangedError):
+        return ConfigError(f"tables {shown}: {error}")
     return NonFiniteError(
         f"the gradient of the pooled rows of tables {shown} is NaN or infinite; none of their weights was "
         "changed. Lower the learning rate, or look for infinite inputs or losses in this batch"

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recemb.errors import ConfigError
 from recemb.optim.adagrad import adagrad_update
 from recemb.optim.adam import NOT_LAZY, adam_update, kind_of
 from recemb.optim.attached import stepping
 from recemb.optim.rowwise_adagrad import is_rowwise_adagrad, rowwise_adagrad_update
 from recemb.optim.sgd import sgd_update
-from recemb.optim.state import version_of
+from recemb.optim.state import settings_of, version_of
 from recemb_kernels.update import Step, Update
 
 _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Update]
@@ -78,7 +79,7 @@ class FusedUpdate:
             rule = _resolve(attached)
             left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
             step = None if rule is None else Step(partial(self._make, rule, attached, own, left), left)
-            self._seen = own, optimizers, [[dict(group) for group in settings], written], step
+            self._seen = own, optimizers, [[settings_of(group) for group in settings], written], step
         return step
 
     def _make(
@@ -95,12 +96,29 @@ class FusedUpdate:
             settings, state = _what_a_step_reads(optimizers, parameters)
             if settings == unchanged and len(state) == len(held) and all(map(is_, state, held)):
                 return update
+        _check_alike(optimizers)
         update = _spread(rule(optimizers, parameters), left)
         settings, state = _what_a_step_reads(optimizers, parameters)
-        self._made = optimizers, update, [dict(group) for group in settings], state
+        self._made = optimizers, update, [settings_of(group) for group in settings], state
         if any(isinstance(value, Tensor) for group in settings for value in group.values()):
             self._made = None  # A rate that is a tensor changes in place, as schedules do it.
         return update
+
+
+def _check_alike(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """That settings which were equal at the look-up still are.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    each = [_settings(optimizer)[1] for optimizer in optimizers]
+    # To compare tensors may be to wait for a GPU.
+    tensors = any(isinstance(value, Tensor) for settings in each for value in settings.values())
+    if not tensors and any(settings != each[0] for settings in each):
+        raise ConfigError(
+            f"a table's parameters step together: settings were equal at the look-up and are {each} in its "
+            "backward. No weight has changed; give them equal ones, or change them between steps"
+        )
 
 
 def _what_a_step_reads(

@@ -62,6 +62,13 @@ def counters(states: Sequence[dict[str, Any]]) -> list[Tensor]:
     return [state["step"] for state in states]
 
 
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A param group as it is now: lists, such as Adam's betas from a file, are changed in place."""
+    return {
+        key: list(value) if type(value) is list and key != "params" else value for key, value in group.items()
+    }
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor has been written to; ``None`` for one of inference mode, which does not count."""
     return None if tensor.is_inference() else tensor._version

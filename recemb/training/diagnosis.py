@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from recemb.stack import REPAIR_TRIO, mismatches, versions
 
@@ -83,6 +84,8 @@ def _native() -> list[Finding]:
     except (build.KernelUnavailableError, OSError) as error:  # The probe has no room to be compiled in.
         failure = str(error).splitlines()[0]
         compiler = Finding("C++ compiler", "note", f"{failure}; all runs on plain torch")
+    if not failure:
+        _try_step(native)
     status: dict[str, str] = native.status(failure)
     slow = [op for op, text in status.items() if not text.startswith("native")]
     return [
@@ -91,6 +94,16 @@ def _native() -> list[Finding]:
         compiler,
         _cache(build.cache_dir()),
     ]
+
+
+def _try_step(native: Any) -> None:
+    """Compile the look-up that trains: headers may be missing that nothing else asks for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said below
+        try:
+            native.attempt(native.STEP, import_module("recemb_kernels.digit_tree.step").step_module)
+        except (ImportError, OSError):
+            return  # without torch, which is said above
 
 
 def _cpu() -> Finding:

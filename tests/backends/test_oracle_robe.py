@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.id_maps.hashing import UniversalHash, stable_integer
 from recemb.spec import ROBE, TableSpec
@@ -166,6 +167,27 @@ def test_a_wrapping_row() -> None:
     dense = backend.to_dense()
     for i, start in enumerate(starts):
         assert torch.equal(dense[i], torch.cat([array[start:], array[:start]]).detach())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_gradients_of_an_array_of_few_rows(rows: int) -> None:
+    """Threads share the array's rows; some have none, and a row's neighbours are others' or itself."""
+    spec = table(40 * rows, 4, ROBE(compress_rate=40, block_size=4))
+    backend = build_tables([spec]).backend("t")
+    assert backend.own_parameters()["array"].shape == (rows, 4)
+    torch.manual_seed(0)
+    ids, upstream = torch.randint(0, 40 * rows, (700,)), torch.randn(700, 4)
+    bags = Bags(ids, torch.arange(701), 1)
+    (array,) = backend.own_parameters().values()
+    (expected,) = torch.autograd.grad(backend.rows(backend.map_ids(ids)), array, upstream)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            (found,) = torch.autograd.grad(type(backend).pooled([backend], bags), array, upstream)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_golden_values_of_the_hash() -> None:

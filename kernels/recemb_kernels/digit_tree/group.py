@@ -23,7 +23,7 @@ MAX_ORDER = 8
 # bench/results/micro_batches.csv.
 MICRO_BATCH_ROWS = 2**13
 # What a pass lacks, when it is not bytes of the driver's.
-NOT_FINITE, NO_TENSOR = -1, 0
+NO_TENSOR, NOT_FINITE, CHANGED = 0, -1, -2
 
 
 class _Functions(ctypes.Structure):
@@ -62,6 +62,16 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "slot", "own")),
         ("own_stride", ctypes.c_int64),
     )
+
+
+class ChangedError(RuntimeError):
+    """Between a look-up and its backward memory has changed that the kernels write to."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a parameter, or a state of its optimizer, has another type, size or layout than at the look-up; "
+            "no weight has changed. Convert models between a backward and the next look-up"
+        )
 
 
 class Plan(IntEnum):
@@ -311,16 +321,20 @@ class Group:
         if size:
             raise self.error(size, batch.ids.numel(), batch.size)
 
-    def error(self, lacks: int, num_ids: int, samples: int) -> FloatingPointError | MemoryError:
+    def error(
+        self, lacks: int, num_ids: int, samples: int
+    ) -> FloatingPointError | MemoryError | ChangedError:
         """What is raised of a batch when nothing has changed.
 
         Args:
-            lacks: bytes that there is no room for, or ``NO_TENSOR``, or ``NOT_FINITE``.
+            lacks: bytes that there is no room for, or one of the above.
             num_ids: L.
             samples: B.
         """
         if lacks == NOT_FINITE:
             return FloatingPointError("the gradient of the pooled rows is NaN or infinite")
+        if lacks == CHANGED:
+            return ChangedError()
         what = f"{lacks:,} bytes more" if lacks else "its rows or gradients"
         return MemoryError(
             f"no memory for {what}, for {num_ids:,} ids of {samples:,} samples in "
@@ -367,6 +381,8 @@ def _floats(*size: int) -> Tensor:
 def _place(held: ctypes.Array[ctypes.c_void_p], at: int, tensors: Sequence[Tensor | None]) -> None:
     for k, tensor in enumerate(tensors, at):
         if tensor is not None:
+            if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+                raise ChangedError
             held[k] = tensor.data_ptr()
 
 

@@ -31,8 +31,8 @@ class Pooled : public autograd::Node {
 
   void compiled_args(autograd::CompiledNodeArgs&) const override {
     TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "compiled autograd cannot go back through a look-up of recemb that was made outside of it; "
-                                "enable it around the forward as well");
+                                "compiled autograd cannot go back through a look-up of recemb that was made outside "
+                                "of it; enable it around the forward as well");
   }
 
   // What was computed, for inputs (weights, then the parameters whose gradients are wanted).
@@ -43,6 +43,7 @@ class Pooled : public autograd::Node {
       if (fixed.wanted[k]) inputs.push_back(stored_[k]);
       if (fixed.stepped[k]) versions_.push_back(stored_[k]._version());
     }
+    kinds_ = kinds();
     Tensor out;
     {
       pybind11::gil_scoped_release release;
@@ -79,11 +80,14 @@ class Pooled : public autograd::Node {
   autograd::variable_list step(const Tensor& given) {
     const Fixed& fixed = *lookup_->fixed;
     const Updates updates = with_python([&] { return Updates(lookup_); });
+    if (!updates.readable || kinds_ != kinds()) raise(lookup_, CHANGED, batch_);
     if (versions_ != versions())  // A step has been taken since: its products belong to weights that are gone.
       forward(lookup_, stored_, batch_, state_.at(), true, false);
-    const Tensor grad = room(lookup_, batch_, [&] {
-      return given.defined() ? given.contiguous() : at::zeros({batch_.size, fixed.call.columns}, at::kFloat);
-    });
+    Tensor grad = given;
+    if (!grad.defined())
+      grad = room(lookup_, batch_, [&] { return at::zeros({batch_.size, fixed.call.columns}, at::kFloat); });
+    if (grad.layout() != at::kStrided) grad = grad.to_dense();
+    grad = grad.contiguous().resolve_neg();
     const std::vector<float*> parameters = pointers(stored_);
     Call call = call_of(fixed, batch_, parameters);
     call.keep = 1, call.grad_out = grad.const_data_ptr<float>();
@@ -114,6 +118,14 @@ class Pooled : public autograd::Node {
     return found;
   }
 
+  // Type, number of elements and layout of the parameters, which can be changed past autograd.
+  std::vector<std::tuple<at::ScalarType, int64_t, bool>> kinds() const {
+    std::vector<std::tuple<at::ScalarType, int64_t, bool>> found;
+    for (const Tensor& tensor : stored_)
+      found.emplace_back(tensor.scalar_type(), tensor.numel(), tensor.is_contiguous());
+    return found;
+  }
+
   // Gradients that hang on their inputs, and cannot be differentiated.
   autograd::variable_list once(autograd::variable_list made, const Tensor& grad, const autograd::variable_list& saved) {
     const auto list = [](const autograd::variable_list& tensors) {
@@ -141,6 +153,7 @@ class Pooled : public autograd::Node {
   Batch batch_;
   State state_;
   std::vector<int64_t> versions_;
+  std::vector<std::tuple<at::ScalarType, int64_t, bool>> kinds_;
   std::vector<autograd::SavedVariable> saved_;
 };
 
@@ -242,8 +255,8 @@ std::vector<char> flags_of(PyObject* list) {
   return found;
 }
 
-// Lookup((call, pool, take, give, forward, backward), parameters, stepped, wanted, group, steps, error, once): addresses
-// of the driver's, and per table, or per parameter, what is fixed.
+// Lookup((call, pool, take, give, forward, backward), parameters, stepped, wanted, group, steps, error, once):
+// addresses of the driver's, and per table, or per parameter, what is fixed.
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   HANDLE_TH_ERRORS
   unsigned long long at[6];

@@ -9,6 +9,7 @@ Python.
 from __future__ import annotations
 
 import ctypes
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from recemb_kernels.build import QUICK, load, python_headers
+from recemb_kernels.build import QUICK, KernelUnavailableError, load
 from recemb_kernels.digit_tree.group import Group
 from recemb_kernels.update import Step, Update
 
@@ -108,7 +109,7 @@ def step_module() -> Any:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    headers, python = Path(torch.__file__).parent / "include", python_headers()
+    headers, python = Path(torch.__file__).parent / "include", _python_headers()
     others = (
         "-std=c++20",  # of torch's headers
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
@@ -121,3 +122,15 @@ def step_module() -> Any:
     functions.recemb_step_module.restype = ctypes.py_object
     loaded[:] = [functions.recemb_step_module()]
     return loaded[0]
+
+
+def _python_headers() -> str:
+    """The folder of ``Python.h``.
+
+    Raises:
+        KernelUnavailableError: it is not there; some Linux distributions keep it apart.
+    """
+    folder = sysconfig.get_path("include")
+    if not (Path(folder) / "Python.h").exists():
+        raise KernelUnavailableError(f"there is no {folder}/Python.h; install python3-dev, or python3-devel")
+    return folder

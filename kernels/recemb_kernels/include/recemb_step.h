@@ -42,7 +42,7 @@ struct Lookup {
 };
 
 // As `Group.error` reads them; else the bytes that there is no room for.
-constexpr int64_t NOT_FINITE = -1, NO_TENSOR = 0;
+constexpr int64_t NO_TENSOR = 0, NOT_FINITE = -1, CHANGED = -2;
 
 struct Batch {
   Tensor ids, offsets, weights;  // weights undefined where there are none
@@ -120,6 +120,7 @@ struct Updates {
   std::vector<Rule> rules;
   std::vector<float*> state, state2, steps;
   std::vector<Object> held;
+  bool readable = true;  // all of them
 
   Updates(Updates&&) = default;
   ~Updates() {
@@ -162,7 +163,10 @@ struct Updates {
     const Object tensors(PySequence_Fast(attribute(update, name), "an update's states are sequences"));
     for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(tensors.at); k++) {
       PyObject* tensor = PySequence_Fast_GET_ITEM(tensors.at, k);
-      if (!Py_IsNone(tensor)) to[k] = static_cast<float*>(THPVariable_Unpack(tensor).mutable_data_ptr());
+      if (Py_IsNone(tensor)) continue;
+      const Tensor& found = THPVariable_Unpack(tensor);
+      readable = readable && found.scalar_type() == at::kFloat && found.is_contiguous();
+      to[k] = static_cast<float*>(found.mutable_data_ptr());
     }
   }
 };

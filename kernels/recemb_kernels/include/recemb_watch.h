@@ -20,7 +20,7 @@ struct Seen {
 
 struct SeenTable {
   std::vector<Seen> seen;
-  bool alike;  // its optimizers' learning rates are equal
+  std::vector<size_t> rates;  // as Rates has them
 };
 
 struct Watch {
@@ -44,6 +44,19 @@ inline PyObject* attached(PyObject* parameter, bool* known) {
 // Its list of settings.
 inline Object groups_of(PyObject* optimizer) { return Object(PyObject_GetAttrString(optimizer, "param_groups")); }
 
+// Settings as they are now, as `settings_of` in optim/state.py copies them: lists are changed in place.
+inline Object copy_of(PyObject* settings) {
+  Object copy(PyDict_New());
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(settings, &at, &key, &value)) {
+    const bool parameters = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "params") == 0;
+    const Object kept(PyList_CheckExact(value) && !parameters ? PySequence_List(value) : Py_NewRef(value));
+    if (PyDict_SetItem(copy.at, key, kept.at)) throw python_error();
+  }
+  return copy;
+}
+
 inline PyObject* rate_of(PyObject* settings) {  // borrowed, or null
   static PyObject* const name = PyUnicode_InternFromString("lr");
   return PyDict_CheckExact(settings) ? PyDict_GetItemWithError(settings, name) : nullptr;
@@ -63,15 +76,17 @@ inline bool same_settings(PyObject* before, PyObject* now) {
   return true;
 }
 
-// Takes note of the learning rates of a table, all of which have to be numbers.
+// Which of a table's learning rates are equal; all of them have to be numbers.
 struct Rates {
-  PyObject* first = nullptr;
-  bool alike = true, numbers = true;
+  std::vector<PyObject*> rates;
+  std::vector<size_t> first;  // per rate, the first one that is equal
+  bool numbers = true;
   void add(PyObject* rate) {
     numbers = numbers && rate && (PyFloat_Check(rate) || PyLong_Check(rate));
     if (!numbers) return;
-    if (!first) first = rate;
-    alike = alike && (rate == first || PyObject_RichCompareBool(rate, first, Py_EQ) == 1);
+    size_t k = 0;
+    while (k < rates.size() && rates[k] != rate && PyObject_RichCompareBool(rates[k], rate, Py_EQ) != 1) k++;
+    rates.push_back(rate), first.push_back(k);
   }
 };
 
@@ -117,13 +132,13 @@ inline PyObject* unchanged(const Watch& watch, PyObject* tables) {
       if (k == table.seen.size() || !same(table.seen[k++], watch, name, parameter, &rates)) return nullptr;
       if (PyList_Append(stored.at, parameter)) return nullptr;
     }
-    if (k != table.seen.size() || !rates.numbers || rates.alike != table.alike) return nullptr;
+    if (k != table.seen.size() || !rates.numbers || rates.first != table.rates) return nullptr;
   }
   return std::exchange(stored.at, nullptr);
 }
 
-// Takes note of tables, given as above, and of hooks, pairs of a dict and a key. All that it points to is appended to the
-// list `held`: no parameter that no optimizer holds.
+// Takes note of tables, given as above, and of hooks, pairs of a dict and a key. All that it points to is appended to
+// the list `held`: no parameter that no optimizer holds.
 // False, or an error of Python's, when only Python can say what has changed of them.
 inline bool watch(PyObject* tables, PyObject* hooks, int64_t aligned, PyObject* held, Watch* watch) {
   const auto hold = [&](PyObject* object) {
@@ -136,7 +151,7 @@ inline bool watch(PyObject* tables, PyObject* hooks, int64_t aligned, PyObject* 
     watch->hooks.emplace_back(PyTuple_GET_ITEM(hook, 0), PyTuple_GET_ITEM(hook, 1));
   }
   for (Py_ssize_t t = 0; t < PyList_GET_SIZE(tables); t++) {
-    SeenTable table{{}, true};
+    SeenTable table;
     Rates rates;
     Py_ssize_t at = 0;
     PyObject *name, *parameter;
@@ -162,7 +177,7 @@ inline bool watch(PyObject* tables, PyObject* hooks, int64_t aligned, PyObject* 
         std::vector<PyObject*> settings;
         for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.at); g++) {
           if (!PyDict_CheckExact(PyList_GET_ITEM(groups.at, g))) return false;
-          settings.push_back(hold(Object(PyDict_Copy(PyList_GET_ITEM(groups.at, g))).at));
+          settings.push_back(hold(copy_of(PyList_GET_ITEM(groups.at, g)).at));
         }
         rates.add(rate_of(PyList_GET_ITEM(groups.at, 0)));
         seen.optimizers.emplace_back(optimizer, std::move(settings));
@@ -170,7 +185,7 @@ inline bool watch(PyObject* tables, PyObject* hooks, int64_t aligned, PyObject* 
       table.seen.push_back(std::move(seen));
     }
     if (!rates.numbers) return false;
-    table.alike = rates.alike;
+    table.rates = rates.first;
     watch->tables.push_back(std::move(table));
   }
   return true;

@@ -1,9 +1,9 @@
 // Tables that read blocks of one shared array at hashed places: -DDIM, -DBLOCK (Z), -DSIGNED=0 or 1. The
 // tables of a group are one table of the driver, told apart by their keys.
 //
-// A block of Z weights starts anywhere, so it overlaps at most two rows of the array [rows, Z]. Blocks are sorted
-// by start, and each array row gathers its gradient from the blocks that start in it or in the row before: one
-// owner, one order, and the optimizer steps on it at once.
+// A block of Z weights starts anywhere, so it overlaps at most two rows of the array [rows, Z]. Every thread has a run
+// of the array's rows, and sorts the blocks that start there; each row gathers its gradient from the blocks that start
+// in it or in the row before: one owner, one order, and the optimizer steps on it at once.
 #include <algorithm>
 
 #include "recemb_bags.h"
@@ -99,20 +99,18 @@ void add_row(const Table* table, const Hash& hash, int64_t t, int64_t key, float
   }
 }
 
-// Sorted blocks of the batch, and the array rows that they touch, each with the blocks that start in it. They lie in
-// the table's workspace, behind the distinct rows' gradients where there are any.
+// The blocks of the batch. They lie in the table's workspace, behind the distinct rows' gradients where there are any.
 struct Blocks {
   int64_t n;
-  int64_t* rows;           // [1] touched array rows
-  int64_t *start, *piece;  // [n] piece: (position in the batch, or distinct row) * BLOCKS + block, by start
-  int64_t *row, *first;    // [rows] touched array rows, rising; first block at or after each row's begin
-  void* records;           // [2 n]
-  float* sign;             // [n] by piece
-  int64_t floats;          // of all
+  int64_t *start, *piece;          // [n] in order of piece: (position in the batch, or distinct row) * BLOCKS + block
+  int64_t *sorted, *sorted_piece;  // [n] by start
+  int64_t* count;                  // [threads] that start in a thread's array rows
+  void* records;                   // [2 (n + threads)]
+  float* sign;                     // [n] by piece
+  int64_t floats;                  // of all
 
   Blocks(const Table* table, const Call* call) : n(DIRECT ? table->ids : table->rows() * BLOCKS) {
-    // A block touches two rows, and one that wraps row 0.
-    const int64_t touched = std::min(2 * n + 1, table->code->constants[0]);
+    const int64_t threads = omp_get_num_threads();
     const int64_t gradients = DIRECT ? 0 : (table->rows() * D + LINE - 1) / LINE * LINE;
     const int64_t record = is_wide(table) ? sizeof(Wide) : sizeof(Narrow);
     constexpr int64_t PAGE = 4096 / sizeof(int64_t);
@@ -124,8 +122,8 @@ struct Blocks {
       at = (at + PAGE - 1) / PAGE * PAGE + arrays++ * (PAGE / 8);
       return at += count, base + at - count;
     };
-    rows = take(1), start = take(n), piece = take(n), row = take(touched), first = take(touched);
-    records = take(2 * n * record / static_cast<int64_t>(sizeof(int64_t)));
+    count = take(threads), start = take(n), piece = take(DIRECT ? n : 0), sorted = take(n), sorted_piece = take(n);
+    records = take(2 * (n + threads) * record / static_cast<int64_t>(sizeof(int64_t)));
     const int64_t signs = DIRECT ? call->num_ids : n;
     sign = reinterpret_cast<float*>(take((signs + 1) / 2));
     floats = sign - table->spare + signs;
@@ -134,86 +132,97 @@ struct Blocks {
   static bool is_wide(const Table* table) { return size_of(table) >> 32; }
 };
 
+// The array rows of this thread, and the blocks that start in them, by start.
+struct Share {
+  int64_t first, past;  // rows
+  int64_t begin, end;   // of `sorted`
+};
+
+// Sorts this thread's share of the blocks. Each thread reads the starts of all of them, twice: that takes a tenth of
+// what it takes one of them to sort all.
 template <class Record>
-void sort_pieces(Blocks& blocks, int64_t size) {
-  const int64_t n = blocks.n;
-  Record* records = static_cast<Record*>(blocks.records);
-  for (int64_t i = 0; i < n; i++) records[i] = Record(blocks.start[i], DIRECT ? blocks.piece[i] : i);
-  const Record* sorted = radix_sort(records, records + n, n, bits_of(size - 1));
-  for (int64_t i = 0; i < n; i++) {
-    blocks.start[i] = static_cast<int64_t>(sorted[i].key());
-    blocks.piece[i] = sorted[i].value();
+void sort_pieces(Blocks& blocks, const Share& share, int64_t thread) {
+  const int64_t n = blocks.n, own = share.end - share.begin, low = share.first * Z;
+  const uint64_t width = static_cast<uint64_t>(share.past - share.first) * Z;
+  // With room for one more, which is written and not kept.
+  Record* const records = static_cast<Record*>(blocks.records) + 2 * (share.begin + thread);
+  for (int64_t i = 0, m = 0; i < n; i++) {
+    const uint64_t key = static_cast<uint64_t>(blocks.start[i] - low);
+    records[m] = Record(key, i);
+    m += key < width;
+  }
+  const Record* sorted = radix_sort(records, records + own + 1, own, bits_of(width - 1));
+  for (int64_t k = 0; k < own; k++) {
+    blocks.sorted[share.begin + k] = static_cast<int64_t>(sorted[k].key()) + low;
+    blocks.sorted_piece[share.begin + k] = DIRECT ? blocks.piece[sorted[k].value()] : sorted[k].value();
   }
 }
 
-// From unsorted starts, in order of piece.
-void sort_blocks(const Table* table, Blocks& blocks) {
-  const int64_t size = Blocks::size_of(table), count = table->code->constants[0], n = blocks.n;
-  if (Blocks::is_wide(table))
-    sort_pieces<Wide>(blocks, size);
-  else
-    sort_pieces<Narrow>(blocks, size);
-  int64_t rows = 0;
-  const auto touch = [&](int64_t row, int64_t at) { blocks.row[rows] = row, blocks.first[rows++] = at; };
-  const auto spills = [&](int64_t i, int64_t end) {
-    return blocks.start[i] + length_of(static_cast<int>(blocks.piece[i] % BLOCKS)) > end;
-  };
-  // A block that starts in the last row may go on in row 0.
-  bool wraps = false;
-  for (int64_t i = n - 1; i >= 0 && blocks.start[i] / Z == count - 1; i--) wraps = wraps || spills(i, size);
-  int64_t last = -1;
-  if (wraps) touch(last = 0, 0);
-  for (int64_t i = 0; i < n;) {
-    const int64_t row = blocks.start[i] / Z, end = (row + 1) * Z;
-    if (last < row) touch(last = row, i);
-    bool goes_on = false;
-    for (; i < n && blocks.start[i] < end; i++) goes_on = goes_on || spills(i, end);
-    if (goes_on && row + 1 < count) touch(last = row + 1, i);
-  }
-  *blocks.rows = rows;
+// Cuts the array's rows among the threads of the region, and sorts the blocks; every thread calls it.
+Share sort_blocks(const Table* table, Blocks& blocks) {
+  const int64_t rows = table->code->constants[0], thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  Share share{rows * thread / threads, rows * (thread + 1) / threads, 0, 0};
+  const int64_t low = share.first * Z;
+  const uint64_t width = static_cast<uint64_t>(share.past - share.first) * Z;
+  int64_t own = 0;
+  for (int64_t i = 0; i < blocks.n; i++) own += static_cast<uint64_t>(blocks.start[i] - low) < width;
+  blocks.count[thread] = own;
+#pragma omp barrier
+  for (int64_t t = 0; t < thread; t++) share.begin += blocks.count[t];
+  share.end = share.begin + own;
+  if (own && Blocks::is_wide(table))
+    sort_pieces<Wide>(blocks, share, thread);
+  else if (own)
+    sort_pieces<Narrow>(blocks, share, thread);
+#pragma omp barrier
+  return share;
 }
 
 // sum[2 Z] of the blocks from `at` on that start in array row `from`: that row and the one after it. Whole blocks
-// are added, so that the loops have constant lengths; a row takes its half of two such sums.
-void add_blocks(const Table* table, const Call* call, const Blocks& blocks, int64_t at, int64_t from, float* sum) {
+// are added, so that the loops have constant lengths; a row takes its half of two such sums. Moves `at` behind them,
+// and returns whether one goes on in the row after.
+bool add_blocks(const Table* table, const Call* call, const Blocks& blocks, int64_t* at, int64_t from, float* sum) {
   const int64_t n = blocks.n, end = (from + 1) * Z;
-  for (int64_t k = at; k < n && blocks.start[k] < end; k++) {
+  bool goes_on = false;
+  std::fill(sum, sum + 2 * Z, 0.0f);
+  int64_t k = *at;
+  for (; k < n && blocks.sorted[k] < end; k++) {
     if (DIRECT && k + AHEAD < n) {
-      const int64_t next = blocks.piece[k + AHEAD];
+      const int64_t next = blocks.sorted_piece[k + AHEAD];
       prefetch_row(sender_of(table, call, next).grad, Z), __builtin_prefetch(&blocks.sign[next]);
     }
-    const int64_t piece = blocks.piece[k];
+    const int64_t piece = blocks.sorted_piece[k];
     const int b = static_cast<int>(piece % BLOCKS);
     const Sender sender = DIRECT ? sender_of(table, call, piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
     const float* g = sender.grad;
     const float factor = blocks.sign[piece] * sender.weight;
-    float* to = sum + (blocks.start[k] - from * Z);
+    float* to = sum + (blocks.sorted[k] - from * Z);
+    goes_on = goes_on || blocks.sorted[k] + length_of(b) > end;
     if (b + 1 < BLOCKS)
       for (int j = 0; j < Z; j++) to[j] += factor * g[j];
     else
       for (int j = 0; j < length_of(BLOCKS - 1); j++) to[j] += factor * g[j];
   }
+  *at = k;
+  return goes_on;
 }
 
-// Steps on this thread's share of the touched array rows. A row's gradient is its half of the blocks that start in it
-// and the other half of those that start in the row before, which the loop has just added up and hands on.
-void add_rows(const Table* table, const Call* call, const Blocks& blocks) {
-  const int64_t rows = *blocks.rows, count = table->code->constants[0];
-  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  const int64_t first = rows * thread / threads, past = rows * (thread + 1) / threads;
+// Steps on the touched rows of this thread's share. A row's gradient is its half of the blocks that start in it and the
+// other half of those that start in the row before, which the loop has just added up and hands on.
+void add_rows(const Table* table, const Call* call, const Blocks& blocks, const Share& share) {
+  if (share.first == share.past) return;
   float sums[2][2 * Z], grad[Z];
-  for (int64_t k = first; k < past; k++) {
-    const int64_t row = blocks.row[k], before = row ? row - 1 : count - 1;
-    float *own = sums[k & 1], *spilled = sums[~k & 1];
-    // The row before is touched when blocks start in it, and stands just before this one; before row 0 is the last.
-    const int64_t at = row ? k - 1 : rows - 1;
-    const bool joined = at >= 0 && blocks.row[at] == before;
-    if (!joined || k == first) {
-      std::fill(spilled, spilled + 2 * Z, 0.0f);
-      if (joined) add_blocks(table, call, blocks, blocks.first[at], before, spilled);
-    }
-    std::fill(own, own + 2 * Z, 0.0f);
-    add_blocks(table, call, blocks, blocks.first[k], row, own);
+  float *own = sums[0], *spilled = sums[1];
+  // Before row 0 is the last one.
+  const int64_t before = (share.first ? share.first : table->code->constants[0]) - 1;
+  int64_t tail = share.first ? share.begin : blocks.n;
+  while (tail > 0 && blocks.sorted[tail - 1] >= before * Z) tail--;
+  bool goes_on = add_blocks(table, call, blocks, &tail, before, spilled);
+  for (int64_t at = share.begin, row = share.first - 1;; std::swap(own, spilled)) {
+    row = goes_on ? row + 1 : at < share.end ? blocks.sorted[at] / Z : share.past;
+    if (row >= share.past) return;
+    if (!goes_on) std::fill(spilled, spilled + 2 * Z, 0.0f);
+    goes_on = add_blocks(table, call, blocks, &at, row, own);
     for (int j = 0; j < Z; j++) grad[j] = own[j] + spilled[Z + j];
     finish_row<Z>(table, 0, row, grad);
   }
@@ -270,10 +279,8 @@ void backward(const Table* table, const Call* call) {
     });
 #pragma omp barrier
   }
-  // The same one in every step, which has the memory of the last one in its cache.
-  if (omp_get_thread_num() == 0) sort_blocks(table, blocks);
-#pragma omp barrier
-  add_rows(table, call, blocks);
+  const Share share = sort_blocks(table, blocks);
+  add_rows(table, call, blocks, share);
 }
 
 }  // namespace
