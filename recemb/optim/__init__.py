@@ -111,7 +111,8 @@ def _check_alike(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     Raises:
         ConfigError: they are not.
     """
-    each = [_settings(optimizer)[1] for optimizer in optimizers]
+    groups = [optimizer.param_groups[0] for optimizer in optimizers]
+    each = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     # To compare tensors may be to wait for a GPU.
     tensors = any(isinstance(value, Tensor) for settings in each for value in settings.values())
     if not tensors and any(settings != each[0] for settings in each):

@@ -1,6 +1,7 @@
 // The table-independent part of a look-up: checks the batch, plans it, opens one parallel region for all tables,
 // and hands each to the kernel compiled for it.
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cmath>
@@ -33,18 +34,21 @@ struct State {
 // States at rest, for the next look-up of the same tables, on whatever thread. Lives until its owner and all that have
 // taken a state are done: Python may finalize them in any order.
 struct Pool {
-  std::mutex lock;
   State* first = nullptr;
   int64_t users = 1;
 };
 
+// Of all pools, and free in a child that is forked while another thread holds it.
+std::mutex pools;
+const int forks = pthread_atfork([] { pools.lock(); }, [] { pools.unlock(); }, [] { pools.unlock(); });
+
 // Gives a state back, when there is one, and leaves the pool.
 void leave(Pool* pool, State* state) {
-  pool->lock.lock();
-  if (state) state->next = pool->first, pool->first = state;
-  const bool last = --pool->users == 0;
-  pool->lock.unlock();
-  if (!last) return;
+  {
+    const std::lock_guard<std::mutex> held(pools);
+    if (state) state->next = pool->first, pool->first = state;
+    if (--pool->users) return;
+  }
   while ((state = pool->first)) pool->first = state->next, delete state;
   delete pool;
 }
@@ -237,7 +241,7 @@ void recemb_tree_pool_free(void* pool) { leave(static_cast<Pool*>(pool), nullptr
 // A state for one look-up, to be given back; null when there is no memory.
 void* recemb_tree_take(void* holder) {
   Pool* pool = static_cast<Pool*>(holder);
-  const std::lock_guard<std::mutex> held(pool->lock);
+  const std::lock_guard<std::mutex> held(pools);
   State* state = pool->first ? pool->first : new (std::nothrow) State;
   if (!state) return nullptr;
   pool->first = state->next, state->next = nullptr, pool->users++;
@@ -249,7 +253,7 @@ void recemb_tree_give(void* pool, void* state) { leave(static_cast<Pool*>(pool),
 // How many states rest, and their bytes of products and of rows, which `micro_batch_rows` bounds; not those of plans.
 int64_t recemb_tree_at_rest(void* holder, int64_t* bytes) {
   Pool* pool = static_cast<Pool*>(holder);
-  const std::lock_guard<std::mutex> held(pool->lock);
+  const std::lock_guard<std::mutex> held(pools);
   int64_t states = *bytes = 0;
   for (State* state = pool->first; state; state = state->next, states++)
     *bytes += state->kept.size() + state->spare.size();

@@ -135,6 +135,7 @@ class State:
 
     def __init__(self, pool: int, pointer: int) -> None:
         self._pool, self.pointer = pool, pointer
+        self._driver = driver()  # a state may be dropped when the interpreter has taken this module apart
         self.prepared = False
 
     def hand_over(self) -> int:
@@ -144,7 +145,7 @@ class State:
 
     def __del__(self) -> None:
         if self.pointer:
-            driver().recemb_tree_give(self._pool, self.pointer)
+            self._driver.recemb_tree_give(self._pool, self.pointer)
 
 
 class Group:
@@ -327,7 +328,7 @@ class Group:
         """What is raised of a batch when nothing has changed.
 
         Args:
-            lacks: bytes that there is no room for, or one of the above.
+            lacks: bytes that there is no room for, or ``NO_TENSOR``, ``NOT_FINITE`` or ``CHANGED``.
             num_ids: L.
             samples: B.
         """
