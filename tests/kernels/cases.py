@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -16,6 +20,7 @@ from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.spec import ROBE, Compression, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, TableKernel
+from recemb_kernels.digit_tree.step import step_module
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 
 METHODS: dict[str, tuple[int, Compression]] = {
@@ -74,6 +79,13 @@ def group_of(tables: dict[str, Backend]) -> Group:
     )
     (group,) = prepared.lookup._groups.values()
     return group
+
+
+def step_or_skip() -> Any:
+    """The compiled module of look-ups that train, which must compile where there are headers of Python."""
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        pytest.skip("look-ups train from Python where there is no Python.h")
+    return step_module()
 
 
 def plain(engine: Engine, tables: dict[str, Backend], bags: Bags) -> Tensor:

@@ -15,6 +15,7 @@ from recemb_kernels.digit_tree.step import loaded, step_module
 from recemb_kernels.lookup import TableShape, available
 from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
 from recemb_kernels.tt_gather import TrainShape, tt_gather
+from tests.kernels.cases import step_or_skip
 
 
 def script(path: Path, text: str) -> str:
@@ -83,6 +84,7 @@ def test_many_shapes_that_fail_alike_warn_once(
 @pytest.fixture
 def _step_anew() -> Iterator[None]:
     """The look-up that trains is not there yet."""
+    step_or_skip()
     step_module.cache_clear()
     yield
     step_module.cache_clear()
@@ -130,7 +132,7 @@ def test_a_batch_is_checked_in_torch_where_the_driver_alone_fails(monkeypatch: p
     def fails() -> None:
         raise build.KernelUnavailableError("no driver in this test")
 
-    step_module()
+    step_or_skip()
     assert loaded
     monkeypatch.setattr(native, "_unavailable", {})
     monkeypatch.setattr(check, "driver", fails)

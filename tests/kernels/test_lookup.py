@@ -26,7 +26,6 @@ from recemb.errors import BatchError
 from recemb.spec import ROBE, Compression, TableSpec, TensorTrain
 from recemb_kernels import check
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
-from recemb_kernels.digit_tree.step import step_module
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
     METHODS,
@@ -36,6 +35,7 @@ from tests.kernels.cases import (
     make_kernels,
     plain,
     run_trains,
+    step_or_skip,
     train_batch,
 )
 
@@ -220,7 +220,7 @@ def test_the_native_check_refuses_what_the_long_way_refuses(
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_native_check_reads_what_it_can_read(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "loaded", [step_module()] if compiled else [])
+    monkeypatch.setattr(check, "loaded", [step_or_skip()] if compiled else [])
     ids, offsets, weights = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 4]), torch.ones(4)
     rows = LookupTargets([LookupTarget("f", "t", 3)]).limits
     assert check.bags_are_valid(ids, offsets, weights, 1, rows)
@@ -263,7 +263,7 @@ def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed:
     bags = Bags(torch.tensor(ids, dtype=torch.int64), torch.tensor(offsets), 2)
     targets = [LookupTarget("f", "t", limits[0]), LookupTarget("g", "u", limits[1])]
     rows = LookupTargets(targets).limits
-    with patch.object(check, "loaded", [step_module()] if compiled else []):
+    with patch.object(check, "loaded", [step_or_skip()] if compiled else []):
         assert check.bags_are_valid(bags.ids, bags.offsets, None, 2, rows) == fine
         if fine:
             check_bags(bags, targets)

@@ -29,7 +29,7 @@ from recemb.errors import ConfigError, NonFiniteError
 from recemb_kernels import native
 from recemb_kernels.digit_tree import step
 from recemb_kernels.lookup import Lookup
-from tests.kernels.cases import METHODS, make_bags, make_engine, step_all
+from tests.kernels.cases import METHODS, make_bags, make_engine, step_all, step_or_skip
 
 OPTIMIZERS = (
     torch.optim.SGD,
@@ -44,6 +44,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """By which way look-ups of this test train."""
     if request.param == "Python":
         from_python(monkeypatch)
+    else:
+        step_or_skip()
     return str(request.param)
 
 
@@ -95,6 +97,7 @@ def test_both_ways_give_the_same_bits(
     weighted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    step_or_skip()
     name, compiled = outcome(kind, longest, weighted)
     assert name == "PooledLookup"
     from_python(monkeypatch)
@@ -270,6 +273,7 @@ def test_a_look_up_may_be_done_again_in_the_backward(way: str, reentrant: bool) 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiled_autograd_takes_look_ups_that_are_made_in_it(whole: bool) -> None:
+    step_or_skip()
     outcomes = []
     for compiled in (False, True):
         engine, tables, bags = trained()
@@ -370,6 +374,7 @@ def _first(table: Backend) -> str:
     [(steps, change) for steps in (True, False) for change in CHANGES if steps or change not in SETTINGS],
 )
 def test_a_change_is_seen_as_python_sees_it(change: str, steps: bool) -> None:
+    step_or_skip()
     engine, tables = make_engine(methods=("tt", "qr"))
     if steps:
         kind = torch.optim.Adam if change == "list" else torch.optim.Adagrad
@@ -400,6 +405,7 @@ def test_a_change_is_seen_as_python_sees_it(change: str, steps: bool) -> None:
 
 
 def test_without_headers_of_python_steps_are_taken_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_or_skip()
     engine, tables, bags = trained()
     assert native.status()[native.STEP].startswith("native CPU")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")

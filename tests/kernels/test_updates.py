@@ -28,6 +28,7 @@ from tests.kernels.cases import (
     make_kernels,
     plain,
     step_all,
+    step_or_skip,
     train_batch,
 )
 
@@ -244,6 +245,7 @@ def test_a_collection_is_freed_without_the_collector() -> None:
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_others_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_or_skip()  # which would warn beside
     engine, tables = make_engine()
     _, twins = make_engine()
     monkeypatch.setattr(native, "_unavailable", {})
