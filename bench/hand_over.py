@@ -68,8 +68,8 @@ def _measure() -> ctypes._NamedFuncPointer | None:
 
 
 def core_to_core(nanoseconds: float | None) -> str:
-    """The end of a line about the machine."""
+    """The end of a line about the machine, and another line where that needs a word."""
     if nanoseconds is None:
         return ""
-    far = " (far: steps of several threads are slow)" if nanoseconds > FAR else ""
+    far = "\n(far: steps of several threads are slow)" if nanoseconds > FAR else ""
     return f", core to core {nanoseconds:.0f} ns{far}"

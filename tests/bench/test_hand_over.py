@@ -48,4 +48,6 @@ def test_the_median_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_far_cores_are_said_to_be() -> None:
     assert core_to_core(None) == ""
     assert core_to_core(30.2) == ", core to core 30 ns"
-    assert "far" in core_to_core(FAR + 1)
+    line, far = core_to_core(FAR + 1).splitlines()
+    assert line == f", core to core {FAR + 1:.0f} ns", "as long as of near ones: lines have 100 columns"
+    assert far.startswith("(far:")
