@@ -39,11 +39,9 @@ class Pooled : public autograd::Node {
   Tensor run(const Tensor& weights, bool prepared) {
     const Fixed& fixed = *lookup_->fixed;
     autograd::variable_list inputs{weights};
-    for (size_t k = 0; k < stored_.size(); k++) {
+    for (size_t k = 0; k < stored_.size(); k++)
       if (fixed.wanted[k]) inputs.push_back(stored_[k]);
-      if (fixed.stepped[k]) versions_.push_back(stored_[k]._version());
-    }
-    kinds_ = kinds();
+    versions_ = versions(), kinds_ = kinds();
     Tensor out;
     {
       pybind11::gil_scoped_release release;
