@@ -30,15 +30,17 @@ of magnitude larger than the rows, and so is what it does to all others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 # The whitened rows have norm 1 at most, so a cost of 1/20 takes some ten; none takes what a slice asks for.
 _ITERATIONS = 200
-# Elements of slices that are copied for each row at once, 32 MB.
-_GATHERED = 2**22
+# Elements of rows whose slices are solved for at once, 8 MB, and how many times fewer rows than another a
+# slice of these may have.
+_GATHERED, _UNEVEN = 2**20, 4
 # Of the rows' norm: float32 holds no more. And of the first gradient.
 _CLOSE, _FLAT = 1e-7, 1e-6
 # A direction that the rows of the table do not have, relative to the one they have most of.
@@ -60,73 +62,126 @@ def write_rows(cores: Sequence[Tensor], digits: Tensor, values: Tensor, cost: fl
     changed = []
     for k in order:
         left, right = _left_parts(wide, digits, k), _right_parts(wide, digits, k)
-        q = wide[k].shape[2]
-        shape = (len(digits), left.shape[1], q, right.shape[2])
-        now = torch.einsum("imr,irqs,isn->imqn", left, wide[k][digits[:, k]], right)
-        residual = target.view(shape) - now
-        if float(residual.norm()) <= _CLOSE * float(target.norm()):
+        target = target.view(len(digits), left.shape[1], wide[k].shape[2], right.shape[2])
+        grouped = _grouped(digits[:, k], target)
+        groups = [_Group(*members, left, right, target, wide[k]) for members in grouped]
+        lacking = math.hypot(*(float(group.residual.norm()) for group in groups))
+        if lacking <= _CLOSE * float(target.norm()):
             break
-        _move_slices(wide, digits, k, (left, right, residual), cost)
+        whiten_left, whiten_right = _inverse_root(_left_gram(wide, k)), _inverse_root(_right_gram(wide, k))
+        for group in groups:
+            rows = group.left @ whiten_left, whiten_right.T @ group.right, group.residual
+            change = _least_squares(rows, cost)
+            wide[k][group.slices] += torch.einsum("ra,jaqb,sb->jrqs", whiten_left, change, whiten_right)
         changed.append(k)
     for k in changed:
         cores[k].copy_(wide[k])
 
 
-def _move_slices(
-    cores: Sequence[Tensor], digits: Tensor, k: int, rows: tuple[Tensor, Tensor, Tensor], cost: float
-) -> None:
-    """Step on the slices of core k; ``rows`` are their parts left and right, and what they lack."""
-    whiten_left = _inverse_root(_left_gram(cores, k))
-    whiten_right = _inverse_root(_right_gram(cores, k))
-    left, right, residual = rows[0] @ whiten_left, whiten_right.T @ rows[1], rows[2]
-    order = torch.argsort(digits[:, k], stable=True)
-    slices, index, sizes = torch.unique_consecutive(digits[order, k], return_inverse=True, return_counts=True)
-    first, taken, room = 0, 0, max(1, _GATHERED // cores[k][0].numel())
-    bounds = [0, *sizes.cumsum(0).tolist()]
-    for last in range(1, len(bounds)):
-        if last < len(bounds) - 1 and bounds[last + 1] - taken <= room:
-            continue
-        # Slices are independent of each other, so as many as fit are solved for at once.
-        own, part = order[taken : bounds[last]], index[taken : bounds[last]] - first
-        change = _least_squares((left[own], right[own], residual[own]), part, last - first, cost)
-        cores[k][slices[first:last]] += torch.einsum("ra,jaqb,sb->jrqs", whiten_left, change, whiten_right)
-        first, taken = last, bounds[last]
-
-
-def _least_squares(rows: tuple[Tensor, Tensor, Tensor], index: Tensor, count: int, cost: float) -> Tensor:
-    """The X [J, r, q, t] that minimises cost |X|**2 + sum over i of |target_i - left_i X_j(i) right_i|**2.
+class _Group:
+    """J slices of a core and their rows, S of each; where a slice has fewer, those are zero.
 
     Args:
-        rows: left [s, m, r], right [s, t, n] and target [s, m, q, n].
-        index: [s] j(i), which slice each row has.
-        count: J.
+        slices: [J].
+        rows: [J, S].
+        there: [J, S] bool, which of them there are.
+        left: [E, m, R], of all rows, as :func:`_left_parts` gives it.
+        right: [E, R', n].
+        target: [E, m, q, n], what the rows are to be.
+        core: [p, R, q, R'].
+
+    Attributes:
+        left: [J, S, m, R].
+        right: [J, S, R', n].
+        residual: [J, S, m, q, n], what they lack.
+    """
+
+    def __init__(
+        self,
+        slices: Tensor,
+        rows: Tensor,
+        there: Tensor,
+        left: Tensor,
+        right: Tensor,
+        target: Tensor,
+        core: Tensor,
+    ) -> None:
+        self.slices, self.right = slices, right[rows]
+        self.left = left[rows] * there[:, :, None, None]
+        self.residual = target[rows] * there[:, :, None, None, None] - _product(
+            self.left, core[slices], self.right
+        )
+
+
+def _grouped(digits: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Slices of about as many rows, which are solved for at once: they are independent of each other.
+
+    Args:
+        digits: [E] of the rows.
+        target: [E, ...].
+
+    Yields:
+        ``slices``, ``rows`` and ``there`` of a :class:`_Group`.
+    """
+    order = torch.argsort(digits, stable=True)
+    slices, sizes = torch.unique_consecutive(digits[order], return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    by_size = torch.argsort(sizes, descending=True, stable=True)
+    counts, room = sizes[by_size].tolist(), max(1, _GATHERED // target[:1].numel())
+    first = 0
+    while first < len(counts):
+        most, last = counts[first], first + 1
+        while last < len(counts) and _UNEVEN * counts[last] >= most and (last + 1 - first) * most <= room:
+            last += 1
+        own, place = by_size[first:last], torch.arange(most, device=order.device)
+        rows = order[(starts[own, None] + place).clamp(max=len(order) - 1)]
+        yield slices[own], rows, place < sizes[own, None]
+        first = last
+
+
+def _product(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
+    """[J, S, m, q, n] of left [J, S, m, r], X [J, r, q, t] and right [J, S, t, n].
+
+    All rows of a slice in one product of matrices: no slice is copied for each of them.
+    """
+    count, size, m, rank = left.shape
+    q, other, n = *x.shape[2:], right.shape[3]
+    middle = torch.bmm(left.view(count, size * m, rank), x.reshape(count, rank, q * other))
+    rows = torch.bmm(middle.view(count * size, m * q, other), right.view(count * size, other, n))
+    return rows.view(count, size, m, q, n)
+
+
+def _transposed(left: Tensor, y: Tensor, right: Tensor) -> Tensor:
+    """[J, r, q, t]: the same the other way round, of Y [J, S, m, q, n], summed over a slice's rows."""
+    count, size, m, q, n = y.shape
+    rank, other = left.shape[3], right.shape[2]
+    middle = torch.bmm(y.view(count * size, m * q, n), right.view(count * size, other, n).transpose(1, 2))
+    sums = torch.bmm(
+        left.view(count, size * m, rank).transpose(1, 2), middle.view(count, size * m, q * other)
+    )
+    return sums.view(count, rank, q, other)
+
+
+def _least_squares(rows: tuple[Tensor, Tensor, Tensor], cost: float) -> Tensor:
+    """The X [J, r, q, t] that minimises cost |X|**2 + sum over j, s of |target_js - left_js X_j right_js|**2.
+
+    Args:
+        rows: left [J, S, m, r], right [J, S, t, n] and target [J, S, m, q, n], contiguous.
     """
     left, right, target = rows
-    size, m, rank = left.shape
-    q, other = target.shape[2], right.shape[1]
-
-    def forward(x: Tensor) -> Tensor:
-        middle = torch.bmm(left, x[index].view(size, rank, q * other)).view(size, m * q, other)
-        return torch.bmm(middle, right).view(target.shape)
-
-    def adjoint(y: Tensor) -> Tensor:
-        middle = torch.bmm(y.reshape(size, m * q, -1), right.transpose(1, 2)).view(size, m, q * other)
-        each = torch.bmm(left.transpose(1, 2), middle).view(size, rank, q, other)
-        return target.new_zeros(count, rank, q, other).index_add_(0, index, each)
-
-    x = target.new_zeros(count, rank, q, other)
     residual = target.clone()
-    direction = gradient = adjoint(residual)
+    direction = gradient = _transposed(left, residual, right)
+    x = torch.zeros_like(gradient)
     square = float(gradient.square().sum())
     first, close = square, (_CLOSE * float(target.norm())) ** 2
     for _ in range(_ITERATIONS):
         if square <= _FLAT**2 * first or float(residual.square().sum()) <= close:
             break
-        image = forward(direction)
+        image = _product(left, direction, right)
         step = square / (float(image.square().sum()) + cost * float(direction.square().sum()))
         x += step * direction
         residual -= step * image
-        gradient = adjoint(residual) - cost * x
+        gradient = _transposed(left, residual, right) - cost * x
         before, square = square, float(gradient.square().sum())
         direction = gradient + (square / before) * direction
     return x

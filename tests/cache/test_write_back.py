@@ -200,16 +200,20 @@ class _Rows(torch.nn.Module):
 def test_the_damped_problem_is_solved(cost: float) -> None:
     """The conjugate gradients against a dense solver, two slices at once."""
     generator = torch.Generator().manual_seed(0)
-    left, right, target = (
+    given = [
         torch.randn(*shape, generator=generator, dtype=torch.float64)
         for shape in ((5, 2, 4), (5, 3, 2), (5, 2, 3, 2))
-    )
+    ]
+    left, right, target = (torch.zeros(2, 3, *rows.shape[1:], dtype=torch.float64) for rows in given)
+    right[1, 2] = 7  # of the second one, two rows
     index = torch.tensor([0, 0, 0, 1, 1])
-    found = _least_squares((left, right, target), index, 2, cost)
+    for whole, rows in zip((left, right, target), given, strict=True):
+        whole[0], whole[1, :2] = rows[:3], rows[3:]
+    found = _least_squares((left, right, target), cost)
     for slice_ in range(2):
         own = index == slice_
-        matrix = torch.einsum("imr,itn->imnrt", left[own], right[own]).reshape(-1, 12)
-        wanted = target[own].permute(0, 1, 3, 2).reshape(-1, 3)
+        matrix = torch.einsum("imr,itn->imnrt", given[0][own], given[1][own]).reshape(-1, 12)
+        wanted = given[2][own].permute(0, 1, 3, 2).reshape(-1, 3)
         normal = matrix.T @ matrix + cost * torch.eye(12, dtype=torch.float64)
         best = torch.linalg.solve(normal, matrix.T @ wanted).view(4, 3, 3)
         torch.testing.assert_close(found[slice_].permute(0, 2, 1), best, rtol=1e-5, atol=1e-6)
