@@ -69,11 +69,11 @@ class Engine:
             bags.handed.take(bags)
         if self._streams is None:
             return self._pool(served, bags)
-        streams = self._choose(self._streams, tables, bags)
-        training = streams.begin(tables)
-        split = streams.split(tables, bags)
-        pooled = self._pool(streams.served(tables), split.bags)
-        return streams.merge(tables, pooled, split, training)
+        streams = self._choose(self._streams, served, bags)
+        training = streams.begin(served)
+        split = streams.split(served, bags)
+        pooled = self._pool(streams.served(served), split.bags, streams.joins)
+        return streams.merge(served, pooled, split, training)
 
     @opaque
     def prefetch(self, tables: Mapping[str, Backend], bags: Bags) -> bool:
@@ -99,9 +99,9 @@ class Engine:
         if self._streams is None:
             prepare_native(served, bags, self.micro_batch_rows)
         else:
-            streams = self._choose(self._streams, tables, bags)
-            bags.split = streams.split(tables, bags)
-            prepare_native(streams.served(tables), bags.split.bags, self.micro_batch_rows)
+            streams = self._choose(self._streams, served, bags)
+            bags.split = streams.split(served, bags)
+            prepare_native(streams.served(served), bags.split.bags, self.micro_batch_rows, streams.joins)
         bags.handed = HandOver.now(bags.ids.device)
         return True
 
@@ -117,15 +117,16 @@ class Engine:
         check_bags(bags, self.targets, later=bags.ids.is_cuda and all(served_natively(served)))
 
     @staticmethod
-    def _choose(both: tuple[Streams, Streams], tables: Mapping[str, Backend], bags: Bags) -> Streams:
+    def _choose(both: tuple[Streams, Streams], served: Sequence[Backend], bags: Bags) -> Streams:
         """How to split this batch: plain torch cannot skip positions."""
         compacted, in_place = both
-        skips = bags.ids.is_cuda and all(served_natively(in_place.served(tables)))
+        skips = bags.ids.is_cuda and all(served_natively(in_place.served(served)))
         return in_place if skips else compacted
 
-    def _pool(self, served: Sequence[Backend], bags: Bags) -> Tensor:
+    def _pool(self, served: Sequence[Backend], bags: Bags, joins: tuple[int, ...] = ()) -> Tensor:
+        """[B, sum of D over the features]; of those that ``joins`` names in others' columns, where it can."""
         # The native kernels serve all methods at once, and write every column in its place.
-        whole = pooled_native(served, bags, self.micro_batch_rows)
+        whole = pooled_native(served, bags, self.micro_batch_rows, joins)
         if whole is not None:
             return whole
         # Else those that they can serve, so that one table on plain torch takes no other with it.

@@ -9,6 +9,7 @@ holds (table, is mean, key base) per feature. Eager mode takes the same kernels 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
@@ -289,6 +290,7 @@ def make_group(
     refusal: Callable[[], Exception] | None = None,
     micro_batch_rows: int | None = None,
     graphed: bool = True,
+    joins: Sequence[int] = (),
 ) -> PooledGroup:
     """Group tables, given as (op, shape, how they are stored), by the kernels of one device.
 
@@ -299,6 +301,8 @@ def make_group(
             raised later. On CPU that is a FloatingPointError.
         micro_batch_rows: distinct rows that are computed at once; the device's default when ``None``.
         graphed: whether look-ups that recur may be captured in CUDA graphs, which hold the parameters.
+        joins: per feature the earlier one whose bags it holds the rest of, or -1; empty for none. The CPU's
+            kernels add both up in that one's columns; a GPU's leave each its own.
 
     Raises:
         KernelUnavailableError: a kernel cannot be had here.
@@ -306,6 +310,8 @@ def make_group(
     codes = [FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)]
     if device.type == "cpu":
         kernels = [op.stored_kernel(shape, stored) for op, shape, stored in tables]
+        for f, first in enumerate(joins):
+            codes[f] = replace(codes[f], joins=None if first < 0 else first)
         return Group(kernels, codes, micro_batch_rows or MICRO_BATCH_ROWS)
     families = [(op.family(), shape) for op, shape, _ in tables]
     # After the families, which say what is missing.

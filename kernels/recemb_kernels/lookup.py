@@ -79,12 +79,15 @@ class Lookup:
             a FloatingPointError of a backward with an update whose gradient is not finite, and of a
             MemoryError.
         micro_batch_rows: distinct rows that are computed at once; the device's default when ``None``.
+        joins: per feature the earlier one whose bags it holds the rest of, or -1; empty for none. On the CPU
+            rows of both are added up in that one's columns.
     """
 
     tables: tuple[TableShape, ...]
     features: tuple[int, ...]
     refusal: Callable[[Exception], Exception]
     micro_batch_rows: int | None = None
+    joins: tuple[int, ...] = ()
 
     @cached_property
     def _groups(self) -> dict[tuple[torch.device, tuple[torch.dtype, ...]], PooledGroup]:
@@ -97,7 +100,9 @@ class Lookup:
         if known is None:
             tables = [(table.op, table.shape, table.stored) for table in self.tables]
             not_finite = partial(self.refusal, FloatingPointError())
-            known = make_group(tables, self.features, device, dtypes, not_finite, self.micro_batch_rows)
+            known = make_group(
+                tables, self.features, device, dtypes, not_finite, self.micro_batch_rows, joins=self.joins
+            )
             self._groups[device, dtypes] = known
         return known
 

@@ -115,7 +115,10 @@ class _Storage:
 
 
 def pooled_native(
-    tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None
+    tables: Sequence[Backend],
+    bags: Bags,
+    micro_batch_rows: int | None = None,
+    joins: tuple[int, ...] = (),
 ) -> Tensor | None:
     """Pool F features in one call, [B, sum of D], or ``None`` where plain torch has to do it.
 
@@ -127,12 +130,14 @@ def pooled_native(
         bags: F features.
         micro_batch_rows: distinct rows that are computed at once, which bounds the workspace of the products
             of cores; the device's default when ``None``.
+        joins: per feature the earlier one whose bags it holds the rest of, or -1; empty for none. On the CPU
+            rows of both are added up in that one's columns, and averaged over the ids of both.
 
     Raises:
         NonFiniteError: in the backward of a fused update, before any weight changes.
         OutOfMemoryError: here or in the backward; likewise.
     """
-    prepared = _prepare(tables, micro_batch_rows)
+    prepared = _prepare(tables, micro_batch_rows, joins)
     if torch.compiler.is_compiling():
         return _compiled(_storages(tables, prepared), prepared.lookup, bags)
     found, stored = _now(tables, prepared)
@@ -142,12 +147,17 @@ def pooled_native(
     return found.bound(stored, _given(bags), ahead)
 
 
-def prepare_native(tables: Sequence[Backend], bags: Bags, micro_batch_rows: int | None = None) -> None:
+def prepare_native(
+    tables: Sequence[Backend],
+    bags: Bags,
+    micro_batch_rows: int | None = None,
+    joins: tuple[int, ...] = (),
+) -> None:
     """Begin to sort and group the ids of a batch beside what runs now, when the kernels can serve all tables.
 
     Sets ``bags.ahead``; :func:`pooled_native` of the same tables then finds it done.
     """
-    found, stored = _now(tables, _prepare(tables, micro_batch_rows))
+    found, stored = _now(tables, _prepare(tables, micro_batch_rows, joins))
     if found.bound is None or not bags.batch_size:
         return
     bags.ahead = found.bound.prepare(stored, _given(bags))
@@ -300,9 +310,11 @@ def _leave_to_torch(owner: Backend, left: Container[int]) -> None:
                 step_lazily(optimizer)
 
 
-def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> _Prepared:
+def _prepare(
+    tables: Sequence[Backend], micro_batch_rows: int | None = None, joins: tuple[int, ...] = ()
+) -> _Prepared:
     """What is fixed about these tables; remembered by the first of them."""
-    key, memo = (micro_batch_rows, *map(id, tables)), tables[0].memo
+    key, memo = (micro_batch_rows, joins, *map(id, tables)), tables[0].memo
     compiling = torch.compiler.is_compiling()
     if not compiling:
         known: _Prepared | None = memo.get(key)
@@ -320,7 +332,8 @@ def _prepare(tables: Sequence[Backend], micro_batch_rows: int | None = None) -> 
     whole = tuple(shape for shape in shapes if shape is not None)
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]
-    lookup = Lookup(whole, features, refusal, micro_batch_rows) if len(whole) == len(shapes) else None
+    served = len(whole) == len(shapes)
+    lookup = Lookup(whole, features, refusal, micro_batch_rows, joins) if served else None
     seen = [] if compiling else [ref(table) for table in tables]
     made = _Prepared(seen, first, shapes, [FusedUpdate() for _ in owners], lookup)
     if not compiling:

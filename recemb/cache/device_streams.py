@@ -11,7 +11,7 @@ A mean divides by the length of the whole bag in both streams, so their sum is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -56,12 +56,11 @@ class DeviceStreams(Streams):
     def expanded(self) -> list[TableSpec]:
         return [replace_by_rows(table) for table in self.lookups] + list(self.lookups)
 
-    def served(self, tables: Mapping[str, Backend]) -> list[Backend]:
-        own = [tables[table.name] for table in self.lookups]
-        return [table if table.cache is None else table.cache for table in own] + own
+    def served(self, tables: Sequence[Backend]) -> list[Backend]:
+        return [table if table.cache is None else table.cache for table in tables] + list(tables)
 
-    def split(self, tables: Mapping[str, Backend], bags: Bags) -> DeviceSplit:
-        keys, slots = self._index([cache_of(tables[name]) for name in self.names])
+    def split(self, tables: Sequence[Backend], bags: Bags) -> DeviceSplit:
+        keys, slots = self._index([cache_of(tables[f]) for f in self.firsts])
         if isinstance(bags.split, DeviceSplit) and bags.split.index is self._keys:
             return bags.split
         ids, count = bags.ids, bags.ids.numel()
@@ -100,8 +99,9 @@ class DeviceStreams(Streams):
     def pooled_width(self) -> int:
         return 2 * self.width
 
-    def measure(self, k: int, columns: tuple[int, slice, slice], step: Step, grad: Tensor) -> None:
-        (f, own, _), split, weights = columns, step.split, step.split.bags.weights
+    @torch.no_grad()
+    def measure(self, k: int, step: Step, grad: Tensor) -> None:
+        (f, own, _), split, weights = self.columns[k], step.split, step.split.bags.weights
         assert isinstance(split, DeviceSplit)
         size, count = grad.shape[0], split.bag.numel()
         norms = grad[:, own].float().norm(dim=1).nan_to_num(0, 0, 0)
@@ -111,7 +111,7 @@ class DeviceStreams(Streams):
         if weights is not None:
             each = each * weights[:count].detach().abs().float()
         slots, misses = self._positions(f, split, size)
-        step.caches[k].observe(slots, misses, (each * (slots >= 0), each * (misses >= 0)))
+        step.caches[self.owner[k]].observe(slots, misses, (each * (slots >= 0), each * (misses >= 0)))
 
     def _count(self, caches: Sequence[HotRowCache], split: Split, tracked: Sequence[bool]) -> None:
         assert isinstance(split, DeviceSplit)
@@ -121,7 +121,7 @@ class DeviceStreams(Streams):
             size = split.bags.batch_size
             slots, misses = self._positions(f, split, size)
             hits = (slots >= 0).sum()
-            cache_.count(hits + (misses >= 0).sum(), hits)
+            cache_.count(torch.stack([hits + (misses >= 0).sum(), hits]))
             if cache_.settings.policy != "importance":
                 cache_.observe(slots, misses)
 

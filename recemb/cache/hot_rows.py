@@ -214,11 +214,10 @@ class HotRowCache(DenseBackend):
         vote(self.owners, self.votes, buckets, misses, weights[1].to(self.votes.dtype))
 
     @torch.no_grad()
-    def count(self, lookups: int | Tensor, hits: int | Tensor) -> None:
-        """Add to the hit rate, which starts with the first exchange of rows; tensors stay on the device."""
+    def count(self, both: Tensor) -> None:
+        """Add look-ups and hits, [2] int64, to the hit rate, which starts with the first exchange of rows."""
         if self.host_value("refreshed") >= 0:
-            self.counts[0] += lookups
-            self.counts[1] += hits
+            self.counts[:2].add_(both)
 
     @torch.no_grad()
     def choose(self) -> Exchange:

@@ -76,7 +76,16 @@ def backward_under_way() -> int:
 
 @dataclass(eq=False)
 class Step:
-    """One forward: what its backward needs."""
+    """One forward: what its backward needs.
+
+    Attributes:
+        streams: how it was split.
+        tables: the cached tables, each once.
+        caches: theirs.
+        split: the batch.
+        watching: per table, whether its gradients are to be measured.
+        token: lives as long as its cached rows are held.
+    """
 
     streams: Streams
     tables: Sequence[Backend]
@@ -84,13 +93,45 @@ class Step:
     split: Split
     watching: list[bool]
     token: Token | None
-    exchanges: list[int] | None = None
     shares: dict[Piece, tuple[Tensor, ...]] = field(default_factory=dict)
+    exchanges: list[int] = field(init=False)
     # Whether rows have been held for its backward.
     held: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.exchanges = [cache.exchanges for cache in self.caches]
         self.held = self.token is not None
+
+    def begin_backward(self, grad: Tensor) -> None:
+        """What comes before the gradient [B, W] of the sum goes back to both streams.
+
+        Raises:
+            RecembError: rows have been exchanged since the forward.
+        """
+        if self.exchanges != [cache.exchanges for cache in self.caches]:
+            why = (
+                "has gone backward once already (retain_graph=True)"
+                if self.held
+                else "was made in eval(), where it does not hold them"
+            )
+            raise RecembError(
+                f"the cached rows have been exchanged since the forward of this graph, which {why}; run the "
+                "forward again"
+            )
+        # From here to the optimizer's step, accumulated gradients are of the rows as they are.
+        if self.token is not None and self.token.task == -1:
+            self.streams.left_in = backward_under_way()
+        self.token = None
+        pairs = list(zip(self.caches, self.tables, strict=True))
+        due = any(cache.due and not is_frozen(table) for cache, table in pairs)
+        # One of each parameter, which several tables may share.
+        copies: dict[nn.Parameter, Tensor] | None = {} if due else None
+        for cache, table in pairs:
+            cache.before_step.note([cache.weight, *table.own_parameters().values()], copies)
+        for k, t in enumerate(self.streams.owner):
+            if self.watching[t]:
+                self.streams.measure(k, self, grad)
+        self.watching = [False for _ in self.caches]
 
     def scaled(self, piece: Piece, hot: Tensor, cold: Tensor) -> tuple[Tensor, Tensor]:
         """[B, columns] each: columns of the mean features of a piece, times each stream's part of the bag."""
@@ -113,16 +154,12 @@ class Step:
 
 
 class Merge(torch.autograd.Function):
-    """hot + cold per cached feature; the backward hands both the same gradient and measures it."""
+    """hot + cold per cached feature, where kernels have not added them up; both get the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, pooled: Tensor, step: Step) -> Tensor:
         ctx.step = step
-        step.exchanges = [cache.exchanges for cache in step.caches]
         streams = step.streams
-        merged = None if streams.merger is None else streams.merger.merge(pooled)
-        if merged is not None:
-            return merged
         if len(streams.pieces) == 1 and (piece := streams.pieces[0]).cold and piece.mean is None:
             return pooled[:, piece.own] + pooled[:, piece.cold]
         out = pooled.new_empty(pooled.shape[0], streams.width)
@@ -141,35 +178,8 @@ class Merge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         step: Step = ctx.step
-        streams = step.streams
-        if step.exchanges != [cache.exchanges for cache in step.caches]:
-            why = (
-                "has gone backward once already (retain_graph=True)"
-                if step.held
-                else "was made in eval(), where it does not hold them"
-            )
-            raise RecembError(
-                f"the cached rows have been exchanged since the forward of this graph, which {why}; run the "
-                "forward again"
-            )
-        # From here to the optimizer's step, accumulated gradients are of the rows as they are.
-        if step.token is not None and step.token.task == -1:
-            streams.left_in = backward_under_way()
-        step.token = None
-        # One of each parameter, which several features and tables may share.
-        pairs = dict(zip(step.caches, step.tables, strict=True)).items()
-        due = any(cache.due and not is_frozen(table) for cache, table in pairs)
-        copies: dict[nn.Parameter, Tensor] | None = {} if due else None
-        for cache, table in pairs:
-            cache.before_step.note([cache.weight, *table.own_parameters().values()], copies)
-        both = None if streams.merger is None else streams.merger.spread(grad)
-        if both is None:
-            both = torch.cat(Merge._parts(streams, step, grad), dim=1)
-        for k, watched in enumerate(step.watching):
-            if watched:
-                streams.measure(k, streams.columns[k], step, both)
-        step.watching = []
-        return both, None
+        step.begin_backward(grad)
+        return torch.cat(Merge._parts(step.streams, step, grad), dim=1), None
 
     @staticmethod
     def _parts(streams: Streams, step: Step, grad: Tensor) -> list[Tensor]:

@@ -6,13 +6,14 @@ exactly one of them, so one call of the engine's serves all tables::
 
     features  [f_0 .. f_{F-1}, cold ones]       pooled [B, W + W_cold]       out[:, f] = hot + cold
 
-The mean of a bag of n ids, n_h of them cached, is n_h / n times the mean of its hot part plus n_c / n times
-that of its cold part. Where all are cached that is the hot part times 1: a plain table's bits.
+The native kernels of the CPU add both up themselves, [B, W], and divide a mean by the length of both parts.
+Elsewhere, the mean of a bag of n ids, n_h of them cached, is n_h / n times the mean of its hot part plus
+n_c / n times that of its cold part. Where all are cached, both are a plain table's bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +28,7 @@ from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
-from recemb_kernels.cache_split import Merger, Splitter
+from recemb_kernels.cache_split import Splitter
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.streams import HandOver
 
@@ -68,13 +69,15 @@ class Streams:
     def __init__(self, lookups: Sequence[TableSpec]) -> None:
         self.lookups = tuple(lookups)
         self.cached = tuple(f for f, table in enumerate(lookups) if table.cache_rows)
-        self.names = tuple(dict.fromkeys(lookups[f].name for f in self.cached))
-        bases, base = {}, 0
-        for name in self.names:
-            bases[name] = base
-            base += next(table.num_embeddings for table in lookups if table.name == name)
+        first: dict[str, int] = {}
+        for f in self.cached:
+            first.setdefault(lookups[f].name, f)
+        # The first feature of each cached table, and per cached feature which of these tables is its own.
+        self.firsts = tuple(first.values())
+        self.owner = tuple(list(first).index(lookups[f].name) for f in self.cached)
         # An id plus its table's base is distinct over all cached tables.
-        self.bases = tuple(bases[lookups[f].name] for f in self.cached)
+        rows = [lookups[f].num_embeddings for f in self.firsts]
+        self.bases = tuple(sum(rows[:t]) for t in self.owner)
         self._keys: tuple[list[tuple[Tensor, int | None]], Tensor, Tensor, HandOver | None] | None = None
         self._splitter: tuple[Tensor, Splitter | None] | None = None
         # Graphs whose backward is still to come; they hold slots that must keep their rows until then.
@@ -86,8 +89,7 @@ class Streams:
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be worked out again stays out of copies, and a graph is not copied.
-        kept = {name: value for name, value in self.__dict__.items() if name != "merger"}
-        return kept | {"_keys": None, "_splitter": None, "_open": [], "left_in": -1}
+        return self.__dict__ | {"_keys": None, "_splitter": None, "_open": [], "left_in": -1}
 
     @property
     def expanded(self) -> list[TableSpec]:
@@ -95,13 +97,17 @@ class Streams:
         hot = [replace_by_rows(table) for table in self.lookups]
         return hot + [self.lookups[f] for f in self.cached]
 
-    def served(self, tables: Mapping[str, Backend]) -> list[Backend]:
-        """The backends of the F + k features."""
-        own = [tables[table.name] for table in self.lookups]
-        hot = [table if table.cache is None else table.cache for table in own]
-        return hot + [own[f] for f in self.cached]
+    def served(self, tables: Sequence[Backend]) -> list[Backend]:
+        """The backends of the F + k features, of those of the F."""
+        hot = [table if table.cache is None else table.cache for table in tables]
+        return hot + [tables[f] for f in self.cached]
 
-    def begin(self, tables: Mapping[str, Backend]) -> bool:
+    @cached_property
+    def joins(self) -> tuple[int, ...]:
+        """Per feature of the F + k the one whose bags it holds the rest of, or -1; empty where none does."""
+        return (*(-1 for _ in self.lookups), *self.cached) if self.compact else ()
+
+    def begin(self, tables: Sequence[Backend]) -> bool:
         """Exchange rows where that is due; whether this is a training step.
 
         Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
@@ -117,7 +123,7 @@ class Streams:
         """
         if self._repeats():
             return False
-        backends = [tables[name] for name in self.names]
+        backends = [tables[f] for f in self.firsts]
         caches = [cache_of(backend) for backend in backends]
         training = torch.is_grad_enabled()
         if not (any(cache.training for cache in caches) and (training or self._put_off)):
@@ -142,13 +148,13 @@ class Streams:
         self._open = [token for token in self._open if token() is not None]
         return bool(self._open) or any(cache.before_step.pending() for cache in caches)
 
-    def split(self, tables: Mapping[str, Backend], bags: Bags) -> Split:
+    def split(self, tables: Sequence[Backend], bags: Bags) -> Split:
         """Send every position to one of the two streams.
 
         The streams are compacted, for which the host has to know their lengths;
         :class:`recemb.cache.device_streams.DeviceStreams` does without.
         """
-        keys, slots = self._index([cache_of(tables[name]) for name in self.names])
+        keys, slots = self._index([cache_of(tables[f]) for f in self.firsts])
         if isinstance(bags.split, Split) and bags.split.index is self._keys:
             return bags.split
         splitter = self._splitter_of(keys, slots) if bags.ids.is_cpu else None
@@ -184,7 +190,7 @@ class Streams:
         segments = self._segments
         parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]
         wanted = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if len(self.names) > 1:
+        if len(self.firsts) > 1:
             counts = torch.tensor([bounds[f + 1] - bounds[f] for f in self.cached], device=ids.device)
             bases = torch.tensor(self.bases, device=ids.device)
             wanted = wanted + bases.repeat_interleave(counts, output_size=wanted.numel())
@@ -228,7 +234,7 @@ class Streams:
 
         Worked out when ids have been written to, by an exchange or by loading a state.
         """
-        seen = [(cache.ids, version_of(cache.ids)) for cache in caches]
+        seen = [(ids, version_of(ids)) for ids in [cache.ids for cache in caches]]
         if self._keys is not None and all(
             ids is known and version is not None and version == before
             for (ids, version), (known, before) in zip(seen, self._keys[0], strict=True)
@@ -238,68 +244,69 @@ class Streams:
             if handed is not None and not capturing():
                 handed.take((keys, slots))
             return keys, slots
-        bases = dict(zip((self.lookups[f].name for f in self.cached), self.bases, strict=True))
+        bases = dict(zip(self.owner, self.bases, strict=True))
         parts = []
-        for name, cache in zip(self.names, caches, strict=True):
+        for t, cache in enumerate(caches):
             taken = (cache.ids >= 0).nonzero().flatten()
-            parts.append((cache.ids[taken] + bases[name], taken))
+            parts.append((cache.ids[taken] + bases[t], taken))
         end = caches[0].ids.new_tensor([NO_KEY])
         keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
         slots = torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
         self._keys = seen, keys, slots, HandOver.now(keys.device)
         return keys, slots
 
-    def merge(self, tables: Mapping[str, Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:
-        """Add the streams up: [B, W + W_cold] -> [B, W]; in training, count the ids on the way."""
-        backends = [tables[self.lookups[f].name] for f in self.cached]
+    def merge(self, tables: Sequence[Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:
+        """Add the streams up unless kernels have: [B, W + W_cold] -> [B, W]. In training, count the ids."""
+        backends = [tables[f] for f in self.firsts]
         caches = [cache_of(backend) for backend in backends]
-        watching: list[bool] = []
-        if training:
-            tracked = [cache.training and cache.tracks for cache in caches]
-            self._count(caches, split, tracked)
-            watching = [
-                now and cache.settings.policy == "importance"
-                for now, cache in zip(tracked, caches, strict=True)
-            ]
+        tracked = [training and cache.training and cache.tracks for cache in caches]
+        if any(tracked):
+            self._count([caches[t] for t in self.owner], split, [tracked[t] for t in self.owner])
+        watching = [
+            now and cache.settings.policy == "importance" for now, cache in zip(tracked, caches, strict=True)
+        ]
         step = Step(self, backends, caches, split, watching, Token() if training else None)
+        if step.token is not None:
+            self._open.append(ref(step.token))
+        if pooled.shape[1] > self.width:
+            pooled = cast(Tensor, cast(Any, Merge).apply(pooled, step))
+        elif pooled.requires_grad:
+            pooled.register_hook(step.begin_backward)  # type: ignore[no-untyped-call] # torch's
         if training:
-            self._open.append(ref(cast(Token, step.token)))
-        out = cast(Tensor, cast(Any, Merge).apply(pooled, step))
-        if training:
-            own = list({id(cache): cache for cache in caches if cache.training}.values())
+            own = [cache for cache in caches if cache.training]
             known = [cache.host_value("steps") for cache in own]
             torch._foreach_add_([cache.steps for cache in own], 1)
             for cache, before in zip(own, known, strict=True):
                 cache.remember("steps", before + 1)
-        return out
+        return pooled
 
     def _count(self, caches: Sequence[HotRowCache], split: Split, tracked: Sequence[bool]) -> None:
         for k, (f, cache) in enumerate(zip(self.cached, caches, strict=True)):
             if not tracked[k]:
                 continue
             hits, misses = self.positions(k, f, split)
-            cache.count(hits.stop - hits.start + misses.stop - misses.start, hits.stop - hits.start)
+            hit = hits.stop - hits.start
+            cache.count(torch.tensor([hit + misses.stop - misses.start, hit], device=cache.counts.device))
             if cache.settings.policy != "importance":
                 cache.observe(split.bags.ids[hits], split.bags.ids[misses])
 
-    def measure(self, k: int, columns: tuple[int, slice, slice], step: Step, grad: Tensor) -> None:
+    @torch.no_grad()
+    def measure(self, k: int, step: Step, grad: Tensor) -> None:
         """Count the gradient norm that reaches each row that cached feature number k has looked up.
 
         Args:
-            columns: its entry of :attr:`columns`.
-            grad: [B, W + W_cold] of both streams.
+            grad: [B, W] of the sum.
         """
-        bags, (f, own, cold) = step.split.bags, columns
+        bags, (f, own, _) = step.split.bags, self.columns[k]
         hits, misses = self.positions(k, f, step.split)
-        parts = []
-        for feature, part, where in ((f, own, hits), (len(self.lookups) + k, cold, misses)):
-            lengths = step.lengths(feature)[0]
-            norms = grad[:, part].float().norm(dim=1).nan_to_num(0, 0, 0)
-            if self.lookups[f].pooling == "mean":
-                norms = norms / lengths.clamp(min=1)
+        both, parts = [step.lengths(feature)[0] for feature in (f, len(self.lookups) + k)], []
+        norms = grad[:, own].float().norm(dim=1).nan_to_num(0, 0, 0)
+        if self.lookups[f].pooling == "mean":
+            norms = norms / (both[0] + both[1]).clamp(min=1)
+        for lengths, where in zip(both, (hits, misses), strict=True):
             each = norms.repeat_interleave(lengths, output_size=where.stop - where.start)
             parts.append(each if bags.weights is None else each * bags.weights[where].detach().abs().float())
-        step.caches[k].observe(bags.ids[hits], bags.ids[misses], (parts[0], parts[1]))
+        step.caches[self.owner[k]].observe(bags.ids[hits], bags.ids[misses], (parts[0], parts[1]))
 
     def positions(self, k: int, f: int, split: Split) -> tuple[slice, slice]:
         """Where the ids of cached feature number k, which is feature f, are: its hits, its misses."""
@@ -343,22 +350,6 @@ class Streams:
             else:
                 joined.append(piece)
         return joined
-
-    @cached_property
-    def merger(self) -> Merger | None:
-        """Adds up streams on the CPU; ``None`` where that is not all there is to it."""
-        if not self.compact or any(piece.mean is not None for piece in self.pieces):
-            return None
-        return Merger(
-            [
-                (
-                    piece.own.start,
-                    piece.own.stop - piece.own.start,
-                    -1 if piece.cold is None else piece.cold.start,
-                )
-                for piece in self.pieces
-            ]
-        )
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

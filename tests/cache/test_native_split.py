@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -11,16 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.merge import Merge
 from recemb.cache.streams import Split, Streams
 from recemb.spec import Dense, HotRows, Pooling, QuotientRemainder, TableSpec
 from recemb_kernels import native
 from recemb_kernels.build import compiler
 from recemb_kernels.cache_split import Splitter
-from tests.cache.cases import Collection, spec
+from tests.cache.cases import METHODS, Collection, spec
 
 pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
 
@@ -48,8 +51,8 @@ def collection(features: list[list[str]], cached: list[list[int] | None]) -> Col
     return made
 
 
-def backends(made: Collection) -> dict[str, Backend]:
-    return {name: made.backend(name) for name in made.tables}
+def backends(made: Collection) -> list[Backend]:
+    return [made.backend(target.table) for target in made.engine.targets]
 
 
 def streams_of(made: Collection) -> Streams:
@@ -177,22 +180,41 @@ def test_counts_are_those_of_torch(rows: int, batches: list[tuple[list[int], lis
             assert torch.equal(getattr(caches[0], name), getattr(caches[1], name)), name
 
 
-@pytest.mark.parametrize("cached", [[[1], [2]], [[1], None, [2]], [None, [1], [2], None]])
-def test_streams_are_added_up_as_in_torch(cached: list[list[int] | None]) -> None:
-    made = collection([[f"f{t}"] for t in range(len(cached))], cached)
-    streams = streams_of(made)
-    assert streams.merger is not None
-    pooled, grad = torch.randn(5, streams.pooled_width), torch.randn(5, streams.width)
-    out, both = streams.merger.merge(pooled), streams.merger.spread(grad)
-    assert in_torch(lambda: streams.merger and streams.merger.merge(pooled)) is None
-    expected, cold = pooled[:, : streams.width].clone(), [grad]
-    for _, own, columns in streams.columns:
-        expected[:, own] += pooled[:, columns]
-        cold.append(grad[:, own])
-    assert out is not None
-    assert both is not None
-    assert torch.equal(out, expected)
-    assert torch.equal(both, torch.cat(cold, dim=1))
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_kernels_add_streams_up_as_torch_does(
+    method: Callable[[HotRows], Any], pooling: Pooling, weighted: bool
+) -> None:
+    """Bags of ids that are all cached, of some and of none, of a table with two features too."""
+    cache = HotRows(rows=ROWS // 2, warmup=10**9)
+    tables = [
+        spec(Dense(), ROWS, name="plain", features=["p"], pooling=pooling),
+        spec(method(cache), ROWS, name="cached", features=["a", "b"], pooling=pooling),
+        spec(method(cache), ROWS, name="also", features=["c"], pooling=pooling),
+        spec(Dense(), ROWS, name="last", features=["z"], pooling=pooling),
+    ]
+    ids = [3, 4, 12, 20, 5, 25, 7, 8, 21, 0, 29, 9, 28, 2, 11]
+    offsets = torch.tensor([0, 0, 2, 3, 5, 8, 8, 9, 10, 11, 13, 14, 15, 15, 15, 15])
+    results = []
+    for joined in (True, False):
+        torch.manual_seed(0)
+        made = Collection(tables)
+        for name in ("cached", "also"):
+            made.cache(name).ids[:10] = torch.arange(10)
+            torch.nn.init.normal_(made.cache(name).weight)
+        apply_optimizer_in_backward(torch.optim.SGD, made.parameters(), {"lr": 0.1})
+        weights = torch.linspace(-1, 2, len(ids), requires_grad=True) if weighted else None
+        refuse = patch.object(Merge, "apply", side_effect=AssertionError) if joined else nullcontext()
+        with refuse, nullcontext() if joined else patch.object(Streams, "joins", ()):
+            out = made(Bags(torch.tensor(ids), offsets, 5, weights))
+            out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+        results.append([out, *made.parameters(), *([] if weights is None else [weights.grad])])
+    for ours, theirs in zip(*results, strict=True):
+        if pooling == "sum":
+            assert torch.equal(ours, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])

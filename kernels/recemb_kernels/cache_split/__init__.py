@@ -1,7 +1,7 @@
 """Splits a batch on the CPU into ids that are cached and ids that are not, in one pass, and counts both.
 
-Cached ids are found in a hash table that is made when the cached rows change: 8 to 16 bytes a row beside the
-sorted keys. With Zipf ids most searches end among the few hot rows, which the processor's caches hold.
+Cached ids are found in a hash table that is made when the cached rows change: 21 to 43 bytes a row beside
+the sorted keys. With Zipf ids most searches end among the few hot rows, which the processor's caches hold.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_features", "batch", "num_ids", "threads")),
         *((name, ctypes.c_void_p) for name in ("ids", "offsets", "base", "table")),
         ("shift", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("keys", "slots")),
         *((name, ctypes.c_void_p) for name in ("out_ids", "out_offsets", "order", "bounds")),
     )
 
@@ -39,13 +38,6 @@ class _Count(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_buckets", "num_embeddings")),
         *((name, ctypes.c_void_p) for name in ("ids", "id_weights")),
         ("num_ids", ctypes.c_int64),
-    )
-
-
-class _Merge(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "width", "pooled_width", "num_pieces", "threads")),
-        ("pieces", ctypes.c_void_p),
     )
 
 
@@ -80,18 +72,17 @@ class Splitter:
         self._library = library
         self._bases = (ctypes.c_int64 * len(bases))(*bases)
         self._num_cached = sum(base >= 0 for base in bases)
-        # At most half full, and never full.
-        bits = max(1, (2 * keys.numel() - 1).bit_length())
-        table = torch.empty(2**bits, dtype=torch.int32, device="cpu")
-        library.recemb_split_index(keys.data_ptr(), keys.numel(), table.data_ptr(), 64 - bits)
-        self._held = keys, slots, table
+        # At most three quarters full, and never full.
+        bits = max(1, (keys.numel() * 4 // 3).bit_length())
+        self._table = torch.empty(2**bits, 2, dtype=torch.int64, device="cpu")
+        library.recemb_split_index(
+            keys.data_ptr(), slots.data_ptr(), keys.numel(), self._table.data_ptr(), 64 - bits
+        )
         self._template = _Call(
             num_features=len(bases),
             base=ctypes.addressof(self._bases),
-            table=table.data_ptr(),
+            table=self._table.data_ptr(),
             shift=64 - bits,
-            keys=keys.data_ptr(),
-            slots=slots.data_ptr(),
         )
 
     @staticmethod
@@ -188,49 +179,6 @@ def count(
     return not lacks
 
 
-class Merger:
-    """Adds up the two streams of a batch, and hands both their gradient.
-
-    Args:
-        pieces: per run of neighbouring columns of the output its first column, how many there are, and the
-            first one of the cold stream, or -1 without a cache; from left to right. Those of the cold stream
-            follow the output's, without a gap.
-    """
-
-    def __init__(self, pieces: Sequence[tuple[int, int, int]]) -> None:
-        flat = [number for piece in pieces for number in piece]
-        self._pieces = (ctypes.c_int64 * len(flat))(*flat)
-        self.width = sum(columns for _, columns, _ in pieces)
-        self.pooled_width = self.width + sum(columns for _, columns, cold in pieces if cold >= 0)
-
-    def merge(self, pooled: Tensor) -> Tensor | None:
-        """[B, W + W_cold] -> [B, W]; ``None`` where this cannot be had: as in :func:`count`."""
-        return self._run("recemb_split_merge", pooled, self.width)
-
-    def spread(self, grad: Tensor) -> Tensor | None:
-        """[B, W] -> [B, W + W_cold]; likewise."""
-        return self._run("recemb_split_spread", grad, self.pooled_width)
-
-    def _run(self, function: str, given: Tensor, columns: int) -> Tensor | None:
-        if torch.compiler.is_compiling() or not given.is_cpu or given.dtype is not torch.float32:
-            return None
-        compiled = attempt("cache_split", library)
-        if compiled is None:
-            return None
-        given = given.contiguous()
-        out = given.new_empty(given.shape[0], columns)
-        call = _Merge(
-            given.shape[0],
-            self.width,
-            self.pooled_width,
-            len(self._pieces) // 3,
-            torch.get_num_threads(),
-            ctypes.addressof(self._pieces),
-        )
-        getattr(compiled, function)(ctypes.addressof(call), given.data_ptr(), out.data_ptr())
-        return out
-
-
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library.
@@ -239,19 +187,17 @@ def library() -> ctypes.CDLL:
         KernelUnavailableError: it cannot be compiled here.
     """
     own, shared = Path(__file__).parent, Path(__file__).parents[1] / "digit_tree"
-    sources = [*(own / name for name in ("cpu.cpp", "count.cpp", "merge.cpp")), shared / "buffer.cpp"]
+    sources = [*(own / name for name in ("cpu.cpp", "count.cpp")), shared / "buffer.cpp"]
     compiled = load("cache_split", sources, {})
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for name, structure in (("call", _Call), ("count", _Count), ("merge", _Merge)):
+    for name, structure in (("call", _Call), ("count", _Count)):
         size = getattr(compiled, f"recemb_split_{name}_size")
         size.argtypes, size.restype = (), integer
         if size() != ctypes.sizeof(structure):
             raise RuntimeError(f"the {name} structures of the C++ files and of cache_split differ")
-    compiled.recemb_split_index.argtypes = (pointer, integer, pointer, integer)
+    compiled.recemb_split_index.argtypes = (pointer, pointer, integer, pointer, integer)
     compiled.recemb_split_index.restype = None
     compiled.recemb_split.argtypes, compiled.recemb_split.restype = (pointer,), None
     compiled.recemb_split_count.argtypes, compiled.recemb_split_count.restype = (pointer,), integer
     compiled.recemb_split_fail.argtypes, compiled.recemb_split_fail.restype = (integer,), None  # for tests
-    for function in (compiled.recemb_split_merge, compiled.recemb_split_spread):
-        function.argtypes, function.restype = (pointer,) * 3, None
     return compiled

@@ -10,18 +10,22 @@
 namespace {
 
 // Ids from which a second thread saves more than it costs.
-constexpr int64_t SERIAL = 1 << 14;
+constexpr int64_t SERIAL = 1 << 12;
 // Ids between asking for an entry of the table and reading it.
 constexpr int64_t AHEAD = 16;
+
+// A key and its slot, in one cache line: the key is -1 in a place that is free.
+struct Entry {
+  int64_t key, slot;
+};
 
 // `Call` of __init__.py.
 struct Call {
   int64_t num_features, batch, num_ids, threads;
   const int64_t *ids, *offsets;
   const int64_t* base;   // per feature: what is added to its ids, -1 without a cache
-  const int32_t* table;  // open addressing: a position in `keys`, or -1
+  const Entry* table;    // open addressing
   int64_t shift;         // 64 - log2 of its size
-  const int64_t *keys, *slots;
   int64_t *out_ids, *out_offsets;
   int64_t* order;   // null, or where in the batch each id of `out_ids` was
   int64_t* bounds;  // where in `out_ids` every feature begins, and the end
@@ -33,9 +37,8 @@ inline uint64_t place(int64_t key, int64_t shift) { return static_cast<uint64_t>
 inline int64_t slot_of(const Call& call, int64_t key) {
   const uint64_t mask = ~uint64_t{0} >> call.shift;
   for (uint64_t at = place(key, call.shift);; at = (at + 1) & mask) {
-    const int32_t found = call.table[at];
-    if (found < 0) return -1;
-    if (call.keys[found] == key) return call.slots[found];
+    if (call.table[at].key == key) return call.table[at].slot;
+    if (call.table[at].key < 0) return -1;
   }
 }
 
@@ -151,14 +154,14 @@ int64_t recemb_split_call_size() { return sizeof(Call); }
 
 void recemb_split_fail(int64_t at) { recemb::Buffer::failing = at; }
 
-// Fills a table of 2^(64 - shift) entries, of which more than `count` are -1 so that a search ends.
-void recemb_split_index(const int64_t* keys, int64_t count, int32_t* table, int64_t shift) {
+// Fills a table of 2^(64 - shift) entries, more than `count`, so that a search ends.
+void recemb_split_index(const int64_t* keys, const int64_t* slots, int64_t count, Entry* table, int64_t shift) {
   const uint64_t mask = ~uint64_t{0} >> shift;
-  std::fill(table, table + mask + 1, -1);
+  std::fill(table, table + mask + 1, Entry{-1, -1});
   for (int64_t i = 0; i < count; i++) {
     uint64_t at = place(keys[i], shift);
-    while (table[at] >= 0) at = (at + 1) & mask;
-    table[at] = static_cast<int32_t>(i);
+    while (table[at].key >= 0) at = (at + 1) & mask;
+    table[at] = {keys[i], slots[i]};
   }
 }
 

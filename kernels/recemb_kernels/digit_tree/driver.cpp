@@ -66,6 +66,8 @@ void know(const Call* call, State* state) {
     for (int64_t f = 0; f < call->num_features; f++)
       if (call->features[f].table == t) *feature++ = f;
     tables[t].num_features = feature - tables[t].features;
+    for (int64_t k = 0; k < tables[t].num_features; k++)
+      tables[t].adds = tables[t].adds || call->features[tables[t].features[k]].adds;
   }
   state->known = true;
 }
@@ -111,6 +113,7 @@ bool holds_one_id_a_bag(const Call* call) {
   if (call->num_ids != bags) return false;
   int64_t wrong = 0;
   for (int64_t i = 0; i <= bags; i++) wrong |= call->offsets[i] ^ i;
+  for (int64_t f = 0; f < call->num_features; f++) wrong |= call->features[f].other >= 0;
   return wrong == 0;
 }
 
@@ -200,21 +203,23 @@ void place(const Call* call, State* state, bool forward) {
   }
 }
 
-// Hands every table to its kernel, one after the other on all threads.
+// Hands every table to its kernel, one after the other on all threads; those that add to the others' columns last.
 void run_kernels(const Call* call, void (*Functions::*pass)(const Table*, const Call*)) {
-  bool taken = false;
-  for (int64_t t = 0; t < call->num_tables; t++) {
-    const Table& table = call->tables[t];
-    if (table.spare_size && taken) {
+  bool taken = false, adding = false;
+  for (const bool adds : {false, true})
+    for (int64_t t = 0; t < call->num_tables; t++) {
+      const Table& table = call->tables[t];
+      if (adds != (table.adds != 0)) continue;
+      if ((table.spare_size && taken) || adds != adding) {
 #pragma omp barrier
-    }
-    taken = taken || table.spare_size;
-    if (Buffer::poison) {
+      }
+      taken = taken || table.spare_size, adding = adds;
+      if (Buffer::poison) {
 #pragma omp single
-      std::fill_n(table.spare, table.spare_size, NAN);
+        std::fill_n(table.spare, table.spare_size, NAN);
+      }
+      (kernel_of(table).*pass)(&table, call);
     }
-    (kernel_of(table).*pass)(&table, call);
-  }
 }
 
 bool finite(const float* values, int64_t count, int64_t threads) {

@@ -42,7 +42,9 @@ class _Code(ctypes.Structure):
 
 
 class _Feature(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("table", "column", "mean", "key_base"))
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("table", "column", "mean", "key_base", "other", "adds")
+    )
 
 
 class _Rule(ctypes.Structure):
@@ -109,11 +111,16 @@ class TableKernel:
 
 @dataclass(frozen=True)
 class FeatureCode:
-    """One feature of a call: its table, whether its bags are averaged, and what is added to its ids."""
+    """One feature of a call: its table, whether its bags are averaged, and what is added to its ids.
+
+    ``joins`` is an earlier feature whose bags it holds the rest of: rows of both are added up in that one's
+    columns, and averaged over all ids of both. Neither is another one's rest.
+    """
 
     table: int
     mean: bool
     key_base: int = 0
+    joins: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,10 +185,14 @@ class Group:
         self._features = (_Feature * len(features))()
         self.num_tables, self.columns = len(kernels), 0
         self.parameters = [kernel.parameters for kernel in kernels]
-        for feature, code in zip(self._features, features, strict=True):
+        for f, (feature, code) in enumerate(zip(self._features, features, strict=True)):
             feature.table, feature.column = code.table, self.columns
-            feature.mean, feature.key_base = int(code.mean), code.key_base
-            self.columns += kernels[code.table].dim
+            feature.mean, feature.key_base, feature.other = int(code.mean), code.key_base, -1
+            if code.joins is None:
+                self.columns += kernels[code.table].dim
+            else:
+                first = self._features[code.joins]
+                feature.column, feature.other, feature.adds, first.other = first.column, code.joins, 1, f
         parameters = sum(self.parameters)
         # ctypes makes an array's type anew, slowly, whenever nobody holds it.
         self._list, self._four_lists = (ctypes.c_void_p * (k * parameters) for k in (1, 4))

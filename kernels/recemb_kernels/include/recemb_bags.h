@@ -28,10 +28,33 @@ static inline void prefetch_row(const float* row, int64_t width) {
   for (int64_t j = 0; j < std::min<int64_t>(width, 8 * LINE); j += LINE) __builtin_prefetch(row + j, WRITE);
 }
 
-// What one id of a bag of `length` ids counts for.
-static inline float share_of(const Call* call, const FeatureCode& feature, int64_t position, int64_t length) {
-  const float share = feature.mean ? 1.0f / static_cast<float>(length) : 1.0f;
+// How many ids sample b has in feature f, both parts of its bag.
+static inline int64_t length_of(const Call* call, int64_t f, int64_t b) {
+  const int64_t *offsets = call->offsets + b, other = call->features[f].other;
+  const auto part = [&](int64_t g) { return offsets[g * call->batch + 1] - offsets[g * call->batch]; };
+  return other < 0 ? part(f) : part(f) + part(other);
+}
+
+// What the id at a position of sample b's bag counts for.
+static inline float share_of(const Call* call, int64_t f, int64_t b, int64_t position) {
+  const float share = call->features[f].mean ? 1.0f / static_cast<float>(length_of(call, f, b)) : 1.0f;
   return call->weights ? call->weights[position] * share : share;
+}
+
+// Whether sample b has no id in feature f, and another feature has written its columns.
+static inline bool adds_nothing(const Call* call, int64_t f, int64_t b) {
+  const int64_t* offsets = call->offsets + f * call->batch + b;
+  return call->features[f].adds && offsets[0] == offsets[1];
+}
+
+// Takes the pooled bag of sample b to where it belongs.
+template <int W>
+void put_bag(const Call* call, int64_t f, int64_t b, const float* sum) {
+  float* out = call->out + b * call->columns + call->features[f].column;
+  if (call->features[f].adds)
+    for (int j = 0; j < W; j++) out[j] += sum[j];
+  else
+    std::copy(sum, sum + W, out);
 }
 
 // Pools bags [begin, end) of feature f: `ask(key)` prefetches a row, `add(key, w, sum)` adds w times it to
@@ -45,13 +68,12 @@ void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask,
     ask(call->ids[i] + feature.key_base);
   for (int64_t b = begin; b < end; b++) {
     float sum[W] = {};
-    const int64_t length = offsets[b + 1] - offsets[b];
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
       if (i + AHEAD < last) ask(call->ids[i + AHEAD] + feature.key_base);
       add(call->ids[i] + feature.key_base, call->weights ? call->weights[i] : 1.0f, sum);
     }
     // Summed, then divided, as torch does: the same bits.
-    if (feature.mean && length > 1)
+    if (const int64_t length = feature.mean ? length_of(call, f, b) : 1; length > 1)
       for (int j = 0; j < W; j++) sum[j] /= static_cast<float>(length);
     done(b, sum);
   }
@@ -84,7 +106,7 @@ static inline Sender sender_of(const Table* table, const Call* call, int64_t i) 
   const int64_t bag = call->bag[i], f = bag / call->batch;
   const Gradient& g = call->gradient[f];
   return {g.at + (bag - f * call->batch) * g.stride,
-          share_of(call, call->features[f], i, call->offsets[bag + 1] - call->offsets[bag])};
+          share_of(call, f, bag - f * call->batch, i)};
 }
 
 // grad[W] = the gradient of distinct row u: the sum over the bags that hold it, in the order of the batch.
@@ -111,11 +133,10 @@ void share_rows(const Table* table, Act act) {
 // grad_weights of a feature's bags [begin, end): `dot(key, grad)` is a row times its bag's gradient.
 template <class Dot>
 void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, Dot dot) {
-  const FeatureCode& feature = call->features[f];
   const int64_t* offsets = call->offsets + f * call->batch;
   for (int64_t b = begin; b < end; b++) {
     const float* grad = call->gradient[f].at + b * call->gradient[f].stride;
-    const float share = feature.mean ? 1.0f / static_cast<float>(offsets[b + 1] - offsets[b]) : 1.0f;
+    const float share = call->features[f].mean ? 1.0f / static_cast<float>(length_of(call, f, b)) : 1.0f;
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) call->grad_weights[i] = share * dot(i, grad);
   }
 }

@@ -333,13 +333,14 @@ struct Train : Sizes<MIRRORED> {
     each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
       const int64_t* offsets = call.offsets + f * call.batch;
       for (int64_t b = first; b < last; b++) {
+        if (adds_nothing(&call, f, b)) continue;
         float sum[D] = {};
         for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
-          const float w = share_of(&call, call.features[f], i, offsets[b + 1] - offsets[b]);
+          const float w = share_of(&call, f, b, i);
           const float* row = rows + int64_t{call.slot[i]} * D;
           for (int j = 0; j < D; j++) sum[j] += w * row[j];
         }
-        std::copy(sum, sum + D, call.out + b * call.columns + call.features[f].column);
+        put_bag<D>(&call, f, b, sum);
       }
     });
   }

@@ -64,9 +64,10 @@ struct TableCode {
 };
 
 // One feature: its table, where it is pooled to, and what is added to its ids, so that several features' ids
-// can be told apart within one table.
+// can be told apart within one table. Of bags in two parts each is a feature, of one table each: `other` is the other
+// part, -1 for whole bags, and the second one's rows are added to what the first one has left in their columns.
 struct FeatureCode {
-  int64_t table, column, mean, key_base;
+  int64_t table, column, mean, key_base, other, adds;
 };
 
 // The optimizer of one table, or GRADIENT to have its gradients written out; bit k of `left` asks for the
@@ -89,6 +90,7 @@ struct Table {
   Hyper hyper[MAX_ORDER];    // per parameter
   const int64_t* features;   // indices of the features that read this table
   int64_t num_features;
+  int64_t adds;              // whether one of them adds to another's columns
   const int64_t* keys;       // [distinct rows] id plus key_base (digits reversed when mirrored), rising
   const int32_t* perm;       // [ids] positions in the batch, in order of their row
   float* kept;

@@ -82,16 +82,18 @@ int64_t spare(const Table* table, const Call* call) {
 void forward(const Table* table, const Call* call) {
   each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
     const int64_t k = std::find(table->features, table->features + table->num_features, f) - table->features;
-    float* out = call->out + call->features[f].column;
     pool_bags<W>(
         call, f, begin, end, [&](int64_t key) { ask(table, key); },
         [&](int64_t key, float w, float* sum) { add_row(table, key, w, sum); },
         [&](int64_t b, const float* sum) {
+          if (OPERATION == PROJECT && call->keep) std::copy(sum, sum + W, narrow_at(table, call, k) + b * W);
+          if (adds_nothing(call, f, b)) return;
           if constexpr (OPERATION == PROJECT) {
-            if (call->keep) std::copy(sum, sum + W, narrow_at(table, call, k) + b * W);
-            project(table, sum, out + b * call->columns);
+            float wide[RIGHT];
+            project(table, sum, wide);
+            put_bag<RIGHT>(call, f, b, wide);
           } else {
-            std::copy(sum, sum + W, out + b * call->columns);
+            put_bag<W>(call, f, b, sum);
           }
         });
   });

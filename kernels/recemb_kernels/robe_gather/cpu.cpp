@@ -234,12 +234,13 @@ int64_t spare(const Table* table, const Call* call) { return call->grad_out ? Bl
 void forward(const Table* table, const Call* call) {
   const Hash hash(table);
   each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
-    float* out = call->out + call->features[f].column;
     const int64_t t = hash.table_of(call->features[f].key_base);
     pool_bags<D>(
         call, f, begin, end, [](int64_t) {},
         [&](int64_t key, float w, float* sum) { add_row(table, hash, t, key, w, sum); },
-        [&](int64_t b, const float* sum) { std::copy(sum, sum + D, out + b * call->columns); });
+        [&](int64_t b, const float* sum) {
+          if (!adds_nothing(call, f, b)) put_bag<D>(call, f, b, sum);
+        });
   });
 }
 

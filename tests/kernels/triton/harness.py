@@ -371,6 +371,7 @@ def by_triton(wrap: Callable[[TritonGroup], Any] = lambda group: group) -> Itera
         dtypes: Sequence[torch.dtype],
         refusal: Callable[[], Exception],
         _: int | None,
+        joins: Sequence[int],
     ) -> Any:
         codes = [
             FeatureCode(t, bool(mean), base) for t, mean, base in zip(*[iter(features)] * 3, strict=True)

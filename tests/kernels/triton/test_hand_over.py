@@ -104,7 +104,7 @@ def test_the_index_of_cached_rows_is_taken_over(handed: Handed) -> None:
         pooling="sum",
         compression=TensorTrain(rank=2, cache=hot),
     )
-    tables, split = build([spec], torch.device("cpu")), DeviceStreams([spec])
+    tables, split = list(build([spec], torch.device("cpu")).values()), DeviceStreams([spec])
     split.split(tables, Bags(torch.tensor([3, 4, 7]), torch.arange(4), 1))
     assert not handed.times
     split.split(tables, Bags(torch.tensor([1, 9, 50]), torch.arange(4), 1))
