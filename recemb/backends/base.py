@@ -129,6 +129,18 @@ class Backend(nn.Module, ABC):
         return cached + sum(math.prod(shape) for shape in cls.param_shapes(tables).values())
 
     @classmethod
+    def stored_settings(cls, table: TableSpec, peers: Sequence[TableSpec]) -> dict[str, Any]:
+        """Settings by which parameters of the same names and shapes are other rows, as plain data.
+
+        State dicts keep them beside the parameters.
+
+        Args:
+            table: one of ``peers``.
+            peers: every table that shares the storage.
+        """
+        return {}
+
+    @classmethod
     def split_rows(cls, table: TableSpec, ranks: int) -> RowSplit | None:
         """How this table's rows are cut over ``ranks``; ``None`` for a method without a store of rows.
 

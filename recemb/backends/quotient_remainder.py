@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class QuotientRemainderBackend(Backend):
         dim = table.embedding_dim
         left, right = (dim // 2, dim - dim // 2) if compression.operation == "concat" else (dim, dim)
         return {"q": (quotients, left), "r": (compression.collisions, right)}
+
+    @classmethod
+    def stored_settings(cls, table: TableSpec, peers: Sequence[TableSpec]) -> dict[str, Any]:
+        return {"operation": _compression(table).operation}
 
     @classmethod
     def split_rows(cls, table: TableSpec, ranks: int) -> RowSplit:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,13 @@ class ROBEBackend(Backend):
                 f"{f'compress_rate <= {rate:.6g} or ' if rate >= 1 else ''}block_size={widest.embedding_dim}"
             )
         return {"array": (blocks, first.block_size)}
+
+    @classmethod
+    def stored_settings(cls, table: TableSpec, peers: Sequence[TableSpec]) -> dict[str, Any]:
+        compression = _compression(table)
+        # Which tables have trained the array, whatever their group is called and in whatever order they are.
+        first = min(peer.name for peer in peers)
+        return {"seed": compression.seed, "use_sign": compression.use_sign, "array_shared_with": first}
 
     @property
     def storage(self) -> Tensor:

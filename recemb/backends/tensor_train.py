@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class TensorTrainBackend(Backend):
         row_shape, dim_shape = table_shapes(table)
         widths = core_sizes(dim_shape, _compression(table).ranks)
         return {f"core_{k}": shape for k, shape in enumerate(zip(row_shape, widths, strict=True))}
+
+    @classmethod
+    def stored_settings(cls, table: TableSpec, peers: Sequence[TableSpec]) -> dict[str, Any]:
+        # The ranks follow from it and the cores' widths.
+        return {"dim_shape": list(table_shapes(table)[1])}
 
     @property
     def cores(self) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
 from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
+from recemb.torchrec_io.stored_settings import check_settings, note_settings
 from recemb_kernels.triton_frame.verdict import poll
 
 
@@ -95,6 +97,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         self._ahead = Memo()
         self._replication_checked = False
         self.register_state_dict_pre_hook(raise_what_is_pending)
+        self.register_state_dict_post_hook(_after_state_dict)
+        self.register_load_state_dict_pre_hook(_before_load)
         self._specs = tuple(specs)
         self._cached = [spec.name for spec in specs if spec.cache_rows]
         self.reset_parameters()
@@ -268,6 +272,22 @@ def raise_what_is_pending(module: torch.nn.Module, prefix: str, keep_vars: bool)
         Exception: of an earlier look-up or step.
     """
     poll(wait=True)
+
+
+def _after_state_dict(
+    module: EmbeddingBagCollection, destination: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    note_settings(module._specs, metadata)
+
+
+def _before_load(
+    module: EmbeddingBagCollection,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    *_: Any,
+) -> None:
+    check_settings(module._specs, state_dict, prefix, metadata)
 
 
 def _check_weighted_mean(specs: Sequence[TableSpec], is_weighted: bool) -> None:

@@ -47,6 +47,7 @@ from recemb.torchrec_io.sharding.shardings import (
 from recemb.torchrec_io.sharding.slices import check_slices, sliced, sliced_order
 from recemb.torchrec_io.sharding.state import load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
+from recemb.torchrec_io.stored_settings import check_settings, note_settings
 
 
 class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # type: ignore[misc] # no types
@@ -404,12 +405,18 @@ def _check_optimizers(tables: CompressedTables, fused_params: Mapping[str, Any] 
 
 
 def _after_state_dict(
-    module: ShardedEmbeddingBagCollection, destination: dict[str, Any], prefix: str, _metadata: Any
+    module: ShardedEmbeddingBagCollection, destination: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
     save_shards(destination, prefix, module._shards)
+    note_settings(module._compressed.specs.values(), metadata)
 
 
 def _before_load(
-    module: ShardedEmbeddingBagCollection, state_dict: dict[str, Any], prefix: str, *_: Any
+    module: ShardedEmbeddingBagCollection,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    *_: Any,
 ) -> None:
+    check_settings(module._compressed.specs.values(), state_dict, prefix, metadata)
     load_shards(state_dict, prefix, module._shards)

@@ -1,0 +1,161 @@
+"""State dicts whose parameters fit by name and shape, and are other rows to another table."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+import recemb
+from recemb.errors import ConfigError
+from recemb.spec import Compression
+from recemb.torchrec_io import get_sharders
+
+QR = recemb.QuotientRemainder(collisions=4, operation="mult")
+ROBE = recemb.ROBE(compress_rate=4, block_size=4)
+PAIRS: dict[str, tuple[Compression, Compression, str]] = {
+    "qr": (QR, replace(QR, operation="add"), r"operation='mult'.*operation='add'"),
+    "robe seed": (ROBE, replace(ROBE, seed=1), "seed=0.*seed=1"),
+    "robe sign": (ROBE, replace(ROBE, use_sign=True), "use_sign=False.*use_sign=True"),
+    "tt": (
+        recemb.TensorTrain(rank=4, dim_shape=(2, 2, 2)),
+        recemb.TensorTrain(rank=(2, 8), dim_shape=(4, 2, 1)),
+        r"dim_shape=\[2, 2, 2\].*dim_shape=\[4, 2, 1\]",
+    ),
+}
+by_pair = pytest.mark.parametrize("pair", PAIRS)
+
+
+def collection(**compressions: Compression) -> recemb.EmbeddingBagCollection:
+    return recemb.EmbeddingBagCollection(
+        tables=[
+            recemb.EmbeddingBagConfig(
+                name=name, num_embeddings=40, embedding_dim=8, feature_names=[name], compression=compression
+            )
+            for name, compression in compressions.items()
+        ]
+    )
+
+
+def model(**compressions: Compression) -> nn.ModuleDict:
+    """With the collection inside, where its keys have a prefix."""
+    return nn.ModuleDict({"dense": nn.Linear(2, 2), "sparse": collection(**compressions)})
+
+
+def saved(module: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def parameters(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@by_pair
+def test_a_state_of_other_settings_is_refused_before_any_table_has_changed(pair: str) -> None:
+    first, second, why = PAIRS[pair]
+    state = saved(model(a=QR, t=first))
+    own = model(a=QR, t=second)
+    for other in (own, copy.deepcopy(own)):
+        before = parameters(other["sparse"])
+        with pytest.raises(ConfigError, match=f"table 't': .*{why}.*build the table as it was saved"):
+            other.load_state_dict(state)
+        assert all(map(torch.equal, before, parameters(other["sparse"])))
+
+
+@by_pair
+def test_the_numbers_load_where_nothing_says_what_they_are_of(pair: str) -> None:
+    first, second, _ = PAIRS[pair]
+    state, other = saved(collection(t=first)), collection(t=second)
+    other.load_state_dict(dict(state))
+    assert all(map(torch.equal, state.values(), parameters(other)))
+
+
+@by_pair
+def test_equal_settings_load_and_add_no_key(pair: str) -> None:
+    for compression in PAIRS[pair][:2]:
+        own, state = model(t=compression), saved(model(t=compression))
+        assert list(state) == [name for name, _ in own.named_parameters()]
+        own.load_state_dict(state)
+        assert all(map(torch.equal, state.values(), parameters(own)))
+
+
+def test_tables_of_which_a_state_holds_nothing_are_not_asked_about() -> None:
+    state = collection(a=recemb.Dense(), t=QR).state_dict()
+    for key in ("q", "r"):
+        del state[f"embedding_bags.t.{key}"]
+    own = collection(a=recemb.Dense(), t=replace(QR, operation="add"))
+    own.load_state_dict(state, strict=False)
+    assert torch.equal(own.to_dense("a"), state["embedding_bags.a.weight"])
+
+
+def robe_pairs(*pairs: Sequence[str]) -> recemb.EmbeddingBagCollection:
+    groups = {name: f"{len(pairs)} {k}" for k, pair in enumerate(pairs) for name in pair}
+    return collection(**{name: replace(ROBE, group=groups[name]) for name in "abcd"})
+
+
+def test_an_array_of_other_tables_is_refused() -> None:
+    """Both have the keys a.array and b.array, of equal shapes."""
+    with pytest.raises(ConfigError, match=r"table 'c'.*array_shared_with='b'.*array_shared_with='a'"):
+        robe_pairs("ac", "bd").load_state_dict(robe_pairs("ad", "bc").state_dict())
+
+
+def test_an_array_loads_whatever_its_group_is_called() -> None:
+    first, second = collection(a=replace(ROBE, group="x")), collection(a=replace(ROBE, group="y"))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.to_dense("a"), first.to_dense("a"))
+
+
+def test_uncompressed_states_still_go_to_torchrec_and_back() -> None:
+    ours = collection(a=recemb.Dense())
+    plain = torchrec.EmbeddingBagConfig(name="a", num_embeddings=40, embedding_dim=8, feature_names=["a"])
+    theirs = torchrec.EmbeddingBagCollection(tables=[plain])
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    assert set(ours.state_dict()._metadata[""]) == {"version"}  # type: ignore[attr-defined] # torch's
+
+
+def test_sharded_collections_note_and_check_too() -> None:
+    """A collection by itself: the model around it hands it a plain dict."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        first, second = (
+            DistributedModelParallel(
+                nn.ModuleDict({"sparse": collection(t=compression)}),
+                device=torch.device("cpu"),
+                sharders=get_sharders(),
+            ).module["sparse"]
+            for compression in PAIRS["qr"][:2]
+        )
+        state = saved(first)
+        for other in (second, collection(t=PAIRS["qr"][1])):
+            before = parameters(other)
+            with pytest.raises(ConfigError, match=r"table 't': .*operation='mult'"):
+                other.load_state_dict(state)
+            assert all(map(torch.equal, before, parameters(other)))
+        whole = collection(t=PAIRS["qr"][1]).state_dict()
+        with pytest.raises(ConfigError, match=r"table 't': .*operation='add'"):
+            first.load_state_dict(whole)
+        second.load_state_dict(whole)
+        assert all(map(torch.equal, whole.values(), parameters(second)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("note", ["x", 3, None, {"t": "x"}, {"t": {}}, {"t": {"more": 1}}])
+def test_notes_of_a_strange_file_are_no_reason_to_fail(note: object) -> None:
+    state, own = collection(t=QR).state_dict(), collection(t=QR)
+    state._metadata[""]["recemb"] = note  # type: ignore[attr-defined] # torch's
+    own.load_state_dict(state)
+    assert all(map(torch.equal, state.values(), parameters(own)))
