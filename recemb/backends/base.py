@@ -273,8 +273,8 @@ class Backend(nn.Module, ABC):
         Cached rows take their values exactly, and stay cached.
 
         Raises:
-            ConfigError: wrong shape or dtype, values that are not finite or not in the table's type, or the
-                method has no closed form here.
+            ConfigError: wrong shape or dtype, values that are not finite or not in the table's type, a
+                parameter that is pruned or parametrized, or the method has no closed form here.
         """
         expected = (self.table.num_embeddings, self.table.embedding_dim)
         if tuple(weight.shape) != expected or not weight.is_floating_point():
@@ -286,6 +286,7 @@ class Backend(nn.Module, ABC):
             raise ConfigError(
                 f"table {self.table.name!r} is on the meta device; call to_empty(device=...) first"
             )
+        self._check_own_parameters()
         if not _finite(weight, weight.dtype):
             raise ConfigError(f"table {self.table.name!r}: from_dense was given NaN or infinite weights")
         too_large = ConfigError(
@@ -307,6 +308,21 @@ class Backend(nn.Module, ABC):
             if self.cache is not None:
                 slots = (self.cache.ids >= 0).nonzero().flatten()
                 self.cache.weight[slots] = weight[self.cache.ids[slots]].to(self.cache.weight.dtype)
+
+    def _check_own_parameters(self) -> None:
+        """That what rows are made of is parameters, which can be written to."""
+        holders: list[tuple[str, Backend, list[str]]] = [("", self, [name for name, _ in self.layout])]
+        if self.cache is not None:
+            holders.append((".cache", self.cache, ["weight"]))
+        for path, holder, names in holders:
+            for name in names:
+                if name not in holder.own_parameters():
+                    where = f"collection.embedding_bags[{self.table.name!r}]{path}"
+                    raise ConfigError(
+                        f"table {self.table.name!r}: from_dense cannot write to {name!r}, which is pruned or "
+                        "parametrized and is made anew of other parameters; make it a parameter again first, "
+                        f"e.g. by torch.nn.utils.prune.remove({where}, {name!r})"
+                    )
 
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Change the parameters, in place, so that the rows of ``ids`` come close to ``values``.

@@ -13,10 +13,19 @@ import torch
 import torchrec
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torchrec import KeyedJaggedTensor
 
-from recemb import ROBE, Dense, EmbeddingBagCollection, EmbeddingBagConfig, MixedDimension, QuotientRemainder
+from recemb import (
+    ROBE,
+    Dense,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    HotRows,
+    MixedDimension,
+    QuotientRemainder,
+)
+from recemb.errors import ConfigError
 from recemb.spec import Compression, TensorTrain
 from recemb_kernels import native
 
@@ -90,6 +99,28 @@ def test_a_step_leaves_what_is_pruned_alone(part: str) -> None:
     moved = getattr(_table(made), f"{name}_orig").detach() != was
     assert moved.any()
     assert not moved[mask == 0].any()
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_table_is_not_overwritten_through_a_mask(part: str, how: str) -> None:
+    compression, name = PARTS[part]
+    made = _collection(compression)
+    if how == "pruned":
+        prune.random_unstructured(_table(made), name, 0.5)
+    else:
+        parametrize.register_parametrization(_table(made), name, nn.Identity())
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    with pytest.raises(ConfigError, match=f"table 't0': .* write to '{name}', which is pruned"):
+        made.from_dense("t0", torch.randn(ROWS, DIM))
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+
+
+def test_pruned_cached_rows_are_not_overwritten_through_a_mask() -> None:
+    made = _collection(QuotientRemainder(collisions=4, cache=HotRows(rows=2)))
+    prune.random_unstructured(_table(made).cache, "weight", 0.5)
+    with pytest.raises(ConfigError, match=r"table 't0': .* write to 'weight'.*\['t0'\]\.cache, 'weight'"):
+        made.from_dense("t0", torch.randn(ROWS, DIM))
 
 
 def test_a_parametrized_table_is_looked_up_as_torchrecs() -> None:
