@@ -34,7 +34,7 @@ def quantize_embeddings(
     Args:
         module: a model, or a collection, on the device that it is to serve on: torchrec's tables do not move.
         dtype: ``torch.int8`` (or ``torch.qint8``), ``torch.float16``, or ``torch.float32``.
-        inplace: change the model itself rather than a copy.
+        inplace: change the model itself rather than a copy. What is replaced is let go when all is done.
         additional_qconfig_spec_keys: further types of modules to quantise.
         additional_mapping: what becomes of them.
         output_dtype: of pooled values.
@@ -42,7 +42,7 @@ def quantize_embeddings(
 
     Raises:
         ConfigError: weights cannot be stored so, or ``per_table_weight_dtype`` names a table that the model
-            does not have; the model has not changed when it is a copy.
+            does not have. As after any other error, the model has not changed.
 
     Example::
 
@@ -59,6 +59,8 @@ def quantize_embeddings(
     # Modules are replaced within their parents.
     whole = nn.ModuleDict({"module": module})
     told = {child for child in module.modules() if hasattr(child, "qconfig")}
+    # torch replaces parent by parent: what one refuses comes after others have been replaced.
+    before = {parent: dict(parent._modules) for parent in whole.modules()}
     try:
         done = torchrec_inference.quantize_embeddings(
             whole,
@@ -69,7 +71,10 @@ def quantize_embeddings(
             output_dtype=output_dtype,
             per_table_weight_dtype=dict(per_table_weight_dtype) if per_table_weight_dtype else None,
         )
-    except Exception:
+    except BaseException:
+        for parent, children in before.items():
+            parent._modules.clear()
+            parent._modules.update(children)
         # In place, the next attempt would find what this one has asked for.
         for child in module.modules():
             if child not in told:

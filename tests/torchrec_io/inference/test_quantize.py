@@ -246,6 +246,24 @@ def test_weights_beyond_a_type_are_refused_whatever_the_method(
     assert model[0] is trained
 
 
+def test_a_model_is_as_it_was_where_its_second_collection_is_refused() -> None:
+    first, plain = collection(compressions=(TensorTrain(rank=8), Dense())), nn.Linear(2, 2)
+    second = collection(compressions=(TensorTrain(rank=8),))
+    second.embedding_bags["t0"].core_0.data[0, 0] = float("nan")
+    model = nn.Sequential(nn.Sequential(plain, first), nn.ModuleDict({"ebc": second}))
+    keys = list(model.state_dict())
+    with pytest.raises(ConfigError, match="table 't0': core_0 has a weight of nan"):
+        quantize_embeddings(model, torch.int8, inplace=True)
+    assert list(model.state_dict()) == keys
+    assert model[0][0] is plain
+    assert model[0][1] is first
+    assert model[1]["ebc"] is second
+    second.embedding_bags["t0"].core_0.data[0, 0] = 0
+    quantize_embeddings(model, torch.int8, inplace=True)
+    assert isinstance(model[0][1], QuantEmbeddingBagCollection)
+    assert isinstance(model[1]["ebc"], QuantEmbeddingBagCollection)
+
+
 def test_a_type_for_a_table_that_is_not_there_is_refused() -> None:
     plain = torchrec.EmbeddingBagCollection(
         tables=[torchrec.EmbeddingBagConfig(name="p", num_embeddings=9, embedding_dim=8, feature_names=["f"])]
