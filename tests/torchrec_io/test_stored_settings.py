@@ -18,7 +18,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 import recemb
 from recemb.errors import ConfigError
 from recemb.spec import Compression
-from recemb.torchrec_io import get_sharders
+from recemb.torchrec_io import get_sharders, quantize_embeddings
 
 QR = recemb.QuotientRemainder(collisions=4, operation="mult")
 ROBE = recemb.ROBE(compress_rate=4, block_size=4)
@@ -124,6 +124,19 @@ def test_uncompressed_states_still_go_to_torchrec_and_back() -> None:
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
     assert set(ours.state_dict()._metadata[""]) == {"version"}  # type: ignore[attr-defined] # torch's
+
+
+@by_pair
+def test_quantised_collections_note_and_check_too(pair: str) -> None:
+    first, second, why = PAIRS[pair]
+    state = saved(quantize_embeddings(model(t=first), torch.int8))
+    same, other = (quantize_embeddings(model(t=own), torch.int8) for own in (first, second))
+    same.load_state_dict(state)
+    assert all(map(torch.equal, state.values(), same.state_dict().values()))
+    before = parameters(other["sparse"])
+    with pytest.raises(ConfigError, match=f"table 't': .*{why}"):
+        other.load_state_dict(state)
+    assert all(map(torch.equal, before, parameters(other["sparse"])))
 
 
 def test_sharded_collections_note_and_check_too() -> None:

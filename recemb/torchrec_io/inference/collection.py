@@ -38,6 +38,7 @@ from recemb.torchrec_io.inference.dense import (
 )
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
+from recemb.torchrec_io.stored_settings import check_settings, note_settings
 
 
 class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyMixin):  # type: ignore[misc]
@@ -104,8 +105,8 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         self._embedding_names = [
             name for names in get_embedding_names_by_table(self._configs) for name in names
         ]
-        self.register_state_dict_post_hook(_without_dense)
-        self.register_load_state_dict_pre_hook(_with_dense)
+        self.register_state_dict_post_hook(_after_state_dict)
+        self.register_load_state_dict_pre_hook(_before_load)
 
     @classmethod
     def from_float(
@@ -270,21 +271,29 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
 _DENSE, _BAGS = "dense.embedding_bags.", "embedding_bags."
 
 
-def _without_dense(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+def _after_state_dict(
+    module: QuantEmbeddingBagCollection, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
     """Keys of uncompressed tables as in the float module."""
+    note_settings(module._specs, metadata)
     for key in [key for key in state if key.startswith(prefix + _DENSE)]:
         state[prefix + _BAGS + key[len(prefix + _DENSE) :]] = state.pop(key)
 
 
-def _with_dense(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: object
+def _before_load(
+    module: QuantEmbeddingBagCollection,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    *_: object,
 ) -> None:
+    check_settings(module._specs, state, prefix, metadata)
     if metadata.get("assign_to_params_buffers") and module.dense is not None:
         raise ConfigError(
             "torchrec's quantised tables look up the memory they were made with, not tensors that are "
             "assigned in its place; load without assign=True"
         )
-    own = cast(nn.ModuleDict, module.embedding_bags)
+    own = module.embedding_bags
     for key in [key for key in state if key.startswith(prefix + _BAGS)]:
         rest = key[len(prefix + _BAGS) :]
         if rest.split(".")[0] not in own:
