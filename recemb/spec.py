@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import ClassVar, Literal, get_args
 
@@ -208,6 +209,9 @@ class TensorTrain(Compression):
                 f"{math.prod(self.dim_shape)}, not to embedding_dim={table.embedding_dim}; "
                 "use dim_shape=None to choose one"
             )
+        self._check_rank(table)
+
+    def _check_rank(self, table: TableSpec) -> None:
         # A bond's rank is that of a matrix of ceil(N/b) a rows and b c columns; b and c are the products of
         # the p and q to its right, and a c = D. Whatever b is, the shorter side is at most sqrt(N D) + D.
         useful = math.isqrt(table.num_embeddings * table.embedding_dim) + table.embedding_dim
@@ -216,6 +220,17 @@ class TensorTrain(Compression):
                 f"table {table.name!r}: TensorTrain rank={self.rank} exceeds {useful}, beyond which no rank "
                 f"adds anything to num_embeddings={table.num_embeddings} rows of "
                 f"embedding_dim={table.embedding_dim}; use rank <= {useful}, e.g. rank={min(16, useful)}"
+            )
+        # The mean of the cores' sizes is at least their geometric mean, whatever the shapes.
+        logs = math.log(table.num_embeddings) + math.log(table.embedding_dim)
+        logs = (logs + 2 * sum(map(math.log, self.ranks))) / self.num_cores
+        each = [left * right for left, right in pairwise(self.ranks)]
+        least = max(sum(each), self.num_cores * math.exp(min(logs, 61)))
+        if least >= 2**61:
+            raise ConfigError(
+                f"table {table.name!r}: TensorTrain rank={self.rank} with num_cores={self.num_cores} takes "
+                f"at least {least:.2g} weights, and must take fewer than 2**61: torch counts bytes in 63 "
+                "bits; use a lower rank, e.g. rank=16"
             )
 
 

@@ -12,8 +12,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from recemb.errors import ConfigError
 from recemb.id_maps.radix import ceil_div, factorizations
 from recemb.spec import TableSpec, TensorTrain
+
+# Searches of two cores before one of more is given up, some 20 s; 10 M rows take 150 of them.
+_MOST_SEARCHES = 2**21
+# Of so many first entries each is as long as one more search.
+_ENTRIES_A_SEARCH = 64
 
 
 @lru_cache(maxsize=4096)
@@ -25,6 +31,9 @@ def tt_shapes(
     Dimension shapes are taken from the most even splits of D (2, 2, 4 for 16): the parameter count is the
     same for all up to rounding, and even splits give every bond columns on both sides. Ties go to fewer
     FLOPs a row.
+
+    Raises:
+        ConfigError: of so many rows and such ranks the best shape takes too long to find.
     """
     ranks = compression.ranks
     if compression.dim_shape is not None:
@@ -49,7 +58,10 @@ def tt_shapes(
 def table_shapes(table: TableSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(p, q) of a table whose compression is a :class:`TensorTrain`."""
     assert isinstance(table.compression, TensorTrain)
-    return tt_shapes(table.num_embeddings, table.embedding_dim, table.compression)
+    try:
+        return tt_shapes(table.num_embeddings, table.embedding_dim, table.compression)
+    except ConfigError as error:
+        raise ConfigError(f"table {table.name!r}: {error}") from None
 
 
 def core_sizes(dim_shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
@@ -68,11 +80,46 @@ def flops_per_row(dim_shape: Sequence[int], ranks: Sequence[int]) -> int:
 
 @lru_cache(maxsize=65536)
 def best_row_shape(rows: int, costs: tuple[int, ...]) -> tuple[int, ...]:
-    """The p >= 1 with prod(p) >= ``rows`` that minimises sum(costs * p); exact, by branch and bound."""
-    return _search(rows, costs, math.inf)[1]
+    """The p >= 1 with prod(p) >= ``rows`` that minimises sum(costs * p); exact, by branch and bound.
+
+    Raises:
+        ConfigError: that takes too long, as where the optimum is flat over millions of p_1.
+    """
+    try:
+        return _search(rows, costs, math.inf, _Patience(_MOST_SEARCHES))[1]
+    except TimeoutError:
+        near = _rounded(rows, costs)
+        raise ConfigError(
+            f"the TensorTrain row_shape of fewest weights for num_embeddings={rows} and cores of {costs} "
+            f"weights a row takes too long to find; give one, e.g. row_shape={near}, which is near it, or "
+            "use a lower rank or fewer cores"
+        ) from None
 
 
-def _search(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tuple[int, ...]]:
+class _Patience:
+    """Counts down."""
+
+    def __init__(self, searches: int) -> None:
+        self._left = searches
+
+    def spend(self, searches: int) -> None:
+        """Raise ``TimeoutError`` when it is at its end."""
+        self._left -= searches
+        if self._left < 0:
+            raise TimeoutError
+
+
+def _rounded(rows: int, costs: tuple[int, ...]) -> tuple[int, ...]:
+    """The continuous optimum, core by core to the nearest whole number; holds ``rows``."""
+    if len(costs) == 1:
+        return (rows,)
+    first = _start(_optimum(rows, costs)[0], rows, costs)
+    return (first, *_rounded(ceil_div(rows, first), costs[1:]))
+
+
+def _search(
+    rows: int, costs: tuple[int, ...], budget: float, patience: _Patience
+) -> tuple[float, tuple[int, ...]]:
     """Cheapest (cost, p) below ``budget``; (inf, ()) when there is none.
 
     Costs are ints, and so is every budget but the first, infinity: past 2**53 floats would mix up neighbours.
@@ -81,7 +128,7 @@ def _search(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tu
         only = costs[0] * rows
         return (only, (rows,)) if only < budget else (math.inf, ())
     if len(costs) == 2:
-        return _search_two(rows, costs, budget)
+        return _search_two(rows, costs, budget, patience)
     limit: float = budget
     shape: tuple[int, ...] = ()
     middle = _start(_optimum(rows, costs)[0], rows, costs)
@@ -92,7 +139,7 @@ def _search(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tu
         first = middle if step == 1 else middle - 1
         while 1 <= first <= rows and _bound(rows, costs, first) < limit:
             spent = costs[0] * first
-            cost, rest = _search(ceil_div(rows, first), costs[1:], limit - spent)
+            cost, rest = _search(ceil_div(rows, first), costs[1:], limit - spent, patience)
             if rest and (
                 not shape or cost + spent < limit - 1 or _rank(first, preferred) < _rank(shape[0], preferred)
             ):
@@ -111,7 +158,9 @@ def _rank(first: int, preferred: int) -> tuple[bool, int]:
     return first < preferred, abs(first - preferred)
 
 
-def _search_two(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float, tuple[int, ...]]:
+def _search_two(
+    rows: int, costs: tuple[int, ...], budget: float, patience: _Patience
+) -> tuple[float, tuple[int, ...]]:
     left, right = costs
     middle = min(rows, max(1, math.isqrt(rows * right // left)))
     limit = left * middle + right * ceil_div(rows, middle) + 1
@@ -121,6 +170,7 @@ def _search_two(rows: int, costs: tuple[int, ...], budget: float) -> tuple[float
     root = math.isqrt(max(0, limit * limit - 4 * left * right * rows)) + 1
     low = max(1, (limit - root) // (2 * left))
     high = min(rows, ceil_div(limit + root, 2 * left))
+    patience.spend(1 + max(0, high - low) // _ENTRIES_A_SEARCH)
     if high < low:
         return math.inf, ()
     largest = left * high + right * ceil_div(rows, low)

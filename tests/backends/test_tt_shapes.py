@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recemb.backends import tt_shapes as module
 from recemb.backends.tensor_train import TensorTrainBackend
 from recemb.backends.tt_shapes import best_row_shape, tt_shapes
 from recemb.errors import ConfigError
@@ -149,3 +150,41 @@ def test_f15_ranks_that_add_nothing_are_refused(rows: int, rank: int | tuple[int
 def test_a_rank_for_all_tables_may_be_high_for_the_small_ones() -> None:
     assert table(3, 4, TensorTrain(rank=256)).num_embeddings == 3
     assert table(10_131_227, 16, TensorTrain(rank=12_747)).num_embeddings == 10_131_227
+
+
+@pytest.mark.parametrize(("rank", "num_cores"), [(10**9, 3), (10**9, 4), ((2**30, 2**30, 2**30, 1), 5)])
+def test_f15_trains_whose_bytes_torch_cannot_count_are_refused(
+    rank: int | tuple[int, ...], num_cores: int
+) -> None:
+    train = TensorTrain(rank=rank, num_cores=num_cores)
+    with pytest.raises(ConfigError, match=r"table 't': .*takes at least .* fewer than 2\*\*61.*e.g. rank=16"):
+        TableSpec(name="t", num_embeddings=2**60, embedding_dim=1, compression=train)
+    lower = TensorTrain(rank=256, num_cores=num_cores)
+    TableSpec(name="t", num_embeddings=2**60, embedding_dim=1, compression=lower)
+
+
+@pytest.mark.parametrize(("rank", "num_cores"), [(3 * 10**8, 3), (3, 7)])
+def test_f15_a_search_that_would_not_end_names_a_shape_near_the_best(
+    rank: int, num_cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_SEARCHES", 1000)
+    train = TensorTrain(rank=rank, num_cores=num_cores)
+    spec = TableSpec(name="t", num_embeddings=2**60, embedding_dim=1, compression=train)
+    with pytest.raises(ConfigError, match=r"table 't': .*takes too long to find.*row_shape=") as refused:
+        TensorTrainBackend.param_shapes([spec])
+    found = re.search(r"row_shape=\(([\d, ]+)\)", str(refused.value))
+    assert found is not None
+    shape = tuple(map(int, found[1].split(", ")))
+    near = table(2**60, 1, TensorTrain(rank=rank, num_cores=num_cores, row_shape=shape))
+    costs = [left * right for left, right in itertools.pairwise(train.ranks)]
+    bound = num_cores * (2**60 * math.prod(costs)) ** (1 / num_cores)
+    assert bound * (1 - 1e-9) <= TensorTrainBackend.num_params([near]) <= bound * 1.1
+
+
+def test_a_search_has_a_hundredfold_of_what_a_large_table_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_SEARCHES", module._MOST_SEARCHES // 100)
+    for rows in (10_131_227, 2**33):
+        for compression in (TensorTrain(rank=64), TensorTrain(rank=4, num_cores=5), TensorTrain(rank=256)):
+            best_row_shape.cache_clear()
+            tt_shapes.cache_clear()
+            assert math.prod(tt_shapes(rows, 16, compression)[0]) >= rows
