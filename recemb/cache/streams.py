@@ -13,6 +13,7 @@ n_c / n times that of its cold part. Where all are cached, both are a plain tabl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 # Above every id plus its table's base.
 NO_KEY = torch.iinfo(torch.int64).max
+# An exchange that is kept back at as many times ``refresh_every`` look-ups will not come by itself. A period
+# counts as so many look-ups at least: one step may have several.
+_MANY_TIMES, _FEW = 4, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +88,20 @@ class Streams:
         self._open: list[ref[Token]] = []
         # Whether an exchange is due since a look-up within a backward.
         self._put_off = False
+        # Look-ups at which one was due, and the graph of another was still to go backward.
+        self._kept_back = 0
         # The backward that the last graph of a forward outside of any has gone through.
         self.left_in = -1
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be worked out again stays out of copies, and a graph is not copied.
-        return self.__dict__ | {"_keys": None, "_splitter": None, "_open": [], "left_in": -1}
+        return self.__dict__ | {
+            "_keys": None,
+            "_splitter": None,
+            "_open": [],
+            "_kept_back": 0,
+            "left_in": -1,
+        }
 
     @property
     def expanded(self) -> list[TableSpec]:
@@ -134,6 +146,11 @@ class Streams:
             self._put_off = backward_under_way() != -1
             if not self._put_off:
                 refresh(due)
+                self._kept_back = 0
+        elif due and self._open and training:
+            self._kept_back += 1
+            if self._kept_back == _MANY_TIMES * max(_FEW, *(cache_of(b).settings.refresh_every for b in due)):
+                _warn_of_waiting(due[0])
         return training
 
     def _repeats(self) -> bool:
@@ -350,6 +367,17 @@ class Streams:
             else:
                 joined.append(piece)
         return joined
+
+
+def _warn_of_waiting(table: Backend) -> None:
+    warnings.warn(
+        f"table {table.table.name!r}: its cached rows are due to be exchanged (refresh_every="
+        f"{cache_of(table).settings.refresh_every}) and cannot be: at each of many look-ups the output of an "
+        "earlier one, which has found its rows in the cache, had still to go backward. Call backward() "
+        "before the next look-up, and prefetch(features) to prepare a batch ahead of that; look up under "
+        "torch.no_grad() what is not to go backward",
+        stacklevel=5,
+    )
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from recemb.bags import Bags
@@ -215,3 +217,38 @@ def test_two_look_ups_of_a_reentrant_checkpoint_are_two_steps() -> None:
         checkpoint(look_up, torch.ones(1, requires_grad=True), use_reentrant=True).sum().backward()
         assert collection.cache().host_value("steps") == steps
     assert float(collection.cache().votes.sum()) == 2 * 4
+
+
+def look_up_ahead(collection: Collection, steps: int) -> None:
+    """Always the next batch before the backward of the one before, which steps."""
+    apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.01})
+    ahead = collection(one_id_bags([1, 2]))
+    for _ in range(steps):
+        now, ahead = ahead, collection(one_id_bags([1, 2, 3]))
+        now.sum().backward()
+
+
+@pytest.mark.parametrize(("every", "first"), [(1, 64), (20, 80)])
+def test_a_loop_that_never_lets_rows_be_exchanged_is_told_once(every: int, first: int) -> None:
+    collection = made(TensorTrain(rank=4, cache=HotRows(rows=2, warmup=1, refresh_every=every)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look_up_ahead(collection, first - 1)
+    assert collection.cache().due
+    collection = made(TensorTrain(rank=4, cache=HotRows(rows=2, warmup=1, refresh_every=every)))
+    said = rf"table 't': .*refresh_every={every}\) and cannot be: .*Call backward\(\) before the next look-up"
+    with pytest.warns(UserWarning, match=said) as told:
+        look_up_ahead(collection, 3 * first)
+    assert len(told) == 1
+
+
+def test_several_look_ups_before_each_backward_are_no_reason_to_warn() -> None:
+    collection = made(TensorTrain(rank=4, cache=EACH_STEP))
+    optimizer = torch.optim.SGD(collection.parameters(), 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            torch.stack([collection(one_id_bags([1, 2])) for _ in range(10)]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert collection.cache().exchanges
