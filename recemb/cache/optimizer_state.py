@@ -22,9 +22,10 @@ def reset_rows(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: 
     for name, value in state.items():
         # Step counters are of the whole parameter, and stay.
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == parameter.shape[0]:
-            # Adagrad's sum alone starts elsewhere than at 0.
-            start = groups[0].get("initial_accumulator_value", 0) if name == "sum" and groups else 0
-            value.index_fill_(0, rows.to(value.device), start)
+            # These alone start elsewhere than at 0: Adagrad's sum and Rprop's steps.
+            setting = {"sum": "initial_accumulator_value", "step_size": "lr"}.get(name)
+            start = groups[0].get(setting, 0) if setting and groups else 0
+            value.index_fill_(0, rows.to(value.device), float(start))
 
 
 def reset_in_backward(parameter: nn.Parameter, rows: Tensor) -> None:

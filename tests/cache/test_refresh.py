@@ -341,6 +341,23 @@ def test_a_new_row_starts_with_fresh_state_under_in_backward_optimizers(name: st
     step(collection, [9])
 
 
+def test_a_new_row_starts_with_the_step_size_of_rprop() -> None:
+    collection = Collection([spec(TensorTrain(rank=4, cache=forever(rows=2)), 40)])
+    apply_optimizer_in_backward(torch.optim.Rprop, collection.parameters(), {"lr": 0.03})
+    cache = hold(collection, [1, 2])
+    for _ in range(3):
+        step(collection, [1, 2])
+    (optimizer,) = cache.weight._in_backward_optimizers
+    sizes = optimizer.state[cache.weight]["step_size"]
+    kept = sizes[0].clone()
+    assert bool((sizes != 0.03).any(dim=1).all())
+    with torch.no_grad():
+        cache.scores[0] = 1e9
+    hold(collection, [9])
+    assert cache.ids.tolist() == [1, 9]
+    assert torch.equal(sizes, torch.stack([kept, torch.full_like(kept, 0.03)]))
+
+
 def test_an_optimizer_outside_can_be_mended() -> None:
     collection = Collection([spec(TensorTrain(rank=4, cache=forever(rows=2)), 40)])
     hold(collection, [1, 2])
