@@ -54,7 +54,7 @@ class HotRowCache(DenseBackend):
     for one that is stepped outside, it stays the former row's unless one of these mends it, as
     ``cache.on_replace.append(lambda cache, slots: reset_rows(optimizer, cache.weight, slots))`` does
     (:func:`recemb.cache.optimizer_state.reset_rows`). They are of this cache and its optimizer: copies and
-    pickles start without any.
+    pickles start without any, and a collection that has some is not sharded.
 
     Args:
         table: the compressed table.

@@ -127,6 +127,26 @@ def test_cached_rows_apart_from_their_table(way: object) -> None:
         _shard(_collection([Dense(), cached]), row_wise(), way)
 
 
+def test_functions_that_a_sharded_cache_would_not_call(one_rank: dist.ProcessGroup) -> None:
+    ebc = _collection([Dense(), QuotientRemainder(collisions=10, cache=HotRows(rows=3))])
+    on_replace = ebc.hot_row_caches()["t1"].on_replace
+    on_replace.append(lambda cache, slots: None)
+    sharder = EmbeddingBagCollectionSharder()
+    plan = construct_module_sharding_plan(
+        ebc,
+        {"t0": table_wise(0), "t1": table_wise(0)},
+        sharder=sharder,
+        local_size=1,
+        world_size=1,
+        device_type="cpu",
+    )
+    env, device = ShardingEnv.from_process_group(one_rank), torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"table 't1': 1 functions in on_replace .*hot_row_caches"):
+        sharder.shard(ebc, plan, env, device)
+    on_replace.clear()
+    assert sharder.shard(ebc, plan, env, device).hot_row_caches()["t1"].on_replace == []
+
+
 def test_a_cached_table_and_one_that_shares_its_array_planned_apart() -> None:
     cached = ROBE(compress_rate=10, block_size=8, cache=HotRows(fraction=0.1))
     with pytest.raises(

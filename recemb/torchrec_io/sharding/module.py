@@ -80,7 +80,8 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         options: further arguments of torchrec's.
 
     Raises:
-        ConfigError: a plan that compressed tables cannot follow, before anything is allocated.
+        ConfigError: a plan that compressed tables cannot follow, or functions in a cache's ``on_replace``,
+            which would be lost; before anything is allocated.
     """
 
     _embedding_bag_configs: list[TorchrecEmbeddingBagConfig]
@@ -104,6 +105,7 @@ class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # t
         check_environment(env)
         check_plan(tables, names, table_name_to_parameter_sharding, env.world_size)
         _check_optimizers(tables, fused_params)
+        _check_callbacks(module)
         plan = {
             name: customized(sharding) if name in tables.specs else sharding
             for name, sharding in table_name_to_parameter_sharding.items()
@@ -402,6 +404,18 @@ def _check_optimizers(tables: CompressedTables, fused_params: Mapping[str, Any] 
             "not follow; call apply_optimizer_in_backward(OptimizerClass, collection.parameters(), {...}) "
             "before DistributedModelParallel instead"
         )
+
+
+def _check_callbacks(module: EmbeddingBagCollection) -> None:
+    """They are of the caches that stay behind, and as a rule of an optimizer of their rows."""
+    for name, cache in module.hot_row_caches().items():
+        if cache.on_replace:
+            raise ConfigError(
+                f"table {name!r}: {len(cache.on_replace)} functions in on_replace of its cache would never "
+                "be called: the sharded collection has caches of its own. Clear the list, and append to "
+                "on_replace of the sharded collection's hot_row_caches() after DistributedModelParallel, "
+                "with the optimizer made of its parameters"
+            )
 
 
 def _after_state_dict(
