@@ -17,7 +17,7 @@ from recemb.errors import ConfigError, NonFiniteError, OutOfMemoryError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
-from recemb.optim.state import settings_of, version_of
+from recemb.optim.state import check_eps, settings_of, version_of
 from recemb_kernels.digit_tree.group import ChangedError
 from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
@@ -303,10 +303,18 @@ def _trains_natively(owner: Backend) -> bool:
 
 
 def _leave_to_torch(owner: Backend, left: Container[int]) -> None:
-    """No kernel steps on these parameters of a storage: Adam is to move the rows that one would."""
+    """No kernel steps on these parameters of a storage: Adam is to move the rows that one would.
+
+    Raises:
+        ConfigError: torch would make NaN of them. No weight has changed.
+    """
     for k, (name, parameter) in enumerate(owner.own_parameters().items()):
-        if k in left and name not in owner.stepped_whole:
-            for optimizer in attached_to(parameter):
+        if k not in left:
+            continue
+        for optimizer in attached_to(parameter):
+            if parameter.requires_grad:
+                check_eps(f"table {owner.table.name!r}: {name}", optimizer, parameter)
+            if name not in owner.stepped_whole:
                 step_lazily(optimizer)
 
 

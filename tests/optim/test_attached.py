@@ -151,3 +151,46 @@ def test_a_frozen_parameter_leaves_the_others_their_fused_step(method: str, froz
         for k, (mine, theirs, old) in enumerate(zip(whole, partly, before, strict=True)):
             assert torch.equal(theirs, old if k == frozen else mine)
             assert not torch.equal(mine, old)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adam, torchrec.optim.RowWiseAdagrad])
+@pytest.mark.parametrize("method", ["tt", "mult", "robe", "dense"])
+def test_an_eps_that_is_0_in_float16_is_refused_before_weights_become_nan(kind: Any, method: str) -> None:
+    made = _collection(COMPRESSIONS[method]).half()
+    apply_optimizer_in_backward(kind, made.parameters(), {"lr": 0.01})
+    before = [parameter.detach().clone() for parameter in made.parameters()]
+    batch = _batches()[0]
+    said = r"table 'a': \w+ is torch.float16, in which \w+'s eps=1e-\d+ is 0.*eps=1e-4, or .*DataType.BF16"
+    with pytest.raises(ConfigError, match=said):
+        made(batch)
+    assert all(map(torch.equal, made.parameters(), before))
+    with torch.no_grad():
+        made(batch)
+    for parameter in made.parameters():
+        parameter._in_backward_optimizers[0].param_groups[0]["eps"] = 1e-4
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in _trained(made))
+    assert not all(map(torch.equal, made.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "settings"),
+    [
+        (torch.bfloat16, torch.optim.Adagrad, {}),
+        (torch.bfloat16, torch.optim.Adam, {}),
+        (torch.float16, torch.optim.SGD, {}),
+        (torch.float16, torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+    ],
+)
+def test_what_half_precision_can_be_trained_with_is_taken(
+    dtype: torch.dtype, kind: Any, settings: dict[str, Any]
+) -> None:
+    made = _collection().to(dtype)
+    apply_optimizer_in_backward(kind, made.parameters(), {"lr": 0.01, **settings})
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in _trained(made))
+
+
+def test_a_frozen_table_in_float16_is_looked_up_whatever_is_attached() -> None:
+    made = _collection().half()
+    apply_optimizer_in_backward(torch.optim.Adagrad, made.parameters(), {"lr": 0.01})
+    made.requires_grad_(False)
+    assert bool(torch.isfinite(made(_batches()[0]).values()).all())
