@@ -21,6 +21,8 @@ CachePolicy = Literal["lfu", "lru", "importance"]
 DTYPE_BYTES: dict[DTypeName, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Ranks that every table may have: one rank is often given to all tables, those of a few rows among them.
 RANK_FOR_ANY_TABLE = 256
+# Where the metadata of a collection in a state dict has its tables' settings.
+SETTINGS_KEY = "recemb"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,9 @@ class Checkpoint:
                 only the model is loaded.
 
         Raises:
-            CheckpointError: before anything is written: all differences in keys, shapes and types, on every
-                rank. After that only when a file has been damaged since it was verified.
+            CheckpointError: before anything is written: all differences in keys, shapes, types and tables'
+                settings (see :mod:`recemb.torchrec_io.stored_settings`), on every rank. After that only when
+                a file has been damaged since it was verified.
         """
         told = self._ranks.together(lambda: self._compare(flatten(state)))
         wanted = {key for each in told for key in each["keys"]}
@@ -100,7 +101,23 @@ class Checkpoint:
                 wrong.append(f"{key}: missing: {other}")
             elif not value.replaceable():
                 wrong.append(f"{key}: lies in a {type(value.parent).__name__}, which cannot be written to")
+        wrong += self._other_settings(flat)
         return {"keys": flat.keys, "wrong": wrong}
+
+    def _other_settings(self, flat: FlatState) -> list[str]:
+        """Tables whose tensors fit, and are other rows to them."""
+        wrong = []
+        for key, tables in flat.settings.items():
+            stored = self._manifest.settings.get(key, {})
+            for table, own in tables.items():
+                theirs = stored.get(table, {}) if isinstance(stored, Mapping) else {}
+                for name, value in own.items() if isinstance(theirs, Mapping) else ():
+                    if name in theirs and theirs[name] != value:
+                        wrong.append(
+                            f"{key}: table {table!r}: {name} {theirs[name]!r} in the checkpoint, {value!r} "
+                            "in the state"
+                        )
+        return wrong
 
     def _misfit(self, wrong: list[str]) -> str:
         lines = wrong[:_MAX_LINES]

@@ -67,6 +67,7 @@ class Manifest(_Part):
         files: their names.
         tensors: by path in the state.
         values: the state's other leaves, by path.
+        settings: of the collections in the state, by path and table; those saved before have none.
         extra: the caller's.
     """
 
@@ -78,6 +79,7 @@ class Manifest(_Part):
     files: list[_FileName]
     tensors: dict[str, StoredTensor]
     values: dict[str, Any]
+    settings: dict[str, Any] = {}
     extra: dict[str, Any]
 
     def to_bytes(self) -> bytes:

@@ -119,6 +119,7 @@ def _describe(step: int, keep: int, state: Mapping[str, Any], extra: Mapping[str
         "keep": keep,
         "tensors": offer(flat),
         "values": {path: plain(value.value, path) for path, value in flat.values.items()},
+        "settings": flat.settings,
         "extra": kept,
     }
 
@@ -147,7 +148,7 @@ def _estimate(placed: Mapping[str, PlacedTensor], told: Sequence[Mapping[str, An
     names = sum(len(name) for _, name in stored) + sum(map(len, placed))
     described = _BYTES_PER_TENSOR * (len(stored) + len(placed)) + names
     described += _BYTES_PER_BLOCK * (data // shard_file.BLOCK_BYTES)
-    return data + described + len(json.dumps([told[0]["extra"], told[0]["values"]]))
+    return data + described + len(json.dumps([told[0][name] for name in ("extra", "values", "settings")]))
 
 
 def _prepare(root: Path, step: int, needed: int) -> str:
@@ -200,8 +201,10 @@ def _manifest(
     told: Sequence[Mapping[str, Any]],
 ) -> Manifest:
     values: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for each in reversed(told):
         values |= each["values"]
+        settings |= each["settings"]
     tensors = {
         key: StoredTensor(
             dtype=tensor.dtype,
@@ -219,6 +222,7 @@ def _manifest(
         files=[_file_name(rank) for rank, each in enumerate(written) if each],
         tensors=tensors,
         values=values,
+        settings=settings,
         extra=told[0]["extra"],
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from recemb.errors import CheckpointError
+from recemb.spec import SETTINGS_KEY
 
 # The names that safetensors gives to torch's types.
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -93,10 +94,17 @@ class Value:
 
 @dataclass(eq=False)
 class FlatState:
-    """The leaves of a state by path."""
+    """The leaves of a state by path.
+
+    Attributes:
+        tensors: among them.
+        values: the others.
+        settings: of the collections in its state dicts, by path, what each of their tables is read by.
+    """
 
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -145,6 +153,12 @@ def plain(value: Any, path: str) -> Any:
 def _walk(node: Any, path: tuple[str, ...], flat: FlatState) -> None:
     children: Iterable[tuple[Any, Any]]
     children = node.items() if isinstance(node, Mapping) else enumerate(node)
+    # torch's state dicts say what they are of, by module.
+    metadata = getattr(node, "_metadata", None)
+    for module, said in metadata.items() if isinstance(metadata, Mapping) else ():
+        if isinstance(said, Mapping) and isinstance(said.get(SETTINGS_KEY), Mapping):
+            where = "/".join((*path, str(module)))
+            flat.settings[where] = plain(said[SETTINGS_KEY], where)
     for key, item in children:
         at = (*path, str(key).replace("~", "~0").replace("/", "~1"))
         name = "/".join(at)

@@ -15,9 +15,7 @@ from typing import Any
 
 from recemb.backends import storages
 from recemb.errors import ConfigError
-from recemb.spec import TableSpec
-
-_KEY = "recemb"
+from recemb.spec import SETTINGS_KEY, TableSpec
 
 
 def note_settings(tables: Iterable[TableSpec], metadata: dict[str, Any]) -> None:
@@ -29,7 +27,7 @@ def note_settings(tables: Iterable[TableSpec], metadata: dict[str, Any]) -> None
         if (settings := backend.stored_settings(table, peers))
     }
     if found:
-        metadata[_KEY] = found
+        metadata[SETTINGS_KEY] = found
 
 
 def check_settings(
@@ -46,7 +44,7 @@ def check_settings(
     Raises:
         ConfigError: they are not; nothing of the collection has been loaded.
     """
-    noted = metadata.get(_KEY)
+    noted = metadata.get(SETTINGS_KEY)
     if not isinstance(noted, Mapping):
         return
     for backend, peers in storages(tables):

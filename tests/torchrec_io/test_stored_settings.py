@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,8 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 import recemb
-from recemb.errors import ConfigError
+from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from recemb.errors import CheckpointError, ConfigError
 from recemb.spec import Compression
 from recemb.torchrec_io import get_sharders, quantize_embeddings
 
@@ -139,18 +143,62 @@ def test_quantised_collections_note_and_check_too(pair: str) -> None:
     assert all(map(torch.equal, before, parameters(other["sparse"])))
 
 
-def test_sharded_collections_note_and_check_too() -> None:
-    """A collection by itself: the model around it hands it a plain dict."""
+def checkpoint(folder: Path, state: Any) -> Checkpoint:
+    save_checkpoint(folder, 1, {"model": state}, {})
+    found = latest_checkpoint(folder)
+    assert found is not None
+    return found
+
+
+@by_pair
+@pytest.mark.parametrize("make", [collection, model])
+def test_checkpoints_note_and_check_too(make: Any, pair: str, tmp_path: Path) -> None:
+    first, second, why = PAIRS[pair]
+    state = make(a=QR, t=first).state_dict()
+    found = checkpoint(tmp_path, state)
+    other = make(a=QR, t=second)
+    before = parameters(other)
+    theirs, ours = why.split(".*")
+    said = f"table 't': {theirs} in the checkpoint, .*in the state".replace("=", " ")
+    with pytest.raises(CheckpointError, match=said) as refused:
+        found.load({"model": other.state_dict()})
+    assert ours.partition("=")[2].replace("\\", "") in str(refused.value)
+    assert all(map(torch.equal, before, parameters(other)))
+    found.load({"model": dict(other.state_dict())})
+    assert all(map(torch.equal, state.values(), parameters(other)))
+    same = make(a=QR, t=first)
+    found.load({"model": same.state_dict()})
+    assert all(map(torch.equal, state.values(), parameters(same)))
+
+
+def test_checkpoints_of_before_load_as_ever(tmp_path: Path) -> None:
+    other = collection(t=PAIRS["qr"][1])
+    found = checkpoint(tmp_path, dict(collection(t=QR).state_dict()))
+    file = found.path / "manifest.json"
+    body = json.loads(file.read_text())["manifest"]
+    assert body.pop("settings") == {}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    file.write_text(f'{{"crc32":{zlib.crc32(text.encode())},"manifest":{text}}}')
+    again = latest_checkpoint(tmp_path)
+    assert again is not None
+    again.load({"model": other.state_dict()})
+
+
+def test_sharded_collections_note_and_check_too(tmp_path: Path) -> None:
+    """A collection by itself, as the model around it hands it a plain dict; a checkpoint of the model."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        first, second = (
+        models = [
             DistributedModelParallel(
                 nn.ModuleDict({"sparse": collection(t=compression)}),
                 device=torch.device("cpu"),
                 sharders=get_sharders(),
-            ).module["sparse"]
+            )
             for compression in PAIRS["qr"][:2]
-        )
+        ]
+        with pytest.raises(CheckpointError, match=r"table 't': operation 'mult' in the checkpoint, 'add'"):
+            checkpoint(tmp_path, models[0].state_dict()).load({"model": models[1].state_dict()})
+        first, second = (each.module["sparse"] for each in models)
         state = saved(first)
         for other in (second, collection(t=PAIRS["qr"][1])):
             before = parameters(other)
