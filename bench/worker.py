@@ -20,6 +20,10 @@ from bench.measure import Seconds
 from bench.settings import Setting
 from recemb.errors import RecembError
 
+# Each thread keeps to a core, and the first one to the same core in every worker. Left to the system, the main
+# threads of two workers lie on different cores, and small steps took up to twice as long on one of them.
+_ON_ONE_CORE = {"OMP_PROC_BIND": "close", "OMP_PLACES": "threads"}
+
 
 class WorkerError(RecembError):
     """A worker that could not do what it was asked; the message is its own (exit code 1)."""
@@ -41,7 +45,9 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],
             cwd=package_root,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([path, peers] if peers else [path])},
+            env=_ON_ONE_CORE
+            | os.environ
+            | {"PYTHONPATH": os.pathsep.join([path, peers] if peers else [path])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -49,6 +55,11 @@ class Worker:
         found = Path(self._ask(do="where")["recemb"]).parents[1]
         if found != package_root.resolve():
             raise WorkerError(f"the child imports recemb from {found}, not from {package_root}")
+
+    @property
+    def pid(self) -> int:
+        """The child's process."""
+        return self._process.pid
 
     def build(self, key: str, setting: Setting, case: str, paths: Sequence[str]) -> None:
         """Build a case and warm up its paths; the turns of a path are asked for as ``key path``."""

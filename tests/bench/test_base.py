@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 from contextlib import closing
 from dataclasses import replace
@@ -80,6 +81,17 @@ def test_a_worker_measures_its_own_checkout() -> None:
         worker.drop()
         with pytest.raises(WorkerError, match="KeyError"):
             worker.turn(f"dense {OP}", 0)
+
+
+@pytest.mark.skipif(
+    any(name in os.environ for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")),
+    reason="the environment says where threads run",
+)
+def test_the_main_threads_of_all_workers_run_on_one_core() -> None:
+    with closing(Worker(ROOT)) as one, closing(Worker(ROOT)) as other:
+        cores = [os.sched_getaffinity(worker.pid) for worker in (one, other)]
+    assert len(cores[0]) == 1
+    assert cores[0] == cores[1]
 
 
 def test_a_pair_is_two_rows_with_the_ratio_to_the_commit() -> None:
