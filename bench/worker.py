@@ -20,8 +20,8 @@ from bench.measure import Seconds
 from bench.settings import Setting
 from recemb.errors import RecembError
 
-# Each thread keeps to a core, and the first one to the same core in every worker. Left to the system, the main
-# threads of two workers lie on different cores, and small steps took up to twice as long on one of them.
+# Each thread keeps to a core, and the first one to the same core in every worker. Left to the system, the
+# main threads of two workers lie on different cores, and small steps took up to twice as long on one of them.
 _ON_ONE_CORE = {"OMP_PROC_BIND": "close", "OMP_PLACES": "threads"}
 
 
