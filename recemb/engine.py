@@ -11,13 +11,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from recemb.backends.base import Backend
-from recemb.backends.native import pooled_native, prepare_native, served_natively
+from recemb.backends.base import Backend, Memo
+from recemb.backends.native import (
+    WholeLookup,
+    pooled_native,
+    prepare_native,
+    served_natively,
+    whole_look_up,
+)
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.cache.device_streams import DeviceStreams
 from recemb.cache.streams import Streams
 from recemb.errors import BatchError
 from recemb.spec import TableSpec
+from recemb_kernels.digit_tree.step import loaded
 from recemb_kernels.gather_op import opaque
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.streams import HandOver
@@ -43,10 +50,9 @@ class Engine:
         served = [table for _, table in lookups]
         # With cached rows a batch is looked up as more features than it has.
         self._streams = _both_streams(served) if any(table.cache_rows for table in served) else None
+        # A look-up like the last one's, where it can be had in one call.
+        self._whole: dict[str, WholeLookup | None] = Memo()
 
-    # torch.compile breaks its graph here, as it does at torchrec's own jagged tensors: the look-up inside is
-    # the eager one, with its fused optimizers.
-    @opaque
     def __call__(self, tables: Mapping[str, Backend], bags: Bags) -> Tensor:
         """Pool a batch.
 
@@ -60,6 +66,17 @@ class Engine:
         Raises:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
+        if not torch.compiler.is_compiling():
+            whole = self._whole.get("look-up")
+            pooled = None if whole is None else whole(tables, bags)
+            if pooled is not None:
+                return pooled
+        return self._look_up(tables, bags)
+
+    # torch.compile breaks its graph here, as it does at torchrec's own jagged tensors: the look-up inside is
+    # the eager one, with its fused optimizers.
+    @opaque
+    def _look_up(self, tables: Mapping[str, Backend], bags: Bags) -> Tensor:
         served = [tables[target.table] for target in self.targets]
         if bags.prepared_outside:
             bags = Bags(bags.ids, bags.offsets, bags.num_features, bags.weights)
@@ -68,7 +85,11 @@ class Engine:
         if bags.handed is not None:
             bags.handed.take(bags)
         if self._streams is None:
-            return self._pool(served, bags)
+            pooled = self._pool(served, bags)
+            if loaded and served:
+                found = whole_look_up(served, type(tables), self.targets, self.micro_batch_rows)
+                self._whole["look-up"] = found
+            return pooled
         streams = self._choose(self._streams, served, bags)
         training = streams.begin(served)
         split = streams.split(served, bags)

@@ -39,7 +39,7 @@ def bags_are_valid(
         return False
     place = 0 if limits is None else ctypes.addressof(limits)
     if loaded:
-        address = attempt("check_bags", _address)
+        address = attempt("check_bags", check_address)
         return address is not None and loaded[0].bags_are_valid(
             address, ids, offsets, weights, num_features, place
         )
@@ -64,7 +64,12 @@ def bags_are_valid(
 
 
 @cache
-def _address() -> int:
+def check_address() -> int:
+    """Of the driver's check.
+
+    Raises:
+        KernelUnavailableError: it cannot be compiled here.
+    """
     return ctypes.cast(driver().recemb_tree_check, ctypes.c_void_p).value or 0
 
 

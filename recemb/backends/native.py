@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
-from recemb.bags import Bags
+from recemb.bags import Bags, LookupTargets
 from recemb.errors import ConfigError, NonFiniteError, OutOfMemoryError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
 from recemb.optim.state import check_eps, settings_of, version_of
+from recemb_kernels.check import check_address
 from recemb_kernels.digit_tree.group import ChangedError
+from recemb_kernels.digit_tree.step import CompiledLookup
 from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.triton_frame import ALIGNED
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from recemb.backends.base import Backend
 
 _B = TypeVar("_B", bound="Backend")
+WholeLookup: TypeAlias = Callable[[Any, Bags], Tensor | None]
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,6 +52,7 @@ class _Prepared:
         lookup: the call for all of them, or ``None`` when there is no kernel for one.
         available: per device where it has been tried, and per storage, whether its kernel can be had.
         found: what was found out last.
+        served: the look-up that knows where its tables are found: in what, and for which features.
     """
 
     tables: list[ReferenceType[Backend]]
@@ -57,6 +62,7 @@ class _Prepared:
     lookup: Lookup | None
     available: dict[torch.device, list[bool]] = field(default_factory=dict)
     found: _Found | None = None
+    served: tuple[CompiledLookup, type, LookupTargets] | None = None
 
     def serves(self, at: int, device: torch.device, trains: bool) -> bool:
         """Whether the kernel of storage ``at`` can be had for a device.
@@ -145,6 +151,36 @@ def pooled_native(
         return None
     ahead, bags.ahead = bags.ahead, None  # serves once, and holds the plan
     return found.bound(stored, _given(bags), ahead)
+
+
+def whole_look_up(
+    tables: Sequence[Backend], given: type, targets: LookupTargets, micro_batch_rows: int | None = None
+) -> WholeLookup | None:
+    """What takes tables by name, and bags, through a look-up like the last one's without a line of Python.
+
+    It gives ``None`` where something has changed or is to be said. Refers to the tables weakly.
+
+    Args:
+        tables: as of :func:`pooled_native`, which has looked them up.
+        given: the type of what has them by name.
+        targets: of these tables, in that order.
+        micro_batch_rows: as there.
+
+    Returns:
+        It, or ``None`` where there is none: no step in C++, or other tables by name.
+    """
+    prepared = _prepare(tables, micro_batch_rows)
+    bound = None if prepared.found is None else prepared.found.bound
+    if bound is None or bound.compiled is None or given not in (dict, nn.ModuleDict):
+        return None
+    served = bound.compiled, given, targets
+    if served != prepared.served:
+        features = [(target.table, ref(table)) for target, table in zip(targets, tables, strict=True)]
+        owners = [ref(owner_of(tables[at])) for at in prepared.owners]
+        limits = ctypes.addressof(targets.limits), targets.limits
+        bound.compiled.serve((given, Bags), features, owners, check_address(), limits)
+        prepared.served = served
+    return bound.compiled.pool
 
 
 def prepare_native(

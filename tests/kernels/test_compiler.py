@@ -136,11 +136,11 @@ def test_a_batch_is_checked_in_torch_where_the_driver_alone_fails(monkeypatch: p
     assert loaded
     monkeypatch.setattr(native, "_unavailable", {})
     monkeypatch.setattr(check, "driver", fails)
-    check._address.cache_clear()
+    check.check_address.cache_clear()
     ids, offsets = torch.tensor([0, 1]), torch.tensor([0, 2])
     try:
         with pytest.warns(UserWarning, match="check_bags.* on plain torch.*no driver in this test"):
             assert not check.bags_are_valid(ids, offsets, None, 1, None)
         assert not check.bags_are_valid(ids, offsets, None, 1, None)
     finally:
-        check._address.cache_clear()
+        check.check_address.cache_clear()

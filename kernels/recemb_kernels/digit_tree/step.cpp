@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <array>
+
 #include "recemb_step.h"
 
 using namespace recemb;
@@ -157,22 +159,17 @@ class Pooled : public autograd::Node {
 
 Tensor tensor_of(PyObject* given) { return Py_IsNone(given) ? Tensor() : THPVariable_Unpack(given); }
 
-// look_up(stored, ids, offsets, weights, samples, prepared): `prepared` is a state's address, or 0.
-PyObject* look_up(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 6 && PyList_CheckExact(arguments[0]), "look_up takes 6 arguments, the first one a list");
-  Lookup* lookup = reinterpret_cast<Lookup*>(self);
+// Pools a batch in parameters, a list of Python's; `prepared` is a state, or null.
+PyObject* pooled(Lookup* lookup, PyObject* list, const Tensor& ids, const Tensor& offsets, const Tensor& weights,
+                 int64_t samples, void* prepared) {
   const Fixed& fixed = *lookup->fixed;
   std::vector<Tensor> stored;
   stored.reserve(fixed.wanted.size());
-  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(arguments[0]); k++)
-    stored.push_back(tensor_of(PyList_GET_ITEM(arguments[0], k)));
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(list); k++) stored.push_back(tensor_of(PyList_GET_ITEM(list, k)));
   TORCH_CHECK(stored.size() == fixed.wanted.size(), "a look-up of ", fixed.wanted.size(), " parameters was given ",
               stored.size());
-  const Tensor weights = tensor_of(arguments[3]);
-  Batch batch{tensor_of(arguments[1]).contiguous(), tensor_of(arguments[2]).contiguous(),
-              weights.defined() ? weights.detach().contiguous() : weights, PyLong_AsLongLong(arguments[4])};
-  void* prepared = PyLong_AsVoidPtr(arguments[5]);
+  Batch batch{ids.contiguous(), offsets.contiguous(), weights.defined() ? weights.detach().contiguous() : weights,
+              samples};
   State state(&fixed, prepared ? prepared : fixed.driver.take(fixed.pool));
   if (!state.at()) raise(lookup, sizeof(Call), batch);
   // As of torch's own functions in Python that have no jvp.
@@ -191,6 +188,90 @@ PyObject* look_up(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
     out = forward(lookup, stored, batch, state.at(), false, prepared != nullptr);
   }
   return THPVariable_Wrap(out);
+}
+
+// look_up(stored, ids, offsets, weights, samples, prepared): `prepared` is a state's address, or 0.
+PyObject* look_up(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 6 && PyList_CheckExact(arguments[0]), "look_up takes 6 arguments, the first one a list");
+  return pooled(reinterpret_cast<Lookup*>(self), arguments[0], tensor_of(arguments[1]), tensor_of(arguments[2]),
+                tensor_of(arguments[3]), PyLong_AsLongLong(arguments[4]), PyLong_AsVoidPtr(arguments[5]));
+  END_HANDLE_TH_ERRORS
+}
+
+// serve((type of tables, type of bags), features, owners, check, (address, limits)): `features` are pairs of a table's
+// name and a weak reference to it, `owners` are weak references.
+PyObject* serve(PyObject* self, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject *tables, *bags, *features, *owners, *held;
+  unsigned long long check, limits;
+  if (!PyArg_ParseTuple(arguments, "(O!O!)O!O!K(KO)", &PyType_Type, &tables, &PyType_Type, &bags, &PyList_Type,
+                        &features, &PyList_Type, &owners, &check, &limits, &held))
+    return nullptr;
+  Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  Front front{reinterpret_cast<PyTypeObject*>(tables), reinterpret_cast<PyTypeObject*>(bags), {}, {},
+              reinterpret_cast<Check>(check), reinterpret_cast<const int64_t*>(limits)};
+  for (Py_ssize_t f = 0; f < PyList_GET_SIZE(features); f++) {
+    PyObject* feature = PyList_GET_ITEM(features, f);
+    front.features.emplace_back(PyTuple_GET_ITEM(feature, 0), PyTuple_GET_ITEM(feature, 1));
+  }
+  for (Py_ssize_t t = 0; t < PyList_GET_SIZE(owners); t++) front.owners.push_back(PyList_GET_ITEM(owners, t));
+  PyObject* before = std::exchange(lookup->behind, Py_NewRef(arguments));
+  lookup->fixed->front = std::move(front);
+  Py_XDECREF(before);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// What `pool` looks up, from attributes of Bags: false when that is for Python.
+bool read_bags(const Front& front, PyObject* bags, Tensor* ids, Tensor* offsets, Tensor* weights) {
+  enum { REFUSED, HANDED, AHEAD, SPLIT, IDS, OFFSETS, WEIGHTS, CHECKED, FEATURES };
+  static const auto names = [] {
+    std::vector<PyObject*> found;
+    for (const char* name :
+         {"refused", "handed", "ahead", "split", "ids", "offsets", "weights", "checked", "num_features"})
+      found.push_back(PyUnicode_InternFromString(name));
+    return found;
+  }();
+  const auto attribute = [&](int k) { return Object(PyObject_GetAttr(bags, names[k])); };
+  if (Py_TYPE(bags) != front.bags) return false;
+  for (const int k : {REFUSED, HANDED, AHEAD, SPLIT})
+    if (!Py_IsNone(attribute(k).at)) return false;
+  for (const auto& [k, tensor] : {std::pair<int, Tensor*>(IDS, ids), {OFFSETS, offsets}, {WEIGHTS, weights}}) {
+    const Object given = attribute(k);
+    if (THPVariable_CheckExact(given.at))
+      *tensor = THPVariable_Unpack(given.at);
+    else if (k != WEIGHTS || !Py_IsNone(given.at))
+      return false;
+  }
+  const int64_t features = static_cast<int64_t>(front.features.size());
+  if (PyLong_AsLongLong(attribute(FEATURES).at) != features) return false;
+  return Py_IsTrue(attribute(CHECKED).at) ? !weights->defined() || weights->scalar_type() == at::kFloat
+                                          : is_valid(front.check, *ids, *offsets, *weights, features, front.limits);
+}
+
+// pool(tables, bags): a whole look-up, or None where it is not to be had, or not right, without Python.
+PyObject* pool(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 2, "pool takes tables and bags");
+  Lookup* lookup = reinterpret_cast<Lookup*>(self);
+  const Object kept(Py_NewRef(self));  // by no one else, when another thread changes the tables meanwhile
+  Tensor ids, offsets, weights;
+  PyObject* stored = nullptr;
+  try {
+    const std::optional<Front>& front = lookup->fixed->front;
+    if (front && lookup->seen && !autograd_is_compiled()) stored = served(*front, lookup->fixed->watch, arguments[0]);
+    if (stored && !read_bags(*front, arguments[1], &ids, &offsets, &weights)) Py_CLEAR(stored);
+  } catch (python_error&) {
+    Py_CLEAR(stored);
+  }
+  if (!stored) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  const Object list(stored);
+  const int64_t bags = (offsets.numel() - 1) / static_cast<int64_t>(lookup->fixed->front->features.size());
+  return pooled(lookup, list.at, ids, offsets, weights, bags, nullptr);
   END_HANDLE_TH_ERRORS
 }
 
@@ -221,29 +302,13 @@ PyObject* unchanged_tables(PyObject* self, PyObject* tables) {
 // bags_are_valid(check, ids, offsets, weights, features, limits): recemb_kernels/check.py's, of what can be read here.
 PyObject* bags_are_valid(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  using Check = int64_t (*)(const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, const int64_t*,
-                            int64_t);
   const auto check = reinterpret_cast<Check>(PyLong_AsVoidPtr(arguments[0]));
   const int64_t features = PyLong_AsLongLong(arguments[4]);
   const auto limits = static_cast<const int64_t*>(PyLong_AsVoidPtr(arguments[5]));
   for (const int k : {1, 2, 3})
     if (!THPVariable_CheckExact(arguments[k]) && !(k == 3 && Py_IsNone(arguments[k]))) Py_RETURN_FALSE;
-  const Tensor ids = tensor_of(arguments[1]), offsets = tensor_of(arguments[2]), weights = tensor_of(arguments[3]);
-  const auto reads = [](const Tensor& given, at::ScalarType type) {
-    return given.is_cpu() && given.scalar_type() == type && given.dim() == 1 && given.is_contiguous();
-  };
-  if (!reads(ids, at::kLong) || !reads(offsets, at::kLong)) Py_RETURN_FALSE;
-  const int64_t count = ids.numel(), bags = offsets.numel() - 1;
-  if (!features || bags < 0 || bags % features || std::max(count, bags + 1) > INT32_MAX) Py_RETURN_FALSE;
-  if (weights.defined() && !(reads(weights, at::kFloat) && weights.numel() == count)) Py_RETURN_FALSE;
-  int64_t bad;
-  {
-    pybind11::gil_scoped_release release;
-    bad = check(ids.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(),
-                weights.defined() ? weights.const_data_ptr<float>() : nullptr, count, features, bags / features, limits,
-                at::get_num_threads());
-  }
-  return PyBool_FromLong(!bad);
+  return PyBool_FromLong(is_valid(check, tensor_of(arguments[1]), tensor_of(arguments[2]), tensor_of(arguments[3]),
+                                  features, limits));
   END_HANDLE_TH_ERRORS
 }
 
@@ -281,11 +346,15 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
+std::array<PyObject*, 6> held_by(const Lookup* lookup) {
+  return {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen, lookup->behind};
+}
+
 // No tp_clear: what it holds is fixed, so that in any circle there is something else to clear.
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Lookup* lookup = reinterpret_cast<Lookup*>(self);
   Py_VISIT(Py_TYPE(self));
-  for (PyObject* held : {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen}) Py_VISIT(held);
+  for (PyObject* held : held_by(lookup)) Py_VISIT(held);
   return 0;
 }
 
@@ -293,7 +362,7 @@ void dealloc(PyObject* self) {
   PyObject_GC_UnTrack(self);
   PyTypeObject* type = Py_TYPE(self);
   const Lookup* lookup = reinterpret_cast<Lookup*>(self);
-  for (PyObject* held : {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen}) Py_XDECREF(held);
+  for (PyObject* held : held_by(lookup)) Py_XDECREF(held);
   delete lookup->fixed;
   type->tp_free(self);
   Py_DECREF(type);
@@ -307,6 +376,8 @@ PyCFunction method(Function function) {
 PyMethodDef methods[] = {{"look_up", method(look_up), METH_FASTCALL, nullptr},
                          {"watch", method(watch_tables), METH_FASTCALL, nullptr},
                          {"unchanged", unchanged_tables, METH_O, nullptr},
+                         {"serve", serve, METH_VARARGS, nullptr},
+                         {"pool", method(pool), METH_FASTCALL, nullptr},
                          {}};
 PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
                        {Py_tp_traverse, reinterpret_cast<void*>(traverse)},

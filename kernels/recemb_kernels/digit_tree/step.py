@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
@@ -70,6 +71,27 @@ class CompiledLookup(Protocol):
 
         ``None`` also where it takes Python to say.
         """
+
+    def serve(
+        self,
+        types: tuple[type, type],
+        features: list[tuple[str, ReferenceType[Any]]],
+        owners: list[ReferenceType[Any]],
+        check: int,
+        limits: tuple[int, object],
+    ) -> None:
+        """Say what :meth:`pool` is given, and what that stands for.
+
+        Args:
+            types: of the tables, ``dict`` or ``ModuleDict``, and of batches.
+            features: of each its table's name there, and that table.
+            owners: the module that holds the parameters of each storage, as :meth:`watch` has them.
+            check: address of the driver's check of a batch.
+            limits: of the features' numbers of rows, and what holds these.
+        """
+
+    def pool(self, tables: Any, bags: Any) -> Tensor | None:
+        """A whole look-up of a batch, checks and all; ``None`` where it is for Python to say or to do."""
 
 
 def compiled_lookup(
