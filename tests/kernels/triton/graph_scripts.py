@@ -15,7 +15,7 @@ from torch import Tensor
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned
 from tests.kernels.triton.graph_cases import gradient
 
-# Prepare (p), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1 to 3, move the
+# Prepare (p; q in inference), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1 to 3, move the
 # parameters (m), forget the graphs (g); and of each batch that a graph beside plans, whether that was done
 # ahead. Of two look-ups at once the second takes the plan alone; a capture plans its batch once more.
 SCRIPTS: dict[str, tuple[str, list[bool]]] = {
@@ -27,7 +27,7 @@ SCRIPTS: dict[str, tuple[str, list[bool]]] = {
     "its place has been taken": ("p1 l3 b3 p2 l1 b1 l2 b2 p3 l3 b3", [False, True, True, True]),
     "another comes as it is": ("p1 l2 b2 l1 b1", [False, True]),
     "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True, True]),
-    "in inference": ("p1 i1 p2 l2 b2", [True, True]),
+    "in inference": ("q1 i1 p2 l2 b2", [True, True]),
     "parameters have moved": ("p1 m l1 b1 p2 l2 b2", [True, True]),
     "in another thread": ("p3 t3 b3 p1 l1 b1", [False, True, True]),
     "a later one waits": ("p1 p2 x1 p3 l2 b2 l3 b3", [True, True]),
@@ -78,8 +78,9 @@ def follow(script: str, actor: Actor, ahead: bool) -> list[Tensor]:
 
     for word in script.split():
         do, k = word[0], int(word[1:] or 0)
-        if do == "p" and ahead:
-            actor.prepare(k)
+        if do in "pq" and ahead:
+            with torch.inference_mode(do == "q"):  # what is prepared serves look-ups in the same mode
+                actor.prepare(k)
         elif do == "x":
             actor.drop(k)
         elif do == "i":
