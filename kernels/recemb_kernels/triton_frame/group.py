@@ -115,7 +115,15 @@ class TritonGroup:
         """Sort and group a batch ahead of its forward, on a stream beside what runs now."""
         if not (batch.size and batch.ids.numel()):
             return Call(batch, self.columns, self._keys)
-        call, ready = self.run_beside(lambda: self.plan(batch))
+
+        def run() -> Call:
+            if self.device.type == "cuda":
+                # Should the batch be dropped, nobody waits for what reads its memory here.
+                for tensor in (batch.ids, batch.offsets):
+                    tensor.record_stream(self._beside())
+            return self.plan(batch)
+
+        call, ready = self.run_beside(run)
         call.ready = ready
         return call
 

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
@@ -61,8 +62,15 @@ class FakeGpu(Gpu):
     @contextmanager
     def seeing(self) -> Iterator[None]:
         """Operations of this thread are seen."""
-        with _Devices(self), _Ops(self):
+        if getattr(self._local, "seeing", False):
             yield
+            return
+        self._local.seeing = True
+        try:
+            with _Devices(self), _Ops(self):
+                yield
+        finally:
+            self._local.seeing = False
 
     @contextmanager
     def autograd(self, forward: Stream) -> Iterator[None]:
@@ -138,7 +146,7 @@ class FakeGpu(Gpu):
     ) -> None:
         self.sweep()
         with self._lock, function_off(), _disable_current_modes():
-            pointers = _Pointers({*self.memories.values(), *recorded})
+            pointers = _Pointers(grid.fn.__name__, {*self.memories.values(), *recorded})
             with patch.object(interpreter, "_interpreter", pointers):
                 run(grid, *args, **kwargs)
         self.launch(grid.fn.__name__, pointers.reads, pointers.writes)
@@ -215,10 +223,12 @@ class _Pointers:
     """The interpreter's own memory accesses, which are noted on the way.
 
     Args:
+        kernel: its name.
         memories: what lies on the device.
     """
 
-    def __init__(self, memories: Iterable[Memory]) -> None:
+    def __init__(self, kernel: str, memories: Iterable[Memory]) -> None:
+        self._kernel = kernel
         self._real = interpreter._interpreter
         spans = [(m.storage.data_ptr(), m.storage.nbytes(), m) for m in memories if m.storage.nbytes()]
         spans.sort(key=lambda span: span[0])
@@ -234,7 +244,7 @@ class _Pointers:
             return
         place = np.searchsorted(self._begins, at, side="right") - 1
         if (place < 0).any() or (at >= self._ends[place]).any():
-            raise OrderError("a kernel goes to memory that is not the device's, or is freed")
+            raise OrderError(f"{self._kernel} goes to memory that is not the device's, or is freed")
         found.update(self._held[k] for k in np.unique(place))
 
     def load(self, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -314,6 +324,23 @@ class _Devices(TorchFunctionMode):
 
 
 @contextmanager
+def _language() -> Iterator[None]:
+    """Triton's language stays the interpreter's meanwhile: to change it takes longer than a small kernel."""
+    change, scopes = interpreter._patch_lang, {}
+
+    def once(fn: Any) -> Any:
+        found = frozenset(id(value) for value in fn.__globals__.values() if value in (tl, tl.core))
+        if found not in scopes:
+            scopes[found] = change(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    with patch.object(interpreter, "_patch_lang", once):
+        yield
+    for scope in reversed(scopes.values()):
+        scope.restore()
+
+
+@contextmanager
 def on_gpu() -> Iterator[FakeGpu]:
     """Code within finds a GPU; raises the errors that were found in the end."""
     gpu = FakeGpu()
@@ -350,7 +377,7 @@ def on_gpu() -> Iterator[FakeGpu]:
             (interpreter.GridExecutor, "__call__", lambda grid, *a, **k: gpu.run_kernel(run, grid, a, k)),
         ):
             patches.enter_context(patch.object(module, name, part, create=True))
-        with gpu.seeing():
+        with _language(), gpu.seeing():
             yield gpu
             verdict.poll(wait=True)
         gc.collect()

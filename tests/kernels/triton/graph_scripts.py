@@ -15,9 +15,10 @@ from torch import Tensor
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned
 from tests.kernels.triton.graph_cases import gradient
 
-# Prepare (p; q in inference), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1 to 3, move the
-# parameters (m), forget the graphs (g); and of each batch that a graph beside plans, whether that was done
-# ahead. Of two look-ups at once the second takes the plan alone; a capture plans its batch once more.
+# Prepare (p; q in inference), drop (x), look up (l; i in inference; t in a thread), step back (b) batches 1
+# to 3, move the parameters (m), forget the graphs (g); and of each batch that a graph beside plans, whether
+# that was done ahead. Of two look-ups at once the second takes the plan alone; a capture plans its batch once
+# more.
 SCRIPTS: dict[str, tuple[str, list[bool]]] = {
     "two batches ahead": ("p1 p2 l1 l2 b1 b2", [True, True]),
     "two ahead all the time": ("p1 p2 l1 b1 p3 l2 b2 p1 l3 b3 l1 b1", 4 * [True]),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.recorder import _Replay
 from recemb_kernels.triton_frame.streams import HandOver, own_stream, tensors_of
 from tests.kernels.triton.fake_gpu import FakeGpu, on_gpu
+from tests.kernels.triton.graph_scripts import SCRIPTS, brought, follow
 from tests.kernels.triton.stream_order import CUDA, OrderError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
@@ -48,25 +50,23 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[GraphedGroup]:
     return made
 
 
-def collection(cached: bool = False, weighted: bool = False, steps: bool = True) -> EmbeddingBagCollection:
+def collection(*names: str, weighted: bool = False) -> EmbeddingBagCollection:
+    """Tables of these methods, with an optimizer of their own."""
     torch.manual_seed(0)
-    hot = HotRows(rows=8, policy="lfu", refresh_every=3, warmup=1) if cached else None
-    methods = {"dense": Dense(), "md": MixedDimension(dim=2), "tt": TensorTrain(rank=2, cache=hot)}
-    if not cached:
-        del methods["tt"]
+    cached = TensorTrain(rank=2, cache=HotRows(rows=8, policy="lfu", refresh_every=3, warmup=1))
+    methods = {"dense": Dense(), "md": MixedDimension(dim=2), "cached": cached}
     configs = [
         EmbeddingBagConfig(
             name=f"t_{name}",
             num_embeddings=ROWS,
             embedding_dim=8,
             feature_names=[name],
-            compression=compression,
+            compression=methods[name],
         )
-        for name, compression in methods.items()
+        for name in names or ("dense",)
     ]
     made = EmbeddingBagCollection(tables=configs, device=CUDA, is_weighted=weighted)
-    if steps:
-        apply_optimizer_in_backward(torch.optim.Adagrad, made.parameters(), {"lr": 0.1})
+    apply_optimizer_in_backward(torch.optim.Adagrad, made.parameters(), {"lr": 0.1})
     return made
 
 
@@ -116,10 +116,9 @@ def train(
 
 
 @GRAPHS
-@pytest.mark.parametrize("weighted", [False, True])
-def test_training(graphs: str, weighted: bool, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
-    states = [train(collection(weighted=weighted), gpu, ahead) for ahead in ("", "own", "beside")]
+    states = [train(collection("dense", "md", weighted=True), gpu, ahead) for ahead in ("", "own", "beside")]
     for other in states[1:]:
         assert all(map(torch.equal, states[0], other))
 
@@ -169,3 +168,122 @@ def test_what_is_left_out_is_found(name: str, graphs: str, monkeypatch: pytest.M
 
     with pytest.raises(OrderError, match=message), on_gpu() as gpu:
         train(collection(weighted=True), gpu, "beside", 10, change)
+
+
+class Scripted:
+    """A collection that follows a script, each batch on a stream beside."""
+
+    def __init__(self, ebc: EmbeddingBagCollection, gpu: FakeGpu, groups: Sequence[GraphedGroup]) -> None:
+        self._ebc, self._gpu, self._groups, self._beside = ebc, gpu, groups, gpu.draw()
+        self._batches = {k: batch(ebc, 30 + k) for k in (1, 2, 3)}
+
+    def prepare(self, k: int) -> None:
+        with self._gpu.stream(self._beside):
+            self._ebc.prefetch(self._batches[k])
+
+    def drop(self, k: int) -> None:
+        self._ebc._ahead.pop(id(self._batches[k]), None)
+
+    def look_up(self, k: int) -> Tensor:
+        with self._gpu.seeing():
+            return self._ebc(self._batches[k]).values()
+
+    def forget_graphs(self) -> None:
+        for group in self._groups:
+            group._graphs.clear()
+
+    def parameters(self) -> Sequence[Tensor]:
+        return list(self._ebc.parameters())
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_whatever_comes_between(
+    script: tuple[str, list[bool]], gpu: FakeGpu, groups: list[GraphedGroup]
+) -> None:
+    (words, expected), found = script, []
+    for ahead in (False, True):
+        ebc = collection()
+        train(ebc, gpu, "beside" if ahead else "", 6)
+        actor = Scripted(ebc, gpu, groups)
+        with brought() as seen:
+            found.append(follow(words, actor, ahead))
+        assert seen == (expected if ahead else [])
+    assert all(map(torch.equal, *found))
+
+
+@GRAPHS
+def test_cached_rows(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    states = [train(collection("cached"), gpu, ahead) for ahead in ("", "beside")]
+    assert all(map(torch.equal, *states))
+
+
+@GRAPHS
+def test_a_batch_that_is_never_looked_up(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc = collection()
+    train(ebc, gpu, "beside", 6)
+    batches = [batch(ebc, seed) for seed in range(4)]
+    while batches:
+        ebc.prefetch(batches.pop())
+    ebc._ahead.clear()
+    torch.zeros(100, device=CUDA)
+
+
+@GRAPHS
+def test_a_backward_that_another_stream_begins(
+    graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc, forward, caller = collection(), gpu.current(), gpu.draw()
+    batches = [batch(ebc, seed) for seed in range(8)]
+    for given in batches:
+        loss = torch.sin(ebc(given).values()).sum()
+        with gpu.stream(caller), gpu.autograd(forward):
+            loss.backward()
+
+
+@GRAPHS
+@pytest.mark.parametrize("ordered", [True, False])
+def test_look_ups_on_two_streams(
+    graphs: str, ordered: bool, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps must wait for each other, by the caller; look-ups alone need not."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc, streams = collection(), [gpu.draw(), gpu.draw()]
+    batches = [batch(ebc, seed) for seed in range(14)]
+    for k, given in enumerate(batches):
+        with gpu.stream(streams[k % 2]), torch.set_grad_enabled(ordered):
+            if ordered:
+                gpu.current().wait_stream(streams[1 - k % 2])
+            out = ebc(given).values()
+            if ordered:
+                step(out)
+
+
+@GRAPHS
+def test_evaluation_between_steps(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc = collection(weighted=True)
+    others = [batch(ebc, 50 + k) for k in range(8)]
+
+    def evaluate(k: int) -> None:
+        with torch.inference_mode():
+            ebc.eval()(others[k])
+        ebc.train()
+
+    train(ebc, gpu, "beside", 8, evaluate)
+
+
+@GRAPHS
+def test_tables_that_are_replaced(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc = collection()
+
+    def replace(k: int) -> None:
+        if k == 6:
+            for p in ebc.parameters():
+                p.data = p.data.clone()
+            gc.collect()
+
+    train(ebc, gpu, "beside", 11, replace)
