@@ -214,6 +214,7 @@ class Graph:
     def replay(self) -> None:
         if self._gpu.capturing():
             raise RuntimeError("a graph is replayed within a capture")
+        self._gpu.sweep()
         self._gpu.launch("memory of the pool's used again", [], self._reused)
         for memory in self._reused:
             memory.spoilt = "another graph of the pool has memory in its place"

@@ -14,6 +14,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torchrec import KeyedJaggedTensor
 
 from recemb import Dense, EmbeddingBagCollection, EmbeddingBagConfig, HotRows, MixedDimension, TensorTrain
+from recemb.bags import Bags
 from recemb_kernels.triton_frame.family import Call
 from recemb_kernels.triton_frame.graph_plans import PlanGraph
 from recemb_kernels.triton_frame.graphs import GraphedGroup
@@ -22,7 +23,7 @@ from recemb_kernels.triton_frame.recorder import _Replay
 from recemb_kernels.triton_frame.streams import HandOver, own_stream, tensors_of
 from tests.kernels.triton.fake_gpu import FakeGpu, on_gpu
 from tests.kernels.triton.graph_scripts import SCRIPTS, brought, follow
-from tests.kernels.triton.stream_order import CUDA, OrderError
+from tests.kernels.triton.stream_order import CUDA, Event, OrderError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
 
@@ -54,7 +55,7 @@ def collection(*names: str, weighted: bool = False) -> EmbeddingBagCollection:
     """Tables of these methods, with an optimizer of their own."""
     torch.manual_seed(0)
     cached = TensorTrain(rank=2, cache=HotRows(rows=8, policy="lfu", refresh_every=3, warmup=1))
-    methods = {"dense": Dense(), "md": MixedDimension(dim=2), "cached": cached}
+    methods = {"dense": Dense(), "tt": TensorTrain(rank=2), "md": MixedDimension(dim=2), "cached": cached}
     configs = [
         EmbeddingBagConfig(
             name=f"t_{name}",
@@ -106,6 +107,8 @@ def train(
     batches = deque(batch(ebc, seed) for seed in range(steps))
     for k in range(steps):
         between(k)
+        for p in ebc.parameters():
+            p._in_backward_optimizers[0].param_groups[0]["lr"] = 0.1 / (1 + k)  # type: ignore[attr-defined]
         out = ebc(given := batches.popleft()).values()
         if ahead and batches:
             with gpu.stream(beside):
@@ -287,3 +290,260 @@ def test_tables_that_are_replaced(graphs: str, gpu: FakeGpu, monkeypatch: pytest
             gc.collect()
 
     train(ebc, gpu, "beside", 11, replace)
+
+
+@GRAPHS
+def test_two_models_on_two_streams(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing orders them, nor need it."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    models, own = [collection(), collection()], [gpu.draw(), gpu.draw()]
+    given = [[batch(ebc, seed) for seed in range(8)] for ebc in models]
+    for k in range(8):
+        for ebc, stream, batches in zip(models, own, given, strict=True):
+            with gpu.stream(stream):
+                out = ebc(batches[k]).values()
+                if k < 7:
+                    ebc.prefetch(batches[k + 1])
+                step(out)
+
+
+@GRAPHS
+def test_prepared_look_ups_on_two_streams(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without steps nothing need order them; both take their plans from one graph."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc, own = collection("tt"), [gpu.draw(), gpu.draw()]
+    batches = [batch(ebc, seed) for seed in range(14)]
+    with torch.no_grad():
+        ebc.prefetch(batches[0])
+        for k, given in enumerate(batches):
+            with gpu.stream(own[k % 2]):
+                if k + 1 < len(batches):
+                    ebc.prefetch(batches[k + 1])
+                ebc(given)
+
+
+@GRAPHS
+def test_batches_that_a_stream_of_a_pipeline_copies(
+    graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrec's pipelines do it; the copying stream takes the memory of one for a later one."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc, copies, beside = collection(weighted=True), gpu.draw(), gpu.draw()
+
+    def copied(seed: int) -> KeyedJaggedTensor:
+        with gpu.stream(copies):
+            made = KeyedJaggedTensor(
+                keys=["dense"],
+                values=torch.tensor([seed % ROWS, 3, 3, 1], pin_memory=True).to(CUDA, non_blocking=True),
+                lengths=torch.tensor([3, 1], pin_memory=True).to(CUDA, non_blocking=True),
+                weights=torch.ones(4, pin_memory=True).to(CUDA, non_blocking=True),
+            )
+        beside.wait_stream(copies)
+        with gpu.stream(beside):
+            made.record_stream(gpu.current())
+            ebc.prefetch(made)
+        return made
+
+    following = copied(0)
+    for k in range(8):
+        given = following
+        gpu.current().wait_stream(beside)
+        given.record_stream(gpu.current())
+        out = ebc(given).values()
+        following = copied(k + 1)
+        step(out)
+        del given, out
+
+
+@GRAPHS
+@pytest.mark.parametrize("prepared", ["", "before", "in it"])
+def test_a_callers_capture(prepared: str, graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for nothing outside, leaves no stream within, and reads the ids of each replay."""
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc, own, graph = collection("dense", "md"), gpu.draw(), torch.cuda.CUDAGraph()
+    kjt, other = batch(ebc, 1), batch(ebc, 2)
+    with torch.no_grad():
+        expected = ebc(other).values()
+        own.wait_stream(gpu.current())
+        with gpu.stream(own):
+            for _ in range(6 if graphs == "1" else 1):
+                ebc(kjt)
+        gpu.current().wait_stream(own)
+        if prepared == "before":
+            ebc.prefetch(kjt)
+        with torch.cuda.graph(graph, stream=own):
+            if prepared == "in it":
+                ebc.prefetch(kjt)
+            found = ebc(kjt).values()
+        kjt.values().copy_(other.values())
+        graph.replay()
+        assert torch.equal(found, expected)
+    torch.cuda.synchronize()  # before the graph is dropped
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_a_capture_that_waits_for_what_is_outside_is_found(
+    graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
+    ebc, own, graph = collection(), gpu.draw(), torch.cuda.CUDAGraph()
+    kjt = batch(ebc, 1)
+    ebc.prefetch(kjt)
+    monkeypatch.setattr(Bags, "prepared_outside", False)
+    with pytest.raises(RuntimeError, match="broken off"), torch.cuda.graph(graph, stream=own):
+        ebc(kjt)
+
+
+def test_a_capture_that_fails(
+    gpu: FakeGpu, groups: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it runs, and look-ups go on."""
+    states, run = [train(collection(), gpu)], TritonGroup.run_forward
+
+    def waits(self: TritonGroup, *args: Any, **kwargs: Any) -> Any:
+        found = run(self, *args, **kwargs)
+        if gpu.capturing():
+            torch.cuda.synchronize()
+        return found
+
+    monkeypatch.setattr(TritonGroup, "run_forward", waits)
+    with pytest.warns(UserWarning, match="stay eager"):
+        states.append(train(collection(), gpu, "beside", 9)[:0])
+    assert [group.graphs for group in groups] == [1, 0]
+    assert gpu.current().cuda_stream == 0
+
+
+def train_and_drop(groups: list[GraphedGroup]) -> None:
+    with on_gpu() as gpu:
+        train(collection(), gpu, "beside")
+        assert sum(group.graphs for group in groups) == 1
+        for group in groups:
+            group._graphs.clear()
+        gc.collect()
+
+
+def test_memory_of_a_dropped_graph(groups: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch) -> None:
+    train_and_drop(groups)
+    groups.clear()
+    monkeypatch.setattr(_Replay, "__del__", nothing)
+    with pytest.raises(OrderError, match="dropped graph"):
+        train_and_drop(groups)
+
+
+def train_once() -> None:
+    with on_gpu() as gpu:
+        train(collection(), gpu, "", 1)
+
+
+def test_a_mark_that_is_read_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Event, "synchronize", nothing)
+    with pytest.raises(OrderError, match="reads what nothing orders"):
+        train_once()
+
+
+def read_elsewhere(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    x.add_(1)
+    with gpu.stream(gpu.draw()):
+        x.sum()
+
+
+def write_elsewhere(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    x.sum()
+    with gpu.stream(gpu.draw()):
+        x.add_(1)
+
+
+def free_too_early(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    beside = gpu.draw()
+    y = x + 1
+    beside.wait_stream(gpu.current())
+    with gpu.stream(beside):
+        y.sum()
+    del y
+    x + 1
+
+
+def capture(gpu: FakeGpu, graph: Any, run: Callable[[], Any]) -> Any:
+    with torch.cuda.graph(graph, stream=gpu.draw()):
+        return run()
+
+
+def replay_what_is_freed(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    held = [x + 1]
+    capture(gpu, graph, lambda: held.pop().add_(1))
+    graph.replay()
+
+
+def read_before_a_replay(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    y = capture(gpu, graph, lambda: x + 1)
+    y.sum()
+
+
+def use_a_pool_twice(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    """The second graph may lie where the first one leaves what the third one reads."""
+    pool, stream, others = torch.cuda.graph_pool_handle(), gpu.draw(), [torch.cuda.CUDAGraph() for _ in "12"]
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        y = x + 1
+    with torch.cuda.graph(others[0], pool=pool, stream=stream):
+        x.add_(y)
+    del y
+    with torch.cuda.graph(others[1], pool=pool, stream=stream):
+        x + 2
+    for each in (graph, others[1], others[0]):
+        each.replay()
+
+
+def read_a_value(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    capture(gpu, graph, lambda: x.sum().item())
+
+
+def copy_a_list(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    capture(gpu, graph, lambda: torch.tensor([1], device=CUDA))
+
+
+def leave_a_stream(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    capture(gpu, graph, lambda: gpu.draw().wait_stream(gpu.current()))
+
+
+def wait_for_outside(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    done = gpu.current().record_event()
+    capture(gpu, graph, lambda: gpu.current().wait_event(done))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (read_elsewhere, "reads what nothing orders"),
+        (write_elsewhere, "writes what nothing orders"),
+        (free_too_early, "freed before"),
+        (replay_what_is_freed, "has been freed"),
+        (read_before_a_replay, "no replay has filled"),
+        (use_a_pool_twice, "in its place"),
+        (read_a_value, "broken off"),
+        (copy_a_list, "broken off"),
+        (leave_a_stream, "has not come back"),
+        (wait_for_outside, "broken off"),
+    ],
+)
+def test_the_check_itself(run: Callable[[FakeGpu, Tensor, Any], None], message: str) -> None:
+    def checked() -> None:
+        with on_gpu() as gpu:
+            x, graph = torch.tensor([1.0, 2.0], device=CUDA), torch.cuda.CUDAGraph()
+            run(gpu, x, graph)
+
+    with pytest.raises((OrderError, RuntimeError), match=message):
+        checked()
+
+
+def test_the_check_lets_pass_what_is_ordered(gpu: FakeGpu) -> None:
+    x, beside = torch.tensor([1.0, 2.0], device=CUDA), gpu.draw()
+    y = x + 1
+    beside.wait_stream(gpu.current())
+    with gpu.stream(beside):
+        z = y + 1
+        y.record_stream(beside)
+    del y
+    x + 1
+    gpu.current().wait_stream(beside)
+    z.record_stream(gpu.current())
+    assert (z + x).tolist() == [4, 6]
