@@ -377,6 +377,8 @@ def on_gpu() -> Iterator[FakeGpu]:
             (interpreter.GridExecutor, "__call__", lambda grid, *a, **k: gpu.run_kernel(run, grid, a, k)),
         ):
             patches.enter_context(patch.object(module, name, part, create=True))
+        gc.freeze()  # what was there before need not be looked through in the end
+        patches.callback(gc.unfreeze)
         with _language(), gpu.seeing():
             yield gpu
             verdict.poll(wait=True)
