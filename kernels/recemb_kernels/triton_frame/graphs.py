@@ -73,10 +73,9 @@ class _Held:
     graph: _Graph
     turn: int
 
-    @property
-    def stale(self) -> bool:
-        """Whether a later look-up has taken the graph's memory."""
-        return self.turn != self.graph.turn
+    def stale(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a later look-up has taken the graph's memory, or the parameters lie elsewhere by now."""
+        return self.turn != self.graph.turn or _addresses(parameters) != self.graph.addresses
 
 
 @dataclass(slots=True)
@@ -117,6 +116,7 @@ class _Graph:
     ) -> None:
         self._group, self.record, self._failures = group, record, failures
         self._parameters = list(parameters)
+        self.addresses = _addresses(parameters)
         self.source: Source = (
             PlannedWithin(group, batch, keep) if plans is None else PlannedAhead(plans, record, batch)
         )
@@ -264,7 +264,7 @@ class GraphedGroup:
         """As of the group."""
         poll()
         if isinstance(state, _Held):
-            if state.stale:
+            if state.stale(parameters):
                 return self._group.forward(parameters, batch, keep=keep)
             return state.graph.again(), state
         if isinstance(state, Call):  # of a look-up without a graph, whose parameters have changed
@@ -287,7 +287,7 @@ class GraphedGroup:
         want_weights: bool,
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """As of the group."""
-        if isinstance(state, _Held) and state.stale:
+        if isinstance(state, _Held) and state.stale(parameters):
             _, state = self._group.forward(parameters, batch, keep=True)
         if not isinstance(state, _Held):
             return self._group.backward(
@@ -419,6 +419,10 @@ class GraphedGroup:
         del self._graphs[oldest]
         self._seen[oldest[:-1]] = 0
         self._patience = _PATIENCE
+
+
+def _addresses(parameters: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(parameter.data_ptr() for parameter in parameters)
 
 
 def _num_bytes(graphs: Iterable[_Graph]) -> int:

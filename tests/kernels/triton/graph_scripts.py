@@ -30,6 +30,8 @@ SCRIPTS: dict[str, tuple[str, list[bool]]] = {
     "before an earlier backward": ("p1 l1 p2 l2 p3 b1 l3 b3 b2", [True, True, True]),
     "in inference": ("q1 i1 p2 l2 b2", [True, True]),
     "parameters have moved": ("p1 m l1 b1 p2 l2 b2", [True, True]),
+    "parameters move before a backward": ("p1 l1 m b1 p2 l2 b2", [True, True]),
+    "parameters move before a late backward": ("l1 p2 l2 b2 m b1", [False, True]),
     "in another thread": ("p3 t3 b3 p1 l1 b1", [False, True, True]),
     "a later one waits": ("p1 p2 x1 p3 l2 b2 l3 b3", [True, True]),
     "no graph any more": ("p1 g l1 b1 p2 l2 b2", [False, False, True]),
