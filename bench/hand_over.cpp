@@ -23,8 +23,10 @@ void pass_on(int64_t own, int64_t until) {
 }  // namespace
 
 // Nanoseconds one way between thread 0 and the thread that is farthest from it: of each pair the best of a few blocks,
-// as a thread may lose its core in one. 0 when there is one thread.
+// as a thread may lose its core in one. 0 when there is one thread, or more than cores.
 extern "C" double recemb_hand_over(int64_t threads) {
+  // The cores of the process: a thread that is bound to one could ask the system for its own alone.
+  if (threads > omp_get_num_procs()) return 0;
   double farthest = 0;
 #pragma omp parallel num_threads(threads)
   for (int other = 1; other < omp_get_num_threads(); other++) {

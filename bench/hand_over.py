@@ -7,7 +7,6 @@ third-level cache in one minute and none in the next, which our steps show and a
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +51,7 @@ def hand_over() -> float | None:
     and without a compiler.
     """
     threads, measure = torch.get_num_threads(), _measure()
-    if measure is None or not 1 < threads <= len(os.sched_getaffinity(0)):
+    if measure is None:
         return None
     return float(measure(threads)) or None
 

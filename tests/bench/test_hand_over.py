@@ -17,7 +17,11 @@ _CORES = len(os.sched_getaffinity(0))
 @pytest.mark.skipif(_CORES < 2, reason="one core")
 def test_two_cores_take_nanoseconds() -> None:
     # In a process of its own, as the number of threads is one of the process.
-    program = "import torch; from bench.hand_over import hand_over as f; torch.set_num_threads(2); print(f())"
+    program = (
+        "import torch; from bench.hand_over import hand_over as f; torch.set_num_threads(2)\n"
+        # Where other programs have the cores, a thread waits for its own.
+        "print(min(f() for _ in range(50)))"
+    )
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     # A system call takes longer, and light itself a nanosecond for the width of a board.
     assert 1 < float(found.stdout) < 20_000
