@@ -124,8 +124,8 @@ def _spoil_caches() -> None:
     original = Streams.begin
 
     def begin(self: Streams, tables: Any) -> bool:
-        for name in self.names:
-            tables[name].cache.weight.data.fill_(torch.nan)
+        for f in self.firsts:
+            tables[f].cache.weight.data.fill_(torch.nan)
         return original(self, tables)
 
     Streams.begin = begin  # type: ignore[method-assign]
