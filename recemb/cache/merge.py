@@ -102,8 +102,8 @@ class Step:
         self.exchanges = [cache.exchanges for cache in self.caches]
         self.held = self.token is not None
 
-    def begin_backward(self, grad: Tensor) -> None:
-        """What comes before the gradient [B, W] of the sum goes back to both streams.
+    def begin_backward(self, grad: Tensor | None) -> None:
+        """What comes before the gradient [B, W] of the sum, ``None`` for zeros, goes back to both streams.
 
         Raises:
             RecembError: rows have been exchanged since the forward.
@@ -129,7 +129,7 @@ class Step:
         for cache, table in pairs:
             cache.before_step.note([cache.weight, *table.own_parameters().values()], copies)
         for k, t in enumerate(self.streams.owner):
-            if self.watching[t]:
+            if self.watching[t] and grad is not None:
                 self.streams.measure(k, self, grad)
         self.watching = [False for _ in self.caches]
 

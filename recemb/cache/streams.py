@@ -287,8 +287,10 @@ class Streams:
             self._open.append(ref(step.token))
         if pooled.shape[1] > self.width:
             pooled = cast(Tensor, cast(Any, Merge).apply(pooled, step))
-        elif pooled.requires_grad:
-            pooled.register_hook(step.begin_backward)  # type: ignore[no-untyped-call] # torch's
+        elif pooled.grad_fn is not None:
+            # Of the node, not of the tensor: those run where the gradient of the output alone is asked for,
+            # and before hooks of the caller's that change it.
+            pooled.grad_fn.register_prehook(lambda grads: step.begin_backward(grads[0]))
         if training:
             own = [cache for cache in caches if cache.training]
             known = [cache.host_value("steps") for cache in own]

@@ -252,3 +252,46 @@ def test_several_look_ups_before_each_backward_are_no_reason_to_warn() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert collection.cache().exchanges
+
+
+def stepped(policy: str) -> Collection:
+    """A table whose optimizer is fused, so that kernels add its streams up."""
+    collection = made(TensorTrain(rank=2, cache=HotRows(rows=2, policy=policy, warmup=10**9, track_every=1)))
+    apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.01})
+    return collection
+
+
+def test_the_gradient_of_the_output_alone_is_no_backward() -> None:
+    """As adversarial training asks for it first."""
+    collection = stepped("importance")
+    out = collection(one_id_bags([1, 2, 3]))
+    (grad,) = torch.autograd.grad(out.square().sum(), out, retain_graph=True)
+    (token,) = (held() for held in collection.engine._streams[0]._open)
+    assert token is not None
+    assert collection.cache().votes.sum() == 0
+    (out.square().sum() * 100).backward()
+    torch.testing.assert_close(collection.cache().votes.sum(), 100 * grad.norm(dim=1).sum())
+
+
+def test_importance_is_of_the_gradient_that_arrives() -> None:
+    collection = stepped("importance")
+    out = collection(one_id_bags([1, 2, 3]))
+    out.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+    (100 * out).sum().backward()
+    torch.testing.assert_close(collection.cache().votes.sum(), torch.tensor(3 * 0.01 * 8**0.5))
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+def test_no_gradient_counts_for_nothing() -> None:
+    collection = stepped("importance")
+    _Nothing.apply(collection(one_id_bags([1, 2, 3]))).sum().backward()
+    assert collection.cache().votes.sum() == 0
