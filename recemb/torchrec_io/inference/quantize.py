@@ -60,7 +60,7 @@ def quantize_embeddings(
     whole = nn.ModuleDict({"module": module})
     told = {child for child in module.modules() if hasattr(child, "qconfig")}
     # torch replaces parent by parent: what one refuses comes after others have been replaced.
-    before = {parent: dict(parent._modules) for parent in whole.modules()}
+    before = {parent: (parent.training, dict(parent._modules)) for parent in whole.modules()}
     try:
         done = torchrec_inference.quantize_embeddings(
             whole,
@@ -72,7 +72,8 @@ def quantize_embeddings(
             per_table_weight_dtype=dict(per_table_weight_dtype) if per_table_weight_dtype else None,
         )
     except BaseException:
-        for parent, children in before.items():
+        for parent, (training, children) in before.items():
+            parent.training = training
             parent._modules.clear()
             parent._modules.update(children)
         # In place, the next attempt would find what this one has asked for.

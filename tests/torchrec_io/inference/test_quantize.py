@@ -255,6 +255,7 @@ def test_a_model_is_as_it_was_where_its_second_collection_is_refused() -> None:
     with pytest.raises(ConfigError, match="table 't0': core_0 has a weight of nan"):
         quantize_embeddings(model, torch.int8, inplace=True)
     assert list(model.state_dict()) == keys
+    assert all(module.training for module in model.modules())
     assert model[0][0] is plain
     assert model[0][1] is first
     assert model[1]["ebc"] is second
