@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.backends.base import Backend
+from recemb.backends.stored_settings import SHARED_WITH
 from recemb.errors import ConfigError
 from recemb.id_maps.hashing import UniversalHash, stable_integer
 from recemb.id_maps.radix import ceil_div
@@ -72,7 +73,7 @@ class ROBEBackend(Backend):
         compression = _compression(table)
         # Which tables have trained the array, whatever their group is called and in whatever order they are.
         first = min(peer.name for peer in peers)
-        return {"seed": compression.seed, "use_sign": compression.use_sign, "array_shared_with": first}
+        return {"seed": compression.seed, "use_sign": compression.use_sign, SHARED_WITH: first}
 
     @property
     def storage(self) -> Tensor:

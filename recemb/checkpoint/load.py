@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from recemb.backends.stored_settings import SHARED_WITH, misfits
 from recemb.checkpoint import folder
 from recemb.checkpoint.boxes import Box
 from recemb.checkpoint.manifest import Manifest, StoredShard, StoredTensor
@@ -108,15 +109,15 @@ class Checkpoint:
         """Tables whose tensors fit, and are other rows to them."""
         wrong = []
         for key, tables in flat.settings.items():
-            stored = self._manifest.settings.get(key, {})
-            for table, own in tables.items():
-                theirs = stored.get(table, {}) if isinstance(stored, Mapping) else {}
-                for name, value in own.items() if isinstance(theirs, Mapping) else ():
-                    if name in theirs and theirs[name] != value:
-                        wrong.append(
-                            f"{key}: table {table!r}: {name} {theirs[name]!r} in the checkpoint, {value!r} "
-                            "in the state"
-                        )
+            bags = f"{key}{'.' if key and not key.endswith('/') else ''}embedding_bags."
+            there = [t for t in tables if any(name.startswith(f"{bags}{t}.") for name in flat.keys)]
+            # Of tables that share a storage one alone has keys.
+            shared = {tables[t].get(SHARED_WITH, t) for t in there}
+            own = {t: settings for t, settings in tables.items() if settings.get(SHARED_WITH, t) in shared}
+            for table, name, theirs, value in misfits(own, self._manifest.settings.get(key)):
+                wrong.append(
+                    f"{key}: table {table!r}: {name} {theirs!r} in the checkpoint, {value!r} in the state"
+                )
         return wrong
 
     def _misfit(self, wrong: list[str]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recemb.backends import storages
+from recemb.backends.stored_settings import misfits
 from recemb.errors import ConfigError
 from recemb.spec import SETTINGS_KEY, TableSpec
 
@@ -45,20 +46,15 @@ def check_settings(
         ConfigError: they are not; nothing of the collection has been loaded.
     """
     noted = metadata.get(SETTINGS_KEY)
-    if not isinstance(noted, Mapping):
-        return
     for backend, peers in storages(tables):
         # A storage has the name of its first table.
         own = f"{prefix}embedding_bags.{peers[0].name}."
         if not any(key.startswith(own) for key in state):
             continue
-        for table in peers:
-            theirs = noted.get(table.name)
-            for name, value in backend.stored_settings(table, peers).items():
-                if isinstance(theirs, Mapping) and name in theirs and theirs[name] != value:
-                    raise ConfigError(
-                        f"table {table.name!r}: the state to load was saved with {name}={theirs[name]!r} and "
-                        f"this table has {name}={value!r}, by which the same numbers are other rows; build "
-                        "the table as it was saved. load_state_dict(dict(state)) loads the numbers all the "
-                        "same"
-                    )
+        settings = {table.name: backend.stored_settings(table, peers) for table in peers}
+        for table, name, theirs, value in misfits(settings, noted):
+            raise ConfigError(
+                f"table {table!r}: the state to load was saved with {name}={theirs!r} and this table has "
+                f"{name}={value!r}, by which the same numbers are other rows; build the table as it was "
+                "saved. load_state_dict(dict(state)) loads the numbers all the same"
+            )

@@ -115,6 +115,17 @@ def test_an_array_of_other_tables_is_refused() -> None:
         robe_pairs("ac", "bd").load_state_dict(robe_pairs("ad", "bc").state_dict())
 
 
+@pytest.mark.parametrize(("saved_from", "to"), [("ba", "b"), ("b", "ba"), ("bc", "ba")])
+def test_an_array_loads_whoever_else_shares_it(saved_from: str, to: str) -> None:
+    def made(names: str) -> recemb.EmbeddingBagCollection:
+        # Of one size, however many share it.
+        return collection(**{name: replace(ROBE, compress_rate=2 * len(names)) for name in names})
+
+    theirs, own = made(saved_from), made(to)
+    own.load_state_dict(theirs.state_dict())
+    assert torch.equal(own.to_dense("b"), theirs.to_dense("b"))
+
+
 def test_an_array_loads_whatever_its_group_is_called() -> None:
     first, second = collection(a=replace(ROBE, group="x")), collection(a=replace(ROBE, group="y"))
     second.load_state_dict(first.state_dict())
@@ -220,3 +231,14 @@ def test_notes_of_a_strange_file_are_no_reason_to_fail(note: object) -> None:
     state._metadata[""]["recemb"] = note  # type: ignore[attr-defined] # torch's
     own.load_state_dict(state)
     assert all(map(torch.equal, state.values(), parameters(own)))
+
+
+def test_a_checkpoint_is_not_asked_about_tables_of_which_a_state_holds_nothing(tmp_path: Path) -> None:
+    theirs = collection(a=recemb.Dense(), t=QR)
+    found = checkpoint(tmp_path, theirs.state_dict())
+    own = collection(a=recemb.Dense(), t=replace(QR, operation="add"))
+    state = own.state_dict()
+    for key in ("q", "r"):
+        del state[f"embedding_bags.t.{key}"]
+    found.load({"model": state}, ignore_unexpected=True)
+    assert torch.equal(own.to_dense("a"), theirs.to_dense("a"))
