@@ -50,8 +50,8 @@ class Engine:
         served = [table for _, table in lookups]
         # With cached rows a batch is looked up as more features than it has.
         self._streams = _both_streams(served) if any(table.cache_rows for table in served) else None
-        # A look-up like the last one's, where it can be had in one call.
-        self._whole: dict[str, WholeLookup | None] = Memo()
+        # In training and without gradients, a look-up like the last one's, where it can be had in one call.
+        self._whole: dict[bool, WholeLookup | None] = Memo()
 
     def __call__(self, tables: Mapping[str, Backend], bags: Bags) -> Tensor:
         """Pool a batch.
@@ -67,7 +67,7 @@ class Engine:
             BatchError: malformed bags or an id without a row, before anything is computed.
         """
         if not torch.compiler.is_compiling():
-            whole = self._whole.get("look-up")
+            whole = self._whole.get(torch.is_grad_enabled())
             pooled = None if whole is None else whole(tables, bags)
             if pooled is not None:
                 return pooled
@@ -88,7 +88,7 @@ class Engine:
             pooled = self._pool(served, bags)
             if loaded and served:
                 found = whole_look_up(served, type(tables), self.targets, self.micro_batch_rows)
-                self._whole["look-up"] = found
+                self._whole[torch.is_grad_enabled()] = found
             return pooled
         streams = self._choose(self._streams, served, bags)
         training = streams.begin(served)

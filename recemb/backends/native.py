@@ -21,7 +21,6 @@ from recemb.optim.attached import attached_to, live_hooks
 from recemb.optim.state import check_eps, settings_of, version_of
 from recemb_kernels.check import check_address
 from recemb_kernels.digit_tree.group import ChangedError
-from recemb_kernels.digit_tree.step import CompiledLookup
 from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.triton_frame import ALIGNED
@@ -51,8 +50,7 @@ class _Prepared:
         fused: per storage, its optimizers' update.
         lookup: the call for all of them, or ``None`` when there is no kernel for one.
         available: per device where it has been tried, and per storage, whether its kernel can be had.
-        found: what was found out last.
-        served: the look-up that knows where its tables are found: in what, and for which features.
+        found: what was found out last, in training and without gradients: a model may take turns at them.
     """
 
     tables: list[ReferenceType[Backend]]
@@ -61,8 +59,7 @@ class _Prepared:
     fused: list[FusedUpdate]
     lookup: Lookup | None
     available: dict[torch.device, list[bool]] = field(default_factory=dict)
-    found: _Found | None = None
-    served: tuple[CompiledLookup, type, LookupTargets] | None = None
+    found: dict[bool, _Found] = field(default_factory=dict)
 
     def serves(self, at: int, device: torch.device, trains: bool) -> bool:
         """Whether the kernel of storage ``at`` can be had for a device.
@@ -96,12 +93,14 @@ class _Found:
             they are looked up once, as new ones come with an optimizer.
         native: per storage, whether the kernels can serve it.
         bound: the look-up, or ``None`` where a kernel is missing.
+        served: where it has been told that its tables are found: in what, and for which features.
     """
 
     facts: list[object]
     hooks: list[tuple[Mapping[int, Any], int]]
     native: list[bool]
     bound: Bound | None
+    served: tuple[type, LookupTargets] | None = None
 
     def holds(self, facts: list[object]) -> bool:
         """Whether nothing has changed but learning rates."""
@@ -170,16 +169,16 @@ def whole_look_up(
         It, or ``None`` where there is none: no step in C++, or other tables by name.
     """
     prepared = _prepare(tables, micro_batch_rows)
-    bound = None if prepared.found is None else prepared.found.bound
-    if bound is None or bound.compiled is None or given not in (dict, nn.ModuleDict):
+    found = prepared.found.get(torch.is_grad_enabled())
+    bound = None if found is None else found.bound
+    if found is None or bound is None or bound.compiled is None or given not in (dict, nn.ModuleDict):
         return None
-    served = bound.compiled, given, targets
-    if served != prepared.served:
+    if found.served != (given, targets):
         features = [(target.table, ref(table)) for target, table in zip(targets, tables, strict=True)]
         owners = [ref(owner_of(tables[at])) for at in prepared.owners]
         limits = ctypes.addressof(targets.limits), targets.limits
         bound.compiled.serve((given, Bags), features, owners, check_address(), limits)
-        prepared.served = served
+        found.served = given, targets
     return bound.compiled.pool
 
 
@@ -219,13 +218,14 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
 
     A step costs more to ask every parameter what can be done with it than to see that nothing has changed.
     """
-    found = prepared.found
+    training = torch.is_grad_enabled()
+    found = prepared.found.get(training)
     owned = [owner_of(tables[at])._parameters for at in prepared.owners]
     if found is not None and found.bound is not None and found.bound.compiled is not None:
         unchanged = found.bound.compiled.unchanged(owned)
         if unchanged is not None:
             return found, unchanged
-    facts: list[object] = [torch.is_grad_enabled()]
+    facts: list[object] = []
     stored: list[Tensor] = []
     for parameters in owned:
         rates: list[object] = []
@@ -258,7 +258,7 @@ def _now(tables: Sequence[Backend], prepared: _Prepared) -> tuple[_Found, list[T
         hooks = [hook for parameter in stored for hook in live_hooks(parameter)]
         if bound is not None and bound.compiled is not None:
             bound.compiled.watch(owned, hooks, ALIGNED)
-        found = prepared.found = _Found(facts, hooks, native, bound)
+        found = prepared.found[training] = _Found(facts, hooks, native, bound)
     return found, stored
 
 

@@ -388,8 +388,7 @@ def test_a_change_is_seen_as_python_sees_it(change: str, steps: bool) -> None:
     engine(tables, make_bags(engine, 9, 3, seed=1))
     served = [tables[target.table] for target in engine.targets]
     prepared = _prepare(served)
-    found = prepared.found
-    assert found is not None
+    found = prepared.found[True]
     assert found.bound is not None
     compiled = found.bound.compiled
     assert compiled is not None

@@ -35,9 +35,8 @@ def trained(longest: int = 1) -> tuple[Engine, Tables, Bags]:
 
 
 def whole(engine: Engine, tables: Any, bags: Bags) -> Tensor | None:
-    known = engine._whole["look-up"]
-    assert known is not None
-    return known(tables, bags)
+    known = engine._whole.get(torch.is_grad_enabled())
+    return None if known is None else known(tables, bags)
 
 
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -156,9 +155,15 @@ def test_what_has_changed_for_one_look_up_is_seen_by_the_next() -> None:
         assert whole(engine, tables, bags) is None
         engine(tables, bags)
         assert whole(engine, tables, bags) is not None
+    found = whole(engine, tables, bags)
+    assert found is not None, "the one of training is as it was"
+    assert found.requires_grad
+    _freeze(engine, tables, bags)
     assert whole(engine, tables, bags) is None
-    assert engine(tables, bags).requires_grad
+    engine(tables, bags)
     assert whole(engine, tables, bags) is not None
+    with torch.no_grad():
+        assert whole(engine, tables, bags) is None, "and so have both"
 
 
 def test_copies_find_their_own_tables() -> None:
