@@ -14,12 +14,13 @@ from tqdm import tqdm
 from bench.base import checkout, compare_with
 from bench.guard import ROOT
 from bench.hand_over import core_to_core
+from bench.limits import missed_lines
 from bench.plot import MOST_PAGES, save_plot
 from bench.provenance import resolve
 from bench.results import Row, results_folder, table, this_machine, write_csv
 from bench.scale import measure_scale
 from bench.session import Skipped, Tables, compare
-from bench.settings import DENSE, EMPTY, OP, SPARSE, Comparison
+from bench.settings import Comparison
 from bench.worker import Worker
 from recemb.training.plots import MISSING_MATPLOTLIB, have_matplotlib
 
@@ -55,9 +56,9 @@ class Report:
         """Count the targets, draw the plot, name the files."""
         judged = [row for row in self.rows if row.met is not None]
         if judged:
-            missed = [f"{row.case} {row.path} [{row.setting}]" for row in judged if not row.met]
-            print(f"\ntargets: {len(judged) - len(missed)} of {len(judged)} met")
-            print("".join(f"  missed: {name}\n" for name in missed), end="")
+            print(f"\ntargets: {sum(bool(row.met) for row in judged)} of {len(judged)} met")
+            for line in missed_lines(self.rows):
+                print(_note(line))
         if self.folder is None or not self.rows:
             return
         finish_files(self.rows, self.folder, self.name)
@@ -87,8 +88,7 @@ def run_comparisons(
         for comparison in bar:
             bar.set_postfix_str(comparison.setting.title())
             rows, skipped = compare(comparison, tables, rounds)
-            notes = [*limits(rows), *map(_skip_line, skipped)]
-            report.add(_heading(comparison, rows), rows, notes)
+            report.add(_heading(comparison, rows), rows, [_skip_line(case) for case in skipped])
             absent |= {case.case: case.reason for case in skipped if "not installed" in case.reason}
     tables.clear()
     if with_scale:
@@ -117,20 +117,6 @@ def run_base(
             report.add(title, rows, [_skip_line(case) for case in skipped])
     report.finish()
     return 0
-
-
-def limits(rows: Sequence[Row]) -> list[str]:
-    """What a peer's missed bound would ask of us, beside what steps take that compute little or nothing."""
-    took = {row.case: row.p50_us for row in rows if row.path == OP}
-    least = [f"{case} takes {took[case]:,.0f} us" for case in (EMPTY, DENSE, SPARSE) if case in took]
-    if EMPTY not in took:
-        return []
-    return [
-        f"{row.target} for {row.case} asks for a step of {row.p50_us / float(row.target[2:]):,.0f} us: "
-        f"{', '.join(least)}"
-        for row in rows
-        if row.target.startswith(">=") and not row.met
-    ]
 
 
 def memory_limit(gigabytes: float | None) -> float:

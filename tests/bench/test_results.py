@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench.ids import Batch
+from bench.limits import missed_lines
 from bench.plot import MOST_PAGES, ratio_figure, save_plot
 from bench.program import RESULTS
-from bench.report import limits
 from bench.results import Machine, Row, columns, results_folder, table, this_machine, write_csv
-from bench.settings import BASE, DENSE, EMPTY, FORWARD, MD, OP, QR, SPARSE, TBE, TLTORCH, TT, Setting
+from bench.settings import BASE, DENSE, EMPTY, FORWARD, MD, OP, QR, TBE, TLTORCH, TT, Setting
 from bench.targets import Target
 from bench.work import work
 from recemb.errors import ConfigError
@@ -35,18 +35,23 @@ MACHINE = Machine(
 ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000.4, 2000.0, 3000.0)
 
 
-def test_a_missed_bound_on_a_peer_is_held_against_steps_that_compute_little() -> None:
-    peer = replace(ROW, case=f"{TLTORCH}16", p50_us=2000.0, target=">=20", met=False)
+def test_a_missed_target_is_held_against_what_the_machine_can_do() -> None:
+    # 10 MFLOP and 1 MB: 100 us as a matrix product, 250 us as random rows.
+    ours = replace(ROW, p50_us=500.0, gflop_s=20.0, gbyte_s=2.0, gemm_gflop_s=100.0, gather_gbyte_s=4.0)
+    missed = replace(ours, ratio_tbe=1.25, target="<=1", met=False)
+    peer = replace(ROW, case=f"{TLTORCH}16", ratio_like=8.0, target=">=20", met=False)
     empty = replace(ROW, case=EMPTY, p50_us=97.0)
-    forward = replace(ROW, case=SPARSE, path=FORWARD, p50_us=1.0)
-    line = ">=20 for tltorch R=16 asks for a step of 100 us: empty step takes 97 us"
-    assert limits([peer, empty, forward]) == [line]
-    sparse, dense = (replace(ROW, case=case, p50_us=p50) for case, p50 in ((SPARSE, 385.0), (DENSE, 245.0)))
-    also = f"{line}, uncompressed takes 245 us, nn.EmbeddingBag takes 385 us"
-    assert limits([sparse, peer, dense, empty]) == [also]
-    assert limits([replace(peer, met=True), empty, replace(ROW, target="<=1", met=False)]) == []
-    # Without the empty step there is nothing to hold it against.
-    assert limits([peer, sparse]) == []
+    machine = "at the machine's own speed its arithmetic takes 100, its bytes 250"
+    nothing = ", a step that computes nothing 97"
+    of_peer = ["missed: tltorch R=16 op [s]", f"  took 500 us, 200 are asked for: {machine}{nothing}"]
+    assert missed_lines([peer, ours, empty]) == of_peer
+    of_ours = ["missed: TT R=16 op [s]", f"  took 500 us, 400 are asked for: {machine}"]
+    assert missed_lines([missed]) == of_ours
+    # An empty forward pass is no step; a billion rows' work is not counted, nor is ours where it was not run.
+    assert missed_lines([missed, replace(empty, path=FORWARD)]) == of_ours
+    assert missed_lines([replace(ROW, ratio_tbe=2.0, target="<=1", met=False)]) == of_ours[:1]
+    assert missed_lines([peer]) == of_peer[:1]
+    assert missed_lines([replace(missed, met=True), replace(missed, met=None)]) == []
 
 
 def test_the_csv_has_a_row_a_case_with_machine_and_versions(tmp_path: Path) -> None:
