@@ -146,7 +146,7 @@ def train_rows(models: Models, batch: int, rounds: int) -> list[TrainRow]:
                 speed_ratio=ratio(times[TBE, MODULE], times[name, path]),
                 gflop_s=flop / spread.p50 / 1e3,
                 gbyte_s=done.nbytes / spread.p50 / 1e3,
-                floor_us=least.microseconds(flop, done.nbytes),
+                floor_us=max(least.arithmetic(flop), least.memory(done.weights, done.streams)),
                 gemm_gflop_s=least.gemm,
                 copy_gbyte_s=least.copy,
                 gather_gbyte_s=least.gather,

@@ -32,9 +32,13 @@ class Floor:
     copy: float
     gather: float
 
-    def microseconds(self, flop: float, nbytes: float) -> float:
-        """The least time for so much work: the slower of arithmetic and random rows."""
-        return 1e6 * max(flop / (self.gemm * 1e9), nbytes / (self.gather * 1e9))
+    def arithmetic(self, flop: float) -> float:
+        """Microseconds of so much arithmetic, as a matrix product."""
+        return flop / self.gemm / 1e3
+
+    def memory(self, weights: float, streams: float) -> float:
+        """Microseconds of so many bytes of weights, as random rows, and of others, as a copy."""
+        return weights / self.gather / 1e3 + streams / self.copy / 1e3
 
 
 def floor(dim: int) -> Floor:

@@ -29,7 +29,7 @@ def require_green(tests: Sequence[str] = TESTS, stamps: Path | None = None) -> s
         stamps: the folder that remembers what has passed; the kernels' own cache when ``None``.
 
     Returns:
-        The hash of the sources and tests.
+        The hash of the sources and tests, and which tests these are when not the default ones.
 
     Raises:
         ConfigError: the tests fail, or are not there.
@@ -39,9 +39,10 @@ def require_green(tests: Sequence[str] = TESTS, stamps: Path | None = None) -> s
     if missing:
         raise ConfigError(f"--tests {missing[0]}: no such file or folder under {ROOT}")
     sources = source_hash(tests)
+    named = sources if tuple(tests) == TESTS else f"{sources} {' '.join(tests)}"
     stamp = (stamps or cache_dir()) / f"bench-green-{sources}-{system_hash()}"
     if stamp.exists():
-        return sources
+        return named
     print(
         f"bench: testing the operators first ({' '.join(tests)}), once for these sources and this system",
         file=sys.stderr,
@@ -56,7 +57,7 @@ def require_green(tests: Sequence[str] = TESTS, stamps: Path | None = None) -> s
             f"see python -m pytest {' '.join(tests)} -x"
         )
     stamp.touch()
-    return sources
+    return named
 
 
 def source_hash(tests: Sequence[str]) -> str:

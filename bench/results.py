@@ -32,7 +32,8 @@ class Row:
             forward only, our own tensor train for tltorch, the other commit under ``--base``.
         target: the bound, ``<=0.8``; ``met`` says whether it is kept.
         gflop_s: arithmetic of :mod:`bench.work` over P50; gbyte_s likewise.
-        floor_us: the least time for that work on this machine (:mod:`bench.floor`).
+        floor_us: what that work takes on this machine (:mod:`bench.floor`): the longer of its arithmetic and
+            its bytes, ``memory_us``. Figures without that column took all bytes for random rows.
         hand_over_ns: what a cache line took between the threads' cores, the median over the rounds; of a
             process of its own, before and after them (:mod:`bench.hand_over`).
     """
@@ -60,6 +61,7 @@ class Row:
     gflop_s: float | None = None
     gbyte_s: float | None = None
     floor_us: float | None = None
+    memory_us: float | None = None
     gemm_gflop_s: float | None = None
     copy_gbyte_s: float | None = None
     gather_gbyte_s: float | None = None
@@ -76,7 +78,8 @@ class Machine:
         load: runnable processes in the minute before; above 0.5 a core, others take part in the figures.
         compiler: of the kernels.
         commit: short hash; ``+`` when files differ from it, empty outside a git checkout.
-        sources: hash of the kernels and of their tests, which were green (:mod:`bench.guard`).
+        sources: hash of the kernels and of their tests, which were green (:mod:`bench.guard`), and those
+            tests where they are other than by default.
     """
 
     date: str

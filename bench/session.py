@@ -166,6 +166,7 @@ def _row(key: Key, setting: Setting, times: Mapping[Key, Seconds], batches: Sequ
     target = TARGETS.get((setting, case, path))
     spread = percentiles(times[key])
     done, least = work(case, path, setting, batches), floor(setting.dim)
+    memory = least.memory(done.weights, done.streams)
     return Row(
         **describe(setting),
         distinct=distinct_ids(setting, batches),
@@ -183,7 +184,8 @@ def _row(key: Key, setting: Setting, times: Mapping[Key, Seconds], batches: Sequ
         met=None if target is None else target.met(ratio_tbe, ratio_like),
         gflop_s=done.flop / spread.p50 / 1e3,
         gbyte_s=done.nbytes / spread.p50 / 1e3,
-        floor_us=least.microseconds(done.flop, done.nbytes),
+        floor_us=max(least.arithmetic(done.flop), memory),
+        memory_us=memory,
         gemm_gflop_s=least.gemm,
         copy_gbyte_s=least.copy,
         gather_gbyte_s=least.gather,

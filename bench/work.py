@@ -28,10 +28,22 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step."""
+    """Of one step.
+
+    Args:
+        flop: arithmetic.
+        weights: bytes of weights, which lie anywhere.
+        streams: bytes of pooled rows, their gradients and ids, which lie in a row.
+    """
 
     flop: float
-    nbytes: float
+    weights: float
+    streams: float
+
+    @property
+    def nbytes(self) -> float:
+        """All bytes."""
+        return self.weights + self.streams
 
 
 def distinct_ids(setting: Setting, batches: Sequence[Batch]) -> float:
@@ -43,15 +55,15 @@ def distinct_ids(setting: Setting, batches: Sequence[Batch]) -> float:
 def work(case: str, path: str, setting: Setting, batches: Sequence[Batch]) -> Work:
     """What a case does at a setting, the mean over a few of the batches."""
     if case == EMPTY:
-        return Work(0, 0)
+        return Work(0, 0, 0)
     touched, flop = _touched_and_flop(case, setting, batches)
     lookups = setting.batch * setting.hots * len(setting.rows)
     outputs = setting.batch * setting.dim * len(setting.rows)
     # Adding up the rows of a bag.
     flop += lookups * setting.dim
     passes = 1 if path == FORWARD else 3
-    nbytes = _FLOAT * (passes * touched + min(passes, 2) * outputs) + _ID * lookups
-    return Work(passes * flop, nbytes)
+    streams = _FLOAT * min(passes, 2) * outputs + _ID * lookups
+    return Work(passes * flop, _FLOAT * passes * touched, streams)
 
 
 def touched_bytes(case: str, setting: Setting, batches: Sequence[Batch]) -> int:

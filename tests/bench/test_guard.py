@@ -30,6 +30,7 @@ def test_green_tests_run_once_for_the_same_sources(tmp_path: Path) -> None:
     stamps.mkdir()
     tests = _tests(tmp_path, f"Path({str(runs)!r}).open('a').write('x')")
     first = require_green([tests], stamps)
+    assert first == f"{source_hash([tests])} {tests}", "other tests than by default are named"
     assert require_green([tests], stamps) == first
     assert runs.read_text() == "x"
     other = _tests(tmp_path, f"Path({str(runs)!r}).open('a').write('xy')")

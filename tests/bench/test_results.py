@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.floor import Floor
 from bench.ids import Batch
 from bench.limits import missed_lines
 from bench.plot import MOST_PAGES, ratio_figure, save_plot
 from bench.program import RESULTS
 from bench.results import Machine, Row, columns, results_folder, table, this_machine, write_csv
-from bench.settings import BASE, DENSE, EMPTY, FORWARD, MD, OP, QR, TBE, TLTORCH, TT, Setting
+from bench.settings import BASE, DENSE, EMPTY, FORWARD, MD, OP, QR, SPARSE, TBE, TLTORCH, TT, Setting
 from bench.targets import Target
 from bench.work import work
 from recemb.errors import ConfigError
@@ -36,22 +37,39 @@ ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000
 
 
 def test_a_missed_target_is_held_against_what_the_machine_can_do() -> None:
-    # 10 MFLOP and 1 MB: 100 us as a matrix product, 250 us as random rows.
-    ours = replace(ROW, p50_us=500.0, gflop_s=20.0, gbyte_s=2.0, gemm_gflop_s=100.0, gather_gbyte_s=4.0)
+    # 10 MFLOP: 100 us as a matrix product.
+    ours = replace(ROW, p50_us=500.0, gflop_s=20.0, gemm_gflop_s=100.0, memory_us=250.0)
     missed = replace(ours, ratio_tbe=1.25, target="<=1", met=False)
     peer = replace(ROW, case=f"{TLTORCH}16", ratio_like=8.0, target=">=20", met=False)
-    empty = replace(ROW, case=EMPTY, p50_us=97.0)
     machine = "at the machine's own speed its arithmetic takes 100, its bytes 250"
-    nothing = ", a step that computes nothing 97"
-    of_peer = ["missed: tltorch R=16 op [s]", f"  took 500 us, 200 are asked for: {machine}{nothing}"]
-    assert missed_lines([peer, ours, empty]) == of_peer
+    of_peer = ["missed: tltorch R=16 op [s]", f"  took 500 us, 200 are asked for: {machine}"]
+    assert missed_lines([peer, ours]) == of_peer
     of_ours = ["missed: TT R=16 op [s]", f"  took 500 us, 400 are asked for: {machine}"]
     assert missed_lines([missed]) == of_ours
-    # An empty forward pass is no step; a billion rows' work is not counted, nor is ours where it was not run.
-    assert missed_lines([missed, replace(empty, path=FORWARD)]) == of_ours
+    # Of our other steps in that setting the shortest: no peer's, no forward pass, no other batch.
+    others = [
+        replace(ROW, case=case, path=path, setting=setting, p50_us=p50)
+        for case, path, setting, p50 in (
+            (DENSE, OP, "s", 97.0),
+            (QR, OP, "s", 98.0),
+            (SPARSE, OP, "s", 1.0),
+            (EMPTY, OP, "s", 1.0),
+            (MD, FORWARD, "s", 1.0),
+            (MD, OP, "another", 1.0),
+        )
+    ]
+    shortest = "; the shortest of our steps there, uncompressed, took 97"
+    assert missed_lines([peer, ours, *others]) == [of_peer[0], of_peer[1] + shortest]
+    # A billion rows' work is not counted, nor is ours where it was not run.
     assert missed_lines([replace(ROW, ratio_tbe=2.0, target="<=1", met=False)]) == of_ours[:1]
     assert missed_lines([peer]) == of_peer[:1]
     assert missed_lines([replace(missed, met=True), replace(missed, met=None)]) == []
+
+
+def test_bytes_are_weights_at_random_and_streams_in_a_row() -> None:
+    machine = Floor(gemm=100.0, copy=40.0, gather=4.0)
+    assert machine.arithmetic(10e6) == 100.0
+    assert machine.memory(4e6, 40e6) == 1000.0 + 1000.0
 
 
 def test_the_csv_has_a_row_a_case_with_machine_and_versions(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_an_empty_step_computes_nothing_and_is_recorded() -> None:
     empty = EmptyTables(setting.dim)
     empty.steps[OP](batch)
     assert empty.parameter.grad is None
-    assert work(EMPTY, OP, setting, [batch]) == Work(0, 0)
+    assert work(EMPTY, OP, setting, [batch]) == Work(0, 0, 0)
     assert case_bytes(EMPTY, setting) == 0
     (small,) = (comparison for comparison in targets_preset() if comparison.setting.batch == 64)
     assert {EMPTY, SPARSE} < set(small.cases)
