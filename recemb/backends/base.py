@@ -182,6 +182,8 @@ class Backend(nn.Module, ABC):
     @classmethod
     def pooled_plain(cls, tables: Sequence[Any], bags: Bags) -> Tensor:
         """The same in plain torch, on any device and dtype."""
+        for table in dict.fromkeys(map(owner_of, tables)):
+            table.renew()
         pooled = [table.pooled_feature(bags.feature(f)) for f, table in enumerate(tables)]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
@@ -221,6 +223,23 @@ class Backend(nn.Module, ABC):
         owner = owner_of(self)
         return {name: getattr(owner, name) for name, _ in self.layout}
 
+    def renew(self) -> None:
+        """Make what stands in a parameter's place anew, of the parameters as they are now.
+
+        torch does so, for pruned ones, before a module's ``forward``, which nobody calls here.
+        """
+        owner = owner_of(self)
+        if all(name in owner._parameters for name, _ in owner.layout):
+            return
+        for hook in owner._forward_pre_hooks.values():
+            hook(owner, ())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What stands in a parameter's place may have a graph, which torch does not copy.
+        state = self.__dict__
+        made = {name: state[name] for name, _ in self.layout if isinstance(state.get(name), Tensor)}
+        return state | {name: value.detach() for name, value in made.items()}
+
     @property
     def device(self) -> torch.device:
         """Where this table's storage lies."""
@@ -250,6 +269,7 @@ class Backend(nn.Module, ABC):
                 f"table {self.table.name!r}: rows [{start}, {stop}) are not within "
                 f"[0, {self.table.num_embeddings})"
             )
+        self.renew()
         parameter = self._first
         if parameter.is_meta:
             raise ConfigError(
@@ -286,7 +306,7 @@ class Backend(nn.Module, ABC):
             raise ConfigError(
                 f"table {self.table.name!r} is on the meta device; call to_empty(device=...) first"
             )
-        self._check_own_parameters()
+        self.check_writable("from_dense", [name for name, _ in self.layout])
         if not _finite(weight, weight.dtype):
             raise ConfigError(f"table {self.table.name!r}: from_dense was given NaN or infinite weights")
         too_large = ConfigError(
@@ -309,17 +329,25 @@ class Backend(nn.Module, ABC):
                 slots = (self.cache.ids >= 0).nonzero().flatten()
                 self.cache.weight[slots] = weight[self.cache.ids[slots]].to(self.cache.weight.dtype)
 
-    def _check_own_parameters(self) -> None:
-        """That what rows are made of is parameters, which can be written to."""
-        holders: list[tuple[str, Backend, list[str]]] = [("", self, [name for name, _ in self.layout])]
+    def check_writable(self, who: str, names: Sequence[str]) -> None:
+        """That some of what rows are made of, and the cached rows, are parameters, which can be written to.
+
+        Args:
+            who: wants to.
+            names: of this storage's layout.
+
+        Raises:
+            ConfigError: one is pruned or parametrized.
+        """
+        holders: list[tuple[str, Backend, Sequence[str]]] = [("", self, names)]
         if self.cache is not None:
             holders.append((".cache", self.cache, ["weight"]))
-        for path, holder, names in holders:
-            for name in names:
-                if name not in holder.own_parameters():
+        for path, holder, held in holders:
+            for name in held:
+                if name not in owner_of(holder)._parameters:
                     where = f"collection.embedding_bags[{self.table.name!r}]{path}"
                     raise ConfigError(
-                        f"table {self.table.name!r}: from_dense cannot write to {name!r}, which is pruned or "
+                        f"table {self.table.name!r}: {who} cannot write to {name!r}, which is pruned or "
                         "parametrized and is made anew of other parameters; make it a parameter again first, "
                         f"e.g. by torch.nn.utils.prune.remove({where}, {name!r})"
                     )
@@ -345,9 +373,9 @@ class Backend(nn.Module, ABC):
             "cache=HotRows(write_back=False, ...)"
         )
 
-    def written_parameters(self) -> Sequence[nn.Parameter]:
-        """What :meth:`write_back` changes."""
-        return list(self.own_parameters().values())
+    def written_parameters(self) -> Sequence[str]:
+        """Parameters that :meth:`write_back` changes."""
+        return [name for name, _ in self.layout]
 
     def read_to_write_back(self) -> Sequence[str]:
         """Parameters that :meth:`write_back` reads all of, whatever the ids; they must be finite for it."""

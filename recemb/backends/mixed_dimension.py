@@ -85,8 +85,8 @@ class MixedDimensionBackend(Backend):
         e = torch.cat([(block.to(basis.dtype) @ basis).to(self.e.dtype) for block in blocks])
         return {"e": e, "p": basis.T}
 
-    def written_parameters(self) -> Sequence[nn.Parameter]:
-        return [self.e]
+    def written_parameters(self) -> Sequence[str]:
+        return ("e",)
 
     def read_to_write_back(self) -> Sequence[str]:
         return ("p",)

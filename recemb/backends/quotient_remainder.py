@@ -138,10 +138,10 @@ class QuotientRemainderBackend(Backend):
                 r[:, column - split] = grid.sum(0) / present.sum(0)
         return {"q": q, "r": r}
 
-    def written_parameters(self) -> Sequence[nn.Parameter]:
+    def written_parameters(self) -> Sequence[str]:
         if _compression(self.table).operation == "concat":
-            return [self.q, self.r]
-        return [self.q if _longer(self.table) == "q" else self.r]
+            return ("q", "r")
+        return (_longer(self.table),)
 
     def read_to_write_back(self) -> Sequence[str]:
         """Under ``mult`` the factors of the other side, which weigh what a change does to the other rows."""

@@ -126,7 +126,7 @@ class TensorTrainBackend(Backend):
 
     def read_to_write_back(self) -> Sequence[str]:
         """All cores: their Gram matrices weigh what a change does to the other rows."""
-        return tuple(self.own_parameters())
+        return tuple(name for name, _ in self.layout)
 
     @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:

@@ -106,7 +106,7 @@ class HotRowCache(DenseBackend):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their writes anew, and functions may be of another's optimizer.
-        return self.__dict__ | {"on_replace": [], "_known": {}}
+        return super().__getstate__() | {"on_replace": [], "_known": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept: dict[str, Tensor] = {name: getattr(self, name) for name in _FLOATS}

@@ -127,7 +127,9 @@ class Step:
         # One of each parameter, which several tables may share.
         copies: dict[nn.Parameter, Tensor] | None = {} if due else None
         for cache, table in pairs:
-            cache.before_step.note([cache.weight, *table.own_parameters().values()], copies)
+            cache.before_step.note(
+                [*cache.own_parameters().values(), *table.own_parameters().values()], copies
+            )
         for k, t in enumerate(self.streams.owner):
             if self.watching[t] and grad is not None:
                 self.streams.measure(k, self, grad)

@@ -33,10 +33,16 @@ def refresh(tables: Sequence[Backend]) -> None:
         tables: cached tables, each once.
 
     Raises:
+        ConfigError: cached rows, or parameters that they are written to, are pruned or parametrized; nothing
+            has changed.
         NonFiniteError: a row that leaves or enters, or a parameter that all rows are written back by, is NaN
             or infinite; nothing has changed.
     """
     pairs = [(table, cache_of(table)) for table in tables]
+    for table, cache in pairs:
+        written = table.written_parameters() if cache.settings.write_back else ()
+        table.check_writable("an exchange of cached rows", written)
+        table.renew()
     # A row that enters has the compressed value, whatever the model around it computes in.
     with torch.autocast(pairs[0][1].weight.device.type, enabled=False):
         _exchange(pairs)
@@ -124,7 +130,10 @@ def is_frozen(table: Backend) -> bool:
     if not cache.training:
         return True
     written = table.written_parameters() if cache.settings.write_back else ()
-    return not all(parameter.requires_grad for parameter in (cache.weight, *written))
+    named = table.own_parameters()
+    # What stands in a pruned one's place takes gradients or none as it was made, whatever it is made of.
+    held = [named.get(name, named.get(f"{name}_orig")) for name in written]
+    return not all(p.requires_grad for p in (*cache.own_parameters().values(), *held) if p is not None)
 
 
 def _check_finite(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
@@ -133,7 +142,7 @@ def _check_finite(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
     _raise_first(table, "cached row of id {}", leaving, cache.weight[plan.leaving], "cannot be written back")
     if leaving.numel() and cache.settings.write_back:
         for name in table.read_to_write_back():
-            parameter = table.own_parameters()[name]
+            parameter = table.weights()[name]
             rows = torch.arange(len(parameter), device=parameter.device)
             _raise_first(table, f"row {{}} of {name}", rows, parameter, "no row can be written back by it")
     for ids, why in ((leaving, "a cached one cannot be written to it"), (plan.ids, "cannot be cached")):

@@ -98,8 +98,15 @@ def _places_of(table: Backend) -> list[tuple[dict[str, Any], str]]:
 
 
 def stored_tensors(tables: Sequence[Backend]) -> list[Tensor]:
-    """The ``stored`` of an op, table by table."""
-    return [values[name] for table in tables for values, name in _places_of(table)]
+    """The ``stored`` of an op, table by table: parameters, or what stands in their place."""
+    found: list[Tensor] = []
+    for table in tables:
+        cache = table.cache
+        for held in (table,) if cache is None else (table, cache):
+            held.renew()
+            found += [] if held._owner else held.weights().values()
+        found += [] if cache is None else [cache.ids]
+    return found
 
 
 # By the memory of their first weights, with which they go, and by text: programs that no call is using. What

@@ -116,7 +116,7 @@ class QuantizedBackend(Backend):
 
     @torch.no_grad()
     def fill(self, trained: Backend) -> None:
-        """Take a trained table's parameters, and its cached rows.
+        """Take a trained table's parameters, as :meth:`Backend.renew` leaves them, and its cached rows.
 
         Raises:
             ConfigError: a weight cannot be stored; no parameter has changed.
@@ -125,7 +125,7 @@ class QuantizedBackend(Backend):
             name = self.table.name
             stored = {
                 key: store_rows(weight, self.kinds[key], f"table {name!r}: {key}")
-                for key, weight in trained.own_parameters().items()
+                for key, weight in trained.weights().items()
             }
             for key, value in stored.items():
                 self._parameters[key] = nn.Parameter(value, requires_grad=False)

@@ -27,6 +27,7 @@ from recemb import (
 )
 from recemb.errors import ConfigError
 from recemb.spec import Compression, TensorTrain
+from recemb.torchrec_io import quantize_embeddings
 from recemb_kernels import native
 
 ROWS, DIM = 40, 8
@@ -121,6 +122,89 @@ def test_pruned_cached_rows_are_not_overwritten_through_a_mask() -> None:
     prune.random_unstructured(_table(made).cache, "weight", 0.5)
     with pytest.raises(ConfigError, match=r"table 't0': .* write to 'weight'.*\['t0'\]\.cache, 'weight'"):
         made.from_dense("t0", torch.randn(ROWS, DIM))
+
+
+def _changed(part: str, how: str) -> tuple[EmbeddingBagCollection, EmbeddingBagCollection]:
+    """A collection with a pruned or parametrized part, and one with the parameters that this comes to.
+
+    What the mask or the parametrization acts on is written to afterwards, as a step or a checkpoint does.
+    """
+    compression, name = PARTS[part]
+    made, plain = _collection(compression), _collection(compression)
+    if how == "pruned":
+        prune.random_unstructured(_table(made), name, 0.5)
+    else:
+        parametrizations.weight_norm(_table(made), name)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(2)
+        for own, _ in _table(plain).layout:
+            known, changed = _table(plain)._parameters[own], getattr(_table(made), own)
+            if how == "pruned" and own == name:
+                changed = getattr(_table(made), f"{own}_orig") * getattr(_table(made), f"{own}_mask")
+            known.copy_(changed)
+    return made, plain
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_looked_up_is_what_the_parameters_come_to_now(part: str, how: str) -> None:
+    made, plain = _changed(part, how)
+    torch.testing.assert_close(made(_batch()).values(), plain(_batch()).values())
+    made, plain = _changed(part, how)
+    torch.testing.assert_close(made.to_dense("t0"), plain.to_dense("t0"))
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_quantised_is_what_the_parameters_come_to_now(
+    part: str, dtype: torch.dtype, how: str
+) -> None:
+    made, plain = _changed(part, how)
+    served, expected = quantize_embeddings(made, dtype), quantize_embeddings(plain, dtype)
+    assert torch.equal(served(_batch()).values(), expected(_batch()).values())
+
+
+@pytest.mark.filterwarnings("ignore:.*assigned during export")
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_exported_is_what_the_parameters_come_to_now(part: str, how: str) -> None:
+    made, plain = _changed(part, how)
+    given = _batch().values(), _batch().lengths()
+    program = torch.export.export(Served(made), given)
+    torch.testing.assert_close(program.module()(*given), plain(_batch()).values())
+
+
+class Served(nn.Module):
+    """A collection as torch.export takes one."""
+
+    def __init__(self, collection: EmbeddingBagCollection) -> None:
+        super().__init__()
+        self.collection = collection
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """[B, D] of one feature."""
+        features = KeyedJaggedTensor(keys=["f0"], values=ids, lengths=lengths)
+        values: Tensor = self.collection(features).values()
+        return values
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pruned_table_trains_step_by_step(part: str) -> None:
+    compression, name = PARTS[part]
+    made = _collection(compression)
+    prune.random_unstructured(_table(made), name, amount=0.5)
+    named = dict(_table(made).named_parameters())
+    optimizer = torch.optim.SGD(named.values(), lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = made(_batch()).values().square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
 
 
 def test_a_parametrized_table_is_looked_up_as_torchrecs() -> None:

@@ -130,7 +130,9 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         _update_embedding_configs(configs, module.qconfig, pruned)
         trained = cast(Mapping[str, Backend], module.embedding_bags)
         dense = [config for config in module.embedding_bag_configs() if not is_compressed(config)]
-        weights = {config.name: trained[config.name].own_parameters()["weight"] for config in dense}
+        for backend in trained.values():
+            backend.renew()
+        weights = {config.name: trained[config.name].weights()["weight"] for config in dense}
         check_storable([config for config in configs if config.name in weights], weights)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
