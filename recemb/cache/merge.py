@@ -121,6 +121,7 @@ class Step:
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         if self.token is not None and self.token.task == -1:
             self.streams.left_in = backward_under_way()
+        self.streams.backwards += self.token is not None
         self.token = None
         pairs = list(zip(self.caches, self.tables, strict=True))
         due = any(cache.due and not is_frozen(table) for cache, table in pairs)

@@ -27,6 +27,7 @@ from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
+from recemb.optim.attached import stepping
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
 from recemb_kernels.cache_split import Splitter
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 
 # Above every id plus its table's base.
 NO_KEY = torch.iinfo(torch.int64).max
-# An exchange that is kept back at as many times ``refresh_every`` look-ups will not come by itself. A period
-# counts as so many look-ups at least: one step may have several.
+# An exchange that is kept back over as many times ``refresh_every`` steps will not come by itself. A period
+# counts as so many steps at least: a pipeline may hold a few.
 _MANY_TIMES, _FEW = 4, 16
 
 
@@ -88,8 +89,12 @@ class Streams:
         self._open: list[ref[Token]] = []
         # Whether an exchange is due since a look-up within a backward.
         self._put_off = False
-        # Look-ups at which one was due, and the graph of another was still to go backward.
+        # Steps after which one was due, and at the next look-up another's graph had still to go backward; and
+        # by what the last of them is told from the next.
         self._kept_back = 0
+        self._kept_at: list[int | None] | None = None
+        # Graphs that have gone backward.
+        self.backwards = 0
         # The backward that the last graph of a forward outside of any has gone through.
         self.left_in = -1
 
@@ -100,6 +105,7 @@ class Streams:
             "_splitter": None,
             "_open": [],
             "_kept_back": 0,
+            "_kept_at": None,
             "left_in": -1,
         }
 
@@ -146,12 +152,25 @@ class Streams:
             self._put_off = backward_under_way() != -1
             if not self._put_off:
                 refresh(due)
-                self._kept_back = 0
+                self._kept_back, self._kept_at = 0, None
         elif due and self._open and training:
-            self._kept_back += 1
-            if self._kept_back == _MANY_TIMES * max(_FEW, *(cache_of(b).settings.refresh_every for b in due)):
-                _warn_of_waiting(due[0])
+            self._count_kept_back(due)
         return training
+
+    def _count_kept_back(self, due: Sequence[Backend]) -> None:
+        """Warn where an optimizer has stepped many times, each time before a graph had gone backward.
+
+        However many look-ups a step has, rows can be exchanged after it. Of torch's fused optimizers, which
+        do not raise the version of what they write to, nothing is seen.
+        """
+        held = [p for b in due for p in (cache_of(b).weight, *b.own_parameters().values())]
+        at = [self.backwards if stepping(p) else version_of(p) for p in held]
+        before, self._kept_at = self._kept_at, at
+        if before is None or before == at:
+            return
+        self._kept_back += 1
+        if self._kept_back == _MANY_TIMES * max(_FEW, *(cache_of(b).settings.refresh_every for b in due)):
+            _warn_of_waiting(due[0])
 
     def _repeats(self) -> bool:
         """Whether a look-up is the repeat of one whose graph counts as a step already."""
@@ -374,11 +393,11 @@ class Streams:
 def _warn_of_waiting(table: Backend) -> None:
     warnings.warn(
         f"table {table.table.name!r}: its cached rows are due to be exchanged (refresh_every="
-        f"{cache_of(table).settings.refresh_every}) and cannot be: at each of many look-ups the output of an "
-        "earlier one, which has found its rows in the cache, had still to go backward. Call backward() "
+        f"{cache_of(table).settings.refresh_every}) and cannot be: after each of many steps the output of an "
+        "earlier look-up, which has found its rows in the cache, had still to go backward. Call backward() "
         "before the next look-up, and prefetch(features) to prepare a batch ahead of that; look up under "
         "torch.no_grad() what is not to go backward",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

@@ -228,7 +228,8 @@ def look_up_ahead(collection: Collection, steps: int) -> None:
         now.sum().backward()
 
 
-@pytest.mark.parametrize(("every", "first"), [(1, 64), (20, 80)])
+# The first look-ups are up to the warmup, and tell nothing of a step yet.
+@pytest.mark.parametrize(("every", "first"), [(1, 65), (20, 81)])
 def test_a_loop_that_never_lets_rows_be_exchanged_is_told_once(every: int, first: int) -> None:
     collection = made(TensorTrain(rank=4, cache=HotRows(rows=2, warmup=1, refresh_every=every)))
     with warnings.catch_warnings():
@@ -242,15 +243,48 @@ def test_a_loop_that_never_lets_rows_be_exchanged_is_told_once(every: int, first
     assert len(told) == 1
 
 
-def test_several_look_ups_before_each_backward_are_no_reason_to_warn() -> None:
-    collection = made(TensorTrain(rank=4, cache=EACH_STEP))
-    optimizer = torch.optim.SGD(collection.parameters(), 0.01)
+@pytest.mark.parametrize(
+    ("every", "look_ups", "how"),
+    [(1, 70, "one backward"), (64, 330, "one backward"), (1, 70, "one behind"), (1, 70, "fused")],
+)
+def test_many_look_ups_in_each_step_are_no_reason_to_warn(every: int, look_ups: int, how: str) -> None:
+    cache = HotRows(rows=2, warmup=1, refresh_every=every, track_every=1)
+    collection = made(QuotientRemainder(collisions=6, operation="add", cache=cache))
+    optimizer = torch.optim.SGD(collection.parameters(), 1e-6)
+    if how == "fused":
+        apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 1e-6})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(30):
-            torch.stack([collection(one_id_bags([1, 2])) for _ in range(10)]).sum().backward()
+        outputs = []
+        for _ in range(look_ups):
+            outputs.append(collection(one_id_bags([1, 2])).sum())
+            if how == "one behind" and len(outputs) > 1:
+                outputs.pop(0).backward()
+        torch.stack(outputs).sum().backward()
+        if how != "fused":
+            optimizer.step()
+        optimizer.zero_grad()
+        collection(one_id_bags([1, 2]))
+    assert collection.cache().refreshed == look_ups
+
+
+def test_outputs_that_are_kept_and_never_go_backward_are_told_of() -> None:
+    collection = made(QuotientRemainder(collisions=6, operation="add", cache=EACH_STEP))
+    optimizer = torch.optim.SGD(collection.parameters(), 0.01)
+    kept = []
+
+    def train() -> None:
+        for _ in range(70):
+            kept.append(collection(one_id_bags([1, 2, 3])))
+            collection(one_id_bags([1, 2, 3])).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"refresh_every=1\) and cannot be") as told:
+        train()
+    assert len(told) == 1
+    kept.clear()
+    collection(one_id_bags([1, 2, 3]))
     assert collection.cache().exchanges
 
 
