@@ -16,7 +16,9 @@ from recemb.checkpoint.shard_file import ShardFile, num_blocks, open_regular
 from recemb.checkpoint.tree import DTYPES
 from recemb.errors import CheckpointError
 
-FORMAT_VERSION: Final = 1
+# 2 has settings. A key says how to read the rest, for all that a reader knows who does not know it: none is
+# passed over, and each new one makes a new version. A file is of the first version that has all its keys.
+FORMAT_VERSIONS: Final = (1, 2)
 MANIFEST_FILE: Final = "manifest.json"
 # A checkpoint of 10 TB has a manifest of 10 MB.
 MAX_MANIFEST_BYTES: Final = 2**26
@@ -59,7 +61,7 @@ class Manifest(_Part):
     """All of a checkpoint but the tensors' bytes.
 
     Attributes:
-        format_version: of this layout.
+        format_version: of this layout: 2 where there are settings.
         save_id: drawn for this save; in every file's header too.
         step: of training.
         world_size: ranks that saved.
@@ -67,11 +69,11 @@ class Manifest(_Part):
         files: their names.
         tensors: by path in the state.
         values: the state's other leaves, by path.
-        settings: of the collections in the state, by path and table; those saved before have none.
+        settings: of the collections in the state, by path and table; a file leaves none out.
         extra: the caller's.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     save_id: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
     step: _Count
     world_size: Annotated[int, Field(ge=1, le=10**9)]
@@ -88,7 +90,7 @@ class Manifest(_Part):
         Raises:
             CheckpointError: too much of it.
         """
-        body = _canonical(self.model_dump())
+        body = _canonical(self.model_dump(exclude=None if self.settings else {"settings"}))
         text = f'{{"crc32":{zlib.crc32(body)},"manifest":'.encode() + body + b"}\n"
         if len(text) > MAX_MANIFEST_BYTES:
             raise CheckpointError(
@@ -107,9 +109,9 @@ class Manifest(_Part):
         path = folder / MANIFEST_FILE
         content = _parse(path, _read_bounded(path))
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise CheckpointError(
-                f"{path}: has format version {version!r}, this recemb reads {FORMAT_VERSION}; load it with "
+                f"{path}: has format version {version!r}, this recemb reads {FORMAT_VERSIONS}; load it with "
                 "the recemb that wrote it"
             )
         try:

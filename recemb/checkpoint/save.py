@@ -15,7 +15,6 @@ from torch import Tensor
 from recemb.checkpoint import folder, shard_file
 from recemb.checkpoint.boxes import Box
 from recemb.checkpoint.manifest import (
-    FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
     StoredShard,
@@ -214,7 +213,7 @@ def _manifest(
         for key, tensor in placed.items()
     }
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=2 if settings else 1,
         save_id=temporary.name.rpartition("-")[2],
         step=step,
         world_size=len(told),

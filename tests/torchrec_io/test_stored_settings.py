@@ -182,17 +182,47 @@ def test_checkpoints_note_and_check_too(make: Any, pair: str, tmp_path: Path) ->
     assert all(map(torch.equal, state.values(), parameters(same)))
 
 
-def test_checkpoints_of_before_load_as_ever(tmp_path: Path) -> None:
-    other = collection(t=PAIRS["qr"][1])
-    found = checkpoint(tmp_path, dict(collection(t=QR).state_dict()))
-    file = found.path / "manifest.json"
-    body = json.loads(file.read_text())["manifest"]
-    assert body.pop("settings") == {}
+def manifest_of(found: Checkpoint) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((found.path / "manifest.json").read_text())["manifest"]
+    return body
+
+
+def rewritten(found: Checkpoint, body: dict[str, Any]) -> Checkpoint:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    file = found.path / "manifest.json"
     file.write_text(f'{{"crc32":{zlib.crc32(text.encode())},"manifest":{text}}}')
-    again = latest_checkpoint(tmp_path)
+    again = latest_checkpoint(found.path.parent)
     assert again is not None
-    again.load({"model": other.state_dict()})
+    return again
+
+
+def test_a_checkpoint_without_settings_is_as_it_was_before_there_were_any(tmp_path: Path) -> None:
+    """So that a recemb of then reads it; one with settings says by its version that they are to be known."""
+    other = collection(t=PAIRS["qr"][1])
+    for k, state in enumerate(
+        (dict(collection(t=QR).state_dict()), collection(t=recemb.Dense()).state_dict())
+    ):
+        body = manifest_of(checkpoint(tmp_path / str(k), state))
+        assert (body["format_version"], "settings" in body) == (1, False)
+    found = latest_checkpoint(tmp_path / "0")
+    assert found is not None
+    found.load({"model": other.state_dict()})
+    assert manifest_of(checkpoint(tmp_path, collection(t=QR).state_dict()))["format_version"] == 2
+
+
+@pytest.mark.parametrize("settings", [{}, None])
+def test_checkpoints_of_version_1_may_have_settings(settings: object, tmp_path: Path) -> None:
+    """Between the two, they were written under it."""
+    found = checkpoint(tmp_path, collection(t=QR).state_dict())
+    body = manifest_of(found) | {"format_version": 1}
+    if settings is not None:
+        body["settings"] = settings
+    again, other = rewritten(found, body), collection(t=PAIRS["qr"][1])
+    if settings is None:
+        with pytest.raises(CheckpointError, match="operation 'mult' in the checkpoint"):
+            again.load({"model": other.state_dict()})
+    else:
+        again.load({"model": other.state_dict()})
 
 
 def test_sharded_collections_note_and_check_too(tmp_path: Path) -> None:
