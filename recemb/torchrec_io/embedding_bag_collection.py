@@ -27,6 +27,7 @@ from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
 from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
 from recemb.torchrec_io.stored_settings import check_settings, note_settings
+from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 
 
@@ -95,6 +96,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         self._device = target
         self._engine = Engine(specs, micro_batch_rows)
         self._ahead = Memo()
+        # By stream, when it had prepared the last batch that gave way to another: it has made their offsets.
+        self._dropped = Memo()
         self._replication_checked = False
         self.register_state_dict_pre_hook(raise_what_is_pending)
         self.register_state_dict_post_hook(_after_state_dict)
@@ -127,7 +130,12 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         if ahead is not None and (known is None or known[1] is not None):
             # Bags the engine takes over. A batch that was written to keeps the offsets that were made of it.
             _take_over(*ahead[2])
+        dropped = self._dropped.values() if ahead is None and self._dropped and not capturing() else ()
+        for handed in dropped:
+            handed.take(())
         bags, inverse = self._bags(features) if known is None or known[0].prepared_outside else known
+        for handed in dropped:
+            handed.take((bags, inverse))
         pooled = self._engine(self.embedding_bags, bags).float()
         if inverse is not None:
             pieces = torch.split(pooled, self._lengths_per_embedding, dim=1)
@@ -155,7 +163,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         In a thread on the CPU; on a GPU on a stream of its own, by a CUDA graph once look-ups of as many
         prepared ids are replayed as one. The :meth:`forward` that is given this very object then finds that
         done; its results do not depend on it, and a batch that has been written to since is prepared anew.
-        Two batches can be under way.
+        Two batches can be under way; of more, the :meth:`forward` of the first ones finds nothing done.
 
         Example::
 
@@ -169,7 +177,9 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         """
         bags, inverse = self._bags(features)
         while len(self._ahead) > 1:  # of batches that were never looked up
-            self._ahead.pop(next(iter(self._ahead)))
+            handed = self._ahead.pop(next(iter(self._ahead)))[2][0].handed
+            if handed is not None:
+                self._dropped[handed.stream] = handed
         if self._engine.prefetch(self.embedding_bags, bags):
             self._ahead[id(features)] = features, state_of(features), (bags, inverse)
 
