@@ -18,7 +18,8 @@ from recemb.errors import ConfigError, NonFiniteError, OutOfMemoryError
 from recemb.optim import FusedUpdate
 from recemb.optim.adam import step_lazily
 from recemb.optim.attached import attached_to, live_hooks
-from recemb.optim.state import check_eps, settings_of, version_of
+from recemb.optim.attachment import check_eps
+from recemb.optim.state import settings_of, version_of
 from recemb_kernels.check import check_address
 from recemb_kernels.digit_tree.group import ChangedError
 from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
@@ -347,9 +348,9 @@ def _leave_to_torch(owner: Backend, left: Container[int]) -> None:
     for k, (name, parameter) in enumerate(owner.own_parameters().items()):
         if k not in left:
             continue
+        if parameter.requires_grad:
+            check_eps(f"table {owner.table.name!r}: {name}", parameter)
         for optimizer in attached_to(parameter):
-            if parameter.requires_grad:
-                check_eps(f"table {owner.table.name!r}: {name}", optimizer, parameter)
             if name not in owner.stepped_whole:
                 step_lazily(optimizer)
 

@@ -62,28 +62,6 @@ def counters(states: Sequence[dict[str, Any]]) -> list[Tensor]:
     return [state["step"] for state in states]
 
 
-def check_eps(name: str, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """That the ``eps`` of an optimizer that torch steps is not 0 in the type of its state, the parameter's.
-
-    A denominator of 0 + ``eps`` is of every element whose gradients, or their squares, have been 0 so far.
-
-    Raises:
-        ConfigError: it is, as 1e-10 and 1e-8 in float16. Of an ``eps`` of 0 nothing is said, nor of sums that
-            start above 0.
-    """
-    for group in optimizer.param_groups:
-        eps, start = (group.get(key, 0) for key in ("eps", "initial_accumulator_value"))
-        if not (isinstance(eps, float) and eps > 0):
-            continue
-        rounded = torch.tensor([eps, float(start)], dtype=parameter.dtype, device="cpu")
-        if not bool(rounded.any()):
-            raise ConfigError(
-                f"{name} is {parameter.dtype}, in which {type(optimizer).__name__}'s eps={eps:g} is 0, and "
-                "it divides by that where gradients are small: weights would become NaN. None has changed; "
-                "give the optimizer a larger one, e.g. eps=1e-4, or the table data_type=DataType.BF16"
-            )
-
-
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
     """A param group as it is now: lists, such as Adam's betas from a file, are changed in place."""
     return {

@@ -172,9 +172,45 @@ def test_an_eps_that_is_0_in_float16_is_refused_before_weights_become_nan(kind: 
     assert not all(map(torch.equal, made.parameters(), before))
 
 
+class Wide(torch.optim.Optimizer):
+    """Adam's rule without a bias correction, whose state and arithmetic are float32 whatever is stepped."""
+
+    def __init__(self, params: Any, lr: float, eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # torch's
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                grad, state = parameter.grad.float(), self.state[parameter]
+                square = state.setdefault("square", torch.zeros_like(grad)).lerp_(grad * grad, 0.1)
+                parameter.sub_((group["lr"] * grad / (square.sqrt() + group["eps"])).to(parameter.dtype))
+
+
+class Narrow(torch.optim.Adagrad):
+    """A user's own by its module, which computes as torch's does."""
+
+
+@pytest.mark.parametrize("kind", [Narrow, torch.optim.RMSprop, torch.optim.AdamW])
+def test_an_eps_that_is_0_in_float16_is_refused_of_any_optimizer_that_divides_by_it(kind: Any) -> None:
+    made = _collection().half()
+    apply_optimizer_in_backward(kind, made.parameters(), {"lr": 0.01, "eps": 1e-8})
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}'s eps=1e-08 is 0"):
+        made(_batches()[0])
+
+
+def test_of_several_optimizers_the_one_that_divides_by_0_is_named() -> None:
+    made = _collection().half()
+    for kind in (Wide, torch.optim.Adagrad):
+        apply_optimizer_in_backward(kind, made.parameters(), {"lr": 0.01})
+    with pytest.raises(ConfigError, match="Adagrad's eps=1e-10 is 0"):
+        made(_batches()[0])
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind", "settings"),
     [
+        (torch.float16, Wide, {}),
         (torch.bfloat16, torch.optim.Adagrad, {}),
         (torch.bfloat16, torch.optim.Adam, {}),
         (torch.float16, torch.optim.SGD, {}),
