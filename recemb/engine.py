@@ -22,7 +22,7 @@ from recemb.backends.native import (
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.cache.device_streams import DeviceStreams
 from recemb.cache.streams import Streams
-from recemb.errors import BatchError
+from recemb.errors import BatchError, ConfigError
 from recemb.spec import TableSpec
 from recemb_kernels.digit_tree.step import loaded
 from recemb_kernels.gather_op import opaque
@@ -65,7 +65,21 @@ class Engine:
 
         Raises:
             BatchError: malformed bags or an id without a row, before anything is computed.
+            ConfigError: within a transform of torch.func's.
         """
+        try:
+            return self._call(tables, bags)
+        except RuntimeError as error:
+            # Tensors in a transform have no memory of their own, which kernels and checks ask for.
+            if torch._C._functorch.peek_interpreter_stack() is None:
+                raise
+            raise ConfigError(
+                "a look-up cannot be transformed by torch.func (grad, vjp, jvp, vmap, jacrev, ...); use "
+                "torch.autograd.grad, with torch.func.functional_call for weights that are not the module's, "
+                "or transform what comes after the look-up, given its output detached"
+            ) from error
+
+    def _call(self, tables: Mapping[str, Backend], bags: Bags) -> Tensor:
         if not torch.compiler.is_compiling():
             whole = self._whole.get(torch.is_grad_enabled())
             pooled = None if whole is None else whole(tables, bags)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recemb.cache.hot_rows import Exchange, HotRowCache
 from recemb.cache.optimizer_state import reset_in_backward
@@ -125,15 +125,21 @@ def cache_of(table: Backend) -> HotRowCache:
 
 
 def is_frozen(table: Backend) -> bool:
-    """Whether nothing is exchanged: in eval(), or cached rows, or what they go to, take no gradient."""
+    """Whether nothing is exchanged: in eval(), or cached rows, or what they go to, take no gradient.
+
+    Nor while tensors are lent in place of parameters (``torch.func.functional_call``): which rows are cached
+    would stay, and their values go.
+    """
     cache = cache_of(table)
     if not cache.training:
         return True
     written = table.written_parameters() if cache.settings.write_back else ()
-    named = table.own_parameters()
+    named, rows = table.own_parameters(), cache.own_parameters()
+    if not all(isinstance(parameter, nn.Parameter) for parameter in (*rows.values(), *named.values())):
+        return True
     # What stands in a pruned one's place takes gradients or none as it was made, whatever it is made of.
     held = [named.get(name, named.get(f"{name}_orig")) for name in written]
-    return not all(p.requires_grad for p in (*cache.own_parameters().values(), *held) if p is not None)
+    return not all(p.requires_grad for p in (*rows.values(), *held) if p is not None)
 
 
 def _check_finite(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
