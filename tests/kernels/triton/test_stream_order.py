@@ -438,20 +438,3 @@ def test_a_mark_that_is_read_too_early_is_found(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Event, "synchronize", nothing)
     with pytest.raises(OrderError, match="reads what nothing orders"):
         train_once()
-
-
-@GRAPHS
-def test_a_third_batch_ahead(graphs: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one's look-up prepares it itself, of offsets that the other stream has made."""
-    monkeypatch.setenv("RECEMB_CUDA_GRAPHS", graphs)
-    ebc, beside = collection(), gpu.draw()
-    train(ebc, gpu, "beside", 6)
-    batches = deque(batch(ebc, seed) for seed in range(4))
-    with gpu.stream(beside):
-        for given in batches:
-            ebc.prefetch(given)
-    del given
-    while batches:
-        step(ebc(batches.popleft()).values())
-        with gpu.stream(beside):
-            torch.zeros(100, device=CUDA)
