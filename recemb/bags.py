@@ -257,7 +257,7 @@ def _check_shapes(bags: Bags, targets: Sequence[LookupTarget]) -> None:
             f"a batch of {bags.ids.numel()} ids in {bags.offsets.numel() - 1} bags is too large: positions "
             f"are counted in 32 bits, so at most {MOST} of each; split the batch"
         )
-    if bags.num_features and (bags.offsets.numel() - 1) % bags.num_features:
+    if bags.num_features and (not bags.offsets.numel() or (bags.offsets.numel() - 1) % bags.num_features):
         raise BatchError(
             f"offsets have {bags.offsets.numel()} entries, which is not features x batch size + 1 for "
             f"{bags.num_features} features"
