@@ -276,7 +276,7 @@ def make_batch(
     return Batch(
         ids.contiguous(),
         offsets.contiguous(),
-        None if weights is None else weights.detach().contiguous(),
+        None if weights is None else weights.detach().contiguous().resolve_neg(),
         batch_size,
         refused,
     )

@@ -94,14 +94,14 @@ class _Found:
             they are looked up once, as new ones come with an optimizer.
         native: per storage, whether the kernels can serve it.
         bound: the look-up, or ``None`` where a kernel is missing.
-        served: where it has been told that its tables are found: in what, and for which features.
+        served: the last whole look-up of these tables: found in what, for which features, and itself.
     """
 
     facts: list[object]
     hooks: list[tuple[Mapping[int, Any], int]]
     native: list[bool]
     bound: Bound | None
-    served: tuple[type, LookupTargets] | None = None
+    served: tuple[type, LookupTargets, WholeLookup] | None = None
 
     def holds(self, facts: list[object]) -> bool:
         """Whether nothing has changed but learning rates."""
@@ -174,13 +174,14 @@ def whole_look_up(
     bound = None if found is None else found.bound
     if found is None or bound is None or bound.compiled is None or given not in (dict, nn.ModuleDict):
         return None
-    if found.served != (given, targets):
-        features = [(target.table, ref(table)) for target, table in zip(targets, tables, strict=True)]
-        owners = [ref(owner_of(tables[at])) for at in prepared.owners]
-        limits = ctypes.addressof(targets.limits), targets.limits
-        bound.compiled.serve((given, Bags), features, owners, check_address(), limits)
-        found.served = given, targets
-    return bound.compiled.pool
+    if found.served is not None and found.served[:2] == (given, targets):
+        return found.served[2]
+    features = [(target.table, ref(table)) for target, table in zip(targets, tables, strict=True)]
+    owners = [ref(owner_of(tables[at])) for at in prepared.owners]
+    limits = ctypes.addressof(targets.limits), targets.limits
+    whole: WholeLookup = bound.compiled.serve((given, Bags), features, owners, check_address(), limits)
+    found.served = given, targets, whole
+    return whole
 
 
 def prepare_native(

@@ -168,9 +168,9 @@ PyObject* pooled(Lookup* lookup, PyObject* list, const Tensor& ids, const Tensor
   for (Py_ssize_t k = 0; k < PyList_GET_SIZE(list); k++) stored.push_back(tensor_of(PyList_GET_ITEM(list, k)));
   TORCH_CHECK(stored.size() == fixed.wanted.size(), "a look-up of ", fixed.wanted.size(), " parameters was given ",
               stored.size());
-  Batch batch{ids.contiguous(), offsets.contiguous(), weights.defined() ? weights.detach().contiguous() : weights,
-              samples};
   State state(&fixed, prepared ? prepared : fixed.driver.take(fixed.pool));
+  Batch batch{ids.contiguous(), offsets.contiguous(),
+              weights.defined() ? weights.detach().contiguous().resolve_neg() : weights, samples};
   if (!state.at()) raise(lookup, sizeof(Call), batch);
   // As of torch's own functions in Python that have no jvp.
   bool forward_mode = weights.defined() && weights._fw_grad(0).defined();
@@ -199,28 +199,26 @@ PyObject* look_up(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
   END_HANDLE_TH_ERRORS
 }
 
-// serve((type of tables, type of bags), features, owners, check, (address, limits)): `features` are pairs of a table's
-// name and a weak reference to it, `owners` are weak references.
-PyObject* serve(PyObject* self, PyObject* arguments) {
-  HANDLE_TH_ERRORS
-  PyObject *tables, *bags, *features, *owners, *held;
-  unsigned long long check, limits;
-  if (!PyArg_ParseTuple(arguments, "(O!O!)O!O!K(KO)", &PyType_Type, &tables, &PyType_Type, &bags, &PyList_Type,
-                        &features, &PyList_Type, &owners, &check, &limits, &held))
-    return nullptr;
-  Lookup* lookup = reinterpret_cast<Lookup*>(self);
-  Front front{reinterpret_cast<PyTypeObject*>(tables), reinterpret_cast<PyTypeObject*>(bags), {}, {},
-              reinterpret_cast<Check>(check), reinterpret_cast<const int64_t*>(limits)};
-  for (Py_ssize_t f = 0; f < PyList_GET_SIZE(features); f++) {
-    PyObject* feature = PyList_GET_ITEM(features, f);
-    front.features.emplace_back(PyTuple_GET_ITEM(feature, 0), PyTuple_GET_ITEM(feature, 1));
-  }
-  for (Py_ssize_t t = 0; t < PyList_GET_SIZE(owners); t++) front.owners.push_back(PyList_GET_ITEM(owners, t));
-  PyObject* before = std::exchange(lookup->behind, Py_NewRef(arguments));
-  lookup->fixed->front = std::move(front);
-  Py_XDECREF(before);
+// Where Python is to say what is wrong. An interrupt is no one's to catch.
+PyObject* for_python() {
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
+  PyErr_Clear();
   Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
+}
+
+// What is asked of Python, or nothing when that is an error.
+template <class Ask>
+auto asked(Ask ask) -> decltype(ask()) {
+  try {
+    return ask();
+  } catch (python_error&) {
+    return {};
+  }
+}
+
+template <class Function>
+PyCFunction method(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 // What `pool` looks up, from attributes of Bags: false when that is for Python.
@@ -250,28 +248,53 @@ bool read_bags(const Front& front, PyObject* bags, Tensor* ids, Tensor* offsets,
                                           : is_valid(front.check, *ids, *offsets, *weights, features, front.limits);
 }
 
-// pool(tables, bags): a whole look-up, or None where it is not to be had, or not right, without Python.
+constexpr const char* FRONT = "recemb_step.Front";
+
+// pool(tables, bags): a whole look-up, or None where it is not to be had, or not right, without Python. Of a tuple
+// (capsule of a Front, Lookup, what the front points to).
 PyObject* pool(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 2, "pool takes tables and bags");
-  Lookup* lookup = reinterpret_cast<Lookup*>(self);
-  const Object kept(Py_NewRef(self));  // by no one else, when another thread changes the tables meanwhile
+  const Front& front = *static_cast<Front*>(PyCapsule_GetPointer(PyTuple_GET_ITEM(self, 0), FRONT));
+  Lookup* lookup = reinterpret_cast<Lookup*>(PyTuple_GET_ITEM(self, 1));
+  PyObject* found = asked([&]() -> PyObject* {
+    return lookup->seen && !autograd_is_compiled() ? served(front, lookup->fixed->watch, arguments[0]) : nullptr;
+  });
+  if (!found) return for_python();
+  const Object stored(found);
   Tensor ids, offsets, weights;
-  PyObject* stored = nullptr;
-  try {
-    const std::optional<Front>& front = lookup->fixed->front;
-    if (front && lookup->seen && !autograd_is_compiled()) stored = served(*front, lookup->fixed->watch, arguments[0]);
-    if (stored && !read_bags(*front, arguments[1], &ids, &offsets, &weights)) Py_CLEAR(stored);
-  } catch (python_error&) {
-    Py_CLEAR(stored);
+  if (!asked([&] { return read_bags(front, arguments[1], &ids, &offsets, &weights); })) return for_python();
+  const int64_t bags = (offsets.numel() - 1) / static_cast<int64_t>(front.features.size());
+  return pooled(lookup, stored.at, ids, offsets, weights, bags, nullptr);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef pool_method = {"pool", method(pool), METH_FASTCALL, nullptr};
+
+// serve((type of tables, type of bags), features, owners, check, (address, limits)): makes a `pool`. `features` are
+// pairs of a table's name and a weak reference to it, `owners` are weak references.
+PyObject* serve(PyObject* self, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject *tables, *bags, *features, *owners, *held;
+  unsigned long long check, limits;
+  if (!PyArg_ParseTuple(arguments, "(O!O!)O!O!K(KO)", &PyType_Type, &tables, &PyType_Type, &bags, &PyList_Type,
+                        &features, &PyList_Type, &owners, &check, &limits, &held))
+    return nullptr;
+  auto front = std::make_unique<Front>(
+      Front{reinterpret_cast<PyTypeObject*>(tables), reinterpret_cast<PyTypeObject*>(bags), {}, {},
+            reinterpret_cast<Check>(check), reinterpret_cast<const int64_t*>(limits)});
+  for (Py_ssize_t f = 0; f < PyList_GET_SIZE(features); f++) {
+    PyObject* feature = PyList_GET_ITEM(features, f);
+    front->features.emplace_back(PyTuple_GET_ITEM(feature, 0), PyTuple_GET_ITEM(feature, 1));
   }
-  if (!stored) {
-    PyErr_Clear();
-    Py_RETURN_NONE;
-  }
-  const Object list(stored);
-  const int64_t bags = (offsets.numel() - 1) / static_cast<int64_t>(lookup->fixed->front->features.size());
-  return pooled(lookup, list.at, ids, offsets, weights, bags, nullptr);
+  for (Py_ssize_t t = 0; t < PyList_GET_SIZE(owners); t++) front->owners.push_back(PyList_GET_ITEM(owners, t));
+  const Object capsule(PyCapsule_New(front.get(), FRONT, [](PyObject* dropped) {
+    delete static_cast<Front*>(PyCapsule_GetPointer(dropped, FRONT));
+  }));
+  front.release();
+  // Nothing of it changes: other engines of these tables, in other threads too, have others.
+  const Object behind(PyTuple_Pack(3, capsule.at, self, arguments));
+  return PyCFunction_New(&pool_method, behind.at);
   END_HANDLE_TH_ERRORS
 }
 
@@ -292,10 +315,8 @@ PyObject* watch_tables(PyObject* self, PyObject* const* arguments, Py_ssize_t) {
 PyObject* unchanged_tables(PyObject* self, PyObject* tables) {
   HANDLE_TH_ERRORS
   const Lookup* lookup = reinterpret_cast<Lookup*>(self);
-  PyObject* stored = lookup->seen ? unchanged(lookup->fixed->watch, tables) : nullptr;
-  if (stored) return stored;
-  PyErr_Clear();
-  Py_RETURN_NONE;
+  PyObject* stored = asked([&] { return lookup->seen ? unchanged(lookup->fixed->watch, tables) : nullptr; });
+  return stored ? stored : for_python();
   END_HANDLE_TH_ERRORS
 }
 
@@ -346,8 +367,8 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
-std::array<PyObject*, 6> held_by(const Lookup* lookup) {
-  return {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen, lookup->behind};
+std::array<PyObject*, 5> held_by(const Lookup* lookup) {
+  return {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen};
 }
 
 // No tp_clear: what it holds is fixed, so that in any circle there is something else to clear.
@@ -368,16 +389,10 @@ void dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
-template <class Function>
-PyCFunction method(Function function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyMethodDef methods[] = {{"look_up", method(look_up), METH_FASTCALL, nullptr},
                          {"watch", method(watch_tables), METH_FASTCALL, nullptr},
                          {"unchanged", unchanged_tables, METH_O, nullptr},
                          {"serve", serve, METH_VARARGS, nullptr},
-                         {"pool", method(pool), METH_FASTCALL, nullptr},
                          {}};
 PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
                        {Py_tp_traverse, reinterpret_cast<void*>(traverse)},

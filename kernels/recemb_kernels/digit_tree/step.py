@@ -79,8 +79,10 @@ class CompiledLookup(Protocol):
         owners: list[ReferenceType[Any]],
         check: int,
         limits: tuple[int, object],
-    ) -> None:
-        """Say what :meth:`pool` is given, and what that stands for.
+    ) -> Callable[[Any, Any], Tensor | None]:
+        """What makes a whole look-up of tables by name and a batch, checks and all.
+
+        It gives ``None`` where that is for Python to say or to do.
 
         Args:
             types: of the tables, ``dict`` or ``ModuleDict``, and of batches.
@@ -89,9 +91,6 @@ class CompiledLookup(Protocol):
             check: address of the driver's check of a batch.
             limits: of the features' numbers of rows, and what holds these.
         """
-
-    def pool(self, tables: Any, bags: Any) -> Tensor | None:
-        """A whole look-up of a batch, checks and all; ``None`` where it is for Python to say or to do."""
 
 
 def compiled_lookup(

@@ -18,7 +18,7 @@ using at::Tensor;
 using Check = int64_t (*)(const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, const int64_t*,
                           int64_t);
 
-// Where the tables of an engine are found, and what its batches are. Objects are kept by the look-up.
+// Where the tables of an engine are found, and what its batches are. Whoever has it keeps the objects.
 struct Front {
   PyTypeObject *tables, *bags;  // dict or nn.ModuleDict; Bags
   std::vector<std::pair<PyObject*, PyObject*>> features;  // of each its table's name, and a weak reference to it
@@ -57,8 +57,11 @@ inline PyObject* served(const Front& front, const Watch& watch, PyObject* tables
   if (Py_TYPE(tables) != front.tables) return nullptr;
   PyObject* named = PyDict_CheckExact(tables) ? tables : entry_of(tables, modules);
   if (!named || !PyDict_CheckExact(named)) return nullptr;
-  for (const auto& [name, table] : front.features)
-    if (PyDict_GetItemWithError(named, name) != PyWeakref_GET_OBJECT(table)) return nullptr;
+  for (const auto& [name, table] : front.features) {
+    PyObject* found = PyDict_GetItemWithError(named, name);
+    // None is what a table that is gone would be taken for.
+    if (!found || Py_IsNone(found) || found != PyWeakref_GET_OBJECT(table)) return nullptr;
+  }
   const Object owned(PyList_New(0));
   for (PyObject* owner : front.owners) {
     PyObject* module = PyWeakref_GET_OBJECT(owner);

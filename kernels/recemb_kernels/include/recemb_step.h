@@ -6,8 +6,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include <optional>
-
 #include "recemb_front.h"
 #include "recemb_object.h"
 #include "recemb_tree.h"
@@ -33,16 +31,15 @@ struct Fixed {
   std::vector<int64_t> parameters;    // of each table
   std::vector<char> stepped, wanted;  // per parameter
   Watch watch;
-  std::optional<Front> front;
 };
 
 // The Python object. `error` makes what is raised from (what lacks, ids, samples); `steps` gives, per table, what
-// makes its update, or None; `once` guards gradients that no one may differentiate; `group` keeps pool and tables;
-// `seen`, none at first, what is watched, and `behind` what the engine is that it serves.
+// makes its update, or None; `once` guards gradients that no one may differentiate; `group` keeps pool and tables,
+// and `seen`, none at first, what is watched.
 struct Lookup {
   PyObject_HEAD
   Fixed* fixed;
-  PyObject *group, *steps, *error, *once, *seen, *behind;
+  PyObject *group, *steps, *error, *once, *seen;
 };
 
 // As `Group.error` reads them; else the bytes that there is no room for.

@@ -129,8 +129,9 @@ inline PyObject* unchanged(const Watch& watch, PyObject* tables) {
     PyObject *name, *parameter;
     while (PyDict_Next(PyList_GET_ITEM(tables, t), &at, &name, &parameter)) {
       if (Py_IsNone(parameter)) continue;
-      if (k == table.seen.size() || !same(table.seen[k++], watch, name, parameter, &rates)) return nullptr;
-      if (PyList_Append(stored.at, parameter)) return nullptr;
+      // Held first: what is asked may run code of others, and another thread may put in another parameter.
+      if (k == table.seen.size() || PyList_Append(stored.at, parameter)) return nullptr;
+      if (!same(table.seen[k++], watch, name, parameter, &rates)) return nullptr;
     }
     if (k != table.seen.size() || !rates.numbers || rates.first != table.rates) return nullptr;
   }
