@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 from recemb.backends import build
@@ -149,3 +149,9 @@ def train_batch(batch: int, longest: int, weighted: bool, seed: int) -> tuple[li
 def step_all(tables: dict[str, Backend], kind: type[torch.optim.Optimizer], lr: float) -> None:
     for table in tables.values():
         apply_optimizer_in_backward(kind, table.parameters(), {"lr": lr})
+
+
+def settings_of(parameter: nn.Parameter) -> dict[str, Any]:
+    """Of the optimizer that is attached to it."""
+    settings: dict[str, Any] = parameter._in_backward_optimizers[0].param_groups[0]
+    return settings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sysconfig
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,19 +16,16 @@ import torchrec
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torch.distributed.optim.apply_optimizer_in_backward import param_to_optim_hook_handle_map
 from torch.utils.checkpoint import checkpoint
 
 from recemb.backends.base import Backend
-from recemb.backends.native import _now, _prepare
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.errors import ConfigError, NonFiniteError
 from recemb_kernels import native
 from recemb_kernels.digit_tree import step
 from recemb_kernels.lookup import Lookup
-from tests.kernels.cases import METHODS, make_bags, make_engine, step_all, step_or_skip
+from tests.kernels.cases import METHODS, make_bags, make_engine, settings_of, step_all, step_or_skip
 
 OPTIMIZERS = (
     torch.optim.SGD,
@@ -161,7 +157,7 @@ def test_what_the_backward_reads_again_may_not_have_changed(way: str) -> None:
 def test_settings_that_come_apart_before_the_backward_are_refused(way: str) -> None:
     engine, tables, bags = trained()
     before, out = values_of(tables), engine(tables, bags)
-    _settings(next(tables["tt"].parameters()))["lr"] = 0.0
+    settings_of(next(tables["tt"].parameters()))["lr"] = 0.0
     with pytest.raises(ConfigError, match="a table's parameters step together"):
         out.sum().backward()
     assert same(before, values_of(tables))
@@ -171,9 +167,9 @@ def test_rates_are_watched_beside_one_that_nobody_steps_by(way: str) -> None:
     engine, tables, bags = trained(torch.optim.SGD)
     first, second, third = tables["tt"].parameters()
     third.requires_grad_(False)
-    _settings(third)["lr"] = 0.5
+    settings_of(third)["lr"] = 0.5
     engine(tables, bags).sum().backward()
-    _settings(second)["lr"] = 0.0
+    settings_of(second)["lr"] = 0.0
     before = values_of(tables)
     engine(tables, bags).square().sum().backward()
     assert torch.equal(second, before[1])
@@ -248,6 +244,20 @@ def test_a_negated_view_is_read_as_what_it_says(way: str, contiguous: bool) -> N
     out.backward(upstream)
     twin(others, bags).backward(upstream.clone().resolve_neg())
     assert same(values_of(tables), values_of(others))
+
+
+def test_weights_may_be_a_negated_view(way: str) -> None:
+    found = []
+    for resolve in (False, True):
+        engine, tables, _ = trained()
+        # Of one, which is contiguous whatever its stride.
+        weights = torch.view_as_complex(torch.ones(1, 2)).conj().imag
+        assert weights.is_neg()
+        assert weights.is_contiguous()
+        bags = Bags(torch.tensor([1]), torch.tensor([0, 1, 1]), 2, weights.clone() if resolve else weights)
+        engine(tables, bags).sum().backward()
+        found.append(values_of(tables))
+    assert same(*found)
 
 
 def test_a_look_up_has_no_forward_mode(way: str) -> None:
@@ -332,79 +342,6 @@ def test_tables_go_when_nobody_holds_them(way: str) -> None:
     del module.last, module, tables, engine
     gc.collect()
     assert [table() for table in gone] == [None, None]
-
-
-CHANGES: dict[str, Callable[[Backend, nn.Parameter], Any]] = {
-    "nothing": lambda table, parameter: None,
-    "rate": lambda table, parameter: [_settings(each).update(lr=0.2) for each in table.parameters()],
-    "one rate": lambda table, parameter: _settings(parameter).update(lr=0.2),
-    "eps": lambda table, parameter: _settings(parameter).update(eps=1e-3),
-    "list": lambda table, parameter: _settings(parameter)["betas"].reverse(),
-    "option": lambda table, parameter: _settings(parameter).update(new=1),
-    "rate as tensor": lambda table, parameter: _settings(parameter).update(lr=torch.tensor(0.1)),
-    "frozen": lambda table, parameter: parameter.requires_grad_(False),
-    "optimizer": lambda table, parameter: apply_optimizer_in_backward(
-        torch.optim.SGD, [parameter], {"lr": 0.1}
-    ),
-    "no optimizer": lambda table, parameter: setattr(parameter, "_in_backward_optimizers", []),
-    "hook": lambda table, parameter: [
-        handle.remove() for handle in param_to_optim_hook_handle_map[parameter]
-    ],
-    "dtype": lambda table, parameter: setattr(parameter, "data", parameter.data.double()),
-    "layout": lambda table, parameter: setattr(
-        parameter, "data", parameter.data.repeat(1, 2)[:, : parameter.shape[1]]
-    ),
-    "storage": lambda table, parameter: setattr(parameter, "data", parameter.data.clone()),
-    "parameter": lambda table, parameter: setattr(table, _first(table), nn.Parameter(parameter.detach())),
-    "one more": lambda table, parameter: table.register_parameter("more", nn.Parameter(torch.ones(1))),
-    "name": lambda table, parameter: table._parameters.update(
-        core_0=table._parameters.pop("core_0"), core_x=table._parameters.pop("core_2")
-    ),
-}
-SETTINGS = ("rate", "one rate", "eps", "list", "option", "rate as tensor", "hook")
-
-
-def _settings(parameter: nn.Parameter) -> dict[str, Any]:
-    settings: dict[str, Any] = parameter._in_backward_optimizers[0].param_groups[0]
-    return settings
-
-
-def _first(table: Backend) -> str:
-    return next(iter(table._parameters))
-
-
-@pytest.mark.parametrize(
-    ("steps", "change"),
-    [(steps, change) for steps in (True, False) for change in CHANGES if steps or change not in SETTINGS],
-)
-def test_a_change_is_seen_as_python_sees_it(change: str, steps: bool) -> None:
-    step_or_skip()
-    engine, tables = make_engine(methods=("tt", "qr"))
-    if steps:
-        kind = torch.optim.Adam if change == "list" else torch.optim.Adagrad
-        step_all(tables, kind, 0.1)
-        for parameter in tables["tt"].parameters() if change == "list" else ():
-            _settings(parameter)["betas"] = [0.9, 0.999]
-    engine(tables, make_bags(engine, 9, 3, seed=1))
-    served = [tables[target.table] for target in engine.targets]
-    prepared = _prepare(served)
-    found = prepared.found[True]
-    assert found.bound is not None
-    compiled = found.bound.compiled
-    assert compiled is not None
-    CHANGES[change](tables["tt"], next(tables["tt"].parameters()))
-    owned = [table._parameters for table in served]
-    with torch.no_grad():
-        assert compiled.unchanged(owned) is None, "and there is nothing to step"
-    quick = compiled.unchanged(owned)
-    # By the long way, which is taken where C++ does not know.
-    found.bound.compiled = None
-    known, stored = _now(served, prepared)
-    without = ("parameter", "no optimizer")  # no optimizer holds it, or there was none
-    assert (known is found) == (change in ("nothing", "rate", "storage") or (change in without and not steps))
-    assert (quick is not None) == (known is found)
-    if quick is not None:
-        assert all(a is b for a, b in zip(quick, stored, strict=True))
 
 
 def test_without_headers_of_python_steps_are_taken_from_python(monkeypatch: pytest.MonkeyPatch) -> None:

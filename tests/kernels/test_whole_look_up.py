@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -16,11 +19,13 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
 from recemb import EmbeddingBagCollection, EmbeddingBagConfig, TensorTrain
+from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.engine import Engine
 from recemb.errors import BatchError
-from tests.kernels.cases import METHODS, make_bags, make_engine, step_all, step_or_skip
+from recemb.spec import ROBE, TableSpec
+from tests.kernels.cases import METHODS, group_of, make_bags, make_engine, step_all, step_or_skip
 
 Tables = dict[str, Backend]
 
@@ -71,8 +76,23 @@ class Other(Bags):
     """Bags that may mean something else."""
 
 
+class Kind(Tensor):
+    """A tensor that may do something else."""
+
+
 def _set(name: str, value: Callable[[Bags], Any]) -> Callable[[Any, Any, Bags], None]:
     return lambda engine, tables, bags: setattr(bags, name, value(bags))
+
+
+def _check_ahead(engine: Engine, tables: Tables, bags: Bags) -> None:
+    bags.weights, bags.checked = torch.ones(bags.ids.numel()).double(), True
+
+
+def _among_others(engine: Engine, tables: Tables, bags: Bags) -> None:
+    """A bad id behind as many good ones as the batch has, in memory."""
+    apart = bags.ids.new_zeros(2 * bags.ids.numel())
+    apart[-2:] = 10**6
+    bags.ids = apart[::2]
 
 
 def _replace(engine: Engine, tables: Tables, bags: Bags) -> None:
@@ -85,13 +105,22 @@ def _freeze(engine: Engine, tables: Tables, bags: Bags) -> None:
 
 FOR_PYTHON: dict[str, Callable[[Any, Any, Bags], None]] = {
     "weights of another type": _set("weights", lambda bags: torch.ones(bags.ids.numel()).double()),
+    "weights of another type, checked": _check_ahead,
+    "a kind of tensor": _set("ids", lambda bags: bags.ids.as_subclass(Kind)),
     "ids that lie apart": _set("ids", lambda bags: bags.ids.repeat_interleave(2)[::2]),
     "a table in another's place": _replace,
     "a frozen table": _freeze,
 }
 BAD: dict[str, Callable[[Any, Any, Bags], None]] = {
     "an id without a row": _set("ids", lambda bags: bags.ids + 10**6),
+    "an id without a row among others": _among_others,
     "ids of 32 bits": _set("ids", lambda bags: bags.ids.int()),
+    "ids in two dimensions": _set("ids", lambda bags: bags.ids[None]),
+    "ids elsewhere": _set("ids", lambda bags: bags.ids.to("meta")),
+    "offsets of 32 bits": _set("offsets", lambda bags: bags.offsets.int()),
+    "an offset too many": _set("offsets", lambda bags: torch.cat([bags.offsets, bags.offsets[-1:]])),
+    "no offsets": _set("offsets", lambda bags: bags.offsets[:0]),
+    "a weight too few": _set("weights", lambda bags: torch.ones(bags.ids.numel() - 1)),
     "offsets that fall": _set("offsets", lambda bags: bags.offsets.flip(0)),
     "too few features": _set("num_features", lambda bags: bags.num_features - 1),
     "weights that are not finite": _set("weights", lambda bags: torch.full(bags.ids.shape, torch.inf)),
@@ -125,6 +154,25 @@ def test_other_kinds_of_tables_and_bags_are_for_python() -> None:
     assert torch.equal(engine(MappingProxyType(tables), bags), engine(tables, bags))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["refused", "handed", "ahead", "split", "weights"])
+def test_what_only_python_knows_of_a_batch_is_for_python(name: str) -> None:
+    engine, tables, bags = trained()
+    setattr(bags, name, [])
+    assert whole(engine, tables, bags) is None
+    setattr(bags, name, None)
+    assert whole(engine, tables, bags) is not None
+
+
+def test_no_offsets_are_no_batch_of_one_feature_either() -> None:
+    step_or_skip()
+    engine, tables = make_engine(methods=("tt",))
+    engine(tables, make_bags(engine, 3, 1, 0))
+    bags = Bags(torch.tensor([1]), torch.tensor([], dtype=torch.int64), 1)
+    assert whole(engine, tables, bags) is None
+    with pytest.raises(BatchError, match="offsets have 0 entries"):
+        engine(tables, bags)
+
+
 def test_a_prepared_batch_is_for_python() -> None:
     engine, tables, bags = trained()
     assert engine.prefetch(tables, bags)
@@ -134,6 +182,17 @@ def test_a_prepared_batch_is_for_python() -> None:
     found = whole(engine, tables, bags)  # prepared no more, but checked
     assert found is not None
     assert torch.equal(found, out)
+
+
+def test_a_prepared_batch_that_cannot_be_read_gives_its_memory_back() -> None:
+    engine, tables, bags = trained()
+    group = group_of(tables)
+    before = group.at_rest
+    assert engine.prefetch(tables, bags)
+    bags.weights = torch.ones(bags.ids.numel()).to_sparse()
+    with pytest.raises(RuntimeError):
+        engine(tables, bags)
+    assert group.at_rest == before
 
 
 @contextmanager
@@ -187,6 +246,103 @@ def test_copies_find_their_own_tables() -> None:
         assert torch.equal(look_up(copied), 8 * expected)
         assert whole(made._engine, copied.embedding_bags, bags) is None
     assert torch.equal(look_up(made), expected)
+
+
+def test_engines_of_the_same_tables_keep_apart() -> None:
+    step_or_skip()
+    torch.manual_seed(0)
+
+    def spec(name: str, rows: int) -> TableSpec:
+        return TableSpec(
+            name=name,
+            num_embeddings=rows,
+            embedding_dim=8,
+            compression=TensorTrain(rank=2),
+            feature_names=("f",),
+        )
+
+    tables = build([spec("a", 50), spec("b", 50)], torch.device("cpu"))
+    for table in tables.values():
+        table.reset_parameters()
+    own, swapped = tables, {"a": tables["b"], "b": tables["a"]}
+    first, second, small = Engine([spec("a", 50)]), Engine([spec("b", 50)]), Engine([spec("a", 10)])
+    bags = Bags(torch.tensor([1, 2, 49]), torch.arange(4), 1)
+    few = Bags(bags.ids % 10, bags.offsets, 1)
+    expected = first(own, bags)
+    assert torch.equal(second(swapped, bags), expected), "the very table, by another name"
+    assert torch.equal(small(own, few)[:2], expected[:2])
+    for engine in (first, second):
+        assert not torch.equal(engine(own if engine is second else swapped, bags), expected)
+    for engine, named in ((first, own), (second, swapped)):
+        assert torch.equal(engine(named, bags), expected)
+        found = whole(engine, named, bags)
+        assert found is not None, "they may take turns"
+        assert torch.equal(found, expected)
+    assert whole(small, own, few) is not None
+    with pytest.raises(BatchError, match=r"id 49 is outside \[0, 10\)"):
+        small(own, bags)
+
+
+def test_none_is_no_table_that_is_gone() -> None:
+    step_or_skip()
+    specs = [
+        TableSpec(
+            name=name,
+            num_embeddings=200,
+            embedding_dim=16,
+            compression=ROBE(compress_rate=5, block_size=16, group="g"),
+            feature_names=(name,),
+        )
+        for name in ("a", "b")
+    ]
+    engine, tables = Engine(specs), build(specs, torch.device("cpu"))
+    tables["a"].reset_parameters()
+    bags, gone = make_bags(engine, 3, 1, 0), ref(tables["b"])
+    engine(tables, bags)
+    assert whole(engine, tables, bags) is not None
+    tables["b"] = None  # type: ignore[assignment] # the other one holds the array of both
+    gc.collect()
+    assert gone() is None
+    assert whole(engine, tables, bags) is None
+
+
+def test_an_interrupt_is_not_lost() -> None:
+    class Interrupted(torch.optim.SGD):
+        @property
+        def param_groups(self) -> Any:
+            if self.__dict__.pop("asked", None):
+                raise KeyboardInterrupt
+            return self.groups
+
+        @param_groups.setter
+        def param_groups(self, groups: Any) -> None:
+            self.groups = groups
+
+    step_or_skip()
+    engine, tables = make_engine(methods=("tt", "qr"))
+    step_all(tables, Interrupted, 0.1)
+    bags = make_bags(engine, 3, 1, 0)
+    with torch.no_grad():
+        engine(tables, bags)
+        assert whole(engine, tables, bags) is not None
+        next(tables["tt"].parameters())._in_backward_optimizers[0].asked = True
+        with pytest.raises(KeyboardInterrupt):
+            engine(tables, bags)
+        assert whole(engine, tables, bags) is not None
+
+
+def test_a_batch_that_cannot_be_read_leaves_nothing_behind() -> None:
+    engine, tables, bags = trained()
+    parameter = next(tables["tt"].parameters())
+    before = sys.getrefcount(parameter)
+
+    def look_up(ids: Tensor) -> Any:
+        return whole(engine, tables, Bags(ids, bags.offsets, bags.num_features))
+
+    for _ in range(10):
+        with pytest.raises(RuntimeError, match="data"):
+            torch.vmap(look_up)(bags.ids.expand(2, -1))
+    assert sys.getrefcount(parameter) == before
 
 
 def test_many_threads_at_once() -> None:
