@@ -32,15 +32,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # The whitened rows have norm 1 at most, so a cost of 1/20 takes some ten; none takes what a slice asks for.
 _ITERATIONS = 200
-# Elements of rows whose slices are solved for at once, 8 MB, and how many times fewer rows than another a
-# slice of these may have.
-_GATHERED, _UNEVEN = 2**20, 4
+# Floats that are held at once beside cores and values, 32 MB, unless the rows of one slice alone take more;
+# and how many times fewer rows than another a slice may have that is solved for with it.
+_GATHERED, _UNEVEN = 2**22, 4
 # Of the rows' norm: float32 holds no more. And of the first gradient.
 _CLOSE, _FLAT = 1e-7, 1e-6
 # A direction that the rows of the table do not have, relative to the one they have most of.
@@ -57,85 +58,128 @@ def write_rows(cores: Sequence[Tensor], digits: Tensor, values: Tensor, cost: fl
         cost: of a squared change of any row, against a squared error of these.
     """
     wide = [core.double() for core in cores]
-    target = values.double()
     order = sorted(range(len(wide)), key=lambda k: (-wide[k][0].numel(), -wide[k].shape[0]))
+    lacking = values.to(torch.float64, copy=True)
+    close = _CLOSE * float(lacking.norm())
+    for group in _groups(wide, digits, order[0]):
+        group.subtract(wide, digits, lacking)
     changed = []
     for k in order:
-        left, right = _left_parts(wide, digits, k), _right_parts(wide, digits, k)
-        target = target.view(len(digits), left.shape[1], wide[k].shape[2], right.shape[2])
-        grouped = _grouped(digits[:, k], target)
-        groups = [_Group(*members, left, right, target, wide[k]) for members in grouped]
-        lacking = math.hypot(*(float(group.residual.norm()) for group in groups))
-        if lacking <= _CLOSE * float(target.norm()):
+        if float(lacking.norm()) <= close:
             break
-        whiten_left, whiten_right = _inverse_root(_left_gram(wide, k)), _inverse_root(_right_gram(wide, k))
-        for group in groups:
-            rows = group.left @ whiten_left, whiten_right.T @ group.right, group.residual
-            change = _least_squares(rows, cost)
-            wide[k][group.slices] += torch.einsum("ra,jaqb,sb->jrqs", whiten_left, change, whiten_right)
+        whiten = _inverse_root(_left_gram(wide, k)), _inverse_root(_right_gram(wide, k))
+        for group in _groups(wide, digits, k):
+            group.step(wide, digits, lacking, whiten, cost)
         changed.append(k)
     for k in changed:
         cores[k].copy_(wide[k])
 
 
+@dataclass(frozen=True)
 class _Group:
-    """J slices of a core and their rows, S of each; where a slice has fewer, those are zero.
-
-    Args:
-        slices: [J].
-        rows: [J, S].
-        there: [J, S] bool, which of them there are.
-        left: [E, m, R], of all rows, as :func:`_left_parts` gives it.
-        right: [E, R', n].
-        target: [E, m, q, n], what the rows are to be.
-        core: [p, R, q, R'].
+    """J slices of a core and their rows, padded to S of each.
 
     Attributes:
-        left: [J, S, m, R].
-        right: [J, S, R', n].
-        residual: [J, S, m, q, n], what they lack.
+        k: which core.
+        slices: [J].
+        rows: [n], which rows these are.
+        places: [n], where each of them is among J * S.
+        shape: (J, S).
     """
 
-    def __init__(
+    k: int
+    slices: Tensor
+    rows: Tensor
+    places: Tensor
+    shape: tuple[int, int]
+
+    def subtract(self, cores: Sequence[Tensor], digits: Tensor, values: Tensor) -> None:
+        """Subtract what these rows are from ``values`` [E, D], of all rows with ``digits`` [E, d]."""
+        left, right = self.parts(cores, digits)
+        now = _product(left, cores[self.k][self.slices], right)
+        values[self.rows] -= self.without_padding(now)
+
+    def step(
         self,
-        slices: Tensor,
-        rows: Tensor,
-        there: Tensor,
-        left: Tensor,
-        right: Tensor,
-        target: Tensor,
-        core: Tensor,
+        cores: Sequence[Tensor],
+        digits: Tensor,
+        lacking: Tensor,
+        whiten: tuple[Tensor, Tensor],
+        cost: float,
     ) -> None:
-        self.slices, self.right = slices, right[rows]
-        self.left = left[rows] * there[:, :, None, None]
-        self.residual = target[rows] * there[:, :, None, None, None] - _product(
-            self.left, core[slices], self.right
-        )
+        """Step on these slices, and keep ``lacking`` [E, D] what all rows lack."""
+        left, right = self.parts(cores, digits, whiten)
+        rest = lacking.new_zeros(math.prod(self.shape), lacking.shape[1])
+        rest[self.places] = lacking[self.rows]
+        rest = rest.view(*left.shape[:3], cores[self.k].shape[2], right.shape[3])
+        change = _least_squares((left, right, rest), cost)
+        cores[self.k][self.slices] += torch.einsum("ra,jaqb,sb->jrqs", whiten[0], change, whiten[1])
+        lacking[self.rows] = self.without_padding(rest)
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """[n, D] of [J, S, m, q, n']."""
+        return rows.view(math.prod(self.shape), -1)[self.places]
+
+    def parts(
+        self, cores: Sequence[Tensor], digits: Tensor, whiten: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What lies left [J, S, m, r] and right [J, S, t, n] of the core in each row, whitened.
+
+        Args:
+            cores: all.
+            digits: [E, d], of all rows.
+            whiten: [R, r] and [R', t].
+        """
+        _, rank, _, other = cores[self.k].shape
+        m, n = _outside(cores, self.k)
+        r, t = (rank, other) if whiten is None else (whiten[0].shape[1], whiten[1].shape[1])
+        left = cores[0].new_zeros(math.prod(self.shape), m, r)
+        right = cores[0].new_zeros(math.prod(self.shape), t, n)
+        # A slice of another core is copied for every row: for a quarter of the room at once.
+        each = max(core[0].numel() for core in cores) + 3 * (m * rank + other * n)
+        size = max(1, _GATHERED // (4 * each))
+        for block in (slice(at, at + size) for at in range(0, len(self.rows), size)):
+            places, own = self.places[block], digits[self.rows[block]]
+            before = _left_parts(cores, own, self.k)
+            left.index_copy_(0, places, before if whiten is None else before @ whiten[0])
+            after = _right_parts(cores, own, self.k)
+            right.index_copy_(0, places, after if whiten is None else whiten[1].T @ after)
+        return left.view(*self.shape, m, r), right.view(*self.shape, t, n)
 
 
-def _grouped(digits: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Slices of about as many rows, which are solved for at once: they are independent of each other.
+def _outside(cores: Sequence[Tensor], k: int) -> tuple[int, int]:
+    """m, n: how many elements of a row the cores before core k make, and those after it."""
+    return math.prod(c.shape[2] for c in cores[:k]), math.prod(c.shape[2] for c in cores[k + 1 :])
+
+
+def _groups(cores: Sequence[Tensor], digits: Tensor, k: int) -> Iterator[_Group]:
+    """Slices of core k of about as many rows, solved for at once: they are independent of each other.
 
     Args:
-        digits: [E] of the rows.
-        target: [E, ...].
-
-    Yields:
-        ``slices``, ``rows`` and ``there`` of a :class:`_Group`.
+        cores: all.
+        digits: [E, d] of the rows.
+        k: which core.
     """
-    order = torch.argsort(digits, stable=True)
-    slices, sizes = torch.unique_consecutive(digits[order], return_counts=True)
+    _, rank, q, other = cores[k].shape
+    m, n = _outside(cores, k)
+    # Of a slice: itself, the gradient, the direction, and the next ones of these. Of a row: what lies left
+    # and right, what it lacks, its change, and the product of two of its three parts.
+    per_slice, per_row = 6 * rank * q * other, m * rank + other * n + 3 * m * q * n + 2 * m * q * other
+    order = torch.argsort(digits[:, k], stable=True)
+    slices, sizes = torch.unique_consecutive(digits[order, k], return_counts=True)
     starts = sizes.cumsum(0) - sizes
     by_size = torch.argsort(sizes, descending=True, stable=True)
-    counts, room = sizes[by_size].tolist(), max(1, _GATHERED // target[:1].numel())
+    counts = sizes[by_size].tolist()
     first = 0
     while first < len(counts):
         most, last = counts[first], first + 1
-        while last < len(counts) and _UNEVEN * counts[last] >= most and (last + 1 - first) * most <= room:
+        room = _GATHERED // (per_slice + most * per_row)
+        while last < len(counts) and _UNEVEN * counts[last] >= most and last + 1 - first <= room:
             last += 1
         own, place = by_size[first:last], torch.arange(most, device=order.device)
-        rows = order[(starts[own, None] + place).clamp(max=len(order) - 1)]
-        yield slices[own], rows, place < sizes[own, None]
+        there = place < sizes[own, None]
+        rows, places = order[(starts[own, None] + place)[there]], there.flatten().nonzero().flatten()
+        yield _Group(k, slices[own], rows, places, (last - first, most))
         first = last
 
 
@@ -166,25 +210,30 @@ def _least_squares(rows: tuple[Tensor, Tensor, Tensor], cost: float) -> Tensor:
     """The X [J, r, q, t] that minimises cost |X|**2 + sum over j, s of |target_js - left_js X_j right_js|**2.
 
     Args:
-        rows: left [J, S, m, r], right [J, S, t, n] and target [J, S, m, q, n], contiguous.
+        rows: left [J, S, m, r], right [J, S, t, n] and target [J, S, m, q, n], contiguous. What X lacks of
+            the target is left in its place.
     """
-    left, right, target = rows
-    residual = target.clone()
-    direction = gradient = _transposed(left, residual, right)
+    left, right, lacking = rows
+    direction = gradient = _transposed(left, lacking, right)
     x = torch.zeros_like(gradient)
-    square = float(gradient.square().sum())
-    first, close = square, (_CLOSE * float(target.norm())) ** 2
+    square = _square(gradient)
+    first, close = square, _CLOSE**2 * _square(lacking)
     for _ in range(_ITERATIONS):
-        if square <= _FLAT**2 * first or float(residual.square().sum()) <= close:
+        if square <= _FLAT**2 * first or _square(lacking) <= close:
             break
         image = _product(left, direction, right)
-        step = square / (float(image.square().sum()) + cost * float(direction.square().sum()))
-        x += step * direction
-        residual -= step * image
-        gradient = _transposed(left, residual, right) - cost * x
-        before, square = square, float(gradient.square().sum())
-        direction = gradient + (square / before) * direction
+        step = square / (_square(image) + cost * _square(direction))
+        x.add_(direction, alpha=step)
+        lacking.sub_(image, alpha=step)
+        gradient = _transposed(left, lacking, right).sub_(x, alpha=cost)
+        before, square = square, _square(gradient)
+        direction = torch.add(gradient, direction, alpha=square / before)
     return x
+
+
+def _square(values: Tensor) -> float:
+    """|values|**2, with no copy of them."""
+    return float(torch.dot(values.flatten(), values.flatten()))
 
 
 def _left_parts(cores: Sequence[Tensor], digits: Tensor, k: int) -> Tensor:
