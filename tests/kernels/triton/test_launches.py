@@ -1,0 +1,80 @@
+"""How many kernels a step launches: tables that differ in nothing but their rows share every launch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from triton.runtime.interpreter import GridExecutor
+
+from recemb_kernels.digit_tree.group import FeatureCode
+from recemb_kernels.pooled_gather import Operation, RowShape
+from recemb_kernels.tt_gather import TrainShape
+from recemb_kernels.update import Kind
+from tests.kernels.triton import test_pooled_gather, test_robe_gather, test_tt_gather
+from tests.kernels.triton.harness import make_batch, make_updates, run, upstream
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
+
+# The module that makes tables of an op; the k-th of a family's; and one of other constants.
+CASES: dict[str, tuple[Any, Callable[[int], Any], Any]] = {
+    "tt": (
+        test_tt_gather,
+        lambda k: TrainShape((5 + k, 4, 7 + k), (2, 2, 4), (1, 8, 8, 1)),
+        TrainShape((5, 4, 7), (2, 2, 4), (1, 8, 4, 1)),
+    ),
+    "row": (
+        test_pooled_gather,
+        lambda k: RowShape(Operation.ROW, (50 + k,), (5,)),
+        RowShape(Operation.ROW, (50,), (6,)),
+    ),
+    "mult": (
+        test_pooled_gather,
+        lambda k: RowShape(Operation.MULT, (9 + k, 7 + 2 * k), (6, 6)),
+        RowShape(Operation.MULT, (9, 7), (5, 5)),
+    ),
+    "project": (
+        test_pooled_gather,
+        lambda k: RowShape(Operation.PROJECT, (40 + k, 3), (3, 8)),
+        RowShape(Operation.PROJECT, (40, 2), (2, 8)),
+    ),
+    "robe": (
+        test_robe_gather,
+        lambda k: test_robe_gather._shape(7, 3, 6 + k, True),
+        test_robe_gather._shape(7, 2, 6, True),
+    ),
+}
+
+
+def _launches(module: Any, shapes: list[Any], kind: Kind | None) -> Counter[str]:
+    """Of each kernel, in one step."""
+    tables = module._tables(shapes, [FeatureCode(t, t % 2 == 1) for t in range(len(shapes))])
+    batch, parameters = make_batch(tables, 2, 2), tables.parameters()
+    updates = make_updates(tables, parameters, [kind] * len(shapes))
+    group, grad, counted = tables.triton(), upstream(tables, batch), Counter[str]()
+    launch = GridExecutor.__call__
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counted[self.fn.__name__] += 1
+        return launch(self, *args, **kwargs)
+
+    with patch.object(GridExecutor, "__call__", count):
+        run(group, parameters, batch, grad, updates)
+    return counted
+
+
+@pytest.mark.parametrize("kind", [Kind.ROWWISE_ADAGRAD, None], ids=["step", "gradients"])
+@pytest.mark.parametrize("op", CASES)
+def test_launches_do_not_depend_on_the_number_of_tables(op: str, kind: Kind | None) -> None:
+    """Three tables of one family take as many as one; two of two families take more."""
+    module, shape, other = CASES[op]
+    one, three, two = (
+        _launches(module, shapes, kind)
+        for shapes in ([shape(0)], [shape(k) for k in range(3)], [shape(0), other])
+    )
+    assert three == one
+    assert two.total() > one.total()
