@@ -16,7 +16,7 @@ from recemb.id_maps.radix import mixed_radix
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
 from recemb_kernels.tt_gather import TrainShape, triton_train, tt_gather
-from recemb_kernels.tt_gather.triton_variants import MOST_PROGRAMS
+from recemb_kernels.tt_gather.triton_variants import MOST_PROGRAMS, Tiles, product_of
 from recemb_kernels.update import Kind
 from tests.kernels.triton.harness import (
     DTYPES,
@@ -108,27 +108,46 @@ def test_every_order_and_rank_pools(split: tuple[int, ...], rank: int, dtype: to
         assert_same_steps(tables, batch, [Kind.ROWWISE_ADAGRAD])
 
 
-@settings(max_examples=8, phases=[Phase.generate])
-@given(data=st.data())
-def test_any_shape(data: st.DataObject) -> None:
-    order = data.draw(st.integers(2, 4))
-    sizes = st.integers(1, 6)
-    draw = [tuple(data.draw(sizes) for _ in range(n)) for n in (order, order, order - 1)]
-    if math.prod(draw[1]) > 64:
-        draw[1] = (2,) * order
-    shape = TrainShape(draw[0], draw[1], (1, *draw[2], 1))
-    tables = _tables(
-        [shape, SHAPES[0]],
-        [FeatureCode(0, data.draw(st.booleans())), FeatureCode(1, False), FeatureCode(0, False)],
-    )
-    batch = make_batch(
-        tables,
-        data.draw(st.integers(1, 5)),
-        data.draw(st.integers(0, 3)),
-        weighted=data.draw(st.booleans()),
-        seed=data.draw(st.integers(0, 2**20)),
-    )
-    assert_near(tables, batch, data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([2, 5, 2**15])))
+def test_any_shape() -> None:
+    """Ranks on both sides of the 8 from which a product is a ``tl.dot``; of both there is an example."""
+    ways: set[bool] = set()
+
+    @settings(max_examples=8, phases=[Phase.generate])
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        order = data.draw(st.integers(2, 4))
+        sizes = st.integers(1, 6)
+        rows, split = ([data.draw(sizes) for _ in range(order)] for _ in range(2))
+        if math.prod(split) > 64:
+            split = [2] * order
+        bonds = data.draw(st.sampled_from([st.integers(1, 7), st.integers(8, 13)]))
+        ranks = [data.draw(bonds) for _ in range(order - 1)]
+        shape = TrainShape(tuple(rows), tuple(split), (1, *ranks, 1))
+        tables = _tables(
+            [shape, SHAPES[0]],
+            [FeatureCode(0, data.draw(st.booleans())), FeatureCode(1, False), FeatureCode(0, False)],
+        )
+        batch = make_batch(
+            tables,
+            data.draw(st.integers(1, 5)),
+            data.draw(st.integers(0, 3)),
+            weighted=data.draw(st.booleans()),
+            seed=data.draw(st.integers(0, 2**20)),
+        )
+        dtype, at_once = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([2, 5, 2**15]))
+        assert_near(tables, batch, dtype, at_once)
+        if batch.ids.numel():
+            ways.update(Tiles.of(*product_of(shape, k)[1:]).dot for k in range(1, order))
+
+    check()
+    assert ways == {True, False}
+
+
+def test_products_from_eight_on_are_dots() -> None:
+    """Of K and N alike; both ways are exact, so that only the time would tell."""
+    assert all(Tiles.of(k, n).dot for k, n in ((8, 8), (8, 100), (100, 8)))
+    assert not any(Tiles.of(k, n).dot for k, n in ((7, 7), (7, 100), (100, 7)))
+    assert Tiles.of(8, 9) == Tiles(True, 16, 16), "padded to what tl.dot takes"
 
 
 @pytest.mark.parametrize("micro_batch_rows", [5, MICRO_BATCH_ROWS])
