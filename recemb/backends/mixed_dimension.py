@@ -95,7 +95,9 @@ class MixedDimensionBackend(Backend):
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
         """Least squares, e[i] = values pinv(P): what of ``values`` lies in the row space of P.
 
-        No other row changes, whatever the cost, and the rows end as close as P lets any row come.
+        No other row changes, whatever the cost. Each row ends off by its distance from the row space of P, as
+        near as P lets any row come. The table of rank d that is best for rows and values together has a P of
+        its own, and may be nearer to them.
         """
         inverse = torch.linalg.pinv(self.p.double())
         self.e[ids] = (values.double() @ inverse).to(self.e.dtype)

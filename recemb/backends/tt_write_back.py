@@ -19,7 +19,8 @@ has most freedom, goes first; the others then take what is left, in the same way
 
 Bounds: a core's step leaves the rows no further off than they were, than any larger cost would, and so, for
 a cost of at most 1, than the best choice of its slices does for the table as a whole (values of the rows
-given, all others as they are): the rank's best approximation, one core at a time. It costs all other rows
+given, all others as they are). A train of the rank with all of its cores chosen anew may be nearer, and is
+where many rows leave (:func:`recemb.cache.refresh.write_back_cost`). A step costs all other rows
 together at most what it gains, over ``cost``. Without a cost, s rows that share a digit of the widest core
 are met to rounding when their s * D / q_k equations a column are independent, which takes R_{k-1} R_k of at
 least that number.

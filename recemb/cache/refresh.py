@@ -99,6 +99,10 @@ def write_back_cost(cache: HotRowCache, leaving: int) -> float:
     squares (a tensor train takes one for each core). Where many leave at once that is more care than how
     often rows are looked up asks for (:func:`coldness`), which takes its place.
 
+    Where few leave, rows of a tensor train end as near as they are in the best train of its rank for the
+    table with its cached rows: 3 of 120 in the tests. That is measured, no law: 30 of 120 are off by up to
+    1.1 times as much. The bound that always holds is of one core (:mod:`recemb.backends.tt_write_back`).
+
     Args:
         cache: the cache.
         leaving: E, how many rows leave.
