@@ -288,6 +288,35 @@ def test_outputs_that_are_kept_and_never_go_backward_are_told_of() -> None:
     assert collection.cache().exchanges
 
 
+def test_gradients_that_wait_for_a_step_are_no_reason_to_warn() -> None:
+    collection = made(TensorTrain(rank=4, cache=EACH_STEP))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            collection(one_id_bags([1, 2])).sum().backward()
+    assert collection.cache().due
+
+
+def test_look_ups_without_gradients_are_no_reason_to_warn() -> None:
+    """Not even where the exchange has been put off from within a backward to any look-up after it."""
+    collection = made(TensorTrain(rank=4, cache=EACH_STEP))
+
+    def look_up(scale: torch.Tensor) -> torch.Tensor:
+        return collection(one_id_bags([1, 2])) * scale
+
+    for _ in range(2):
+        collection.zero_grad()
+        checkpoint(look_up, torch.ones(1, requires_grad=True), use_reentrant=True).sum().backward()
+    assert collection.engine._streams[0]._put_off
+    out = collection(one_id_bags([1, 2]))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            collection(one_id_bags([1, 2]))
+    assert collection.cache().due
+    out.sum().backward()
+
+
 def stepped(policy: str) -> Collection:
     """A table whose optimizer is fused, so that kernels add its streams up."""
     collection = made(TensorTrain(rank=2, cache=HotRows(rows=2, policy=policy, warmup=10**9, track_every=1)))

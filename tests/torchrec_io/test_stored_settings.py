@@ -23,6 +23,7 @@ from recemb.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from recemb.errors import CheckpointError, ConfigError
 from recemb.spec import Compression
 from recemb.torchrec_io import get_sharders, quantize_embeddings
+from tests.checkpoint.ranks import on_ranks
 
 QR = recemb.QuotientRemainder(collisions=4, operation="mult")
 ROBE = recemb.ROBE(compress_rate=4, block_size=4)
@@ -102,6 +103,16 @@ def test_tables_of_which_a_state_holds_nothing_are_not_asked_about() -> None:
     own = collection(a=recemb.Dense(), t=replace(QR, operation="add"))
     own.load_state_dict(state, strict=False)
     assert torch.equal(own.to_dense("a"), state["embedding_bags.a.weight"])
+
+
+def test_a_table_is_not_taken_for_another_whose_name_begins_like_its_own() -> None:
+    theirs = collection(a=QR, ab=QR)
+    state = theirs.state_dict()
+    for key in ("q", "r"):
+        del state[f"embedding_bags.a.{key}"]
+    own = collection(a=replace(QR, operation="add"), ab=QR)
+    own.load_state_dict(state, strict=False)
+    assert torch.equal(own.to_dense("ab"), theirs.to_dense("ab"))
 
 
 def robe_pairs(*pairs: Sequence[str]) -> recemb.EmbeddingBagCollection:
@@ -272,3 +283,18 @@ def test_a_checkpoint_is_not_asked_about_tables_of_which_a_state_holds_nothing(t
         del state[f"embedding_bags.t.{key}"]
     found.load({"model": state}, ignore_unexpected=True)
     assert torch.equal(own.to_dense("a"), theirs.to_dense("a"))
+
+
+def test_a_checkpoint_of_several_ranks_notes_the_settings_of_all(tmp_path: Path) -> None:
+    """Each has a collection of its own; rank 1's and 2's are known to no other."""
+
+    def state(rank: int, compression: Compression) -> dict[str, Any]:
+        return {f"rank {rank}": collection(t=compression).state_dict()}
+
+    on_ranks(3, lambda rank: save_checkpoint(tmp_path, 1, state(rank, QR), {}))
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    for rank in range(3):
+        found.load(state(rank, QR), ignore_unexpected=True)
+        with pytest.raises(CheckpointError, match="table 't': operation 'mult' in the checkpoint, 'add'"):
+            found.load(state(rank, replace(QR, operation="add")), ignore_unexpected=True)

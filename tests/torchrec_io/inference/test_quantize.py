@@ -265,6 +265,28 @@ def test_a_model_is_as_it_was_where_its_second_collection_is_refused() -> None:
     assert isinstance(model[1]["ebc"], QuantEmbeddingBagCollection)
 
 
+def test_a_model_is_as_it_was_where_its_second_collection_is_interrupted() -> None:
+    """As by Ctrl-C: no Exception."""
+    trained = [collection(compressions=(TensorTrain(rank=8), Dense())) for _ in range(2)]
+    model = nn.Sequential(*trained)
+    make = QuantEmbeddingBagCollection.from_float
+
+    def interrupted(module: EmbeddingBagCollection) -> QuantEmbeddingBagCollection:
+        if module is trained[1]:
+            raise KeyboardInterrupt
+        return make(module)
+
+    with (
+        patch.object(QuantEmbeddingBagCollection, "from_float", side_effect=interrupted) as made,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        quantize_embeddings(model, torch.int8, inplace=True)
+    assert made.call_count == 2
+    assert list(model) == trained
+    assert all(module.training for module in model.modules())
+    assert not any(hasattr(module, "qconfig") for module in model.modules())
+
+
 def test_a_type_for_a_table_that_is_not_there_is_refused() -> None:
     plain = torchrec.EmbeddingBagCollection(
         tables=[torchrec.EmbeddingBagConfig(name="p", num_embeddings=9, embedding_dim=8, feature_names=["f"])]
