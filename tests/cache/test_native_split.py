@@ -19,7 +19,7 @@ from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Merge
 from recemb.cache.streams import Split, Streams
-from recemb.spec import Dense, HotRows, Pooling, QuotientRemainder, TableSpec
+from recemb.spec import ROBE, Dense, HotRows, Pooling, QuotientRemainder, TableSpec
 from recemb_kernels import native
 from recemb_kernels.build import compiler
 from recemb_kernels.cache_split import Splitter
@@ -215,6 +215,41 @@ def test_kernels_add_streams_up_as_torch_does(
             assert torch.equal(ours, theirs)
         else:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_an_array_that_also_serves_an_uncached_table_is_added_after_the_cache(threads: int) -> None:
+    """Its kernel is the first of the call's and has to run last, when all threads are done with the cache's.
+
+    Two threads share two features of the array, so that the second one adds to samples whose cached rows,
+    many in each, the first one has still to pool: unless it waits, they are written over what it has added.
+    """
+    cache, size, hits = HotRows(rows=ROWS // 2, warmup=10**9), 1024, 200
+    tables = [
+        spec(ROBE(compress_rate=4, block_size=8), ROWS, name="plain", features=["p"]),
+        spec(ROBE(compress_rate=4, block_size=8, cache=cache), ROWS, name="cached", features=["a"]),
+    ]
+    torch.manual_seed(0)
+    made = Collection(tables)
+    made.cache("cached").ids[:10] = torch.arange(10)
+    torch.nn.init.normal_(made.cache("cached").weight)
+    # One id that is not cached a sample, after many that are in the first half of the samples.
+    lengths = torch.ones(2, size, dtype=torch.int64)
+    lengths[1, : size // 2] += hits
+    ids = torch.arange(int(lengths.sum())) % 10
+    ids[lengths.flatten().cumsum(0) - 1] = torch.arange(2 * size) % 20 + 10
+    bags = Bags(ids, torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)]), 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            with patch.object(Streams, "joins", ()):
+                expected = made(bags)
+            with patch.object(Merge, "apply", side_effect=AssertionError):
+                for _ in range(10):
+                    assert torch.equal(made(bags), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
