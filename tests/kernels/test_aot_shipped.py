@@ -24,6 +24,7 @@ from recemb_kernels.triton_frame.launches import place_constants, segment_consta
 from recemb_kernels.triton_frame.variants import shipped as frame_shipped
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_kernel import multiply, slice_gradient
+from recemb_kernels.tt_gather.triton_shipped import shipped
 from recemb_kernels.tt_gather.triton_variants import (
     EVERY,
     children_constants,
@@ -32,7 +33,6 @@ from recemb_kernels.tt_gather.triton_variants import (
     join_constants,
     multiply_constants,
     multiply_variants,
-    shipped,
 )
 from recemb_kernels.update import Kind
 

@@ -9,7 +9,7 @@ from recemb_kernels.aot.configuration import Configuration
 
 # Each offers ``shipped() -> list[Configuration]``. An author adds a line here.
 MODULES: tuple[str, ...] = (
-    "recemb_kernels.tt_gather.triton_variants",
+    "recemb_kernels.tt_gather.triton_shipped",
     "recemb_kernels.pooled_gather.triton_variants",
     "recemb_kernels.robe_gather.triton_variants",
     "recemb_kernels.triton_frame.variants",

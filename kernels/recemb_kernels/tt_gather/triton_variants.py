@@ -1,31 +1,21 @@
-"""Compile-time constants of the tensor-train kernels, and the variants of them that are shipped."""
+"""Compile-time constants of the tensor-train kernels, and the warps and stages that they are tried with."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from recemb_kernels.aot.configuration import Configuration
-from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, as_compiled, factor, precision, tile, tuned
+from recemb_kernels.triton_frame.elements import ELEMENTS, factor, precision, tile, tuned
 from recemb_kernels.triton_frame.launches import PIECE
 from recemb_kernels.tt_gather import TrainShape
-from recemb_kernels.tt_gather.triton_children import join_children, sum_children
 from recemb_kernels.tt_gather.triton_kernel import (
-    add_slices,
-    copy_slices,
-    count_nodes,
-    find_groups,
-    group_bounds,
-    mark_touched,
     multiply,
-    place_nodes,
     slice_gradient,
-    split_digits,
 )
 
 # Rows of a matrix product that one program takes; plans count in them.
@@ -37,8 +27,8 @@ ALIGNED = 4
 
 
 # (Warps, pipeline stages) of a product.
-_DOT, _BACK, _LONG, _SHORT = ((8, 2), (8, 3)), (4, 2), (2, 2), (1, 2)  # the last three live in registers
-EVERY = (*_DOT, _BACK, _LONG, _SHORT)
+_DOT, BACK, LONG, SHORT = ((8, 2), (8, 3)), (4, 2), (2, 2), (1, 2)  # the last three live in registers
+EVERY = (*_DOT, BACK, LONG, SHORT)
 
 
 def multiply_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -49,9 +39,11 @@ def multiply_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ..
     slice's transpose a third stage spills, and four warps are faster than eight.
     """
     if not constants["DOT"]:
-        return (_SHORT,) if constants["K"] <= 32 else (_LONG,)
-    back = constants["PRECISION"] == "ieee" and not constants["FORWARD"]
-    return (_BACK,) if back else _DOT
+        return (SHORT,) if constants["K"] <= 32 else (LONG,)
+    if constants["FORWARD"] or constants["PRECISION"] != "ieee":
+        return _DOT
+    # Whole loads of 16 bytes that end within the second tile: on sm_80 four warps spill.
+    return _DOT[:1] if constants["K"] in (40, 48, 56) and 16 < constants["N"] <= 32 else (BACK,)
 
 
 def gradient_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -135,6 +127,8 @@ def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
     q, inner, outer = product_of(shape, len(shape.dim_shape) - 1)
     columns = tile(q, 2 * q)
     block = tile(inner, max(8, _CHILDREN_TILE // columns))
+    # Sixteen loads a row, or a short row's, take more than half of a place's registers in fewer warps.
+    least = 2 if inner < 8 and (outer < 4 or columns >= 32) else 1
     return {
         "Q": q,
         "K": inner,
@@ -145,7 +139,7 @@ def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
         "BC": 16 // outer if outer < 8 else 1,
         "BQ": columns,
         "BK": block,
-        "num_warps": min(4, max(1, columns * block // 128)),
+        "num_warps": min(4, max(least, columns * block // (64 if outer > 8 else 128))),
     }
 
 
@@ -203,248 +197,3 @@ def touched_constants() -> dict[str, int]:
 _NODE_BLOCK = 512
 # Elements of a program's tile of ``sum_children``, four for each thread.
 _CHILDREN_TILE = 512
-# The splits of D = 16, 32 and 64 into two to four, and of 128 into three, that recemb's default takes; the
-# README's table shows the first.
-_SPLITS = ((2, 2, 4), (2, 4, 4), (4, 4, 4))
-_UNLISTED = (
-    *((4, 4), (2, 2, 2, 2)),
-    *((4, 2, 4), (4, 8), (2, 2, 2, 4)),
-    *((8, 8), (2, 2, 4, 4), (4, 2, 2, 4)),
-    (4, 4, 8),
-)
-_RANKS = (16, 32, 64)
-_INDEX = "*i64"
-_NUMBER = "*i32"
-_PLAN = {
-    "nodes": _NUMBER,
-    "parent": _NUMBER,
-    "group_first": _INDEX,
-    "tile_first": _INDEX,
-    "tile_group": _NUMBER,
-}
-_DESCRIPTORS = ("cores", "entry_table", "entry_row", "source_base", "out_base")
-
-
-def shipped() -> list[Configuration]:
-    """What is compiled ahead of time in CI. A look-up is a distinct row that shares no prefix: most work.
-
-    What several shapes launch with equal constants stands once, under the first of them.
-    """
-    few, some, most = _shape((2, 2, 4), 4), _shape((2, 2, 4), 32), _shape((4, 4, 8), 128)
-    found = []
-    for shape in (few, *_shapes(_SPLITS), most):
-        found += _of_dtypes(shape)
-    # float16 differs from bfloat16 in nothing but the name of an instruction.
-    found += _of_shape(some, torch.float16)
-    for shape in (some, most):
-        found += _rounded(shape)
-    for order in (3, 2, 4):
-        found += _nodes(order)
-    for shape in _shapes(_UNLISTED):
-        found += [replace(c, listed=False) for c in _of_dtypes(shape)]
-    once: dict[tuple[object, ...], Configuration] = {}
-    for c in found:
-        values = (repr(dict(part)) for part in (c.signature, c.constants))
-        once.setdefault((c.kernel, c.dtype, c.num_warps, c.num_stages, *values), c)
-    return list(once.values())
-
-
-def _of_dtypes(shape: TrainShape) -> list[Configuration]:
-    return [c for dtype in (torch.float32, torch.bfloat16) for c in _of_shape(shape, dtype)]
-
-
-def _shapes(splits: Sequence[tuple[int, ...]]) -> list[TrainShape]:
-    return [_shape(split, rank) for split in splits for rank in _RANKS]
-
-
-def _shape(split: tuple[int, ...], rank: int) -> TrainShape:
-    """A shape whose bonds all have one rank; no constant depends on its rows."""
-    order = len(split)
-    return TrainShape((220,) * order, split, (1, *[rank] * (order - 1), 1))
-
-
-def _rounded(shape: TrainShape) -> Iterator[Configuration]:
-    """The products of float32 tables for a user who has allowed torch to round them to TF32."""
-    every: dict[str, Configuration] = {}
-    for c in _of_shape(shape, torch.float32):
-        if c.constants.get("DOT"):
-            every.setdefault(f"{c.kernel} {c.note}", c)
-    for c in every.values():
-        constants = {**c.constants, "PRECISION": "tf32"}
-        of_kernel = multiply_variants if "FORWARD" in constants else gradient_variants
-        for warps, stages in of_kernel(constants):
-            own = replace(c, constants=constants, num_warps=warps, num_stages=stages)
-            yield replace(own, note=f"{c.note}, TF32", rounds=True)
-
-
-def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
-    size, name, element = dtype.itemsize, NAMES[dtype][0], NAMES[dtype][1]
-    note = f"R={shape.ranks[1]}, q=({','.join(map(str, shape.dim_shape))})"
-    last = len(shape.dim_shape) - 1
-    for k in range(1, last + 1):
-        q, inner, outer = product_of(shape, k)
-        # Rows come back by a kernel of their own.
-        for forward in (True, False) if k < last else (True,):
-            constants = multiply_constants(shape, k, dtype, forward)
-            source, out = (size, 4 if k == last else size) if forward else (4, 4)
-            types = {4: "*fp32", 2: element}
-            way = "" if forward else ", back"
-            for warps, stages in multiply_variants(constants):
-                yield Configuration(
-                    kernel="tt_gather.multiply",
-                    function=multiply,
-                    dtype=name,
-                    signature={
-                        "out": types[out],
-                        "source": types[source],
-                        "cores": _INDEX,
-                        **_PLAN,
-                        **dict.fromkeys(("entry_table", "entry_row", "source_base", "out_base"), _INDEX),
-                        "num_entries": "i32",
-                        "part": "i32",
-                    },
-                    constants=constants,
-                    num_warps=warps,
-                    num_stages=stages,
-                    flops_per_lookup=2.0 * q * inner * outer,
-                    bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
-                    min_occupancy={_SHORT: 0.18, _LONG: 0.25, _BACK: 0.25}.get((warps, stages), 0.37),
-                    note=f"{note}, core {k + 1}{way}",
-                    small=_DESCRIPTORS,
-                )
-        constants = gradient_constants(shape, k, dtype)
-        for warps, stages in gradient_variants(constants):
-            yield Configuration(
-                kernel="tt_gather.slice_gradient",
-                function=slice_gradient,
-                dtype=name,
-                signature={
-                    "grad": "*fp32",
-                    "source": element,
-                    "grad_out": "*fp32",
-                    **{name: _PLAN[name] for name in ("nodes", "parent", "group_first")},
-                    **dict.fromkeys(("source_base", "grad_base"), _INDEX),
-                    "num_entries": "i32",
-                    "part": "i32",
-                },
-                constants=constants,
-                num_warps=warps,
-                num_stages=stages,
-                flops_per_lookup=2.0 * q * inner * outer,
-                bytes_per_lookup=q * (inner * size + outer * 4.0) + 16,
-                min_occupancy=0.5,
-                note=f"{note}, core {k + 1}",
-                small=("source_base", "grad_base"),
-            )
-    yield from _children(shape, dtype, note)
-    yield from _slices(shape, dtype, note)
-
-
-def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Configuration]:
-    """The kernels that come back from rows."""
-    constants = children_constants(shape, dtype)
-    types = {
-        **dict.fromkeys(("out", "parts", "source"), "*fp32"),
-        **dict.fromkeys(("child", "parent", "entry"), _NUMBER),
-    }
-    q, k, n = (constants[name] for name in "QKN")
-    if dtype is torch.float32:
-        yield Configuration(
-            kernel="tt_gather.join_children",
-            dtype=NAMES[dtype][0],
-            **as_compiled(join_children, join_constants(shape), types),
-            flops_per_lookup=q * k / PIECE,
-            bytes_per_lookup=(4.0 * q * k + 12) / PIECE,
-            min_occupancy=0.5,
-            note=note,
-            small=("cuts",),
-        )
-    yield Configuration(
-        kernel="tt_gather.sum_children",
-        dtype=NAMES[dtype][0],
-        **as_compiled(sum_children, constants, types),
-        flops_per_lookup=2.0 * q * k * n,
-        bytes_per_lookup=4.0 * q * (n + k) + 12,
-        min_occupancy=0.5,
-        note=note,
-        small=("cores", "entry_table", "entry_row", "cuts", "node_cuts"),
-    )
-
-
-def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Configuration]:
-    """The kernels that move slices of the first core, and the one that finds a row's slices."""
-    width = shape.dim_shape[0] * shape.ranks[1]
-    name, element = NAMES[dtype]
-    block = slice_block(width)
-    common: dict[str, Any] = {"num_warps": block["num_warps"], "num_stages": 3, "dtype": name, "note": note}
-    yield Configuration(
-        kernel="tt_gather.copy_slices",
-        function=copy_slices,
-        signature={
-            "out": element,
-            **dict.fromkeys(("cores", "entry_table", "entry_row", "cuts"), _INDEX),
-            "digit": _NUMBER,
-        },
-        constants={"W": width, "ELEMENT": ELEMENTS[dtype], "BW": block["BW"]},
-        flops_per_lookup=0.0,
-        bytes_per_lookup=2.0 * width * dtype.itemsize + 8,
-        min_occupancy=0.5,
-        small=("cores", "entry_table", "entry_row", "cuts"),
-        **common,
-    )
-    if dtype is torch.float32:
-        yield Configuration(
-            kernel="tt_gather.add_slices",
-            function=add_slices,
-            signature={
-                "grad": "*fp32",
-                "touched": "*i32",
-                "source": "*fp32",
-                "digit": _NUMBER,
-                "cuts": _INDEX,
-            },
-            constants={"W": width, "BW": block["BW"]},
-            flops_per_lookup=float(width),
-            bytes_per_lookup=12.0 * width + 8,
-            min_occupancy=0.5,
-            small=("cuts",),
-            **common,
-        )
-
-
-def _nodes(order: int) -> Iterator[Configuration]:
-    """The kernels that make a batch's tree, of 26 tables and 4,096 samples."""
-    count, groups = 26 * 4096, 26 * 250
-    types = {
-        **dict.fromkeys(("num_tables", "count", "part_rows", "micro_batch_rows", "blocks"), "i32"),
-        **dict.fromkeys(("num_parts", "num_micro_batches", "num_groups", "num_entries", "wide"), "i32"),
-        **dict.fromkeys(("counts", "keys", "group_key", "touched"), _NUMBER),
-        **dict.fromkeys(("row_key", "digits", "last", "entry", "parent", "child", "group"), _NUMBER),
-        "new": "*i8",
-    }
-    digits = 4.0 * order + order - 1
-    wide = {"row_key": _INDEX}
-    for kernel, constants, nbytes, other in (
-        (split_digits, digit_constants(order, 26), 4.0 + digits, {}),
-        (split_digits, digit_constants(order, 26), 8.0 + digits, wide),
-        (count_nodes, count_constants(order), order - 1.0, {}),
-        (place_nodes, node_constants(order), 2 * digits + 12.0 * (order - 1), {}),
-        (group_bounds, group_constants(count), 4.0, {}),
-        (find_groups, find_constants(groups), 8.0, {}),
-        (mark_touched, touched_constants(), 4.0, {}),
-    ):
-        compiled = as_compiled(kernel, constants, {**types, **other})
-        small = (
-            *("cuts", "first_key", "table_keys", "radices", "entry_base", "counts", "node_cuts", "slices"),
-            *("first", "tiles", "tile_first", "touched", "group_first", "prefixes"),
-        )
-        yield Configuration(
-            kernel=f"tt_gather.{kernel.__name__}",
-            dtype="float32",
-            **compiled,
-            flops_per_lookup=0.0,
-            bytes_per_lookup=nbytes,
-            min_occupancy=0.43,
-            note=f"26 tables, d={order}" + ", 64-bit keys" * bool(other),
-            small=tuple(name for name in small if name in compiled["signature"]),
-        )
