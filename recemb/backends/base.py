@@ -46,7 +46,7 @@ from recemb_kernels.memory import hint_huge_pages
 if TYPE_CHECKING:
     from recemb.cache.hot_rows import HotRowCache
 
-# A block of rows being rebuilt for to_dense or from_dense holds at most this many elements (64 MB of fp32).
+# A block of rows being rebuilt takes at most this many elements (64 MB of fp32).
 BLOCK_NUMEL = 2**24
 
 
@@ -391,9 +391,22 @@ class Backend(nn.Module, ABC):
             f"table {self.table.name!r}: method {self.table.compression.method!r} has no from_dense"
         )
 
+    @property
+    def row_numel(self) -> int:
+        """Elements that rebuilding a row holds."""
+        return self.table.embedding_dim
+
+    def compressed_rows(self, ids: Tensor) -> Tensor:
+        """[E, D], ``rows(map_ids(ids))`` of [E] ids, rebuilt block by block, without gradients."""
+        found = torch.empty(len(ids), self.table.embedding_dim, dtype=self.row_dtype, device=ids.device)
+        with torch.no_grad():
+            for first, last in self.row_blocks(0, len(ids)):
+                found[first:last] = self.rows(self.map_ids(ids[first:last]))
+        return found
+
     def row_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Split rows [start, stop) into blocks of at most ``BLOCK_NUMEL`` elements."""
-        step = max(1, BLOCK_NUMEL // self.table.embedding_dim)
+        """Split rows [start, stop) into blocks that take at most ``BLOCK_NUMEL`` elements."""
+        step = max(1, BLOCK_NUMEL // self.row_numel)
         for first in range(start, stop, step):
             yield first, min(stop, first + step)
 

@@ -60,6 +60,11 @@ class TensorTrainBackend(Backend):
     def rows(self, slots: Tensor) -> Tensor:
         return _contract(self.cores, slots)
 
+    @property
+    def row_numel(self) -> int:
+        # A slice of each core is copied for every row, of one core at a time.
+        return max(core_sizes(table_shapes(self.table)[1], _compression(self.table).ranks))
+
     def native_shape(self) -> TableShape | None:
         shape = TrainShape(*table_shapes(self.table), _compression(self.table).ranks)
         # Digits are told apart by int64 products of the rows' shape.

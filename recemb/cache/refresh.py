@@ -65,10 +65,10 @@ def evict(table: Backend, cache: HotRowCache, plan: Exchange) -> tuple[Tensor, T
     if not slots.numel():
         return ids, scores
     values = cache.weight[slots]
-    without = table.rows(table.map_ids(ids))
+    without = table.compressed_rows(ids)
     if cache.settings.write_back:
         table.write_back(ids, values, write_back_cost(cache, ids.numel()))
-    after = table.rows(table.map_ids(ids))
+    after = table.compressed_rows(ids)
     lost = [(rows - values).float().square().sum() for rows in (after, without)]
     cache.errors += torch.stack(lost)
     cache.ids[slots] = -1
@@ -79,7 +79,7 @@ def promote(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
     """Fill slots with the compressed values of the ids that enter."""
     if not plan.slots.numel():
         return
-    cache.weight[plan.slots] = table.rows(table.map_ids(plan.ids))
+    cache.weight[plan.slots] = table.compressed_rows(plan.ids)
     if cache.weight.grad is not None:
         # Of a step that has been taken, with the former row's gradient.
         cache.weight.grad[plan.slots] = 0
@@ -156,7 +156,7 @@ def _check_finite(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
             rows = torch.arange(len(parameter), device=parameter.device)
             _raise_first(table, f"row {{}} of {name}", rows, parameter, "no row can be written back by it")
     for ids, why in ((leaving, "a cached one cannot be written to it"), (plan.ids, "cannot be cached")):
-        _raise_first(table, "compressed row of id {}", ids, table.rows(table.map_ids(ids)), why)
+        _raise_first(table, "compressed row of id {}", ids, table.compressed_rows(ids), why)
 
 
 def _raise_first(table: Backend, what: str, ids: Tensor, values: Tensor, why: str) -> None:

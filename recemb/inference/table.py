@@ -101,6 +101,10 @@ class QuantizedBackend(Backend):
             method.register_parameter(name, wide)
         return method.rows(torch.stack(columns, dim=1))
 
+    @property
+    def row_numel(self) -> int:
+        return self._method[0].row_numel
+
     def native_shape(self) -> TableShape | None:
         shape = self._method[0].native_shape()
         kinds = tuple(self.kinds.values())

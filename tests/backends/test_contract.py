@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recemb.backends import BACKENDS, backend_of, base, storages
+from recemb.backends import BACKENDS, backend_of, base, build, storages
 from recemb.backends.base import Backend
 from recemb.bags import Bags
-from recemb.spec import TableSpec
+from recemb.spec import TableSpec, TensorTrain
 from tests.backends.cases import (
     CASES,
     Case,
@@ -230,6 +230,26 @@ def test_to_dense_equals_lookup(case: Case, block_numel: int, monkeypatch: pytes
             backend.to_dense(rows // 3, rows), dense[rows // 3 :], rtol=1e-6, atol=1e-7
         )
         assert backend.to_dense(rows, rows).shape == (0, dim)
+        few = backend.compressed_rows(ids)
+        assert not few.requires_grad
+        torch.testing.assert_close(few, backend.rows(backend.map_ids(ids)), rtol=1e-6, atol=1e-7)
+
+
+def test_rows_of_a_train_are_rebuilt_in_blocks_of_the_slices_that_they_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of rank 8 and D = 2 x 2 x 4, a row copies a slice of 8 x 2 x 8."""
+    table = TableSpec(
+        name="t", num_embeddings=100, embedding_dim=16, feature_names=("f",), compression=TensorTrain(rank=8)
+    )
+    (backend,) = build([table], torch.device("cpu")).values()
+    monkeypatch.setattr(base, "BLOCK_NUMEL", 10 * 8 * 2 * 8)
+    blocks: list[int] = []
+    rows = backend.rows
+    monkeypatch.setattr(backend, "rows", lambda slots: blocks.append(len(slots)) or rows(slots))
+    backend.compressed_rows(torch.arange(25))
+    backend.to_dense()
+    assert blocks == [10, 10, 5] + 10 * [10]
 
 
 def within_twice_the_error_of_plain_torch(draws: list[tuple[Tensor, Tensor, Tensor]]) -> None:
