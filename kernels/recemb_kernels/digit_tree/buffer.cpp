@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
@@ -10,8 +11,16 @@ namespace recemb {
 namespace {
 
 constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
+// Above this glibc maps every block anew, however often one of its size is asked for.
+constexpr int64_t ALWAYS_MAPPED = int64_t{1} << 25;
 
 }  // namespace
+
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+  if (bytes < ALWAYS_MAPPED) return;
+  const auto first = reinterpret_cast<uintptr_t>(memory), begin = (first + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  madvise(reinterpret_cast<void*>(begin), (first + bytes - begin) / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+}
 
 Buffer::~Buffer() { std::free(memory_); }
 

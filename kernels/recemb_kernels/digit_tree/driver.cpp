@@ -332,6 +332,7 @@ int64_t recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t p
     if (plan) reserve_plan(call, state, team);
   });
   if (lacks) return lacks;
+  ask_for_huge_pages(call->out, call->batch * call->columns * static_cast<int64_t>(sizeof(float)));
 #pragma omp parallel num_threads(team)
   {
     if (plan) {
