@@ -272,30 +272,35 @@ def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed:
                 check_bags(bags, targets)
 
 
-def test_large_tables_are_sorted_by_all_threads_to_the_same_bits() -> None:
+@pytest.mark.parametrize("ids_of", [(40_000,), (17_000, 40_000, 100)])
+def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(ids_of: tuple[int, ...]) -> None:
+    """The largest of several, that is, and by one each where they are many."""
     spec = TableSpec(
         name="t", num_embeddings=10**6, embedding_dim=16, compression=TensorTrain(rank=4), init_std=1.0
     )
-    table = build([spec], torch.device("cpu"))["t"]
+    specs = [replace(spec, name=f"t{f}", feature_names=(f"f{f}",)) for f in range(len(ids_of))]
     torch.manual_seed(0)
-    table.reset_parameters()
-    ids = (torch.rand(40_000) ** 3 * 10**6).long()
-    bags = Bags(ids, torch.arange(40_001), 1)
+    tables = list(build(specs, torch.device("cpu")).values())
+    for table in tables:
+        table.reset_parameters()
+    parameters = [parameter for table in tables for parameter in table.parameters()]
+    lengths = torch.cat([(torch.arange(40_000) < count).long() for count in ids_of])
+    ids = (torch.rand(sum(ids_of)) ** 3 * 10**6).long()
+    bags = Bags(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), len(ids_of))
     threads = torch.get_num_threads()
     outcomes = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            pooled = table.pooled([table], bags)
-            outcomes.append(
-                [pooled.detach(), *torch.autograd.grad(pooled.square().sum(), list(table.parameters()))]
-            )
+            pooled = pooled_native(tables, bags)
+            assert pooled is not None
+            outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), parameters)])
     finally:
         torch.set_num_threads(threads)
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
-    rows = table.rows(table.map_ids(ids[:100]))
-    torch.testing.assert_close(outcomes[0][0][:100], rows, rtol=1e-5, atol=1e-6)
+    rows = tables[0].rows(tables[0].map_ids(ids[:100]))
+    torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
     assert math.prod(table_shapes(spec)[0]) >= 10**6
 
 
