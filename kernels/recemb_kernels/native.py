@@ -14,6 +14,7 @@ _T = TypeVar("_T")
 STEP = "training_step"
 OPS = ("tt_gather", "pooled_gather", "robe_gather", "check_bags", "cache_split", STEP)
 _unavailable: dict[str, str] = {}
+_said: set[str] = set()
 _lock = Lock()
 
 
@@ -47,6 +48,15 @@ def attempt(
                 stacklevel=3,
             )
         return None
+
+
+def say_once(table: str, reason: str) -> None:
+    """Warn that no kernel is made for a table such as this one; once a reason."""
+    with _lock:
+        known = reason in _said
+        _said.add(reason)
+    if not known:
+        warnings.warn(f"recemb: table {table!r} runs on plain torch, which is slower: {reason}", stacklevel=3)
 
 
 def status(failure: str = "") -> dict[str, str]:

@@ -165,6 +165,10 @@ class Backend(nn.Module, ABC):
         """What the native kernels need to know of this storage, or ``None`` when they cannot serve it."""
         return None
 
+    def lacks_kernel(self) -> str | None:
+        """Why the native kernels of its method cannot serve this storage; ``None`` when they can."""
+        return None
+
     @classmethod
     def pooled(cls, tables: Sequence[Any], bags: Bags) -> Tensor:
         """Pool every feature of a batch in its table: by the native kernels, or :meth:`pooled_plain`.

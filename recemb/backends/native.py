@@ -23,6 +23,7 @@ from recemb.optim.state import settings_of, version_of
 from recemb_kernels.check import check_address
 from recemb_kernels.digit_tree.group import ChangedError
 from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
+from recemb_kernels.native import say_once
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.triton_frame import ALIGNED
 from recemb_kernels.update import Step
@@ -375,6 +376,9 @@ def _prepare(
         for x in (index[owner_of(table)], int(table.table.pooling == "mean"), table.key_base)
     )
     shapes = [owner.native_shape() for owner in owners]
+    for owner in owners:
+        if not compiling and (reason := owner.lacks_kernel()) is not None:
+            say_once(owner.table.name, reason)
     whole = tuple(shape for shape in shapes if shape is not None)
     refusal = partial(_refusal, [table.table.name for table in tables])
     first = [next(k for k, table in enumerate(tables) if owner_of(table) is owner) for owner in owners]

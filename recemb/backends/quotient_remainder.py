@@ -93,11 +93,16 @@ class QuotientRemainderBackend(Backend):
         return torch.cat((left, right), dim=-1)
 
     def native_shape(self) -> TableShape | None:
-        (quotients, left), (remainders, right) = self.q.shape, self.r.shape
-        if max(quotients, remainders) > MAX_RADIX:
+        if self.lacks_kernel():
             return None
+        (quotients, left), (remainders, right) = self.q.shape, self.r.shape
         operation = Operation[_compression(self.table).operation.upper()]
         return TableShape(pooled_gather, RowShape(operation, (quotients, remainders), (left, right)))
+
+    def lacks_kernel(self) -> str | None:
+        if max(len(self.q), len(self.r)) > MAX_RADIX:
+            return f"quotient-remainder tables have kernels for up to {MAX_RADIX:,} rows each"
+        return None
 
     def reset_parameters(self) -> None:
         std, operation = self.table.row_std, _compression(self.table).operation

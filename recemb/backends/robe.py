@@ -106,13 +106,18 @@ class ROBEBackend(Backend):
         return torch.where(negative, -values, values) if _compression(self.table).use_sign else values
 
     def native_shape(self) -> TableShape | None:
-        # The kernel is compiled for one dim; an array shared by tables of several stays on plain torch.
+        return None if self.lacks_kernel() else TableShape(robe_gather, _shape(self.peers, len(self.array)))
+
+    def lacks_kernel(self) -> str | None:
+        # It is compiled for one dim.
         if any(peer.embedding_dim != self.table.embedding_dim for peer in self.peers):
-            return None
+            return (
+                "ROBE arrays have kernels where their tables are of one dim; give each dim a group of its own"
+            )
         # A few blocks are on the stack of each thread.
         if _compression(self.table).block_size > _LONGEST_BLOCK:
-            return None
-        return TableShape(robe_gather, _shape(self.peers, len(self.array)))
+            return f"ROBE arrays have kernels for blocks of up to {_LONGEST_BLOCK} weights"
+        return None
 
     def reset_parameters(self) -> None:
         if self._owner:

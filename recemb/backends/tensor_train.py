@@ -66,10 +66,20 @@ class TensorTrainBackend(Backend):
         return max(core_sizes(table_shapes(self.table)[1], _compression(self.table).ranks))
 
     def native_shape(self) -> TableShape | None:
-        shape = TrainShape(*table_shapes(self.table), _compression(self.table).ranks)
+        if self.lacks_kernel():
+            return None
+        return TableShape(tt_gather, TrainShape(*table_shapes(self.table), _compression(self.table).ranks))
+
+    def lacks_kernel(self) -> str | None:
+        row_shape, _ = table_shapes(self.table)
+        if len(row_shape) > MAX_ORDER:
+            return (
+                f"tensor trains have kernels for up to {MAX_ORDER} cores, and this one has {len(row_shape)}"
+            )
         # Digits are told apart by int64 products of the rows' shape.
-        fits = len(shape.row_shape) <= MAX_ORDER and math.prod(shape.row_shape) < 2**63
-        return TableShape(tt_gather, shape) if fits else None
+        if math.prod(row_shape) >= 2**63:
+            return "tensor trains have kernels for less than 2**63 rows"
+        return None
 
     def reset_parameters(self) -> None:
         """Gaussian cores, scaled so that the elements of the product have variance ``row_std**2``.

@@ -105,6 +105,9 @@ class QuantizedBackend(Backend):
     def row_numel(self) -> int:
         return self._method[0].row_numel
 
+    def lacks_kernel(self) -> str | None:
+        return self._method[0].lacks_kernel()
+
     def native_shape(self) -> TableShape | None:
         shape = self._method[0].native_shape()
         kinds = tuple(self.kinds.values())

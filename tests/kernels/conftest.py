@@ -21,6 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget_folders()
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setattr(native, "_unavailable", {})
+    monkeypatch.setattr(native, "_said", set())
     yield folder
     forget_folders()
 

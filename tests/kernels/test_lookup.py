@@ -24,7 +24,7 @@ from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.engine import Engine
 from recemb.errors import BatchError
 from recemb.spec import ROBE, Compression, TableSpec, TensorTrain
-from recemb_kernels import check
+from recemb_kernels import check, native
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
@@ -379,13 +379,17 @@ def test_a_forked_child_prepares_batches_in_a_thread_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "compression",
+    ("compression", "reason"),
     [
-        TensorTrain(rank=2, num_cores=4, row_shape=(2**16,) * 4),
-        ROBE(compress_rate=1, block_size=500_000),
+        (TensorTrain(rank=2, num_cores=4, row_shape=(2**16,) * 4), r"less than 2\*\*63 rows"),
+        (TensorTrain(rank=2, num_cores=9, row_shape=(2**6,) * 9), "up to 8 cores, and this one has 9"),
+        (ROBE(compress_rate=1, block_size=500_000), "blocks of up to 8192 weights"),
     ],
 )
-def test_what_kernels_cannot_count_or_hold_is_left_to_plain_torch(compression: Compression) -> None:
+def test_what_kernels_cannot_count_or_hold_is_left_to_plain_torch(
+    compression: Compression, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_said", set())
     table = TableSpec(
         name="t",
         num_embeddings=2**54 if isinstance(compression, TensorTrain) else 2**17,
@@ -401,9 +405,35 @@ def test_what_kernels_cannot_count_or_hold_is_left_to_plain_torch(compression: C
     else:
         ids = torch.tensor([0, 1, 1024, 100_000])
     engine, bags = Engine([table]), Bags(ids, torch.arange(len(ids) + 1), 1)
-    engine(tables, bags).square().sum().backward()
+    with pytest.warns(UserWarning, match=f"table 't' runs on plain torch, which is slower: .*{reason}"):
+        pooled = engine(tables, bags)
+    pooled.square().sum().backward()
     rows = tables["t"].rows(tables["t"].map_ids(ids))
     parameters = list(tables["t"].own_parameters().values())
     expected = torch.autograd.grad(rows.square().sum(), parameters)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_tables_without_a_kernel_warn_once_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_said", set())
+    shared = ROBE(compress_rate=2, block_size=4)
+    specs = [
+        TableSpec(
+            name=f"t{dim}",
+            num_embeddings=100,
+            embedding_dim=dim,
+            feature_names=(f"f{dim}",),
+            compression=shared,
+        )
+        for dim in (4, 8)
+    ]
+    bags = Bags(torch.tensor([1, 2]), torch.arange(3), 2)
+
+    def look_up_in_two_models() -> None:
+        for _ in range(2):
+            Engine(specs)(build(specs, torch.device("cpu")), bags)
+
+    with pytest.warns(UserWarning, match="table 't4' .* of one dim; give each dim a group of its own") as met:
+        look_up_in_two_models()
+    assert len([warning for warning in met if "plain torch" in str(warning.message)]) == 1
