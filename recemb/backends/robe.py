@@ -160,6 +160,8 @@ class ROBEBackend(Backend):
         residual = values.double() - self.rows(slots).double()
         asked = torch.where(negative, -residual, residual).flatten()
         weights, inverse, counts = torch.unique(index.flatten(), return_inverse=True, return_counts=True)
+        # Of integers and a float torch makes float32.
+        counts = counts.to(asked.dtype)
         total = asked.new_zeros(len(weights)).index_add_(0, inverse, asked)
         flat = self.storage.view(-1)
         load = sum(peer.dense_numel for peer in self.peers) / flat.numel()

@@ -281,7 +281,8 @@ def test_a_tiny_factor_is_not_divided_by() -> None:
     assert moved < 20 * before
 
 
-def test_robe_rows_that_share_a_weight_take_the_mean() -> None:
+@pytest.mark.parametrize("cost", [0, 0.3])
+def test_robe_rows_that_share_a_weight_take_the_mean(cost: float) -> None:
     collection = trained(ROBE(compress_rate=10, block_size=1, cache=forever(rows=3)), 25, 4, [1, 2, 3])
     array = collection.backend().own_parameters()["array"]
     assert array.numel() == 10, "three rows of four elements meet somewhere"
@@ -289,12 +290,14 @@ def test_robe_rows_that_share_a_weight_take_the_mean() -> None:
     backend = collection.backend()
     target = backend.to_dense()[chosen]
     slots = backend.map_ids(chosen)
-    expected = [
-        float(target[slots == place].mean() if (slots == place).any() else array.detach().flatten()[place])
-        for place in range(array.numel())
-    ]
-    backend.write_back(chosen, target, 0)
-    torch.testing.assert_close(array.flatten().tolist(), expected, rtol=1e-9, atol=1e-12)
+    expected = []
+    for place, old in enumerate(array.flatten().tolist()):
+        asked = [value - old for value in target[slots == place].tolist()]
+        # Each of the 10 weights serves 10 of the 25 * 4 elements.
+        damped = len(asked) + cost * (10 - len(asked))
+        expected.append(old + sum(asked) / damped if asked else old)
+    backend.write_back(chosen, target, cost)
+    torch.testing.assert_close(array.flatten().tolist(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
