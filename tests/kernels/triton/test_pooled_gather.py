@@ -24,6 +24,7 @@ from tests.kernels.triton.harness import (
     assert_nothing_steps,
     assert_offsets_stay_in_bounds,
     assert_same_steps,
+    kinds_of_bags,
     make_batch,
     plain_all,
     run,
@@ -200,36 +201,46 @@ def test_rows_wider_than_a_tile() -> None:
     assert_same_steps(tables, make_batch(tables, 3, 3), [Kind.ROWWISE_ADAGRAD] * 4)
 
 
-@settings(max_examples=10, phases=[Phase.generate])
-@given(
-    operation=st.sampled_from(list(Operation)),
-    rows=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    sizes=st.tuples(st.integers(1, 5), st.integers(1, 6)),
-    weighted=st.booleans(),
-    mean=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_any_shape(
-    operation: Operation,
-    rows: tuple[int, int],
-    widths: tuple[int, int],
-    sizes: tuple[int, int],
-    weighted: bool,
-    mean: bool,
-    seed: int,
-) -> None:
-    if operation in (MULT, ADD):
-        widths = (widths[0], widths[0])
-    elif operation == PROJECT:
-        rows = (rows[0], widths[0])
-    parts = 1 if operation == ROW else 2
-    tables = _tables(
-        [RowShape(operation, rows[:parts], widths[:parts])], [FeatureCode(0, mean), FeatureCode(0, not mean)]
+def test_any_shape() -> None:
+    """In float32 and in one of the narrow types."""
+    met: set[object] = set()
+
+    @settings(max_examples=12, phases=[Phase.generate])
+    @given(
+        operation=st.sampled_from(list(Operation)),
+        rows=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+        widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+        sizes=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+        weighted=st.booleans(),
+        mean=st.booleans(),
+        narrow=st.sampled_from(DTYPES[1:]),
+        seed=st.integers(0, 99),
     )
-    batch = make_batch(tables, *sizes, weighted=weighted, seed=seed)
-    assert_near(tables, batch)
-    assert_same_steps(tables, batch, [KINDS[seed % 4]])
+    def check(
+        operation: Operation,
+        rows: tuple[int, int],
+        widths: tuple[int, int],
+        sizes: tuple[int, int],
+        weighted: bool,
+        mean: bool,
+        narrow: torch.dtype,
+        seed: int,
+    ) -> None:
+        if operation in (MULT, ADD):
+            widths = (widths[0], widths[0])
+        elif operation == PROJECT:
+            rows = (rows[0], widths[0])
+        parts = 1 if operation == ROW else 2
+        shape = RowShape(operation, rows[:parts], widths[:parts])
+        tables = _tables([shape], [FeatureCode(0, mean), FeatureCode(0, not mean)])
+        batch = make_batch(tables, *sizes, weighted=weighted, seed=seed)
+        for dtype in (torch.float32, narrow):
+            assert_near(tables, batch, dtype)
+            assert_same_steps(tables, batch, [KINDS[seed % 4]], dtype=dtype)
+        met.update(kinds_of_bags(batch), {operation, narrow})
+
+    check()
+    assert met == {"empty", "an id twice", *Operation, *DTYPES[1:]}
 
 
 def test_the_bits_of_two_runs_and_no_waiting_for_the_device() -> None:

@@ -30,6 +30,7 @@ from tests.kernels.triton.harness import (
     assert_nothing_steps,
     assert_offsets_stay_in_bounds,
     assert_same_steps,
+    kinds_of_bags,
     make_batch,
     plain_all,
     run,
@@ -205,30 +206,41 @@ def test_blocks_wider_than_a_tile() -> None:
     assert_same_steps(tables, batch, [Kind.SGD, None, Kind.ADAM])
 
 
-@settings(max_examples=8, phases=[Phase.generate])
-@given(
-    sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)),
-    signed=st.booleans(),
-    batch_sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    weighted=st.booleans(),
-    mean=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_any_shape(
-    sizes: tuple[int, int, int],
-    signed: bool,
-    batch_sizes: tuple[int, int],
-    weighted: bool,
-    mean: bool,
-    seed: int,
-) -> None:
-    dim, block_size, rows = sizes
-    # An array is no smaller than a row.
-    shape = _shape(dim, block_size, max(rows, -(-dim // block_size)), signed, (0, 5))
-    tables = _tables([shape], [FeatureCode(0, mean, 5), FeatureCode(0, not mean)])
-    batch = make_batch(tables, *batch_sizes, weighted=weighted, seed=seed, most=30)
-    assert_near(tables, batch)
-    assert_same_steps(tables, batch, [KINDS[seed % 4]])
+def test_any_shape() -> None:
+    """In float32 and in one of the narrow types."""
+    met: set[object] = set()
+
+    @settings(max_examples=8, phases=[Phase.generate])
+    @given(
+        sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)),
+        signed=st.booleans(),
+        batch_sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        weighted=st.booleans(),
+        mean=st.booleans(),
+        narrow=st.sampled_from(DTYPES[1:]),
+        seed=st.integers(0, 99),
+    )
+    def check(
+        sizes: tuple[int, int, int],
+        signed: bool,
+        batch_sizes: tuple[int, int],
+        weighted: bool,
+        mean: bool,
+        narrow: torch.dtype,
+        seed: int,
+    ) -> None:
+        dim, block_size, rows = sizes
+        # An array is no smaller than a row.
+        shape = _shape(dim, block_size, max(rows, -(-dim // block_size)), signed, (0, 5))
+        tables = _tables([shape], [FeatureCode(0, mean, 5), FeatureCode(0, not mean)])
+        batch = make_batch(tables, *batch_sizes, weighted=weighted, seed=seed, most=30)
+        for dtype in (torch.float32, narrow):
+            assert_near(tables, batch, dtype)
+            assert_same_steps(tables, batch, [KINDS[seed % 4]], dtype=dtype)
+        met.update(kinds_of_bags(batch), {signed, narrow})
+
+    check()
+    assert met == {"empty", "an id twice", True, False, *DTYPES[1:]}
 
 
 def test_rows_beyond_the_arrays_last_are_skipped() -> None:
