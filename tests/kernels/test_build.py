@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from recemb_kernels import build, native
+from tests.kernels.cases import step_or_skip
 
 
 def loading(cache: Path, source: Path, **environment: str) -> subprocess.Popen[str]:
@@ -220,14 +221,44 @@ def _run_every_training_kernel(
     assert done.stdout.strip() == "clean", done.stderr[-3000:]
 
 
-def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    library = subprocess.run(
-        [*build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert Path(library).is_absolute(), "the compiler has no AddressSanitizer runtime"
+def _address_sanitizer() -> dict[str, str]:
+    """The environment of a process in which libraries find out about bad reads and writes."""
+    # With what throws: the sanitizer looks for it as the process starts, when Python has loaded none.
+    names = ("libasan.so", "libstdc++.so")
+    found = [
+        subprocess.run(
+            [*build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in names
+    ]
+    assert all(Path(library).is_absolute() for library in found), "the compiler has no AddressSanitizer"
     # Python itself leaks by design; overflows are what is looked for.
-    options = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0"}
-    _run_every_training_kernel(("-O1", "-fsanitize=address", "-g"), tmp_path, **options)
+    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0"}
+
+
+def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    _run_every_training_kernel(("-O1", "-fsanitize=address", "-g"), tmp_path, **_address_sanitizer())
+
+
+def test_address_sanitizer_finds_nothing_in_look_ups_that_train() -> None:
+    """``step.cpp`` alone is compiled for it, into the cache of all tests, where the kernels are."""
+    step_or_skip()
+    # Neither its -O2 nor -g, which would double the time that it takes to compile.
+    program = (
+        "from recemb_kernels.digit_tree import step; step.QUICK = ('-O1', '-fsanitize=address')\n"
+        "import tests.kernels.step_paths"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        # Objects of Python are blocks of their own then.
+        env={**os.environ, **_address_sanitizer(), "PYTHONMALLOC": "malloc"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = done.stderr.partition("ERROR: AddressSanitizer")[2]
+    assert (done.returncode, done.stdout.strip()) == (0, "clean"), report[:3000] or done.stderr[-3000:]
 
 
 def test_kernels_read_nothing_of_their_own_memory_unwritten(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sysconfig
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -193,6 +194,61 @@ def test_memory_that_is_not_what_it_was_is_not_written_to(way: str, what: str) -
     with pytest.raises(ConfigError, match=r"tables tt, qr: .* another type, size or layout than at"):
         out.sum().backward()
     assert same(before, values_of(tables))
+
+
+def _cut(state: Tensor) -> None:
+    state.data = state.data[:1].clone()
+
+
+STATES: dict[str, Callable[[Tensor, dict[str, Tensor]], None]] = {
+    "rows": lambda parameter, state: _cut(state["sum"]),
+    "counter": lambda parameter, state: setattr(state["step"], "data", torch.zeros(0)),
+    "both": lambda parameter, state: (_cut(parameter), _cut(state["sum"]))[0],
+    "shape": lambda parameter, state: setattr(parameter, "data", parameter.data.reshape(1, -1)),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torchrec.optim.RowWiseAdagrad])
+@pytest.mark.parametrize("change", STATES.values(), ids=STATES)
+def test_kernels_do_not_step_beyond_a_state(
+    change: Callable[[Tensor, dict[str, Tensor]], None], kind: type[torch.optim.Optimizer]
+) -> None:
+    step_or_skip()
+    engine, tables, bags = trained(kind)
+    out = engine(tables, bags)
+    parameter = next(tables["tt"].parameters())
+    out.sum().backward(retain_graph=True)
+    change(parameter, parameter._in_backward_optimizers[0].state[parameter])
+    before = values_of(tables)
+    with pytest.raises(ConfigError, match=r"tables tt, qr: .* another type, size or layout than at"):
+        out.sum().backward()
+    assert same(before, values_of(tables))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_parameter_whose_memory_is_given_away_is_refused(later: bool) -> None:
+    step_or_skip()
+    engine, tables, bags = trained()
+    engine(tables, bags).sum().backward()
+    out = engine(tables, bags).sum()
+    others = values_of({"qr": tables["qr"]})
+    next(tables["tt"].parameters()).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"the memory of a parameter of shape .* has been given away"):
+        out.backward() if later else engine(tables, bags)
+    assert same(others, values_of({"qr": tables["qr"]}))
+
+
+@pytest.mark.parametrize("grad", [torch.ones(3), torch.ones(9, 32).t(), torch.ones(9, 33)])
+def test_a_node_that_is_called_by_itself_refuses_other_shapes(grad: Tensor) -> None:
+    step_or_skip()
+    engine, tables, bags = trained()
+    before, out = values_of(tables), engine(tables, bags)
+    node: Any = out.grad_fn
+    with pytest.raises(RuntimeError, match=r"shape \[9, 32\] was given a gradient of shape"):
+        node(grad)
+    assert same(before, values_of(tables))
+    node(torch.ones(9, 32))
+    assert not same(before, values_of(tables))
 
 
 def test_a_sparse_gradient_is_taken(way: str) -> None:

@@ -64,8 +64,8 @@ inline PyObject* served(const Front& front, const Watch& watch, PyObject* tables
   }
   const Object owned(PyList_New(0));
   for (PyObject* owner : front.owners) {
-    PyObject* module = PyWeakref_GET_OBJECT(owner);
-    PyObject* own = Py_IsNone(module) ? nullptr : entry_of(module, parameters);
+    const Object module(Py_NewRef(PyWeakref_GET_OBJECT(owner)));
+    PyObject* own = Py_IsNone(module.at) ? nullptr : entry_of(module.at, parameters);
     if (!own || !PyDict_CheckExact(own) || PyList_Append(owned.at, own)) return nullptr;
   }
   return unchanged(watch, owned.at);

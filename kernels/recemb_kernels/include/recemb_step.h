@@ -90,7 +90,12 @@ class State {
 inline std::vector<float*> pointers(const std::vector<Tensor>& tensors) {
   std::vector<float*> found;
   found.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) found.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
+  for (const Tensor& tensor : tensors) {
+    // Of whatever type; where that is known, torch asks this itself.
+    TORCH_CHECK(tensor.unsafeGetTensorImpl()->storage_initialized(), "the memory of a parameter of shape ",
+                tensor.sizes(), " has been given away, as sharding modules do between steps; no weight has changed");
+    found.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
+  }
   return found;
 }
 
@@ -130,7 +135,7 @@ struct Updates {
   }
 
   // With the GIL.
-  explicit Updates(const Lookup* lookup) {
+  Updates(const Lookup* lookup, const std::vector<Tensor>& stored) {
     const Fixed& fixed = *lookup->fixed;
     const size_t all = fixed.wanted.size();
     rules.resize(fixed.parameters.size()), state.resize(all), state2.resize(all), steps.resize(all);
@@ -146,7 +151,11 @@ struct Updates {
       rule.beta1 = number(update, "beta1"), rule.beta2 = number(update, "beta2");
       for (int64_t k = 0; k < fixed.parameters[t]; k++)
         if (!fixed.stepped[at + k]) rule.left |= int64_t{1} << k;
-      place(update, "state", &state[at]), place(update, "state2", &state2[at]), place(update, "steps", &steps[at]);
+      const Tensor* own = &stored[at];
+      const bool row_wise = rule.optimizer == ROWWISE_ADAGRAD;
+      const auto numbers = [&](Py_ssize_t k) { return row_wise ? own[k].size(0) : own[k].numel(); };
+      place(update, "state", &state[at], numbers), place(update, "state2", &state2[at], numbers);
+      place(update, "steps", &steps[at], [](Py_ssize_t) { return 1; });
     }
   }
 
@@ -160,14 +169,16 @@ struct Updates {
     if (PyErr_Occurred()) throw python_error();
     return found;
   }
-  void place(PyObject* update, const char* name, float** to) {
+  // Their sizes too: whoever made the update has looked at these very tensors before, but not at what is in them now.
+  template <class Numbers>
+  void place(PyObject* update, const char* name, float** to, Numbers numbers) {
     const Object tensors(PySequence_Fast(attribute(update, name), "an update's states are sequences"));
     for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(tensors.at); k++) {
       PyObject* tensor = PySequence_Fast_GET_ITEM(tensors.at, k);
       if (Py_IsNone(tensor)) continue;
       const Tensor& found = THPVariable_Unpack(tensor);
-      readable = readable && found.scalar_type() == at::kFloat && found.is_contiguous();
-      to[k] = static_cast<float*>(found.mutable_data_ptr());
+      readable = readable && found.scalar_type() == at::kFloat && found.is_contiguous() && found.numel() == numbers(k);
+      if (readable) to[k] = found.mutable_data_ptr<float>();
     }
   }
 };

@@ -30,28 +30,38 @@ struct Watch {
   bool training;
 };
 
-// The parameter's `_in_backward_optimizers`, borrowed, or null; `known` is no when that is for Python to say.
-inline PyObject* attached(PyObject* parameter, bool* known) {
+// The parameter's `_in_backward_optimizers`, or None; `known` is no when that is for Python to say.
+inline Object attached(PyObject* parameter, bool* known) {
   static PyObject* const name = PyUnicode_InternFromString("_in_backward_optimizers");
   *known = THPVariable_CheckExact(parameter);
-  if (!*known) return nullptr;
+  if (!*known) return Object(Py_NewRef(Py_None));
   const Object attributes(PyObject_GenericGetDict(parameter, nullptr));
   PyObject* found = PyDict_GetItemWithError(attributes.at, name);
   *known = !PyErr_Occurred() && (!found || PyList_CheckExact(found));
-  return *known ? found : nullptr;
+  return Object(Py_NewRef(*known && found ? found : Py_None));
+}
+
+inline size_t count_of(const Object& list) { return Py_IsNone(list.at) ? 0 : PyList_GET_SIZE(list.at); }
+
+// What is asked below may run code of others (settings that compare, properties, whatever the collector finalizes as
+// something is made), which may take out of a list or dict all that it holds: so each entry is owned while it is read,
+// and none is taken for there because it was.
+inline Object item_of(const Object& list, size_t k) {
+  return Object(Py_XNewRef(PyList_GetItem(list.at, static_cast<Py_ssize_t>(k))));
 }
 
 // Its list of settings.
 inline Object groups_of(PyObject* optimizer) { return Object(PyObject_GetAttrString(optimizer, "param_groups")); }
 
 // Settings as they are now, as `settings_of` in optim/state.py copies them: lists are changed in place.
-inline Object copy_of(PyObject* settings) {
-  Object copy(PyDict_New());
+inline Object copy_of(const Object& settings) {
+  Object copy(PyDict_Copy(settings.at));
   Py_ssize_t at = 0;
   PyObject *key, *value;
-  while (PyDict_Next(settings, &at, &key, &value)) {
+  while (PyDict_Next(copy.at, &at, &key, &value)) {
     const bool parameters = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "params") == 0;
-    const Object kept(PyList_CheckExact(value) && !parameters ? PySequence_List(value) : Py_NewRef(value));
+    if (!PyList_CheckExact(value) || parameters) continue;
+    const Object kept(PySequence_List(value));
     if (PyDict_SetItem(copy.at, key, kept.at)) throw python_error();
   }
   return copy;
@@ -71,30 +81,33 @@ inline bool same_settings(PyObject* before, PyObject* now) {
     PyObject* found = PyDict_GetItemWithError(now, key);
     if (!found) return false;
     if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "lr") == 0) continue;
-    if (found != value && PyObject_RichCompareBool(value, found, Py_EQ) != 1) return false;
+    if (found == value) continue;
+    const Object held(Py_NewRef(found));
+    if (PyObject_RichCompareBool(value, found, Py_EQ) != 1) return false;
   }
   return true;
 }
 
 // Which of a table's learning rates are equal; all of them have to be numbers.
 struct Rates {
-  std::vector<PyObject*> rates;
+  std::vector<Object> rates;
   std::vector<size_t> first;  // per rate, the first one that is equal
   bool numbers = true;
   void add(PyObject* rate) {
     numbers = numbers && rate && (PyFloat_Check(rate) || PyLong_Check(rate));
     if (!numbers) return;
+    rates.emplace_back(Py_NewRef(rate));
     size_t k = 0;
-    while (k < rates.size() && rates[k] != rate && PyObject_RichCompareBool(rates[k], rate, Py_EQ) != 1) k++;
-    rates.push_back(rate), first.push_back(k);
+    while (rates[k].at != rate && PyObject_RichCompareBool(rates[k].at, rate, Py_EQ) != 1) k++;
+    first.push_back(k);
   }
 };
 
 inline bool same(const Seen& seen, const Watch& watch, PyObject* name, PyObject* parameter, Rates* rates) {
   if (name != seen.name && PyUnicode_Compare(name, seen.name) != 0) return false;
   bool known;
-  PyObject* optimizers = attached(parameter, &known);
-  const size_t count = optimizers ? PyList_GET_SIZE(optimizers) : 0;
+  const Object optimizers = attached(parameter, &known);
+  const size_t count = count_of(optimizers);
   if (!known || count != seen.optimizers.size() || (seen.itself && seen.itself != parameter)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(parameter);
   if (!tensor.is_cpu() || tensor.scalar_type() != seen.type || tensor.sizes() != at::IntArrayRef(seen.shape) ||
@@ -103,13 +116,13 @@ inline bool same(const Seen& seen, const Watch& watch, PyObject* name, PyObject*
     return false;
   for (size_t k = 0; k < count; k++) {
     const auto& [optimizer, settings] = seen.optimizers[k];
-    if (PyList_GET_ITEM(optimizers, k) != optimizer) return false;
+    if (item_of(optimizers, k).at != optimizer) return false;
     const Object groups = groups_of(optimizer);
     if (!PyList_CheckExact(groups.at) || PyList_GET_SIZE(groups.at) != static_cast<Py_ssize_t>(settings.size()))
       return false;
     for (size_t g = 0; g < settings.size(); g++)
-      if (!same_settings(settings[g], PyList_GET_ITEM(groups.at, g))) return false;
-    rates->add(rate_of(PyList_GET_ITEM(groups.at, 0)));
+      if (!same_settings(settings[g], item_of(groups, g).at)) return false;
+    rates->add(rate_of(item_of(groups, 0).at));
   }
   return true;
 }
@@ -158,29 +171,32 @@ inline bool watch(PyObject* tables, PyObject* hooks, int64_t aligned, PyObject* 
     PyObject *name, *parameter;
     while (PyDict_Next(PyList_GET_ITEM(tables, t), &at, &name, &parameter)) {
       if (Py_IsNone(parameter)) continue;
+      const Object own(Py_NewRef(parameter));
+      PyObject* called = hold(name);
       bool known;
-      PyObject* optimizers = attached(parameter, &known);
+      const Object optimizers = attached(parameter, &known);
       if (!known) return false;
       const at::Tensor& tensor = THPVariable_Unpack(parameter);
       if (!tensor.is_cpu()) return false;
-      Seen seen{hold(name),
-                optimizers && PyList_GET_SIZE(optimizers) ? hold(parameter) : nullptr,
+      Seen seen{called,
+                count_of(optimizers) ? hold(parameter) : nullptr,
                 tensor.scalar_type(),
                 tensor.sizes().vec(),
                 reinterpret_cast<int64_t>(tensor.const_data_ptr()) % aligned,
                 tensor.is_contiguous(),
                 tensor.requires_grad(),
                 {}};
-      for (Py_ssize_t k = 0; optimizers && k < PyList_GET_SIZE(optimizers); k++) {
-        PyObject* optimizer = hold(PyList_GET_ITEM(optimizers, k));
+      for (size_t k = 0; k < count_of(optimizers); k++) {
+        PyObject* optimizer = hold(item_of(optimizers, k).at);
         const Object groups = groups_of(optimizer);
         if (!PyList_CheckExact(groups.at) || !PyList_GET_SIZE(groups.at)) return false;
         std::vector<PyObject*> settings;
-        for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.at); g++) {
-          if (!PyDict_CheckExact(PyList_GET_ITEM(groups.at, g))) return false;
-          settings.push_back(hold(copy_of(PyList_GET_ITEM(groups.at, g)).at));
+        for (size_t g = 0; g < count_of(groups); g++) {
+          const Object group = item_of(groups, g);
+          if (!PyDict_CheckExact(group.at)) return false;
+          settings.push_back(hold(copy_of(group).at));
         }
-        rates.add(rate_of(PyList_GET_ITEM(groups.at, 0)));
+        rates.add(rate_of(item_of(groups, 0).at));
         seen.optimizers.emplace_back(optimizer, std::move(settings));
       }
       table.seen.push_back(std::move(seen));
