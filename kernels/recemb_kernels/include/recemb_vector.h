@@ -72,9 +72,10 @@ static inline Vector<8>::type fold(Vector<16>::type x) {
 }
 #endif
 
-// Writes the sums of four vectors to out[0..3] in a third of the shuffles that four single sums need.
-template <class V>
-static inline void sum4(const V* s, float* out) {
+// Writes the sums of four vectors to out[0..3] in a third of the shuffles that four single sums need. By their lanes: a
+// type that is an argument of a template forgets that its vectors may lie anywhere.
+template <int L>
+static inline void sum4(const typename Vector<L>::type* s, float* out) {
   const Vector<8>::type a = fold(s[0]), b = fold(s[1]), c = fold(s[2]), d = fold(s[3]);
 #if defined(__AVX2__)
   const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
@@ -293,7 +294,7 @@ static inline void dot_rows(const float* P, const float* T, float* out) {
         for (int q = 0; q < 4; q++)
           if (Q % 4 == 0 || e + q < Q) s[q] = multiply_add(s[q], x, load<L>(T + (e + q) * K + k));
       }
-      sum4(s, four);
+      sum4<L>(s, four);
       for (int q = 0; q < 4 && e + q < Q; q++) out[m * STRIDE + e + q] = four[q];
     }
 }
