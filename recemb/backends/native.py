@@ -376,8 +376,8 @@ def _prepare(
         for x in (index[owner_of(table)], int(table.table.pooling == "mean"), table.key_base)
     )
     shapes = [owner.native_shape() for owner in owners]
-    for owner in owners:
-        if not compiling and (reason := owner.lacks_kernel()) is not None:
+    for owner, shape in zip(owners, shapes, strict=True):
+        if shape is None and not compiling and (reason := owner.lacks_kernel()) is not None:
             say_once(owner.table.name, reason)
     whole = tuple(shape for shape in shapes if shape is not None)
     refusal = partial(_refusal, [table.table.name for table in tables])

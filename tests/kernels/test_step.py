@@ -211,9 +211,8 @@ STATES: dict[str, Callable[[Tensor, dict[str, Tensor]], None]] = {
 @pytest.mark.parametrize("kind", [torch.optim.Adagrad, torchrec.optim.RowWiseAdagrad])
 @pytest.mark.parametrize("change", STATES.values(), ids=STATES)
 def test_kernels_do_not_step_beyond_a_state(
-    change: Callable[[Tensor, dict[str, Tensor]], None], kind: type[torch.optim.Optimizer]
+    way: str, change: Callable[[Tensor, dict[str, Tensor]], None], kind: type[torch.optim.Optimizer]
 ) -> None:
-    step_or_skip()
     engine, tables, bags = trained(kind)
     out = engine(tables, bags)
     parameter = next(tables["tt"].parameters())
@@ -226,14 +225,13 @@ def test_kernels_do_not_step_beyond_a_state(
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_a_parameter_whose_memory_is_given_away_is_refused(later: bool) -> None:
-    step_or_skip()
+def test_a_parameter_whose_memory_is_given_away_is_refused(way: str, later: bool) -> None:
     engine, tables, bags = trained()
     engine(tables, bags).sum().backward()
     out = engine(tables, bags).sum()
     others = values_of({"qr": tables["qr"]})
     next(tables["tt"].parameters()).untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=r"the memory of a parameter of shape .* has been given away"):
+    with pytest.raises(RuntimeError, match=r"the memory of a parameter .*has been given away"):
         out.backward() if later else engine(tables, bags)
     assert same(others, values_of({"qr": tables["qr"]}))
 

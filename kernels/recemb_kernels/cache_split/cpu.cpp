@@ -62,7 +62,7 @@ void split(const Call& call, Share& share, int64_t* ids, int64_t* order) {
     if (base < 0) {
       const int64_t moved = hot - offsets[from], count = offsets[to] - offsets[from];
       for (int64_t bag = from; bag < to; bag++) call.out_offsets[bag] = offsets[bag] + moved - begin;
-      std::memcpy(ids + hot, call.ids + offsets[from], count * sizeof *ids);
+      std::copy_n(call.ids + offsets[from], count, ids + hot);  // of no ids there are no addresses
       for (int64_t i = 0; ORDER && i < count; i++) order[hot + i] = offsets[from] + i;
       hot += count;
       continue;

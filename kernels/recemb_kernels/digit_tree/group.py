@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.build import load
-from recemb_kernels.update import Update, is_stepped
+from recemb_kernels.update import Kind, Update, is_stepped
 
 _HERE = Path(__file__).parent
 MAX_ORDER = 8
@@ -301,12 +301,12 @@ class Group:
                     rule.left |= 1 << left
                 rule.optimizer, rule.lr, rule.eps = update.kind, update.lr, update.eps
                 rule.beta1, rule.beta2, rule.lr_decay = update.beta1, update.beta2, update.lr_decay
-                if update.state:
-                    _place(held, each + at, update.state)
-                if update.state2:
-                    _place(held, 2 * each + at, update.state2)
-                if update.steps:
-                    _place(held, 3 * each + at, update.steps)
+                own = parameters[at : at + kernel.parameters]
+                row_wise = update.kind is Kind.ROWWISE_ADAGRAD
+                numbers = [len(parameter) if row_wise else parameter.numel() for parameter in own]
+                _place(held, each + at, update.state, numbers)
+                _place(held, 2 * each + at, update.state2, numbers)
+                _place(held, 3 * each + at, update.steps, [1] * len(own))
             at += kernel.parameters
         call.grad = base = ctypes.addressof(held)
         call.state, call.state2, call.steps = base + 8 * each, base + 16 * each, base + 24 * each
@@ -376,7 +376,13 @@ class Group:
     def _call(self, parameters: Sequence[Tensor], batch: Batch) -> _Call:
         call = _Call.from_buffer_copy(self.template)
         # A plain attribute: lives as long as the structure that points to it.
-        call.held = self._list(*[parameter.data_ptr() for parameter in parameters])
+        pointers = [parameter.data_ptr() for parameter in parameters]
+        if not all(pointers):
+            raise RuntimeError(
+                "the memory of a parameter has been given away, as sharding modules do between steps; no "
+                "weight has changed"
+            )
+        call.held = self._list(*pointers)
         call.param = ctypes.addressof(call.held)
         call.batch, call.num_ids = batch.size, batch.ids.numel()
         call.ids, call.offsets = batch.ids.data_ptr(), batch.offsets.data_ptr()
@@ -390,12 +396,16 @@ def _floats(*size: int) -> Tensor:
     return torch.empty(*size, dtype=torch.float32, device="cpu")
 
 
-def _place(held: ctypes.Array[ctypes.c_void_p], at: int, tensors: Sequence[Tensor | None]) -> None:
-    for k, tensor in enumerate(tensors, at):
+def _place(
+    held: ctypes.Array[ctypes.c_void_p], at: int, tensors: Sequence[Tensor | None], numbers: Sequence[int]
+) -> None:
+    for k, tensor in enumerate(tensors):
         if tensor is not None:
-            if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            # Whoever made the update has looked at these very tensors before, but not at what is in them now.
+            readable = tensor.dtype is torch.float32 and tensor.is_contiguous()
+            if not readable or tensor.numel() != numbers[k]:
                 raise ChangedError
-            held[k] = tensor.data_ptr()
+            held[at + k] = tensor.data_ptr()
 
 
 @cache
