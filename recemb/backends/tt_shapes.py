@@ -1,7 +1,9 @@
 """Row and dimension shapes of a tensor train with the fewest parameters.
 
 A train stores sum_k c_k p_k weights with c_k = R_{k-1} q_k R_k, subject to prod(p) >= N. The continuous
-optimum makes every c_k p_k equal, d (N prod(c))^(1/d) in all, and does not depend on how D is split into q.
+optimum makes every c_k p_k equal, d (N prod(c))^(1/d) in all, and does not depend on how D is split into q:
+it is a train of one and the same tensor, whose modes have p_k q_k entries. A split chooses which of a mode's
+entries are columns, and with that how much is computed for a row.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ def tt_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(p, q) of a table: what the user fixed, and the fewest parameters for the rest.
 
-    Dimension shapes are taken from the most even splits of D (2, 2, 4 for 16): the parameter count is the
-    same for all up to rounding, and even splits give every bond columns on both sides. Ties go to fewer
-    FLOPs a row.
+    Of D columns the first core takes q_1, the last one the others, those between none. Products of prefixes
+    have q_1 columns then, as few as can be, where an even split (2, 2, 4 for 16) makes 4: they cost in
+    proportion. q_1 is the least for which q_1 R >= D at every bond R: rows that share all digits after a bond
+    span min(D, q_1 R) directions, those that share all before it min(D, R D / q_1), and neither may be fewer
+    than D. Ranks below some sqrt(D) have no such split. They take the most even one, of several the one with
+    the fewest parameters, then FLOPs a row; so do two cores, which multiply nothing before a row, and given
+    row shapes, whose parameter count depends on the split.
 
     Raises:
         ConfigError: of so many rows and such ranks the best shape takes too long to find.
@@ -39,9 +45,7 @@ def tt_shapes(
     if compression.dim_shape is not None:
         splits = [compression.dim_shape]
     else:
-        every = factorizations(embedding_dim, compression.num_cores)
-        evenest = min(sum(split) for split in every)
-        splits = [split for split in every if sum(split) == evenest]
+        splits = _splits(embedding_dim, ranks, compression.row_shape is not None)
 
     def cost(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, int]:
         rows, dims = shapes
@@ -53,6 +57,17 @@ def tt_shapes(
         ((compression.row_shape or best_row_shape(num_embeddings, core_sizes(q, ranks)), q) for q in splits),
         key=cost,
     )
+
+
+def _splits(dim: int, ranks: Sequence[int], rows_given: bool) -> list[tuple[int, ...]]:
+    """The splits of D that :func:`tt_shapes` chooses from."""
+    order, least = len(ranks) - 1, min(ranks[1:-1])
+    first = min(q for q, _ in factorizations(dim, 2) if q * least >= dim)
+    if order > 2 and first <= least and not rows_given:
+        return [(first, *(1,) * (order - 2), dim // first)]
+    every = factorizations(dim, order)
+    evenest = min(sum(split) for split in every)
+    return [split for split in every if sum(split) == evenest]
 
 
 def table_shapes(table: TableSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

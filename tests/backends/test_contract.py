@@ -238,12 +238,12 @@ def test_to_dense_equals_lookup(case: Case, block_numel: int, monkeypatch: pytes
 def test_rows_of_a_train_are_rebuilt_in_blocks_of_the_slices_that_they_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of rank 8 and D = 2 x 2 x 4, a row copies a slice of 8 x 2 x 8."""
+    """Of rank 8 and D = 2 x 1 x 8, a row copies slices of up to 64 weights."""
     table = TableSpec(
         name="t", num_embeddings=100, embedding_dim=16, feature_names=("f",), compression=TensorTrain(rank=8)
     )
     (backend,) = build([table], torch.device("cpu")).values()
-    monkeypatch.setattr(base, "BLOCK_NUMEL", 10 * 8 * 2 * 8)
+    monkeypatch.setattr(base, "BLOCK_NUMEL", 10 * 8 * 8)
     blocks: list[int] = []
     rows = backend.rows
     monkeypatch.setattr(backend, "rows", lambda slots: blocks.append(len(slots)) or rows(slots))

@@ -34,6 +34,9 @@ METHODS: dict[str, tuple[int, Compression]] = {
 SHAPES = {
     "three": TrainShape((9, 8, 7), (2, 2, 4), (1, 16, 8, 1)),
     "odd": TrainShape((9, 8, 7), (3, 1, 2), (1, 13, 5, 1)),
+    # Whole vectors of the last core's columns: one, and three of each of eight and more rows.
+    "columns": TrainShape((9, 8, 7), (1, 1, 16), (1, 16, 13, 1)),
+    "wide": TrainShape((5, 3, 6), (9, 1, 48), (1, 11, 9, 1)),
     "two": TrainShape((21, 24), (2, 4), (1, 8, 1)),
     "four": TrainShape((5, 4, 5, 6), (2, 1, 3, 2), (1, 8, 16, 3, 1)),
 }
@@ -133,7 +136,7 @@ def train_batch(batch: int, longest: int, weighted: bool, seed: int) -> tuple[li
         for shape in SHAPES.values()
         for p, q, r, s in zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:], strict=False)
     ]
-    lengths = torch.full((4 * batch,), 1) if longest == 1 else torch.randint(0, longest + 1, (4 * batch,))
+    lengths = torch.randint(int(longest == 1), longest + 1, (len(SHAPES) * batch,))
     ids = torch.cat(
         [
             torch.randint(0, math.prod(shape.row_shape), (int(part.sum()),))

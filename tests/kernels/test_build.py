@@ -146,11 +146,12 @@ shapes = [
     TrainShape((9, 8, 7), (2, 2, 4), (1, 13, 9, 1)),
     TrainShape((11, 7), (3, 2), (1, 5, 1)),
     TrainShape((3, 3, 3, 3), (2, 1, 2, 2), (1, 2, 3, 2, 1)),
+    TrainShape((5, 6, 7), (3, 1, 16), (1, 9, 5, 1)),
 ]
 def cut(items, sizes):
     parts = iter(items)
     return [[next(parts) for _ in range(size)] for size in sizes]
-features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (0, True))]
+features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (3, True))]
 kernels = [tt_gather._kernel(shape) for shape in shapes]
 # A free mirror, so that the batches below are read from either end.
 eager = [replace(kernel, mirrored_cost=(1e-9,) * len(kernel.cost)) for kernel in kernels]

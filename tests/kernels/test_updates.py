@@ -38,7 +38,7 @@ def test_every_table_steps_with_its_own_optimizer(longest: int) -> None:
     engine, tables = make_engine()
     _, twins = make_engine()
     settings = {
-        "tt": (torch.optim.SGD, {"lr": 0.3}),
+        "tt": (torch.optim.SGD, {"lr": 0.1}),
         "dense": (torch.optim.Adagrad, {"lr": 0.1}),
         "robe": (torch.optim.SGD, {"lr": 0.05}),
         "qr": (torch.optim.Adagrad, {"lr": 0.2, "lr_decay": 0.5}),

@@ -40,10 +40,14 @@ struct Sizes {
   static constexpr int N(int l) { return Q(l) * round_up(R(l)); }
   static constexpr int PRODUCT(int l) { return M(l) * N(l); }  // cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R]
   static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
-  // A slice as multiplied: [K, q, padded R], the last one transposed, [q, padded K].
-  static constexpr int PACKED(int l) { return l == LAST ? Q(l) * KP(l) : K(l) * N(l); }
+  // Rows add up rows of the last core's slice, [K, q], where these divide into vectors; else they are products with its
+  // columns, [q, padded K].
+  static constexpr bool BY_ROWS = !MIRRORED && Q(LAST) % WIDEST == 0;
+  // A slice as multiplied: [K, q, padded R], the last one as above.
+  static constexpr int PACKED(int l) { return l == LAST ? Q(l) * (BY_ROWS ? K(l) : KP(l)) : K(l) * N(l); }
   static constexpr bool AS_STORED(int l) {
-    return l == LAST ? (MIRRORED || Q(l) == 1) && K(l) % PAD == 0 : !MIRRORED && R(l) % PAD == 0;
+    if (l == LAST) return BY_ROWS || ((MIRRORED || Q(l) == 1) && K(l) % PAD == 0);
+    return !MIRRORED && R(l) % PAD == 0;
   }
   static constexpr bool IN_PLACE(int l) { return AS_STORED(l) && stored_as(core(l)) == FLOAT32; }
   // The last core's slice is turned for each row that reads it where the compiler can move vectors: of a large table
@@ -244,6 +248,16 @@ struct Train : Sizes<MIRRORED> {
       return last_slice(u);
     }
   }
+  // Row u, below a node of level d - 2: [D], in the order of the cores.
+  void row_of(int64_t node, int64_t u, Turned& turned, float* row) const {
+    constexpr int M = S::M(LAST), KP = S::KP(LAST), Q = S::Q(LAST);
+    const float *above = product(LAST - 1, node), *last = last_matrix(u, turned);
+    if constexpr (S::BY_ROWS) {
+      sum_rows<M, S::K(LAST), KP, Q>(above, last, row);
+    } else {
+      dot_rows<M, KP, Q>(above, last, row);
+    }
+  }
   // The product of cores 0 .. l at a node: [M(l + 1), padded R].
   const float* product(int l, int64_t node) const {
     return l == 0 ? matrix(0, node) : products[l] + product_at(l, node);
@@ -300,8 +314,7 @@ struct Train : Sizes<MIRRORED> {
         // whole waits for its way to the cache.
         float* row = call.bag ? rows + u * D : call.weights ? room : out_of(table.perm[last.first[u]]);
         if (u + ROWS_AHEAD < last.nodes) prefetch_row(last_slice(u + ROWS_AHEAD), S::WIDTH(LAST));
-        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), last_matrix(u, turned),
-                                                      MIRRORED ? raw : row);
+        row_of(node, u, turned, MIRRORED ? raw : row);
         if constexpr (MIRRORED)
           for (int j = 0; j < D; j++) row[COLUMN[j]] = raw[j];
         for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {

@@ -144,6 +144,61 @@ static inline void multiply_rows(int64_t rows, const float* const* a, const floa
   if constexpr (REST > 0) multiply_panel<REST, L, K, N, ADD>(rows, a, B, c, (V - REST) * L);
 }
 
+// MB rows by NV vectors of columns; sums over k modulo PARTS, which do not wait for each other, then of these.
+template <int MB, int NV, int PARTS, int L, int K, int STRIDE, int N>
+static inline void sum_block(const float* P, const float* B, float* out) {
+  typedef typename Vector<L>::type V;
+  constexpr int AT_ONCE = 2 * CHAIN * PARTS;
+  for (int from = 0; from < K; from += AT_ONCE) {
+    V s[PARTS][MB][NV] = {};
+    const int to = smaller(K, from + AT_ONCE);
+    for (int k = from; k < to; k += PARTS)
+#pragma GCC unroll 8
+      for (int p = 0; p < PARTS; p++) {
+        if (K % PARTS != 0 && k + p >= to) break;
+        V b[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) b[v] = load<L>(B + (k + p) * N + v * L);
+#pragma GCC unroll 8
+        for (int m = 0; m < MB; m++) {
+          const auto x = spread(P[m * STRIDE + k + p], b[0]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; v++) s[p][m][v] = multiply_add(s[p][m][v], x, b[v]);
+        }
+      }
+#pragma GCC unroll 8
+    for (int m = 0; m < MB; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+#pragma GCC unroll 3
+        for (int half = PARTS / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+          for (int p = 0; p < half; p++) s[p][m][v] = s[p][m][v] + s[p + half][m][v];
+        float* to_row = out + m * N + v * L;
+        store<L>(to_row, from ? load<L>(to_row) + s[0][m][v] : s[0][m][v]);
+      }
+  }
+}
+
+// MB rows; eight sums in registers.
+template <int MB, int K, int STRIDE, int N>
+static inline void sum_panels(const float* P, const float* B, float* out) {
+  constexpr int L = lanes_of(N), V = N / L, NV = smaller(smaller(V, 4), 8 / MB), REST = V % NV;
+  constexpr int PARTS = MB * NV > 4 ? 1 : MB * NV > 2 ? 2 : MB * NV > 1 ? 4 : 8;
+  for (int v = 0; v + NV <= V; v += NV) sum_block<MB, NV, PARTS, L, K, STRIDE, N>(P, B + v * L, out + v * L);
+  if constexpr (REST > 0)
+    sum_block<MB, REST, PARTS, L, K, STRIDE, N>(P, B + (V - REST) * L, out + (V - REST) * L);
+}
+
+// out[M][N] = P[M][K] B[K][N], rows of P STRIDE apart, N a multiple of PAD: for few rows, whose sums would wait for
+// their own last product in multiply_rows.
+template <int M, int K, int STRIDE, int N>
+static inline void sum_rows(const float* P, const float* B, float* out) {
+  constexpr int MB = smaller(M, 8), REST = M % MB;
+  for (int m = 0; m + MB <= M; m += MB) sum_panels<MB, K, STRIDE, N>(P + m * STRIDE, B, out + m * N);
+  if constexpr (REST > 0) sum_panels<REST, K, STRIDE, N>(P + (M - REST) * STRIDE, B, out + (M - REST) * N);
+}
+
 template <int KB, int NV, int L, int N, bool ADD>
 static inline void outer_block(int64_t rows, const float* const* a, const float* const* c, float* T, int k, int column) {
   typename Vector<L>::type s[KB][NV] = {};
@@ -248,38 +303,45 @@ static inline Vector<16>::type sum16(const Vector<16>::type* s) {
                                          _mm512_shuffle_f32x4(low, high, 0xDD));
 }
 
-// MB rows of P with QB rows of T, sixteen sums at once: out[m * STRIDE + q].
-template <int MB, int QB, int K, int STRIDE>
-static inline void dot_block(const float* P, const float* T, float* out) {
+// Over n pairs of matrices, MB rows of P with QB rows of T, sixteen sums at once: out[m * STRIDE + q].
+template <int MB, int QB, int K, int STRIDE, bool ADD>
+static inline void dot_block(int64_t n, const float* const* P, const float* const* T, int m0, int q0, float* out) {
   constexpr int L = 16;
   Vector<L>::type s[MB * QB] = {};
+  for (int64_t i = 0; i < n; i++) {
+    const float *p = P[i] + m0 * K, *t = T[i] + q0 * K;
 #pragma GCC unroll 2
-  for (int k = 0; k < K; k += L) {
-    Vector<L>::type x[MB];
+    for (int k = 0; k < K; k += L) {
+      Vector<L>::type x[MB];
 #pragma GCC unroll 4
-    for (int m = 0; m < MB; m++) x[m] = load<L>(P + m * K + k);
+      for (int m = 0; m < MB; m++) x[m] = load<L>(p + m * K + k);
 #pragma GCC unroll 16
-    for (int q = 0; q < QB; q++) {
-      const Vector<L>::type t = load<L>(T + q * K + k);
+      for (int q = 0; q < QB; q++) {
+        const Vector<L>::type y = load<L>(t + q * K + k);
 #pragma GCC unroll 4
-      for (int m = 0; m < MB; m++) s[m * QB + q] = multiply_add(s[m * QB + q], x[m], t);
+        for (int m = 0; m < MB; m++) s[m * QB + q] = multiply_add(s[m * QB + q], x[m], y);
+      }
     }
   }
-  float sums[MB * QB];
-  store<L>(STRIDE == QB ? out : sums, sum16(s));
-  if constexpr (STRIDE != QB)
-    for (int m = 0; m < MB; m++) std::memcpy(out + m * STRIDE, sums + m * QB, QB * sizeof(float));
+  if constexpr (STRIDE == QB || MB == 1) {
+    store<L>(out, ADD ? load<L>(out) + sum16(s) : sum16(s));
+  } else {
+    float sums[MB * QB];
+    store<L>(sums, sum16(s));
+    for (int m = 0; m < MB; m++)
+      for (int q = 0; q < QB; q++) out[m * STRIDE + q] = (ADD ? out[m * STRIDE + q] : 0.0f) + sums[m * QB + q];
+  }
 }
 #endif
 
-// out[M][STRIDE] = P[M][K] T[Q][K]^T, K a multiple of PAD
-template <int M, int K, int Q, int STRIDE = Q>
-static inline void dot_rows(const float* P, const float* T, float* out) {
+// out[M][STRIDE] (+)= the sum over n of P_n[M][K] T_n[Q][K]^T, K a multiple of PAD
+template <int M, int K, int Q, int STRIDE = Q, bool ADD = false>
+static inline void dot_rows(int64_t n, const float* const* P, const float* const* T, float* out) {
 #if defined(__AVX512F__)
   constexpr int MB = M % 4 == 0 ? 4 : M % 2 == 0 ? 2 : 1, QB = 16 / MB;
   if constexpr (K % 16 == 0 && Q % QB == 0) {
     for (int m = 0; m < M; m += MB)
-      for (int q = 0; q < Q; q += QB) dot_block<MB, QB, K, STRIDE>(P + m * K, T + q * K, out + m * STRIDE + q);
+      for (int q = 0; q < Q; q += QB) dot_block<MB, QB, K, STRIDE, ADD>(n, P, T, m, q, out + m * STRIDE + q);
     return;
   }
 #endif
@@ -288,15 +350,22 @@ static inline void dot_rows(const float* P, const float* T, float* out) {
   for (int m = 0; m < M; m++)
     for (int e = 0; e < FOURS; e += 4) {
       typename Vector<L>::type s[4] = {};
-      for (int k = 0; k < K; k += L) {
-        const typename Vector<L>::type x = load<L>(P + m * K + k);
+      for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < K; k += L) {
+          const typename Vector<L>::type x = load<L>(P[i] + m * K + k);
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; q++)
-          if (Q % 4 == 0 || e + q < Q) s[q] = multiply_add(s[q], x, load<L>(T + (e + q) * K + k));
-      }
+          for (int q = 0; q < 4; q++)
+            if (Q % 4 == 0 || e + q < Q) s[q] = multiply_add(s[q], x, load<L>(T[i] + (e + q) * K + k));
+        }
       sum4<L>(s, four);
-      for (int q = 0; q < 4 && e + q < Q; q++) out[m * STRIDE + e + q] = four[q];
+      for (int q = 0; q < 4 && e + q < Q; q++)
+        out[m * STRIDE + e + q] = (ADD ? out[m * STRIDE + e + q] : 0.0f) + four[q];
     }
+}
+// out[M][STRIDE] = P[M][K] T[Q][K]^T
+template <int M, int K, int Q, int STRIDE = Q>
+static inline void dot_rows(const float* P, const float* T, float* out) {
+  dot_rows<M, K, Q, STRIDE>(1, &P, &T, out);
 }
 
 }  // namespace recemb

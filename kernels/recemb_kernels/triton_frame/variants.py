@@ -66,7 +66,7 @@ def shipped() -> list[Configuration]:
     found += [_sources(weighted) for weighted in (False, True)]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
     # Nodes of trains.
-    found += [_segments(width, relative=True) for width in (32, 64, 128, 256)]
+    found += [_segments(width, relative=True) for width in (16, 32, 64, 128)]
     for kind in _STEPS:
         # A row of a table, and a slice of a core at R = 64.
         found += [_update(kind, width, _FLOAT, None) for width in (64, 8192)]
@@ -80,11 +80,10 @@ def _other_widths() -> Iterator[Configuration]:
 
     Steps of row-wise Adagrad, and the others' on slices of D = 16 and R = 32.
     """
-    yield _segments(512, relative=True)
-    for width in (16, 32, 128, 256, 512, 1024, 2048, 4096, 16384):
+    for width in (16, 32, 128, 256, 512, 1024, 2048, 4096):
         yield _update(Kind.ROWWISE_ADAGRAD, width, _FLOAT, None)
     for kind in (Kind.SGD, Kind.ADAGRAD, Kind.ADAM):
-        for width in (128, 2048):
+        for width in (32, 512, 1024):
             yield _update(kind, width, _FLOAT, None)
 
 

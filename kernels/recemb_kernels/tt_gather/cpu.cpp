@@ -45,27 +45,45 @@ struct TrainBackward : Train<MIRRORED> {
     return table.slices > 1 ? tiles[l] + group * S::PACKED(l) : room;
   }
 
+  // The gradient of row u, in the order of the cores.
+  const float* gradient_of_row(int64_t u) const {
+    float* row = grad_row(u);
+    if constexpr (MIRRORED) {
+      float straight[D];
+      row_gradient<D>(&table, &call, u, straight);
+      for (int j = 0; j < D; j++) row[j] = straight[COLUMN[j]];
+    } else {
+      row_gradient<D>(&table, &call, u, row);
+    }
+    return row;
+  }
+
   // Gradient of the product at a node of level d - 2, and of the rows below it.
   void gradient_of_rows(int64_t node, float* to, Turned& turned) const {
-    const Level& level = table.level[LAST - 1];
-    constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
-    const float* a[M];
-    float* c[M];
-    for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
-      float* row = grad_row(u);
-      if constexpr (MIRRORED) {
-        float straight[D];
-        row_gradient<D>(&table, &call, u, straight);
-        for (int j = 0; j < D; j++) row[j] = straight[COLUMN[j]];
-      } else {
-        row_gradient<D>(&table, &call, u, row);
+    constexpr int M = S::M(LAST), Q = S::Q(LAST), K = S::K(LAST), KP = S::KP(LAST);
+    const int64_t first = table.level[LAST - 1].first[node], last = table.level[LAST - 1].first[node + 1];
+    if constexpr (S::BY_ROWS) {
+      if (KP > K) std::fill(to, to + M * KP, 0.0f);
+      const float *rows[CHAIN], *slices[CHAIN];
+      for (int64_t from = first; from < last; from += CHAIN) {
+        const int64_t n = std::min<int64_t>(CHAIN, last - from);
+        for (int64_t i = 0; i < n; i++) rows[i] = gradient_of_row(from + i), slices[i] = Base::last_slice(from + i);
+        if (from == first)
+          dot_rows<M, Q, K, KP, false>(n, rows, slices, to);
+        else
+          dot_rows<M, Q, K, KP, true>(n, rows, slices, to);
       }
-      for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
-      const float* last = Base::last_matrix(u, turned);
-      if (u == level.first[node])
-        multiply_rows<Q, KP, false>(M, a, last, c);
-      else
-        multiply_rows<Q, KP, true>(M, a, last, c);
+    } else {
+      const float* a[M];
+      float* c[M];
+      for (int64_t u = first; u < last; u++) {
+        const float *row = gradient_of_row(u), *slice = Base::last_matrix(u, turned);
+        for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
+        if (u == first)
+          multiply_rows<Q, KP, false>(M, a, slice, c);
+        else
+          multiply_rows<Q, KP, true>(M, a, slice, c);
+      }
     }
   }
 
@@ -165,7 +183,11 @@ struct TrainBackward : Train<MIRRORED> {
           const float *grad = grad_row(u), *above = product(LAST - 1, last.parent[u]);
           for (int m = 0; m < M; m++, rows++) a[rows] = grad + m * Q, c[rows] = above + m * KP;
         }
-        add_outer<Q, KP>(rows, a, c, tile, table.slices > 1 || from > last.run_start[run]);
+        const bool add = table.slices > 1 || from > last.run_start[run];
+        if constexpr (S::BY_ROWS)
+          add_outer<S::K(LAST), Q>(rows, c, a, tile, add);
+        else
+          add_outer<Q, KP>(rows, a, c, tile, add);
       }
       if (table.slices == 1) finish<LAST>(group, tile, slice_room);
     });
@@ -236,7 +258,7 @@ struct TrainBackward : Train<MIRRORED> {
     for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++)
       for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
         float row[D];
-        dot_rows<S::M(LAST), S::KP(LAST), S::Q(LAST)>(product(LAST - 1, node), Base::last_matrix(u, turned), row);
+        Base::row_of(node, u, turned, row);
         for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
           const float* grad = sender_of(&table, &call, table.perm[k]).grad;
           float dot = 0;
