@@ -149,8 +149,10 @@ class TensorTrain(Compression):
             sqrt(N D) + D or 256, whichever is more.
         num_cores: number of cores d >= 2. TT-Rec uses 3.
         row_shape: p, or ``None`` for the shape with the fewest parameters.
-        dim_shape: q, or ``None`` for one that costs little and loses no direction: (1, 1, 16) for D = 16 and
-            ranks from 16 on, (2, 2, 4), which is TT-Rec's, for ranks below 4.
+        dim_shape: q, or ``None`` to choose. Three and more cores have their columns in the first and the last
+            where the ranks lose no direction by it: of D = 16 (1, 1, 16) from rank 16 on, (2, 1, 8) from 8,
+            (4, 1, 4) from 4. Lower ranks, two cores and a given ``row_shape`` take the most even split, as
+            TT-Rec does: (2, 2, 4).
     """
 
     rank: int | tuple[int, ...]

@@ -34,9 +34,9 @@ def tt_shapes(
     have q_1 columns then, as few as can be, where an even split (2, 2, 4 for 16) makes 4: they cost in
     proportion. q_1 is the least for which q_1 R >= D at every bond R: rows that share all digits after a bond
     span min(D, q_1 R) directions, those that share all before it min(D, R D / q_1), and neither may be fewer
-    than D. Ranks below some sqrt(D) have no such split. They take the most even one, of several the one with
-    the fewest parameters, then FLOPs a row; so do two cores, which multiply nothing before a row, and given
-    row shapes, whose parameter count depends on the split.
+    than D. Ranks for which no divisor q_1 of D has D / R <= q_1 <= R, below some sqrt(D), take the most even
+    split, of several the one with the fewest parameters, then FLOPs a row; so do two cores, which multiply
+    nothing before a row, and given row shapes, whose parameter count depends on the split.
 
     Raises:
         ConfigError: of so many rows and such ranks the best shape takes too long to find.

@@ -26,10 +26,10 @@ from recemb.spec import (
 from recemb_kernels.storage import StoredAs
 
 CPU = torch.device("cpu")
-DIM, SIZE = 8, 7
+DIM, SIZE = 16, 7
 _ROBE = ROBE(compress_rate=4, block_size=8, use_sign=True)
 _COMPRESSIONS = (
-    TensorTrain(rank=8),
+    TensorTrain(rank=16),  # whose last core has whole vectors of columns
     TensorTrain(rank=3, num_cores=2),
     QuotientRemainder(collisions=9, operation="mult"),
     QuotientRemainder(collisions=9, operation="add"),

@@ -151,11 +151,11 @@ shapes = [
 def cut(items, sizes):
     parts = iter(items)
     return [[next(parts) for _ in range(size)] for size in sizes]
-features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (3, True))]
+features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, False), (0, True), (3, True))]
 kernels = [tt_gather._kernel(shape) for shape in shapes]
 # A free mirror, so that the batches below are read from either end.
 eager = [replace(kernel, mirrored_cost=(1e-9,) * len(kernel.cost)) for kernel in kernels]
-cores = [
+of_trains = [
     torch.randn(p, r * q * s)
     for shape in shapes
     for p, q, r, s in zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:])
@@ -176,15 +176,17 @@ robes = [
     RobeShape(4, 4, 9, False, (11, 13), (17, 19), starts, tuple(range(5, 11)), 662),
 ]
 groups = (
-    *((Group(k, features, micro_batch_rows=m), cores) for k in (kernels, eager) for m in (4, 2**18)),
+    *((Group(k, features, micro_batch_rows=m), of_trains) for k in (kernels, eager) for m in (4, 2**18)),
     (rows, tables),
     *((Group([robe_gather._kernel(shape)], arrays), [torch.randn(9, 4)]) for shape in robes),
 )
 sizes_of_batches = ((0, 1), (1, 1), (33, 4), (600, 1))
 for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in sizes_of_batches):
-    lengths = torch.randint(0, longest + 1, (4 * batch_size,))
+    # A fifth feature reads the trains' fourth table.
+    of_features = torch.tensor([504, 77, 81, 81, 210][: 5 if cores is of_trains else 4])
+    lengths = torch.randint(0, longest + 1, (len(of_features) * batch_size,))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    rows = torch.tensor([504, 77, 81, 81]).repeat_interleave(batch_size).repeat_interleave(lengths)
+    rows = of_features.repeat_interleave(batch_size).repeat_interleave(lengths)
     ids = (torch.rand(rows.numel()) * rows).long()
     ids[-1:] = rows[-1:] - 1
     for w in (None, torch.rand(ids.numel())):

@@ -30,6 +30,8 @@ TABLES = {
     "one_column": (300, 1, TensorTrain(rank=3)),
     "long_runs": (1800, 16, TensorTrain(rank=13, row_shape=(300, 2, 3))),
     "given_shape": (60, 8, TensorTrain(rank=1, row_shape=(3, 4, 5), dim_shape=(4, 1, 2))),
+    "many_rows": (600, 16, TensorTrain(rank=16, row_shape=(3, 2, 100), dim_shape=(1, 1, 16))),
+    "many_wide": (520, 128, TensorTrain(rank=64, row_shape=(2, 2, 130), dim_shape=(2, 1, 64))),
     "mult": (1000, 16, QuotientRemainder(collisions=7)),
     "mult_odd": (999, 7, QuotientRemainder(collisions=300)),
     "add": (1000, 16, QuotientRemainder(collisions=40, operation="add")),
@@ -125,9 +127,10 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-def test_error_law_of_many_prefixes_with_one_digit(longest: int) -> None:
-    # More than are held at once, of a rank between whole vectors.
-    _assert_error_law(["long_runs"], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
+@pytest.mark.parametrize("name", ["long_runs", "many_rows", "many_wide"])
+def test_error_law_of_more_than_is_held_at_once(name: str, longest: int) -> None:
+    """Prefixes with one digit, of a rank between whole vectors; rows of a prefix, of one vector and more."""
+    _assert_error_law([name], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

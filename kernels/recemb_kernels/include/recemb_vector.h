@@ -2,8 +2,8 @@
 // two NEON registers), sixteen where AVX-512 is there and a row divides into them.
 //
 // Rows of the left and of the result are given as pointers, so that rows scattered in memory multiply as one
-// matrix. Every element sums over its inner dimension in one order, whatever the blocking: chains of CHAIN products,
-// then the chains, because the rounding error of one long chain grows with its length.
+// matrix. Every element sums over its inner dimension in one order, which depends on sizes alone: chains of CHAIN
+// products, or up to two, then the chains, because the rounding error of one long chain grows with its length.
 #pragma once
 #include <cstdint>
 #include <cstring>

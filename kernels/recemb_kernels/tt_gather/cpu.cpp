@@ -64,9 +64,11 @@ struct TrainBackward : Train<MIRRORED> {
     const int64_t first = table.level[LAST - 1].first[node], last = table.level[LAST - 1].first[node + 1];
     if constexpr (S::BY_ROWS) {
       if (KP > K) std::fill(to, to + M * KP, 0.0f);
-      const float *rows[CHAIN], *slices[CHAIN];
-      for (int64_t from = first; from < last; from += CHAIN) {
-        const int64_t n = std::min<int64_t>(CHAIN, last - from);
+      // Of each sum no more products in a chain than elsewhere.
+      constexpr int64_t AT_ONCE = std::max(1, 2 * CHAIN * lanes_of(Q) / Q);
+      const float *rows[AT_ONCE], *slices[AT_ONCE];
+      for (int64_t from = first; from < last; from += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, last - from);
         for (int64_t i = 0; i < n; i++) rows[i] = gradient_of_row(from + i), slices[i] = Base::last_slice(from + i);
         if (from == first)
           dot_rows<M, Q, K, KP, false>(n, rows, slices, to);
