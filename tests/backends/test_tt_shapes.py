@@ -131,7 +131,10 @@ def test_automatic_rows_never_cost_more_than_given_ones(
     given_shape = (first, second, -(-rows // (first * second)))
     fixed = table(rows, 16, TensorTrain(rank=rank, row_shape=given_shape, dim_shape=(2, 2, 4)))
     chosen = table(rows, 16, TensorTrain(rank=rank, dim_shape=(2, 2, 4)))
-    assert TensorTrainBackend.num_params([chosen]) <= TensorTrainBackend.num_params([fixed])
+    least = TensorTrainBackend.num_params([chosen])
+    assert least <= TensorTrainBackend.num_params([fixed])
+    if rank < 4:  # whose columns are split evenly; of the others the test above says how much they may differ
+        assert TensorTrainBackend.num_params([table(rows, 16, TensorTrain(rank=rank))]) <= least
 
 
 def test_given_shapes_are_kept() -> None:

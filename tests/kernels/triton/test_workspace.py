@@ -187,14 +187,17 @@ def test_the_estimate_is_a_bound_and_no_idle_one(
 # By hand on an H100, one id a bag, Zipf or uniform: 1,504 MB at once and 775 in slices of 2**18, when each
 # row still sent its parent a share as large as a product. This count gave 1,503 and 768 of those kernels.
 AT_ONCE_BEFORE = 1504e6
+# The train of that run, and today's.
+EVEN, CHOSEN = TensorTrain(rank=32, dim_shape=(2, 2, 4)), TensorTrain(rank=32)
 
 
+@pytest.mark.parametrize("train", [EVEN, CHOSEN], ids=["even", "chosen"])
 @pytest.mark.parametrize("micro_batch_rows", [2**30, 2**19, MICRO_BATCH_ROWS, 2**17, 2**16])
 def test_a_large_step_takes_a_fraction_of_what_it_took(
-    micro_batch_rows: int, no_kernels: Callable[[], None]
+    micro_batch_rows: int, train: TensorTrain, no_kernels: Callable[[], None]
 ) -> None:
     size, tables = 65_536, 26
-    specs = specs_of([(tables, 1_000_000, 16, TensorTrain(rank=32))])
+    specs = specs_of([(tables, 1_000_000, 16, train)])
     group, parameters = group_of(specs, micro_batch_rows)
     no_kernels()
     ids = torch.zeros(size * tables, dtype=torch.int64)
@@ -204,16 +207,25 @@ def test_a_large_step_takes_a_fraction_of_what_it_took(
     estimate = gpu_workspace([Load(spec, float(size), float(size)) for spec in specs], 1, micro_batch_rows)
     # With -s: the README's figures.
     print(
-        f"\n{micro_batch_rows:,} rows at once: {step / 1e6:,.0f} MB, the planner's {estimate / 1e6:,.0f} MB"
+        f"\n{micro_batch_rows:,} rows at once, q = {train.dim_shape}: {step / 1e6:,.0f} MB, the planner's "
+        f"{estimate / 1e6:,.0f} MB"
     )
-    assert 1 <= estimate / most <= 1.65
-    assert step <= AT_ONCE_BEFORE / {2**30: 3, 2**19: 3.5}.get(micro_batch_rows, 4.5)
+    if train is EVEN:
+        assert 1 <= estimate / most <= 1.6
+        assert step <= AT_ONCE_BEFORE / (3 if micro_batch_rows == 2**30 else 4)
+    else:
+        # Of four times the prefixes, and a quarter of the columns.
+        assert 1 <= estimate / most <= 1.65
+        assert step <= AT_ONCE_BEFORE / {2**30: 3, 2**19: 3.5}.get(micro_batch_rows, 4.5)
 
 
-def test_a_batch_prepared_ahead_takes_less_than_its_step(no_kernels: Callable[[], None]) -> None:
+@pytest.mark.parametrize(("train", "part"), [(EVEN, 7), (CHOSEN, 6.5)], ids=["even", "chosen"])
+def test_a_batch_prepared_ahead_takes_less_than_its_step(
+    train: TensorTrain, part: float, no_kernels: Callable[[], None]
+) -> None:
     """By a graph, which has the batch and its workspace, and hands a copy to the look-up's."""
     size, tables = 65_536, 26
-    group, _ = group_of(specs_of([(tables, 1_000_000, 16, TensorTrain(rank=32))]), MICRO_BATCH_ROWS)
+    group, _ = group_of(specs_of([(tables, 1_000_000, 16, train)]), MICRO_BATCH_ROWS)
     no_kernels()
     bags = size * tables
     batch = Batch(torch.zeros(bags, dtype=torch.int64), torch.arange(bags + 1), None, size)
@@ -224,7 +236,7 @@ def test_a_batch_prepared_ahead_takes_less_than_its_step(no_kernels: Callable[[]
     # With -s: the README's figures.
     print(f"\nprepared ahead: {beside.most / 1e6:,.0f} MB beside, {copy.most / 1e6:,.0f} MB the copy")
     assert own.plan is not call.plan
-    assert beside.most + copy.most <= AT_ONCE_BEFORE / 6.5
+    assert beside.most + copy.most <= AT_ONCE_BEFORE / part
 
 
 def test_families_with_one_part_and_several_micro_batches(no_kernels: Callable[[], None]) -> None:
