@@ -31,6 +31,8 @@ TABLES = {
     "long_runs": (1800, 16, TensorTrain(rank=13, row_shape=(300, 2, 3))),
     "given_shape": (60, 8, TensorTrain(rank=1, row_shape=(3, 4, 5), dim_shape=(4, 1, 2))),
     "many_rows": (600, 16, TensorTrain(rank=16, row_shape=(3, 2, 100), dim_shape=(1, 1, 16))),
+    "few_slices": (1800, 16, TensorTrain(rank=16, row_shape=(300, 2, 3), dim_shape=(1, 1, 16))),
+    "few_wide": (520, 128, TensorTrain(rank=64, row_shape=(130, 2, 2), dim_shape=(2, 1, 64))),
     "many_wide": (520, 128, TensorTrain(rank=64, row_shape=(2, 2, 130), dim_shape=(2, 1, 64))),
     "mult": (1000, 16, QuotientRemainder(collisions=7)),
     "mult_odd": (999, 7, QuotientRemainder(collisions=300)),
@@ -127,10 +129,18 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-@pytest.mark.parametrize("name", ["long_runs", "many_rows", "many_wide"])
+@pytest.mark.parametrize("name", ["long_runs", "many_rows", "many_wide", "few_slices", "few_wide"])
 def test_error_law_of_more_than_is_held_at_once(name: str, longest: int) -> None:
-    """Prefixes with one digit, of a rank between whole vectors; rows of a prefix, of one vector and more."""
+    """Prefixes of one digit, of a rank between vectors; rows of a prefix or a slice, one vector or more."""
     _assert_error_law([name], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
+
+
+@pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (3, False)])
+def test_error_law_of_gradients_that_no_core_holds(longest: int, weighted: bool) -> None:
+    """Rows add theirs up in a pass of its own, before those of the products above them."""
+    names, batch = ["wide", "rank13", "few_slices", "four_cores"], 2600
+    assert batch * sum(TABLES[name][1] for name in names) * 4 > 2**20
+    _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=1, batch=batch)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

@@ -82,8 +82,12 @@ constexpr int WIDEST_SLICE = [] {
 // About what a core slice, one row of a product with it, and one row of the table cost in ids, each of which is copied
 // to or added from its bag.
 constexpr int64_t SLICE_COST = 96, PRODUCT_COST = 12, ROW_COST = 8;
+// About what a core has of cache for itself, in bytes.
+constexpr int64_t CACHE = 1 << 20;
 // Nodes of a run up to which a slice is not worth transposing.
 constexpr int64_t FEW = 3;
+// Rows computed at once: whole blocks of products, 16 kB of them at most.
+constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
 // The last core's rows and slices ahead of which what they read is asked for.
 constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;
 
@@ -228,9 +232,8 @@ struct Train : Sizes<MIRRORED> {
   const float* matrix(int l, int64_t group) const {
     return S::IN_PLACE(l) ? slice_of(l, group) : packed[l] + group * S::PACKED(l);
   }
-  // Where row u finds its slice of the last core.
-  const float* last_slice(int64_t u) const {
-    const int64_t group = table.level[LAST].group[u];
+  // Where rows of a group find their slice of the last core.
+  const float* last_slice(int64_t group) const {
     return S::TURNED(LAST) ? slice_of(LAST, group) : matrix(LAST, group);
   }
   // Room for that slice as multiplied; what pads it stays zero.
@@ -240,22 +243,12 @@ struct Train : Sizes<MIRRORED> {
       if (S::KP(LAST) > S::K(LAST)) std::fill(std::begin(slice), std::end(slice), 0.0f);
     }
   };
-  const float* last_matrix(int64_t u, Turned& room) const {
+  const float* last_matrix(int64_t group, Turned& room) const {
     if constexpr (S::TURNED(LAST)) {
-      unpack<LAST>(last_slice(u), room.slice);
+      unpack<LAST>(last_slice(group), room.slice);
       return room.slice;
     } else {
-      return last_slice(u);
-    }
-  }
-  // Row u, below a node of level d - 2: [D], in the order of the cores.
-  void row_of(int64_t node, int64_t u, Turned& turned, float* row) const {
-    constexpr int M = S::M(LAST), KP = S::KP(LAST), Q = S::Q(LAST);
-    const float *above = product(LAST - 1, node), *last = last_matrix(u, turned);
-    if constexpr (S::BY_ROWS) {
-      sum_rows<M, S::K(LAST), KP, Q>(above, last, row);
-    } else {
-      dot_rows<M, KP, Q>(above, last, row);
+      return last_slice(group);
     }
   }
   // The product of cores 0 .. l at a node: [M(l + 1), padded R].
@@ -291,45 +284,87 @@ struct Train : Sizes<MIRRORED> {
     }
   }
 
-  // What the rows below the nodes of level d - 2 before this one cost.
-  int64_t cost_of_nodes(int64_t node) const {
-    const int64_t row = table.level[LAST - 1].first[node];
-    return node + ROW_COST * row + table.level[LAST].first[row];
-  }
-
   // Where position i is pooled to when every bag holds one id.
   float* out_of(int64_t i) const {
     const int64_t f = table.features[0], g = table.num_features == 1 ? f : i / call.batch;
     return call.out + (i - g * call.batch) * call.columns + call.features[g].column;
   }
 
-  void forward_rows() const {
-    const Level& level = table.level[LAST - 1];
-    const Level& last = table.level[LAST];
-    Turned turned;
-    share_tasks(begin(LAST - 1), end(LAST - 1), [&](int64_t node) { return cost_of_nodes(node); }, [&](int64_t node) {
-      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
-        float room[D], raw[D];
-        // Straight to where it belongs, or to its first id: a row that is written in pieces and read at once as a
-        // whole waits for its way to the cache.
-        float* row = call.bag ? rows + u * D : call.weights ? room : out_of(table.perm[last.first[u]]);
-        if (u + ROWS_AHEAD < last.nodes) prefetch_row(last_slice(u + ROWS_AHEAD), S::WIDTH(LAST));
-        row_of(node, u, turned, MIRRORED ? raw : row);
+  // What the runs of level l before this one cost.
+  template <int l>
+  int64_t cost_of_runs(int64_t run) const {
+    const Level& level = table.level[l];
+    const int64_t cost = PRODUCT_COST * S::M(l) * level.run_start[run] + SLICE_COST * run;
+    return l == LAST - 1 ? cost + ROW_COST * level.run_rows[run] + level.run_ids[run] : cost;
+  }
+
+  // Rows that share a slice of the last core, each [D], the products above them given.
+  static void multiply_last(int64_t n, const float* const* above, const float* slice, float* const* to) {
+    constexpr int M = S::M(LAST), KP = S::KP(LAST), Q = S::Q(LAST);
+    if constexpr (S::BY_ROWS) {
+      const float* a[ROWS_AT_ONCE * M];
+      float* c[ROWS_AT_ONCE * M];
+      for (int64_t i = 0; i < n; i++)
+        for (int m = 0; m < M; m++) a[i * M + m] = above[i] + m * KP, c[i * M + m] = to[i] + m * Q;
+      multiply_rows<S::K(LAST), Q, false>(n * M, a, slice, c);
+    } else {
+      for (int64_t i = 0; i < n; i++) {
+        float raw[D];
+        dot_rows<M, KP, Q>(above[i], slice, MIRRORED ? raw : to[i]);
         if constexpr (MIRRORED)
-          for (int j = 0; j < D; j++) row[COLUMN[j]] = raw[j];
-        for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
-          const int64_t i = table.perm[k];
-          if (call.bag) {
-            call.slot[i] = static_cast<int32_t>(u);
-            continue;
-          }
-          if (k + AHEAD < table.ids) prefetch_row<true>(out_of(table.perm[k + AHEAD]), D);
-          float* out = out_of(i);
-          if (call.weights)
-            for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
-          else if (out != row)
-            std::copy(row, row + D, out);
+          for (int j = 0; j < D; j++) to[i][COLUMN[j]] = raw[j];
+      }
+    }
+  }
+
+  // Computes the rows of this slice, those that share a slice of the last core together: each at where(u) or, for null,
+  // in memory that it shares with others, and calls act(u, row).
+  template <class Where, class Act>
+  void each_row(Where where, Act act) const {
+    const Level& last = table.level[LAST];
+    const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
+    Turned turned;
+    share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
+      const float* matrix = last_matrix(last.run_group[run], turned);
+      for (int64_t from = last.run_start[run]; from < last.run_start[run + 1]; from += ROWS_AT_ONCE) {
+        const int32_t* u = last.by_digit + from;
+        const int64_t n = std::min<int64_t>(ROWS_AT_ONCE, last.run_start[run + 1] - from);
+        const float* above[ROWS_AT_ONCE];
+        float *to[ROWS_AT_ONCE], room[ROWS_AT_ONCE * D];
+        for (int64_t i = 0; i < n; i++) {
+          above[i] = product(LAST - 1, last.parent[u[i]]), to[i] = where(u[i]);
+          prefetch_row(above[i], S::PRODUCT(LAST - 1));
+          if (to[i])
+            prefetch_row<true>(to[i], D);
+          else
+            to[i] = room + i * D;
         }
+        multiply_last(n, above, matrix, to);
+        for (int64_t i = 0; i < n; i++) act(u[i], to[i]);
+      }
+    });
+  }
+
+  void forward_rows() const {
+    const Level& last = table.level[LAST];
+    const auto where = [&](int64_t u) -> float* {
+      // Straight to where it belongs, or to its first id.
+      return call.bag ? rows + u * D : call.weights ? nullptr : out_of(table.perm[last.first[u]]);
+    };
+    each_row(where, [&](int64_t u, const float* row) {
+      const int64_t past = last.first[u + 1];
+      for (int64_t k = last.first[u]; k < past; k++) {
+        const int64_t i = table.perm[k];
+        if (call.bag) {
+          call.slot[i] = static_cast<int32_t>(u);
+          continue;
+        }
+        if (k + AHEAD < past) prefetch_row<true>(out_of(table.perm[k + AHEAD]), D);
+        float* out = out_of(i);
+        if (call.weights)
+          for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
+        else if (out != row)
+          std::copy(row, row + D, out);
       }
     });
 #pragma omp barrier

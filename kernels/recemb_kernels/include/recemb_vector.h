@@ -144,61 +144,6 @@ static inline void multiply_rows(int64_t rows, const float* const* a, const floa
   if constexpr (REST > 0) multiply_panel<REST, L, K, N, ADD>(rows, a, B, c, (V - REST) * L);
 }
 
-// MB rows by NV vectors of columns; sums over k modulo PARTS, which do not wait for each other, then of these.
-template <int MB, int NV, int PARTS, int L, int K, int STRIDE, int N>
-static inline void sum_block(const float* P, const float* B, float* out) {
-  typedef typename Vector<L>::type V;
-  constexpr int AT_ONCE = 2 * CHAIN * PARTS;
-  for (int from = 0; from < K; from += AT_ONCE) {
-    V s[PARTS][MB][NV] = {};
-    const int to = smaller(K, from + AT_ONCE);
-    for (int k = from; k < to; k += PARTS)
-#pragma GCC unroll 8
-      for (int p = 0; p < PARTS; p++) {
-        if (K % PARTS != 0 && k + p >= to) break;
-        V b[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) b[v] = load<L>(B + (k + p) * N + v * L);
-#pragma GCC unroll 8
-        for (int m = 0; m < MB; m++) {
-          const auto x = spread(P[m * STRIDE + k + p], b[0]);
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; v++) s[p][m][v] = multiply_add(s[p][m][v], x, b[v]);
-        }
-      }
-#pragma GCC unroll 8
-    for (int m = 0; m < MB; m++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-#pragma GCC unroll 3
-        for (int half = PARTS / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-          for (int p = 0; p < half; p++) s[p][m][v] = s[p][m][v] + s[p + half][m][v];
-        float* to_row = out + m * N + v * L;
-        store<L>(to_row, from ? load<L>(to_row) + s[0][m][v] : s[0][m][v]);
-      }
-  }
-}
-
-// MB rows; eight sums in registers.
-template <int MB, int K, int STRIDE, int N>
-static inline void sum_panels(const float* P, const float* B, float* out) {
-  constexpr int L = lanes_of(N), V = N / L, NV = smaller(smaller(V, 4), 8 / MB), REST = V % NV;
-  constexpr int PARTS = MB * NV > 4 ? 1 : MB * NV > 2 ? 2 : MB * NV > 1 ? 4 : 8;
-  for (int v = 0; v + NV <= V; v += NV) sum_block<MB, NV, PARTS, L, K, STRIDE, N>(P, B + v * L, out + v * L);
-  if constexpr (REST > 0)
-    sum_block<MB, REST, PARTS, L, K, STRIDE, N>(P, B + (V - REST) * L, out + (V - REST) * L);
-}
-
-// out[M][N] = P[M][K] B[K][N], rows of P STRIDE apart, N a multiple of PAD: for few rows, whose sums would wait for
-// their own last product in multiply_rows.
-template <int M, int K, int STRIDE, int N>
-static inline void sum_rows(const float* P, const float* B, float* out) {
-  constexpr int MB = smaller(M, 8), REST = M % MB;
-  for (int m = 0; m + MB <= M; m += MB) sum_panels<MB, K, STRIDE, N>(P + m * STRIDE, B, out + m * N);
-  if constexpr (REST > 0) sum_panels<REST, K, STRIDE, N>(P + (M - REST) * STRIDE, B, out + (M - REST) * N);
-}
-
 template <int KB, int NV, int L, int N, bool ADD>
 static inline void outer_block(int64_t rows, const float* const* a, const float* const* c, float* T, int k, int column) {
   typename Vector<L>::type s[KB][NV] = {};

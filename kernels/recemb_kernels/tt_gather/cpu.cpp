@@ -18,8 +18,10 @@ struct TrainBackward : Train<MIRRORED> {
   float* core0_grads;   // of a train of two cores, which steps on core 0 last
   float* sent[ORDER];   // what each node of levels 1 .. d - 2 sends to the level above: [M, padded K]
   float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
+  bool summed;          // rows' gradients are there when those of the products above them are computed
 
   TrainBackward(const Table* t, const Call* c) : Base(t, c) {
+    summed = ORDER > 2 && c->batch * c->columns * int64_t{sizeof(float)} > CACHE;
     float* at = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
     grad_rows = at, at += Base::most_nodes(table, LAST) * D;
     if constexpr (ORDER == 2) core0_grads = at, at += Base::most_nodes(table, 0) * S::PRODUCT(0);
@@ -58,6 +60,16 @@ struct TrainBackward : Train<MIRRORED> {
     return row;
   }
 
+  const float* row_sum(int64_t u) const { return summed ? grad_row(u) : gradient_of_row(u); }
+
+  // Rows' gradients in the order of the rows, whose ids stand together in `perm`: what a pass over the middle digits
+  // skips about in. Where the batch's gradient lies in a core's own cache, that costs less than one pass more.
+  void sum_rows() const {
+    const auto cost = [&](int64_t u) { return u + table.level[LAST].first[u]; };
+    share_tasks(begin(LAST), end(LAST), cost, [&](int64_t u) { gradient_of_row(u); });
+#pragma omp barrier
+  }
+
   // Gradient of the product at a node of level d - 2, and of the rows below it.
   void gradient_of_rows(int64_t node, float* to, Turned& turned) const {
     constexpr int M = S::M(LAST), Q = S::Q(LAST), K = S::K(LAST), KP = S::KP(LAST);
@@ -69,7 +81,8 @@ struct TrainBackward : Train<MIRRORED> {
       const float *rows[AT_ONCE], *slices[AT_ONCE];
       for (int64_t from = first; from < last; from += AT_ONCE) {
         const int64_t n = std::min(AT_ONCE, last - from);
-        for (int64_t i = 0; i < n; i++) rows[i] = gradient_of_row(from + i), slices[i] = Base::last_slice(from + i);
+        for (int64_t i = 0; i < n; i++)
+          rows[i] = row_sum(from + i), slices[i] = Base::last_slice(table.level[LAST].group[from + i]);
         if (from == first)
           dot_rows<M, Q, K, KP, false>(n, rows, slices, to);
         else
@@ -79,7 +92,7 @@ struct TrainBackward : Train<MIRRORED> {
       const float* a[M];
       float* c[M];
       for (int64_t u = first; u < last; u++) {
-        const float *row = gradient_of_row(u), *slice = Base::last_matrix(u, turned);
+        const float *row = row_sum(u), *slice = Base::last_matrix(table.level[LAST].group[u], turned);
         for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
         if (u == first)
           multiply_rows<Q, KP, false>(M, a, slice, c);
@@ -105,14 +118,6 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
-  // What the runs of level l before this one cost.
-  template <int l>
-  int64_t cost_of_runs(int64_t run) const {
-    const Level& level = table.level[l];
-    const int64_t cost = PRODUCT_COST * S::M(l) * level.run_start[run] + SLICE_COST * run;
-    return l == LAST - 1 ? cost + ROW_COST * level.run_rows[run] + level.run_ids[run] : cost;
-  }
-
   // Run by run, the nodes of level l that share a slice: their gradients, what they send to the level above (their
   // gradient times the transposed slice), and the gradient of the slice, which is stepped on at once.
   template <int l>
@@ -123,7 +128,7 @@ struct TrainBackward : Train<MIRRORED> {
     float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     float* const grads = scratch(call, GRADIENTS);
     Turned turned;
-    share_tasks(first, last, [&](int64_t run) { return cost_of_runs<l>(run); }, [&](int64_t run) {
+    share_tasks(first, last, [&](int64_t run) { return Base::template cost_of_runs<l>(run); }, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       forget(call);
       const float* straight = matrix(l, group);
@@ -167,7 +172,7 @@ struct TrainBackward : Train<MIRRORED> {
     const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
     float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     const bool steps = table.slices == 1 && table.optimizer != GRADIENT;
-    share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
+    share_tasks(first, past, [&](int64_t run) { return Base::template cost_of_runs<LAST>(run); }, [&](int64_t run) {
       const int64_t group = last.run_group[run];
       forget(call);
       if (steps && run + SLICES_AHEAD < past)
@@ -213,10 +218,16 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
+  // What the rows below the nodes of level d - 2 before this one cost.
+  int64_t cost_of_nodes(int64_t node) const {
+    const int64_t row = table.level[LAST - 1].first[node];
+    return node + ROW_COST * row + table.level[LAST].first[row];
+  }
+
   // Core 0 is read by the gradients of core 1, and stepped on after them.
   void two_cores() const {
     Turned turned;
-    share_tasks(begin(0), end(0), [&](int64_t node) { return Base::cost_of_nodes(node); }, [&](int64_t node) {
+    share_tasks(begin(0), end(0), [&](int64_t node) { return cost_of_nodes(node); }, [&](int64_t node) {
       gradient_of_rows(node, core0_grad(node), turned);
     });
 #pragma omp barrier
@@ -253,21 +264,15 @@ struct TrainBackward : Train<MIRRORED> {
 
   // One id a bag has written its row to no list: out = w * row was all. Rows are dotted once more instead.
   void one_hot_weight_gradient() const {
-    const Level& level = table.level[LAST - 1];
     const Level& last = table.level[LAST];
-    Turned turned;
-#pragma omp for schedule(static) nowait
-    for (int64_t node = begin(LAST - 1); node < end(LAST - 1); node++)
-      for (int64_t u = level.first[node]; u < level.first[node + 1]; u++) {
-        float row[D];
-        Base::row_of(node, u, turned, row);
-        for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
-          const float* grad = sender_of(&table, &call, table.perm[k]).grad;
-          float dot = 0;
-          for (int j = 0; j < D; j++) dot += row[j] * grad[MIRRORED ? COLUMN[j] : j];
-          call.grad_weights[table.perm[k]] = dot;
-        }
+    Base::each_row([](int64_t) -> float* { return nullptr; }, [&](int64_t u, const float* row) {
+      for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
+        const float* grad = sender_of(&table, &call, table.perm[k]).grad;
+        float dot = 0;
+        for (int j = 0; j < D; j++) dot += row[j] * grad[j];
+        call.grad_weights[table.perm[k]] = dot;
       }
+    });
   }
 
   void backward() {
@@ -283,6 +288,7 @@ struct TrainBackward : Train<MIRRORED> {
       if constexpr (ORDER == 2) {
         two_cores();
       } else {
+        if (summed) sum_rows();
         level_gradients<LAST - 1>();  // reads the last core's slices, which its tiles then update
         last_tiles();
         levels_below<LAST - 2>();
