@@ -34,6 +34,8 @@ TABLES = {
     "few_slices": (1800, 16, TensorTrain(rank=16, row_shape=(300, 2, 3), dim_shape=(1, 1, 16))),
     "few_wide": (520, 128, TensorTrain(rank=64, row_shape=(130, 2, 2), dim_shape=(2, 1, 64))),
     "many_wide": (520, 128, TensorTrain(rank=64, row_shape=(2, 2, 130), dim_shape=(2, 1, 64))),
+    "many_digits": (18000, 4, TensorTrain(rank=2, num_cores=2, row_shape=(3, 6000), dim_shape=(2, 2))),
+    "many_remainders": (18000, 4, QuotientRemainder(collisions=6000)),
     "mult": (1000, 16, QuotientRemainder(collisions=7)),
     "mult_odd": (999, 7, QuotientRemainder(collisions=300)),
     "add": (1000, 16, QuotientRemainder(collisions=40, operation="add")),
@@ -133,6 +135,14 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 def test_error_law_of_more_than_is_held_at_once(name: str, longest: int) -> None:
     """Prefixes of one digit, of a rank between vectors; rows of a prefix or a slice, one vector or more."""
     _assert_error_law([name], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
+
+
+@pytest.mark.parametrize("name", ["many_digits", "many_remainders"])
+def test_error_law_of_more_digits_than_are_counted(name: str) -> None:
+    """4,096 are; this batch holds more, the others of these tables fewer."""
+    bags = _bags(_tables([name], "sum"), 12_000, 1, weighted=False, seed=1)
+    assert (bags.ids % 6000).unique().numel() > 4096
+    _assert_error_law([name], pooling="sum", weighted=False, longest=1, seed=1, batch=12_000)
 
 
 @pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (3, False)])

@@ -22,10 +22,22 @@ struct Arrays {
   }
 };
 
-// x / by. Most keys are below 2^53, where a division of doubles gives the same and takes a fraction of the time.
-uint64_t quotient(uint64_t x, uint64_t by) {
-  if (x >> 53) return x / by;
-  return static_cast<uint64_t>(static_cast<double>(static_cast<int64_t>(x)) / static_cast<double>(by));
+// x / by of an x below 2^53, where a division of doubles gives the same and takes a fraction of the time.
+uint64_t small_quotient(uint64_t x, uint64_t by) {
+  const auto real = [](uint64_t n) { return static_cast<double>(static_cast<int64_t>(n)); };
+  return static_cast<uint64_t>(static_cast<int64_t>(real(x) / real(by)));
+}
+uint64_t quotient(uint64_t x, uint64_t by) { return x >> 53 ? x / by : small_quotient(x, by); }
+
+// What is above the last digit of each number, which may take the numbers' place, and that digit.
+template <class Quotient>
+void split(const uint64_t* numbers, int64_t n, Quotient quotient, uint64_t radix, uint64_t* upper, int32_t* digit) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const uint64_t number = numbers[i], above = quotient(number);
+    digit[i] = static_cast<int32_t>(number - above * radix);
+    upper[i] = above;
+  }
 }
 
 // Number of an id with its digits in reverse: the last digit becomes the most significant.
@@ -71,13 +83,16 @@ void grow_tree(Table& table, Record* records, int64_t* keys, int32_t* perm) {
     const uint64_t radix = radix_of(table, l);
     int32_t* parent = const_cast<int32_t*>(table.level[l].parent);
     int32_t* digit = const_cast<int32_t*>(table.level[l].group);  // where the digits' groups will be
+    if (table.most >> 53)
+      split(numbers, nodes, [&](uint64_t x) { return x / radix; }, radix, room, digit);
+    else
+      split(numbers, nodes, [&](uint64_t x) { return small_quotient(x, radix); }, radix, room, digit);
     end = const_cast<int32_t*>(table.level[l - 1].first);
     before = ~uint64_t{0};
     int64_t above = 0;
     end[0] = 0;
     for (int64_t node = 0; node < nodes; node++) {
-      const uint64_t upper = quotient(numbers[node], radix);
-      digit[node] = static_cast<int32_t>(numbers[node] - upper * radix);
+      const uint64_t upper = room[node];
       above += upper != before, before = upper;
       parent[node] = static_cast<int32_t>(above - 1);
       room[above - 1] = upper, end[above] = static_cast<int32_t>(node + 1);
@@ -115,47 +130,72 @@ void cut_slices(Table& table, int64_t most) {
           table.level[l - 1].first[table.level[l - 1].slice_node[s]];
 }
 
-// Groups a level's nodes by slice and digit. `group` holds the digits and ends as indices of the distinct ones.
-void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow* b) {
+// Digits of which each has a counter, on the stack.
+constexpr int64_t COUNTED = int64_t{1} << SORT_BITS;
+
+// Numbers the distinct digits of a level's nodes in their order; `group` holds the digits and ends as these numbers.
+void number_digits(Level& level, int64_t radix, Narrow* a, Narrow* b) {
   int32_t* group = const_cast<int32_t*>(level.group);
   int32_t* digit = const_cast<int32_t*>(level.digit);
-  int32_t* by_digit = const_cast<int32_t*>(level.by_digit);
-  int32_t* run_start = const_cast<int32_t*>(level.run_start);
-  int32_t* run_group = const_cast<int32_t*>(level.run_group);
-  int32_t* piece_start = const_cast<int32_t*>(level.piece_start);
-  const auto sort_slice = [&](int64_t from, int64_t to, uint64_t most) {
-    for (int64_t i = from; i < to; i++) a[i - from] = Narrow(static_cast<uint32_t>(group[i]), i);
-    return radix_sort(a, b, to - from, bits_of(most));
-  };
-  const Narrow* sorted = sort_slice(0, level.nodes, radix - 1);
-  uint64_t before = ~uint64_t{0};
   level.touched = 0;
+  if (radix <= COUNTED) {
+    int32_t number[COUNTED];
+    std::fill_n(number, radix, 0);
+    for (int64_t i = 0; i < level.nodes; i++) number[group[i]] = 1;
+    for (int64_t d = 0; d < radix; d++)
+      if (number[d]) digit[level.touched] = static_cast<int32_t>(d), number[d] = static_cast<int32_t>(level.touched++);
+    for (int64_t i = 0; i < level.nodes; i++) group[i] = number[group[i]];
+    return;
+  }
+  const auto read = [group](int64_t i) { return Narrow(static_cast<uint32_t>(group[i]), i); };
+  const Narrow* sorted = radix_sort(read, a, b, level.nodes, bits_of(radix - 1));
+  uint64_t before = ~uint64_t{0};
   for (int64_t i = 0; i < level.nodes; i++) {
     const uint64_t key = sorted[i].key();
     level.touched += key != before, before = key;
     digit[level.touched - 1] = static_cast<int32_t>(key);
     group[sorted[i].value()] = static_cast<int32_t>(level.touched - 1);
-    by_digit[i] = sorted[i].value();
   }
+}
+
+// Groups a level's nodes by slice and digit. `group` holds the digits and ends as indices of the distinct ones.
+void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow* b) {
+  number_digits(level, radix, a, b);
+  const int32_t* group = level.group;
+  int32_t* by_digit = const_cast<int32_t*>(level.by_digit);
+  int32_t* run_start = const_cast<int32_t*>(level.run_start);
+  int32_t* run_group = const_cast<int32_t*>(level.run_group);
+  int32_t* piece_start = const_cast<int32_t*>(level.piece_start);
   int64_t runs = 0, pieces = 0;
+  const auto add_run = [&](int64_t of, int64_t from, int64_t to) {
+    run_group[runs++] = static_cast<int32_t>(of), run_start[runs] = static_cast<int32_t>(to);
+    for (; from < to; from += PIECE) piece_start[pieces++] = static_cast<int32_t>(from);
+  };
   run_start[0] = 0;
   for (int64_t s = 0; s < slices; s++) {
     const int64_t from = level.slice_node[s], to = level.slice_node[s + 1];
     const_cast<int32_t*>(level.slice_run)[s] = static_cast<int32_t>(runs);
     const_cast<int32_t*>(level.slice_piece)[s] = static_cast<int32_t>(pieces);
-    if (slices > 1) {
-      sorted = sort_slice(from, to, level.touched - 1);
-      for (int64_t i = from; i < to; i++) by_digit[i] = sorted[i - from].value();
+    if (level.touched <= COUNTED) {
+      int32_t next[COUNTED];
+      std::fill_n(next, level.touched, 0);
+      for (int64_t i = from; i < to; i++) next[group[i]]++;
+      int64_t start = from;
+      for (int64_t g = 0; g < level.touched; g++) {
+        const int64_t past = start + next[g];
+        if (past > start) add_run(g, start, past);
+        next[g] = static_cast<int32_t>(start), start = past;
+      }
+      for (int64_t i = from; i < to; i++) by_digit[next[group[i]]++] = static_cast<int32_t>(i);
+      continue;
     }
-    int32_t of = -1;
-    int64_t run = runs;
-    for (int64_t i = from; i < to; i++) {
-      const int32_t own = group[by_digit[i]];
-      runs += own != of, of = own;
-      run_group[runs - 1] = own, run_start[runs] = static_cast<int32_t>(i + 1);
+    const auto read = [=](int64_t i) { return Narrow(static_cast<uint32_t>(group[from + i]), from + i); };
+    const Narrow* sorted = radix_sort(read, a, b, to - from, bits_of(level.touched - 1));
+    for (int64_t i = from, past; i < to; i = past) {
+      const uint64_t of = sorted[i - from].key();
+      for (past = i; past < to && sorted[past - from].key() == of; past++) by_digit[past] = sorted[past - from].value();
+      add_run(static_cast<int64_t>(of), i, past);
     }
-    for (; run < runs; run++)
-      for (int32_t at = run_start[run]; at < run_start[run + 1]; at += PIECE) piece_start[pieces++] = at;
   }
   piece_start[pieces] = static_cast<int32_t>(level.nodes);
   const_cast<int32_t*>(level.slice_run)[slices] = static_cast<int32_t>(runs);
@@ -196,6 +236,7 @@ bool mirror_is_cheaper(const Table& table, const int64_t* keys, uint64_t* seen) 
   if (levels < 3 || code.product_cost[1][1] == 0) return false;
   int64_t straight[MAX_ORDER], mirrored[MAX_ORDER] = {};
   for (int64_t l = 0; l < levels; l++) straight[l] = table.level[l].nodes;
+  const double most = 0.75 * product_cost(table, false, straight);
   // Distinct suffixes of each length; large tables of bits count hashes, and two suffixes with one hash count once.
   uint64_t span = code.radix[levels - 1];
   for (int64_t l = 1; l + 1 < levels; l++) {
@@ -208,9 +249,11 @@ bool mirror_is_cheaper(const Table& table, const int64_t* keys, uint64_t* seen) 
       const uint64_t bit = uint64_t{1} << (suffix % 64);
       mirrored[l] += !(seen[suffix / 64] & bit);
       seen[suffix / 64] |= bit;
+      // Mostly a few hundred rows tell.
+      if (u % 256 == 255 && product_cost(table, true, mirrored) >= most) return false;
     }
   }
-  return product_cost(table, true, mirrored) < 0.75 * product_cost(table, false, straight);
+  return product_cost(table, true, mirrored) < most;
 }
 
 // Largest number that a key of the table may be, mirrored or not.
@@ -226,17 +269,31 @@ uint64_t largest_key(const Call* call, const Table& table) {
   return most;
 }
 
-// Records [begin, end) of the table's ids, `number` of each key.
+// Sorts the table's ids by `number` of their keys, into `a` or `b`.
 template <class Record, class Number>
-void collect(const Call* call, const Table& table, int64_t begin, int64_t end, Number number, Record* to) {
-  int64_t before = 0;
-  for (int64_t k = 0; k < table.num_features; k++) {
-    const int64_t f = table.features[k], base = call->features[f].key_base;
-    const int64_t first = call->offsets[f * call->batch] - before, past = call->offsets[(f + 1) * call->batch] - first;
-    for (int64_t r = std::max(begin, before); r < std::min(end, past); r++)
-      to[r] = Record(number(static_cast<uint64_t>(call->ids[first + r] + base)), first + r);
-    before = past;
+Record* sort_keys(const Call* call, const Table& table, Number number, Record* a, Record* b, int32_t* counts = nullptr,
+                  int thread = 0, int threads = 1) {
+  const int bits = bits_of(table.most);
+  const int64_t n = table.ids;
+  const auto of_feature = [&](int64_t f, int64_t before) {
+    const int64_t shift = call->offsets[f * call->batch] - before, base = call->features[f].key_base;
+    return [=, ids = call->ids](int64_t r) {
+      return Record(number(static_cast<uint64_t>(ids[shift + r] + base)), shift + r);
+    };
+  };
+  if (table.num_features == 1)
+    return radix_sort(of_feature(table.features[0], 0), a, b, n, bits, counts, thread, threads);
+  const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
+  for (int64_t k = 0, before = 0, past; k < table.num_features; k++, before = past) {
+    const int64_t f = table.features[k];
+    past = before + call->offsets[(f + 1) * call->batch] - call->offsets[f * call->batch];
+    const auto read = of_feature(f, before);
+    for (int64_t r = std::max(begin, before); r < std::min(end, past); r++) b[r] = read(r);
   }
+  if (threads > 1) {
+#pragma omp barrier
+  }
+  return radix_sort([b](int64_t i) { return b[i]; }, a, b, n, bits, counts, thread, threads);
 }
 
 // Calls `act` with the table's room for records, as records wide enough for its keys.
@@ -289,12 +346,7 @@ void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   Table& table = call->tables[index];
   const int64_t n = table.ids;
   with_records(table, records_of(room, index, base), [&](auto* a) {
-    collect(call, table, n * thread / threads, n * (thread + 1) / threads, straight, a);
-    const int bits = bits_of(table.most);
-    if (threads > 1) {
-#pragma omp barrier
-    }
-    void* sorted = radix_sort(a, a + n, n, bits, room.counts.at<int32_t>(), thread, threads);
+    void* sorted = sort_keys(call, table, straight, a, a + n, room.counts.at<int32_t>(), thread, threads);
     if (thread == 0) table.sorted = sorted;
   });
 }
@@ -319,8 +371,7 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
     grow_tree(table, static_cast<decltype(a)>(table.sorted), keys, perm);
     if (!mirror_is_cheaper(table, keys, room.scratch_of(thread))) return;
     table.mirrored = 1;
-    collect(call, table, 0, table.ids, Mirror{*table.code}, a);
-    grow_tree(table, radix_sort(a, a + table.ids, table.ids, bits_of(table.most)), keys, perm);
+    grow_tree(table, sort_keys(call, table, Mirror{*table.code}, a, a + table.ids), keys, perm);
   });
   table.sorted = nullptr;  // the tree has taken the records' memory
   cut_slices(table, table.code->plan == FORWARD ? call->slice_rows : table.ids);

@@ -151,7 +151,8 @@ void sort_pieces(Blocks& blocks, const Share& share, int64_t thread) {
     records[m] = Record(key, i);
     m += key < width;
   }
-  const Record* sorted = radix_sort(records, records + own + 1, own, bits_of(width - 1));
+  const auto read = [records](int64_t i) { return records[i]; };
+  const Record* sorted = radix_sort(read, records + own + 1, records, own, bits_of(width - 1));
   for (int64_t k = 0; k < own; k++) {
     blocks.sorted[share.begin + k] = static_cast<int64_t>(sorted[k].key()) + low;
     blocks.sorted_piece[share.begin + k] = DIRECT ? blocks.piece[sorted[k].value()] : sorted[k].value();
