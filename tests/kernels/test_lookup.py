@@ -285,27 +285,42 @@ def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed:
                 check_bags(bags, targets)
 
 
-@pytest.mark.parametrize("ids_of", [(40_000,), (17_000, 40_000, 100)])
-def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(ids_of: tuple[int, ...]) -> None:
-    """The largest of several, that is, and by one each where they are many."""
+@pytest.mark.parametrize(
+    ("ids_of", "rows_of", "hot", "tables_of"),
+    [
+        ((40_000,), 10**6, 0.0, 1),
+        ((17_000, 40_000, 100), 10**6, 0.0, 3),
+        ((17_000, 30_000), 10**6, 0.3, 1),
+        ((40_000,), 10**10, 0.5, 1),
+        ((40_000,), 10**6, 1.0, 1),
+    ],
+)
+def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
+    ids_of: tuple[int, ...], rows_of: int, hot: float, tables_of: int
+) -> None:
+    """The largest of several, or by one each where they are many; one of several features; wide keys; an id
+    that is all of a thread's share, or of the table's.
+    """
     spec = TableSpec(
-        name="t", num_embeddings=10**6, embedding_dim=16, compression=TensorTrain(rank=4), init_std=1.0
+        name="t", num_embeddings=rows_of, embedding_dim=16, compression=TensorTrain(rank=4), init_std=1.0
     )
-    specs = [replace(spec, name=f"t{f}", feature_names=(f"f{f}",)) for f in range(len(ids_of))]
+    specs = [replace(spec, name=f"t{f}", feature_names=(f"f{f}",)) for f in range(tables_of)]
     torch.manual_seed(0)
     tables = list(build(specs, torch.device("cpu")).values())
+    features = tables if tables_of == len(ids_of) else tables * len(ids_of)
     for table in tables:
         table.reset_parameters()
     parameters = [parameter for table in tables for parameter in table.parameters()]
     lengths = torch.cat([(torch.arange(40_000) < count).long() for count in ids_of])
-    ids = (torch.rand(sum(ids_of)) ** 3 * 10**6).long()
+    ids = (torch.rand(sum(ids_of), dtype=torch.float64) ** 3 * rows_of).long()
+    ids[torch.rand(len(ids)) < hot] = rows_of // 2
     bags = Bags(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), len(ids_of))
     threads = torch.get_num_threads()
     outcomes = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 70):
             torch.set_num_threads(count)
-            pooled = pooled_native(tables, bags)
+            pooled = pooled_native(features, bags)
             assert pooled is not None
             outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), parameters)])
     finally:
@@ -314,7 +329,7 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(ids_of: tuple[i
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
     rows = tables[0].rows(tables[0].map_ids(ids[:100]))
     torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
-    assert math.prod(table_shapes(spec)[0]) >= 10**6
+    assert math.prod(table_shapes(spec)[0]) >= rows_of
 
 
 def test_frozen_tables_ask_for_no_gradient() -> None:

@@ -132,7 +132,7 @@ void reserve_plan(const Call* call, State* state, int threads) {
   if (!state->reserved) state->plan.reserve(call);
   state->reserved = true;
   // The backward may meet more threads than the forward did.
-  state->plan.reserve_threads(threads);
+  state->plan.reserve_threads(call->num_tables, threads);
 }
 
 // Plans the tables whose kernels ask for it in this pass; every thread of the region calls it.
@@ -143,14 +143,13 @@ void plan_tables(const Call* call, State* state, Plan pass) {
     for (int64_t before = 0; before < t; before++) ids += call->tables[before].ids;
     return ids;
   };
-  // Tables larger than a thread's share are sorted by all threads together, the others by one thread each: two cores
-  // hand each other every pass of a sort, which takes them as long as one alone.
+  // Tables larger than a thread's share are sorted by all threads together, the others by one thread each.
   const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
   int64_t all = 0;
   for (int64_t t = 0; t < call->num_tables; t++) all += now(t) ? call->tables[t].ids : 0;
   for (int64_t t = 0; t < call->num_tables && threads > 1; t++)
     if (now(t) && call->tables[t].ids >= TOGETHER && call->tables[t].ids * threads > all)
-      sort_table(call, t, base(t), state->plan, thread, threads);
+      sort_table(call, t, base(t), state->plan);
 #pragma omp barrier
   // Round after round over the tables, each of which takes part in `rounds` of them: ids that go before a task.
   const auto ids_before = [&](int64_t task, auto rounds) {

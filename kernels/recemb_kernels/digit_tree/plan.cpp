@@ -1,5 +1,7 @@
 #include "recemb_plan.h"
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "recemb_sort.h"
@@ -269,31 +271,68 @@ uint64_t largest_key(const Call* call, const Table& table) {
   return most;
 }
 
+uint64_t straight(uint64_t key) { return key; }
+
+// Calls act(read, begin, end) for each feature of the table: its records are read(r) for r in [begin, end), where those
+// of all features follow each other, by `number` of their keys.
+template <class Record, class Number, class Act>
+void each_part(const Call* call, const Table& table, Number number, Act act) {
+  for (int64_t k = 0, begin = 0, end; k < table.num_features; k++, begin = end) {
+    const int64_t f = table.features[k], first = call->offsets[f * call->batch], base = call->features[f].key_base;
+    end = begin + call->offsets[(f + 1) * call->batch] - first;
+    act([=, ids = call->ids, shift = first - begin](int64_t r) {
+      return Record(number(static_cast<uint64_t>(ids[shift + r] + base)), shift + r);
+    }, begin, end);
+  }
+}
+
 // Sorts the table's ids by `number` of their keys, into `a` or `b`.
 template <class Record, class Number>
-Record* sort_keys(const Call* call, const Table& table, Number number, Record* a, Record* b, int32_t* counts = nullptr,
-                  int thread = 0, int threads = 1) {
+Record* sort_keys(const Call* call, const Table& table, Number number, Record* a, Record* b) {
   const int bits = bits_of(table.most);
-  const int64_t n = table.ids;
-  const auto of_feature = [&](int64_t f, int64_t before) {
-    const int64_t shift = call->offsets[f * call->batch] - before, base = call->features[f].key_base;
-    return [=, ids = call->ids](int64_t r) {
-      return Record(number(static_cast<uint64_t>(ids[shift + r] + base)), shift + r);
-    };
-  };
-  if (table.num_features == 1)
-    return radix_sort(of_feature(table.features[0], 0), a, b, n, bits, counts, thread, threads);
-  const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
-  for (int64_t k = 0, before = 0, past; k < table.num_features; k++, before = past) {
-    const int64_t f = table.features[k];
-    past = before + call->offsets[(f + 1) * call->batch] - call->offsets[f * call->batch];
-    const auto read = of_feature(f, before);
-    for (int64_t r = std::max(begin, before); r < std::min(end, past); r++) b[r] = read(r);
-  }
-  if (threads > 1) {
+  Record* sorted = a;
+  each_part<Record>(call, table, number, [&](auto read, int64_t begin, int64_t end) {
+    if (table.num_features == 1)
+      sorted = radix_sort(read, a, b, table.ids, bits);
+    else
+      for (int64_t r = begin; r < end; r++) b[r] = read(r);
+  });
+  return table.num_features == 1 ? sorted : radix_sort([b](int64_t i) { return b[i]; }, a, b, table.ids, bits);
+}
+
+// Sorts the ids by all threads of a region, each a range of keys: all read all ids, but what one writes no other reads
+// before all are done. Cores that share no cache would hand each other all of every pass. `counts` is of this table:
+// some threads go on to the next one before others have read it.
+template <class Record>
+Record* sort_together(const Call* call, const Table& table, Record* a, Record* b, int64_t* counts) {
+  const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads(), n = table.ids;
+  // The ranges' ends, from a sample of the ids.
+  constexpr int64_t SAMPLES = 64;
+  uint64_t sample[SAMPLES];
+  each_part<Record>(call, table, straight, [&](auto read, int64_t begin, int64_t end) {
+    for (int64_t k = 0; k < SAMPLES; k++)
+      if (const int64_t r = (2 * k + 1) * n / (2 * SAMPLES); r >= begin && r < end) sample[k] = read(r).key();
+  });
+  std::sort(sample, sample + SAMPLES);
+  const uint64_t low = me ? sample[SAMPLES * me / threads] : 0;
+  const uint64_t width = (me + 1 < threads ? sample[SAMPLES * (me + 1) / threads] : table.most + 1) - low;
+  int64_t own = 0, before = 0;
+  each_part<Record>(call, table, straight, [&](auto read, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) own += read(r).key() - low < width;
+  });
+  counts[me] = own;
 #pragma omp barrier
-  }
-  return radix_sort([b](int64_t i) { return b[i]; }, a, b, n, bits, counts, thread, threads);
+  for (int64_t t = 0; t < me; t++) before += counts[t];
+  const int bits = bits_of(table.most);
+  Record* const to = sort_passes(n, bits) % 2 ? a : b;
+  a += before, b += before;
+  Record* next = b;
+  each_part<Record>(call, table, straight, [&](auto read, int64_t begin, int64_t end) {
+    next = select_keys(read, begin, end, low, width, next);
+  });
+  Record* const sorted = radix_sort([b](int64_t i) { return b[i]; }, a, b, own, bits);
+  if (sorted != to + before) std::copy(sorted, sorted + own, to + before);  // of few records
+  return to;
 }
 
 // Calls `act` with the table's room for records, as records wide enough for its keys.
@@ -308,8 +347,6 @@ void with_records(const Table& table, char* room, Act act) {
 char* records_of(const PlanRoom& room, int64_t index, int64_t base) {
   return reinterpret_cast<char*>(room.records.at<Wide>() + room.each * (base + 2 * index));
 }
-
-uint64_t straight(uint64_t key) { return key; }
 
 }  // namespace
 
@@ -330,8 +367,8 @@ void PlanRoom::reserve(const Call* call) {
   records.room<Wide>(each * ids);
 }
 
-void PlanRoom::reserve_threads(int64_t threads) {
-  counts.room<int32_t>(threads << SORT_BITS);
+void PlanRoom::reserve_threads(int64_t tables, int64_t threads) {
+  counts.room<int64_t>(tables * threads);
   scratch.room<uint64_t>(threads * words);
 }
 
@@ -342,12 +379,12 @@ void count_ids(const Call* call) {
         call->offsets[(f + 1) * call->batch] - call->offsets[f * call->batch];
 }
 
-void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room, int thread, int threads) {
+void sort_table(const Call* call, int64_t index, int64_t base, const PlanRoom& room) {
   Table& table = call->tables[index];
-  const int64_t n = table.ids;
   with_records(table, records_of(room, index, base), [&](auto* a) {
-    void* sorted = sort_keys(call, table, straight, a, a + n, room.counts.at<int32_t>(), thread, threads);
-    if (thread == 0) table.sorted = sorted;
+    int64_t* const counts = room.counts.at<int64_t>() + index * omp_get_num_threads();
+    void* sorted = sort_together(call, table, a, a + table.ids, counts);
+    if (omp_get_thread_num() == 0) table.sorted = sorted;
   });
 }
 
@@ -366,9 +403,9 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
                                   &level.piece_start, &level.slice_node, &level.slice_run, &level.slice_piece})
       *array = arrays.take();
   }
-  if (!table.sorted) sort_table(call, index, base, room, 0, 1);
   with_records(table, records_of(room, index, base), [&](auto* a) {
-    grow_tree(table, static_cast<decltype(a)>(table.sorted), keys, perm);
+    auto* sorted = static_cast<decltype(a)>(table.sorted);
+    grow_tree(table, sorted ? sorted : sort_keys(call, table, straight, a, a + table.ids), keys, perm);
     if (!mirror_is_cheaper(table, keys, room.scratch_of(thread))) return;
     table.mirrored = 1;
     grow_tree(table, sort_keys(call, table, Mirror{*table.code}, a, a + table.ids), keys, perm);

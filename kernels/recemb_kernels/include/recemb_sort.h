@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace recemb {
 
@@ -28,48 +31,36 @@ inline int bits_of(uint64_t most) { return most ? 64 - __builtin_clzll(most) : 0
 
 constexpr int SORT_BITS = 12;  // of one pass at most
 
-// Sorts the n records that read(i) makes, whose keys have at most `bits` bits, in passes of at most SORT_BITS; returns
-// where the result is, `a` or `b`. What is read may lie in `b`. By one thread alone, or by all threads of a parallel
-// region, each on its share of the records: `counts` then has room for threads << SORT_BITS numbers, and every thread
-// returns the same.
-template <class Record, class Read>
-Record* radix_sort(Read read, Record* a, Record* b, int64_t n, int bits, int32_t* counts = nullptr, int thread = 0,
-                   int threads = 1) {
+// Passes over n keys of at most `bits` bits, of at most SORT_BITS each. One takes longer over its counters than over a
+// few records.
+inline int sort_passes(int64_t n, int bits) {
   int passes = (bits + SORT_BITS - 1) / SORT_BITS;
-  const auto width_of = [bits](int p) { return (bits + p - 1) / p; };
-  // A pass takes longer over its counters than over few records.
-  while (passes > 0 && width_of(passes) > 6 && int64_t{1} << width_of(passes) > n) passes++;
-  const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
+  for (int width; n > 1 && passes && (width = (bits + passes - 1) / passes) > 6 && int64_t{1} << width > n;) passes++;
+  return passes;
+}
+
+// Sorts the n records that read(i) makes, whose keys have at most `bits` bits, into `a` in an odd number of passes or
+// none, into `b` in an even one; returns which. What is read may lie in `b`.
+template <class Record, class Read>
+Record* radix_sort(Read read, Record* a, Record* b, int64_t n, int bits) {
+  const int passes = sort_passes(n, bits);
   if (n < 2 || passes == 0) {
-    for (int64_t i = begin; i < end; i++) a[i] = read(i);
+    for (int64_t i = 0; i < n; i++) a[i] = read(i);
     return a;
   }
-  const int width = width_of(passes);
+  const int width = (bits + passes - 1) / passes;
   const int64_t buckets = int64_t{1} << width;
   const uint64_t mask = buckets - 1;
   const auto sort_by = [&](int shift, auto from, Record* to) {
     // On the stack: a shared library looks a thread's own variable up with a call, in every step of a loop.
     int32_t count[1 << SORT_BITS];
     std::fill(count, count + buckets, 0);
-    for (int64_t i = begin; i < end; i++) count[(from(i).key() >> shift) & mask]++;
+    for (int64_t i = 0; i < n; i++) count[(from(i).key() >> shift) & mask]++;
     int32_t before = 0;
-    if (threads == 1) {
-      for (int64_t d = 0; d < buckets; d++) before += std::exchange(count[d], before);
-    } else {
-      std::copy(count, count + buckets, counts + thread * buckets);
-#pragma omp barrier
-      for (int64_t d = 0; d < buckets; d++)
-        for (int t = 0; t < threads; t++) {
-          if (t == thread) count[d] = before;
-          before += counts[t * buckets + d];
-        }
-    }
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t d = 0; d < buckets; d++) before += std::exchange(count[d], before);
+    for (int64_t i = 0; i < n; i++) {
       const Record record = from(i);
       to[count[(record.key() >> shift) & mask]++] = record;
-    }
-    if (threads > 1) {
-#pragma omp barrier
     }
   };
   sort_by(0, read, a);
@@ -78,6 +69,39 @@ Record* radix_sort(Read read, Record* a, Record* b, int64_t n, int bits, int32_t
     std::swap(a, b);
   }
   return a;
+}
+
+// Appends those of the records read(begin) .. read(end - 1) whose keys lie in [low, low + width) to `to`; returns their
+// end. Which do cannot be predicted, so there is no branch, and nothing is written behind them.
+template <class Record, class Read>
+Record* select_keys(Read read, int64_t begin, int64_t end, uint64_t low, uint64_t width, Record* to) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Record) == sizeof(uint64_t)) {
+    constexpr int64_t AT_ONCE = 8;
+    const auto all = [](uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); };
+    const __m512i from = all(low), wide = all(width);
+    for (; begin + AT_ONCE <= end; begin += AT_ONCE) {
+      uint64_t words[AT_ONCE];
+      for (int64_t i = 0; i < AT_ONCE; i++) words[i] = read(begin + i).word;
+      const __m512i records = _mm512_loadu_si512(words), keys = _mm512_srli_epi64(records, 32);
+      const __mmask8 mine = _mm512_cmplt_epu64_mask(_mm512_sub_epi64(keys, from), wide);
+      const int count = __builtin_popcount(mine);
+      const __mmask8 first = static_cast<__mmask8>((1u << count) - 1);
+      _mm512_mask_storeu_epi64(to, first, _mm512_maskz_compress_epi64(mine, records));
+      to += count;
+    }
+  }
+#endif
+  Record none;
+  uintptr_t at = reinterpret_cast<uintptr_t>(to);
+  const uintptr_t nowhere = reinterpret_cast<uintptr_t>(&none);
+  for (; begin < end; begin++) {
+    const Record record = read(begin);
+    const uintptr_t mine = record.key() - low < width;
+    *reinterpret_cast<Record*>(nowhere ^ ((nowhere ^ at) & -mine)) = record;
+    at += mine * sizeof(Record);
+  }
+  return reinterpret_cast<Record*>(at);
 }
 
 }  // namespace recemb
