@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from unittest.mock import patch
 from weakref import ref
 
@@ -19,14 +18,12 @@ from torch import Tensor
 
 from recemb.backends import build
 from recemb.backends.native import pooled_native
-from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags, LookupTarget, LookupTargets, check_bags
 from recemb.engine import Engine
 from recemb.errors import BatchError
 from recemb.spec import ROBE, Compression, TableSpec, TensorTrain
 from recemb_kernels import check, native
-from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
-from recemb_kernels.tt_gather import TrainShape, tt_gather
+from recemb_kernels.digit_tree.group import FeatureCode, Group, driver
 from tests.kernels.cases import (
     METHODS,
     group_of,
@@ -34,7 +31,6 @@ from tests.kernels.cases import (
     make_engine,
     make_kernels,
     plain,
-    run_trains,
     step_or_skip,
     train_batch,
 )
@@ -85,67 +81,6 @@ def test_backward_of_one_look_up_can_be_repeated(
     reference = torch.autograd.grad(plain(engine, tables, bags), leaves, upstream)
     for found, right in zip(first, reference, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
-
-
-@settings(derandomize=True, deadline=None, max_examples=20)
-@given(
-    batch=st.integers(1, 60),
-    longest=st.integers(1, 5),
-    weighted=st.booleans(),
-    mirrored=st.booleans(),
-    rows=st.sampled_from([1, 3, 16, 100]),
-    seed=st.integers(0, 2**31),
-)
-def test_slices_give_the_bits_of_the_whole(
-    batch: int, longest: int, weighted: bool, mirrored: bool, rows: int, seed: int
-) -> None:
-    cores, bags, grad = train_batch(batch, longest, weighted, seed)
-    _assert_slices_agree(cores, bags, grad, mirrored, rows, atol=2e-5)
-
-
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_slices_give_the_bits_of_the_whole_where_gradients_fill_a_cache(mirrored: bool) -> None:
-    cores, bags, grad = train_batch(700, 2, False, 1)
-    assert grad.nbytes > 2**20
-    _assert_slices_agree(cores, bags, grad, mirrored, rows=100, atol=1e-4)
-
-
-def _assert_slices_agree(
-    cores: list[Tensor], bags: Batch, grad: Tensor, mirrored: bool, rows: int, atol: float
-) -> None:
-    kernels = [kernel for _, kernel in make_kernels(mirrored)]
-    whole = run_trains(kernels, cores, bags, grad)
-    sliced = run_trains(kernels, cores, bags, grad, micro_batch_rows=rows)
-    for first, second in zip(whole[:1], sliced[:1], strict=True):
-        assert torch.equal(first, second)
-    # A core slice sums over the same nodes in another order of chains.
-    for first, second in zip(whole[1:], sliced[1:], strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=atol)
-
-
-@settings(derandomize=True, deadline=None, max_examples=15)
-@given(longest=st.integers(1, 4), weighted=st.booleans(), seed=st.integers(0, 2**31))
-def test_a_train_reads_the_same_from_either_end(longest: int, weighted: bool, seed: int) -> None:
-    cores, bags, grad = train_batch(40, longest, weighted, seed)
-    straight = run_trains([kernel for _, kernel in make_kernels(False)], cores, bags, grad)
-    mirrored = run_trains([kernel for _, kernel in make_kernels(True)], cores, bags, grad)
-    for first, second in zip(straight, mirrored, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
-
-
-def test_the_mirror_is_taken_when_suffixes_are_shared() -> None:
-    """Ids a * 56 + b with one b: 40 prefixes (i_1, i_2) but a single suffix (i_2, i_3)."""
-    shape = TrainShape((40, 8, 7), (2, 2, 2), (1, 8, 8, 1))
-    kernel = tt_gather.kernel(shape)
-    torch.manual_seed(0)
-    cores = [torch.randn(p, r * 2 * s) for p, r, s in ((40, 1, 8), (8, 8, 8), (7, 8, 1))]
-    ids = torch.arange(40) * 56 + 17
-    batch = Batch(ids, torch.arange(41), None, 40)
-    chosen = Group([kernel], [FeatureCode(0, False)])
-    never = Group([replace(kernel, mirrored_cost=())], [FeatureCode(0, False)])
-    outs = [group.forward(cores, batch, keep=False)[0] for group in (chosen, never)]
-    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(*outs), "both were read from the same end"
 
 
 def test_memory_is_given_back_and_used_again() -> None:
@@ -283,53 +218,6 @@ def test_the_native_check_agrees_with_a_loop(lengths: list[int], bad: str, seed:
         else:
             with pytest.raises(BatchError, match="outside"):
                 check_bags(bags, targets)
-
-
-@pytest.mark.parametrize(
-    ("ids_of", "rows_of", "hot", "tables_of"),
-    [
-        ((40_000,), 10**6, 0.0, 1),
-        ((17_000, 40_000, 100), 10**6, 0.0, 3),
-        ((17_000, 30_000), 10**6, 0.3, 1),
-        ((40_000,), 10**10, 0.5, 1),
-        ((40_000,), 10**6, 1.0, 1),
-    ],
-)
-def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
-    ids_of: tuple[int, ...], rows_of: int, hot: float, tables_of: int
-) -> None:
-    """The largest of several, or by one each where they are many; one of several features; wide keys; an id
-    that is all of a thread's share, or of the table's.
-    """
-    spec = TableSpec(
-        name="t", num_embeddings=rows_of, embedding_dim=16, compression=TensorTrain(rank=4), init_std=1.0
-    )
-    specs = [replace(spec, name=f"t{f}", feature_names=(f"f{f}",)) for f in range(tables_of)]
-    torch.manual_seed(0)
-    tables = list(build(specs, torch.device("cpu")).values())
-    features = tables if tables_of == len(ids_of) else tables * len(ids_of)
-    for table in tables:
-        table.reset_parameters()
-    parameters = [parameter for table in tables for parameter in table.parameters()]
-    lengths = torch.cat([(torch.arange(40_000) < count).long() for count in ids_of])
-    ids = (torch.rand(sum(ids_of), dtype=torch.float64) ** 3 * rows_of).long()
-    ids[torch.rand(len(ids)) < hot] = rows_of // 2
-    bags = Bags(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), len(ids_of))
-    threads = torch.get_num_threads()
-    outcomes = []
-    try:
-        for count in (1, 2, 3, 70):
-            torch.set_num_threads(count)
-            pooled = pooled_native(features, bags)
-            assert pooled is not None
-            outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), parameters)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in outcomes[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
-    rows = tables[0].rows(tables[0].map_ids(ids[:100]))
-    torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
-    assert math.prod(table_shapes(spec)[0]) >= rows_of
 
 
 def test_frozen_tables_ask_for_no_gradient() -> None:
