@@ -19,7 +19,7 @@ namespace {
 // Below this many ids a second thread costs more than it saves.
 constexpr int64_t SERIAL = 512;
 // Ids of a table from which all threads sort it together.
-constexpr int64_t TOGETHER = 1 << 14;
+constexpr int64_t TOGETHER = 1 << 13;
 
 // Everything a call holds from its forward to its backward; kept for the next call of the same tables.
 struct State {
