@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +24,15 @@ from recemb.bags import Bags
 from recemb.spec import TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
 from recemb_kernels.tt_gather import TrainShape, tt_gather
-from tests.kernels.cases import make_kernels, run_trains, train_batch
+from tests.kernels.cases import (
+    group_of,
+    make_bags,
+    make_engine,
+    make_kernels,
+    run_trains,
+    step_all,
+    train_batch,
+)
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
@@ -127,3 +141,55 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     rows = tables[0].rows(tables[0].map_ids(ids[:100]))
     torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
     assert math.prod(table_shapes(spec)[0]) >= rows_of
+
+
+def _trained(threads: Sequence[int]) -> tuple[list[Tensor], int]:
+    """What tables of all methods put out, and are after steps by these threads in turn; their workspace."""
+    before = torch.get_num_threads()
+    engine, tables = make_engine()
+    step_all(tables, torch.optim.Adagrad, 0.1)
+    outs = []
+    try:
+        for k, (forward, backward) in enumerate(pairwise(threads)):
+            torch.set_num_threads(forward)
+            out = engine(tables, make_bags(engine, 300, 1 + k % 3, seed=k))
+            torch.set_num_threads(backward)
+            out.square().mean().backward()
+            outs.append(out.detach())
+    finally:
+        torch.set_num_threads(before)
+    parameters = [parameter.detach() for table in tables.values() for parameter in table.parameters()]
+    return [*outs, *parameters], group_of(tables).workspace_bytes
+
+
+@pytest.mark.parametrize("threads", [(2,) * 7, (3,) * 7, (2, 3, 1, 2, 2, 3, 1)])
+def test_tables_that_one_thread_each_takes_come_out_with_the_same_bits(threads: tuple[int, ...]) -> None:
+    """Also where the backward has other threads than the forward."""
+    alone, bytes_alone = _trained((1,) * 7)
+    shared, bytes_shared = _trained(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    assert bytes_shared > bytes_alone, "no table was taken whole: each thread has a workspace then"
+
+
+def test_a_region_of_fewer_threads_than_asked_for_leaves_no_table_out() -> None:
+    script = """
+import torch
+from tests.kernels.cases import make_kernels, run_trains, train_batch
+kernels = [kernel for _, kernel in make_kernels(False)]
+cores, batch, grad = train_batch(300, 1, False, 0)
+outcomes = []
+for asked in (1, 2):
+    torch.get_num_threads = lambda: asked
+    outcomes.append(run_trains(kernels, cores, batch, grad))
+assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+print("equal")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]

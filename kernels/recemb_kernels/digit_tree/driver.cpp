@@ -7,6 +7,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "recemb_owners.h"
 #include "recemb_plan.h"
 #include "recemb_share.h"
 #include "recemb_sort.h"
@@ -24,6 +25,7 @@ constexpr int64_t TOGETHER = 1 << 13;
 // Everything a call holds from its forward to its backward; kept for the next call of the same tables.
 struct State {
   PlanRoom plan;
+  Owners owners;
   Buffer bags, slots, kept{true}, spare{true}, own;
   Buffer tables, features, gradient;  // of the group
   bool known = false, reserved = false, one_hot = false;
@@ -60,6 +62,7 @@ void know(const Call* call, State* state) {
   Table* tables = state->tables.room<Table>(call->num_tables);
   int64_t* feature = state->features.room<int64_t>(call->num_features);
   state->gradient.room<Gradient>(call->num_features);
+  state->owners.know(call->num_tables);
   for (int64_t t = 0; t < call->num_tables; t++) {
     tables[t] = {};
     tables[t].features = feature;
@@ -143,6 +146,14 @@ void plan_tables(const Call* call, State* state, Plan pass) {
     for (int64_t before = 0; before < t; before++) ids += call->tables[before].ids;
     return ids;
   };
+  if (state->owners.whole()) {
+    state->owners.each_own(PLANNED, now, [&](int64_t t) {
+      plan_table(call, t, base(t), state->plan, omp_get_thread_num());
+      for (int64_t level = 1; level < call->tables[t].order; level++) plan_level(call, t, base(t), level, state->plan);
+    });
+#pragma omp barrier
+    return;
+  }
   // Tables larger than a thread's share are sorted by all threads together, the others by one thread each.
   const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
   int64_t all = 0;
@@ -184,11 +195,13 @@ void begin(Call* call, State* state, int threads) {
   }
   attach(call, state, threads);
   count_ids(call);
+  state->owners.share_out(call, threads);
 }
 
 const Functions& kernel_of(const Table& table) { return table.mirrored ? table.code->mirror : table.code->kernel; }
 
-// Gives every table its workspaces: one of its own for what the backward needs again, and one that all take in turn.
+// Gives every table its workspaces: one of its own for what the backward needs again, and one that all take in turn,
+// or all of a thread.
 void place(const Call* call, State* state, bool forward) {
   int64_t kept = 0, spare = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
@@ -198,16 +211,34 @@ void place(const Call* call, State* state, bool forward) {
     kept += kernel_of(table).kept(&table, call);
   }
   float* at = forward ? state->kept.room<float>(kept) : state->kept.at<float>();
-  float* room = state->spare.room<float>(spare);
+  spare = (spare + LINE - 1) / LINE * LINE;
+  const bool whole = state->owners.whole();
+  float* room = state->spare.room<float>(whole ? spare * omp_get_num_threads() : spare);
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
-    table.spare = room, table.kept = at;
+    table.spare = whole ? room + spare * state->owners.of(t) : room, table.kept = at;
     at += kernel_of(table).kept(&table, call);
   }
 }
 
-// Hands every table to its kernel, one after the other on all threads; those that add to the others' columns last.
-void run_kernels(const Call* call, void (*Functions::*pass)(const Table*, const Call*)) {
+// Hands every table to its kernel: whole tables to their owners' alone, else one after the other to all threads, those
+// that add to the others' columns last.
+void run_kernels(const Call* call, State* state, Stage stage) {
+  const auto run = [&](const Table& table, const Call* own) {
+    const Functions& kernel = kernel_of(table);
+    (stage == POOLED ? kernel.forward : kernel.backward)(&table, own);
+  };
+  if (state->owners.whole()) {
+    state->owners.each_own(stage, [](int64_t) { return true; }, [&](int64_t t) {
+      const Table& table = call->tables[t];
+      if (Buffer::poison) std::fill_n(table.spare, table.spare_size, NAN);
+      Call own = *call;
+      own.own += omp_get_thread_num() * call->own_stride;
+#pragma omp parallel num_threads(1)  // a region of this thread, for what kernels share out and wait for
+      run(table, &own);
+    });
+    return;
+  }
   bool taken = false, adding = false;
   for (const bool adds : {false, true})
     for (int64_t t = 0; t < call->num_tables; t++) {
@@ -221,7 +252,7 @@ void run_kernels(const Call* call, void (*Functions::*pass)(const Table*, const 
 #pragma omp single
         std::fill_n(table.spare, table.spare_size, NAN);
       }
-      (kernel_of(table).*pass)(&table, call);
+      run(table, call);
     }
 }
 
@@ -344,7 +375,7 @@ int64_t recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t p
     }
 #pragma omp single
     lacks = lacking([&] { place(call, state, true); });
-    if (!lacks) run_kernels(call, &Functions::forward);
+    if (!lacks) run_kernels(call, state, POOLED);
   }
   return lacks;
 }
@@ -374,7 +405,7 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
     if (plan) plan_tables(call, state, BACKWARD);
 #pragma omp single
     lacks = lacking([&] { place(call, state, false); });
-    if (!lacks) run_kernels(call, &Functions::backward);
+    if (!lacks) run_kernels(call, state, STEPPED);
   }
   if (lacks) return lacks;
   count_steps(call);

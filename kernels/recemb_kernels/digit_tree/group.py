@@ -415,7 +415,8 @@ def driver() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    library = load("tree_driver", [_HERE / name for name in ("driver.cpp", "plan.cpp", "buffer.cpp")], {})
+    sources = [_HERE / f"{name}.cpp" for name in ("driver", "plan", "owners", "buffer")]
+    library = load("tree_driver", sources, {})
     for name, structure in (("call", _Call), ("code", _Code)):
         size = getattr(library, f"recemb_tree_{name}_size")
         size.restype = ctypes.c_int64

@@ -20,7 +20,6 @@ constexpr bool POISON = false;
 #endif
 
 constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
-constexpr int64_t LINE = 16;   // floats of a cache line
 constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
 
 template <bool WRITE = false>

@@ -14,6 +14,7 @@
 namespace recemb {
 
 constexpr int MAX_ORDER = 8;
+constexpr int64_t LINE = 16;  // floats of a cache line
 
 // One level of one table's tree. Nodes are cut into slices, whole subtrees of level 0, that share a workspace.
 // Within a slice they are grouped by digit: a run is one digit of one slice, a piece is at most PIECE nodes of one

@@ -1,0 +1,67 @@
+#include "recemb_owners.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace recemb {
+
+namespace {
+
+// Of the busiest thread's work to its share: below the first, tables are taken whole; below the second they stay with
+// whom has had them, who has their weights in its cache.
+constexpr double UNEVEN = 1.1, EVEN = 1.05;
+// What an id of a table is taken to cost before it has been seen to, in seconds.
+constexpr double OF_AN_ID = 5e-8;
+
+}  // namespace
+
+void Owners::know(int64_t tables) {
+  std::fill_n(took_.room<double>(STAGES * tables), STAGES * tables, 0.0);
+  cost_.room<double>(tables), order_.room<int32_t>(tables);
+  std::fill_n(owner_.room<int32_t>(tables), tables, 0);
+  tables_ = tables, threads_ = last_ = 0;
+}
+
+void Owners::note(Stage stage, int64_t table, double seconds) {
+  double& mean = took_.at<double>()[stage * tables_ + table];
+  // Others take the core now and then.
+  mean += mean == 0 ? seconds : 0.1 * (std::min(seconds, 4 * mean) - mean);
+}
+
+bool Owners::balanced(int threads, double most) {
+  const double* cost = cost_.at<double>();
+  double *load = load_.at<double>(), all = 0;
+  std::fill_n(load, threads, 0.0);
+  for (int64_t t = 0; t < tables_; t++) load[of(t)] += cost[t], all += cost[t];
+  return *std::max_element(load, load + threads) * threads <= most * all;
+}
+
+void Owners::share_out(const Call* call, int threads) {
+  threads_ = 0;
+  if (threads < 2 || tables_ < 2 * threads) return;
+  double* cost = cost_.at<double>();
+  for (int64_t t = 0; t < tables_; t++) {
+    const Table& table = call->tables[t];
+    // Whole tables have a workspace each at a time, and the sums of columns that two features share have an order.
+    if (table.adds || (table.code->plan == FORWARD && table.ids > call->slice_rows)) return;
+    cost[t] = 0;
+    for (int stage = 0; stage < STAGES; stage++) cost[t] += took_.at<double>()[stage * tables_ + t];
+    if (cost[t] == 0) cost[t] = OF_AN_ID * static_cast<double>(table.ids + 1);
+  }
+  double* load = load_.room<double>(threads);
+  if (last_ != threads || !balanced(threads, EVEN)) {
+    // The longest first, each to whom has least to do.
+    int32_t *order = order_.at<int32_t>(), *owner = owner_.at<int32_t>();
+    std::iota(order, order + tables_, 0);
+    std::stable_sort(order, order + tables_, [&](int32_t a, int32_t b) { return cost[a] > cost[b]; });
+    std::fill_n(load, threads, 0.0);
+    for (int64_t k = 0; k < tables_; k++) {
+      const int64_t least = std::min_element(load, load + threads) - load;
+      owner[order[k]] = static_cast<int32_t>(least), load[least] += cost[order[k]];
+    }
+    last_ = threads;
+  }
+  if (balanced(threads, UNEVEN)) threads_ = threads;
+}
+
+}  // namespace recemb
