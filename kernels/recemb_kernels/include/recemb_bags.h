@@ -65,10 +65,11 @@ void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask,
   const int64_t last = offsets[end];
   for (int64_t i = offsets[begin]; i < std::min(last, offsets[begin] + AHEAD); i++)
     ask(call->ids[i] + feature.key_base);
-  const float* out = call->out + feature.column;
+  // Where other tables' columns lie between them, processors do not see which bag comes next.
+  const float* out = call->columns > W ? call->out + feature.column : nullptr;
   for (int64_t b = begin; b < end; b++) {
     float sum[W] = {};
-    if (b + AHEAD < end) prefetch_row<true>(out + (b + AHEAD) * call->columns, W);
+    if (out && b + AHEAD < end) prefetch_row<true>(out + (b + AHEAD) * call->columns, W);
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
       if (i + AHEAD < last) ask(call->ids[i + AHEAD] + feature.key_base);
       add(call->ids[i] + feature.key_base, call->weights ? call->weights[i] : 1.0f, sum);
