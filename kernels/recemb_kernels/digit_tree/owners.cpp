@@ -10,6 +10,9 @@ namespace {
 // Of the busiest thread's work to its share: below the first, tables are taken whole; below the second they stay with
 // whom has had them, who has their weights in its cache.
 constexpr double UNEVEN = 1.1, EVEN = 1.05;
+// Ids of a table whose rows are held at once up to which it is one thread's: each has a workspace then, and of more ids
+// a pass has work for all.
+constexpr int64_t MOST_IDS = 1 << 13;
 // What an id of a table is taken to cost before it has been seen to, in seconds.
 constexpr double OF_AN_ID = 5e-8;
 
@@ -42,8 +45,9 @@ void Owners::share_out(const Call* call, int threads) {
   double* cost = cost_.at<double>();
   for (int64_t t = 0; t < tables_; t++) {
     const Table& table = call->tables[t];
-    // Whole tables have a workspace each at a time, and the sums of columns that two features share have an order.
-    if (table.adds || (table.code->plan == FORWARD && table.ids > call->slice_rows)) return;
+    // The sums of columns that two features share have an order.
+    if (table.adds) return;
+    if (table.code->plan == FORWARD && table.ids > std::min(call->slice_rows, MOST_IDS)) return;
     cost[t] = 0;
     for (int stage = 0; stage < STAGES; stage++) cost[t] += took_.at<double>()[stage * tables_ + t];
     if (cost[t] == 0) cost[t] = OF_AN_ID * static_cast<double>(table.ids + 1);

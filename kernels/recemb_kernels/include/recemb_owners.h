@@ -17,7 +17,7 @@ class Owners {
   void know(int64_t tables);
 
   // Shares the tables out to so many threads, by what each has taken before, if all threads have about as much to do
-  // then, and one thread's workspace for a whole table is not more than the call allows; `ids` of the tables are known.
+  // then and no table is too large for one; the tables' ids are counted.
   void share_out(const Call* call, int threads);
 
   // Whether the tables have owners in this region, which may have other threads than it was asked to.
