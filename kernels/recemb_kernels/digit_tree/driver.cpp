@@ -1,5 +1,5 @@
 // The table-independent part of a look-up: checks the batch, plans it, opens one parallel region for all tables,
-// and hands each to the kernel compiled for it.
+// and hands each to the kernel compiled for it, on all threads or within its owner's own region.
 #include <omp.h>
 #include <pthread.h>
 
@@ -360,7 +360,7 @@ int64_t recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t p
   const int team = threads_for(call, threads);
   int64_t lacks = lacking([&] {
     if (prepared)
-      attach(call, state, team);
+      attach(call, state, team), state->owners.share_out(call, team);
     else
       begin(call, state, team);
     if (plan) reserve_plan(call, state, team);

@@ -10,25 +10,30 @@ namespace {
 // Of the busiest thread's work to its share: below the first, tables are taken whole; below the second they stay with
 // whom has had them, who has their weights in its cache.
 constexpr double UNEVEN = 1.1, EVEN = 1.05;
-// Ids of a table whose rows are held at once up to which it is one thread's: each has a workspace then, and of more ids
-// a pass has work for all.
+// Ids of a table up to which it is one thread's: each has a workspace then, and of more ids a pass has work for all.
 constexpr int64_t MOST_IDS = 1 << 13;
 // What an id of a table is taken to cost before it has been seen to, in seconds.
 constexpr double OF_AN_ID = 5e-8;
+// A stage that has not been seen to. The first time does not count: memory comes page by page then.
+constexpr double NEVER_SEEN = -1;
+// Batches after which tables that did not share out evenly are seen to once more.
+constexpr int64_t AGAIN = 256;
 
 }  // namespace
 
 void Owners::know(int64_t tables) {
-  std::fill_n(took_.room<double>(STAGES * tables), STAGES * tables, 0.0);
+  std::fill_n(took_.room<double>(STAGES * tables), STAGES * tables, NEVER_SEEN);
   cost_.room<double>(tables), order_.room<int32_t>(tables);
   std::fill_n(owner_.room<int32_t>(tables), tables, 0);
-  tables_ = tables, threads_ = last_ = 0;
+  tables_ = tables, threads_ = last_ = 0, refused_ = 0;
 }
 
 void Owners::note(Stage stage, int64_t table, double seconds) {
   double& mean = took_.at<double>()[stage * tables_ + table];
-  // Others take the core now and then.
-  mean += mean == 0 ? seconds : 0.1 * (std::min(seconds, 4 * mean) - mean);
+  if (mean == NEVER_SEEN)
+    mean = 0;
+  else  // others take the core now and then
+    mean += mean == 0 ? seconds : 0.1 * (std::min(seconds, 4 * mean) - mean);
 }
 
 bool Owners::balanced(int threads, double most) {
@@ -45,11 +50,11 @@ void Owners::share_out(const Call* call, int threads) {
   double* cost = cost_.at<double>();
   for (int64_t t = 0; t < tables_; t++) {
     const Table& table = call->tables[t];
-    // The sums of columns that two features share have an order.
-    if (table.adds) return;
-    if (table.code->plan == FORWARD && table.ids > std::min(call->slice_rows, MOST_IDS)) return;
+    // The sums of columns that two features share have an order; trains of more rows come in slices.
+    if (table.adds || table.ids > MOST_IDS) return;
+    if (table.code->plan == FORWARD && table.ids > call->slice_rows) return;
     cost[t] = 0;
-    for (int stage = 0; stage < STAGES; stage++) cost[t] += took_.at<double>()[stage * tables_ + t];
+    for (int stage = 0; stage < STAGES; stage++) cost[t] += std::max(took_.at<double>()[stage * tables_ + t], 0.0);
     if (cost[t] == 0) cost[t] = OF_AN_ID * static_cast<double>(table.ids + 1);
   }
   double* load = load_.room<double>(threads);
@@ -65,7 +70,10 @@ void Owners::share_out(const Call* call, int threads) {
     }
     last_ = threads;
   }
-  if (balanced(threads, UNEVEN)) threads_ = threads;
+  if (balanced(threads, UNEVEN))
+    threads_ = threads, refused_ = 0;
+  else if (++refused_ % AGAIN == 0)
+    std::fill_n(took_.at<double>(), STAGES * tables_, NEVER_SEEN);
 }
 
 }  // namespace recemb

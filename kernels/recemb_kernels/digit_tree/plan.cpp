@@ -132,15 +132,16 @@ void cut_slices(Table& table, int64_t most) {
           table.level[l - 1].first[table.level[l - 1].slice_node[s]];
 }
 
-// Digits of which each has a counter, on the stack.
+// Values that have a counter each, on the stack, where these are not many more than what is counted.
 constexpr int64_t COUNTED = int64_t{1} << SORT_BITS;
+bool counts(int64_t values, int64_t nodes) { return values <= std::min(COUNTED, 4 * nodes + 64); }
 
 // Numbers the distinct digits of a level's nodes in their order; `group` holds the digits and ends as these numbers.
 void number_digits(Level& level, int64_t radix, Narrow* a, Narrow* b) {
   int32_t* group = const_cast<int32_t*>(level.group);
   int32_t* digit = const_cast<int32_t*>(level.digit);
   level.touched = 0;
-  if (radix <= COUNTED) {
+  if (counts(radix, level.nodes)) {
     int32_t number[COUNTED];
     std::fill_n(number, radix, 0);
     for (int64_t i = 0; i < level.nodes; i++) number[group[i]] = 1;
@@ -178,7 +179,7 @@ void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow*
     const int64_t from = level.slice_node[s], to = level.slice_node[s + 1];
     const_cast<int32_t*>(level.slice_run)[s] = static_cast<int32_t>(runs);
     const_cast<int32_t*>(level.slice_piece)[s] = static_cast<int32_t>(pieces);
-    if (level.touched <= COUNTED) {
+    if (counts(level.touched, to - from)) {
       int32_t next[COUNTED];
       std::fill_n(next, level.touched, 0);
       for (int64_t i = from; i < to; i++) next[group[i]]++;

@@ -56,9 +56,9 @@ void put_bag(const Call* call, int64_t f, int64_t b, const float* sum) {
     std::copy(sum, sum + W, out);
 }
 
-// Pools bags [begin, end) of feature f: `ask(key)` prefetches a row, `add(key, w, sum)` adds w times it to
-// sum[W], `done(b, sum)` takes the bag of sample b.
-template <int W, class Ask, class Add, class Done>
+// Pools bags [begin, end) of feature f, OUT columns of the output: `ask(key)` prefetches a row, `add(key, w, sum)` adds
+// w times it to sum[W], `done(b, sum)` takes the bag of sample b.
+template <int W, int OUT, class Ask, class Add, class Done>
 void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask, Add add, Done done) {
   const FeatureCode& feature = call->features[f];
   const int64_t* offsets = call->offsets + f * call->batch;
@@ -66,10 +66,10 @@ void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask,
   for (int64_t i = offsets[begin]; i < std::min(last, offsets[begin] + AHEAD); i++)
     ask(call->ids[i] + feature.key_base);
   // Where other tables' columns lie between them, processors do not see which bag comes next.
-  const float* out = call->columns > W ? call->out + feature.column : nullptr;
+  const float* out = call->columns > OUT ? call->out + feature.column : nullptr;
   for (int64_t b = begin; b < end; b++) {
     float sum[W] = {};
-    if (out && b + AHEAD < end) prefetch_row<true>(out + (b + AHEAD) * call->columns, W);
+    if (out && b + AHEAD < end) prefetch_row<true>(out + (b + AHEAD) * call->columns, OUT);
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
       if (i + AHEAD < last) ask(call->ids[i + AHEAD] + feature.key_base);
       add(call->ids[i] + feature.key_base, call->weights ? call->weights[i] : 1.0f, sum);

@@ -1,6 +1,6 @@
 // Which thread of a region has a table to itself, where the tables of a batch are many: from its plan to its step, in
-// every batch. Threads hand each other nothing then, which takes cores that share no cache longer than a table of a few
-// thousand ids, and wait for each other once a pass.
+// every batch of a state. Threads hand each other nothing then, which takes cores that share no cache longer than a
+// table of a few thousand ids, and wait for each other once a pass.
 #pragma once
 #include <omp.h>
 
@@ -44,6 +44,7 @@ class Owners {
   int64_t tables_ = 0;
   int threads_ = 0;  // that tables are shared out to; 0: to none
   int last_ = 0;     // the same, of the last time
+  int64_t refused_ = 0;  // batches since they shared out evenly
   Buffer took_, cost_, owner_, order_, load_;  // [STAGES, tables] seconds; [tables]; [threads]
 };
 

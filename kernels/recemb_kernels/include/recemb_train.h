@@ -50,7 +50,7 @@ struct Sizes {
     return !MIRRORED && R(l) % PAD == 0;
   }
   static constexpr bool IN_PLACE(int l) { return AS_STORED(l) && stored_as(core(l)) == FLOAT32; }
-  // The last core's slice is turned for each row that reads it where the compiler can move vectors: of a large table
+  // The last core's slice is turned for whoever reads it where the compiler can move vectors: of a large table
   // most slices have one or two, and copies of all would take as much of the caches again.
   static constexpr bool TURNED(int l) {
     return l == LAST && !AS_STORED(l) && stored_as(core(l)) == FLOAT32 && Q(l) <= 16 && (Q(l) & (Q(l) - 1)) == 0;
@@ -86,7 +86,7 @@ constexpr int64_t SLICE_COST = 96, PRODUCT_COST = 12, ROW_COST = 8;
 constexpr int64_t CACHE = 1 << 20;
 // Nodes of a run up to which a slice is not worth transposing.
 constexpr int64_t FEW = 3;
-// Rows computed at once: whole blocks of products, 16 kB of them at most.
+// Rows computed at once: about 16 kB of them.
 constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
 // The last core's rows and slices ahead of which what they read is asked for.
 constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;

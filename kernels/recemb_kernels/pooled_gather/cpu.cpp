@@ -82,7 +82,7 @@ int64_t spare(const Table* table, const Call* call) {
 void forward(const Table* table, const Call* call) {
   each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
     const int64_t k = std::find(table->features, table->features + table->num_features, f) - table->features;
-    pool_bags<W>(
+    pool_bags<W, OPERATION == PROJECT ? RIGHT : W>(
         call, f, begin, end, [&](int64_t key) { ask(table, key); },
         [&](int64_t key, float w, float* sum) { add_row(table, key, w, sum); },
         [&](int64_t b, const float* sum) {

@@ -236,7 +236,7 @@ void forward(const Table* table, const Call* call) {
   const Hash hash(table);
   each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
     const int64_t t = hash.table_of(call->features[f].key_base);
-    pool_bags<D>(
+    pool_bags<D, D>(
         call, f, begin, end, [](int64_t) {},
         [&](int64_t key, float w, float* sum) { add_row(table, hash, t, key, w, sum); },
         [&](int64_t b, const float* sum) {

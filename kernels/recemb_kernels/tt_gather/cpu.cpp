@@ -128,7 +128,11 @@ struct TrainBackward : Train<MIRRORED> {
     float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     float* const grads = scratch(call, GRADIENTS);
     Turned turned;
-    share_tasks(first, last, [&](int64_t run) { return Base::template cost_of_runs<l>(run); }, [&](int64_t run) {
+    const auto cost = [&](int64_t run) {
+      const int64_t whole = Base::template cost_of_runs<l>(run);
+      return l == LAST - 1 && summed ? whole - level.run_ids[run] : whole;
+    };
+    share_tasks(first, last, cost, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       forget(call);
       const float* straight = matrix(l, group);
