@@ -1,4 +1,4 @@
-"""Plans of a batch: slices, mirrors, and tables that all threads sort."""
+"""Plans of a batch: slices, mirrors, tables that all threads sort, and those that are one thread's."""
 
 from __future__ import annotations
 
@@ -141,6 +141,26 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     rows = tables[0].rows(tables[0].map_ids(ids[:100]))
     torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
     assert math.prod(table_shapes(spec)[0]) >= rows_of
+
+
+def test_keys_that_no_double_holds() -> None:
+    spec = TableSpec(
+        name="t",
+        num_embeddings=2**56,
+        embedding_dim=4,
+        compression=TensorTrain(rank=2, num_cores=8, row_shape=(2**7,) * 8, dim_shape=(1,) * 7 + (4,)),
+        feature_names=("f",),
+        init_std=1.0,
+    )
+    torch.manual_seed(0)
+    (table,) = build([spec], torch.device("cpu")).values()
+    table.reset_parameters()
+    ids = torch.randint(0, 2**56, (500,))
+    edges = torch.tensor([0, 2**53 - 1, 2**53, 2**53 + 1, 2**56 - 1])
+    ids = torch.cat([ids, ids | 1, ids | 127, edges])
+    pooled = pooled_native([table], Bags(ids, torch.arange(len(ids) + 1), 1))
+    assert pooled is not None
+    torch.testing.assert_close(pooled, table.rows(table.map_ids(ids)), rtol=1e-5, atol=1e-6)
 
 
 def _trained(threads: Sequence[int], ahead: bool = False) -> tuple[list[Tensor], int]:

@@ -42,9 +42,9 @@ class Owners {
   bool balanced(int threads, double most);
 
   int64_t tables_ = 0;
-  int threads_ = 0;  // that tables are shared out to; 0: to none
-  int last_ = 0;     // the same, of the last time
-  int64_t refused_ = 0;  // batches since they shared out evenly
+  int threads_ = 0;                            // that tables are shared out to; 0: to none
+  int last_ = 0;                               // the same, of the last time
+  int64_t refused_ = 0;                        // batches since they shared out evenly
   Buffer took_, cost_, owner_, order_, load_;  // [STAGES, tables] seconds; [tables]; [threads]
 };
 

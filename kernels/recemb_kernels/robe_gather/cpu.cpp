@@ -105,7 +105,7 @@ struct Blocks {
   int64_t *start, *piece;          // [n] in order of piece: (position in the batch, or distinct row) * BLOCKS + block
   int64_t *sorted, *sorted_piece;  // [n] by start
   int64_t* count;                  // [threads] that start in a thread's array rows
-  void* records;                   // [2 (n + threads)]
+  void* records;                   // [2 n]
   float* sign;                     // [n] by piece
   int64_t floats;                  // of all
 
@@ -123,7 +123,7 @@ struct Blocks {
       return at += count, base + at - count;
     };
     count = take(threads), start = take(n), piece = take(DIRECT ? n : 0), sorted = take(n), sorted_piece = take(n);
-    records = take(2 * (n + threads) * record / static_cast<int64_t>(sizeof(int64_t)));
+    records = take(2 * n * record / static_cast<int64_t>(sizeof(int64_t)));
     const int64_t signs = DIRECT ? call->num_ids : n;
     sign = reinterpret_cast<float*>(take((signs + 1) / 2));
     floats = sign - table->spare + signs;
@@ -141,18 +141,15 @@ struct Share {
 // Sorts this thread's share of the blocks. Each thread reads the starts of all of them, twice: that takes a tenth of
 // what it takes one of them to sort all.
 template <class Record>
-void sort_pieces(Blocks& blocks, const Share& share, int64_t thread) {
-  const int64_t n = blocks.n, own = share.end - share.begin, low = share.first * Z;
+void sort_pieces(Blocks& blocks, const Share& share) {
+  const int64_t own = share.end - share.begin, low = share.first * Z;
   const uint64_t width = static_cast<uint64_t>(share.past - share.first) * Z;
-  // With room for one more, which is written and not kept.
-  Record* const records = static_cast<Record*>(blocks.records) + 2 * (share.begin + thread);
-  for (int64_t i = 0, m = 0; i < n; i++) {
-    const uint64_t key = static_cast<uint64_t>(blocks.start[i] - low);
-    records[m] = Record(key, i);
-    m += key < width;
-  }
+  Record* const records = static_cast<Record*>(blocks.records) + 2 * share.begin;
+  // Of a start below the share's the key wraps, to one that no share has.
+  const auto block = [&](int64_t i) { return Record(static_cast<uint64_t>(blocks.start[i] - low), i); };
+  select_keys(block, 0, blocks.n, 0, width, records);
   const auto read = [records](int64_t i) { return records[i]; };
-  const Record* sorted = radix_sort(read, records + own + 1, records, own, bits_of(width - 1));
+  const Record* sorted = radix_sort(read, records + own, records, own, bits_of(width - 1));
   for (int64_t k = 0; k < own; k++) {
     blocks.sorted[share.begin + k] = static_cast<int64_t>(sorted[k].key()) + low;
     blocks.sorted_piece[share.begin + k] = DIRECT ? blocks.piece[sorted[k].value()] : sorted[k].value();
@@ -172,9 +169,9 @@ Share sort_blocks(const Table* table, Blocks& blocks) {
   for (int64_t t = 0; t < thread; t++) share.begin += blocks.count[t];
   share.end = share.begin + own;
   if (own && Blocks::is_wide(table))
-    sort_pieces<Wide>(blocks, share, thread);
+    sort_pieces<Wide>(blocks, share);
   else if (own)
-    sort_pieces<Narrow>(blocks, share, thread);
+    sort_pieces<Narrow>(blocks, share);
 #pragma omp barrier
   return share;
 }
