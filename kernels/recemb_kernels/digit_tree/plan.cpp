@@ -10,8 +10,8 @@ namespace recemb {
 
 namespace {
 
-// 32-bit arrays of a plan: perm, then per level parent, first, digit, group, by_digit, runs (4), pieces, slices (3).
-constexpr int64_t ARRAYS_PER_LEVEL = 13;
+// 32-bit arrays of a plan: perm, then per level parent, first, digit, group, by_digit, runs (3), pieces, slices (3).
+constexpr int64_t ARRAYS_PER_LEVEL = 12;
 int64_t arrays_of(int64_t order) { return 1 + ARRAYS_PER_LEVEL * order; }
 
 struct Arrays {
@@ -205,19 +205,17 @@ void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow*
   const_cast<int32_t*>(level.slice_piece)[slices] = static_cast<int32_t>(pieces);
 }
 
-// What lies below the runs of level d - 2: hot ids stand together and make some far heavier than others.
-void weigh_runs(const Table& table) {
-  const Level &level = table.level[table.order - 2], &last = table.level[table.order - 1];
-  int32_t* run_rows = const_cast<int32_t*>(level.run_rows);
-  int32_t* run_ids = const_cast<int32_t*>(level.run_ids);
-  run_rows[0] = run_ids[0] = 0;
-  for (int64_t run = 0; run < level.slice_run[table.slices]; run++) {
-    int32_t rows = 0, ids = 0;
+// What lies below the runs of a level: hot ids stand together and make some far heavier than others.
+void weigh_runs(const Level& level, int64_t slices) {
+  int32_t* below = const_cast<int32_t*>(level.run_below);
+  below[0] = 0;
+  for (int64_t run = 0; run < level.slice_run[slices]; run++) {
+    int32_t sum = below[run];
     for (int64_t k = level.run_start[run]; k < level.run_start[run + 1]; k++) {
-      const int32_t *row = level.first + level.by_digit[k], *id = last.first;
-      rows += row[1] - row[0], ids += id[row[1]] - id[row[0]];
+      const int32_t* child = level.first + level.by_digit[k];
+      sum += child[1] - child[0];
     }
-    run_rows[run + 1] = run_rows[run] + rows, run_ids[run + 1] = run_ids[run] + ids;
+    below[run + 1] = sum;
   }
 }
 
@@ -400,7 +398,7 @@ void plan_table(const Call* call, int64_t index, int64_t base, const PlanRoom& r
   for (int64_t l = 0; l < table.order; l++) {
     Level& level = table.level[l];
     for (const int32_t** array : {&level.parent, &level.first, &level.digit, &level.group, &level.by_digit,
-                                  &level.run_start, &level.run_group, &level.run_rows, &level.run_ids,
+                                  &level.run_start, &level.run_group, &level.run_below,
                                   &level.piece_start, &level.slice_node, &level.slice_run, &level.slice_piece})
       *array = arrays.take();
   }
@@ -420,7 +418,7 @@ void plan_level(const Call* call, int64_t index, int64_t base, int64_t l, const 
   if (l == 0 || l >= table.order) return;
   Narrow* records = reinterpret_cast<Narrow*>(records_of(room, index, base)) + 2 * (l - 1) * (table.ids + 2);
   group_level(table.level[l], table.slices, radix_of(table, l), records, records + table.level[l].nodes);
-  if (l == table.order - 2) weigh_runs(table);
+  weigh_runs(table.level[l], table.slices);
 }
 
 }  // namespace recemb

@@ -37,8 +37,14 @@ struct Sizes {
     for (int k = 0; k < l; k++) total *= Q(k);
     return total;
   }
-  static constexpr int N(int l) { return Q(l) * round_up(R(l)); }
+  static constexpr int N(int l) { return l == LAST ? Q(l) : Q(l) * round_up(R(l)); }
   static constexpr int PRODUCT(int l) { return M(l) * N(l); }  // cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R]
+  // Floats of the widest that a node of levels 1 .. d - 1 sends to the one above: a gradient [M, padded K].
+  static constexpr int SENT() {
+    int most = 0;
+    for (int l = 1; l < ORDER; l++) most = std::max(most, M(l) * KP(l));
+    return most;
+  }
   static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
   // Rows add up rows of the last core's slice, [K, q], where these divide into vectors; else they are products with its
   // columns, [q, padded K].
@@ -80,7 +86,7 @@ constexpr int WIDEST_SLICE = [] {
 }();
 
 // About what a core slice, one row of a product with it, and one row of the table cost in ids, each of which is copied
-// to or added from its bag.
+// to or added from its bag, or in gradients that a node sends.
 constexpr int64_t SLICE_COST = 96, PRODUCT_COST = 12, ROW_COST = 8;
 // About what a core has of cache for itself, in bytes.
 constexpr int64_t CACHE = 1 << 20;
@@ -88,8 +94,8 @@ constexpr int64_t CACHE = 1 << 20;
 constexpr int64_t FEW = 3;
 // Rows computed at once: about 16 kB of them.
 constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
-// The last core's rows and slices ahead of which what they read is asked for.
-constexpr int64_t ROWS_AHEAD = 4, SLICES_AHEAD = 2;
+// Nodes and slices ahead of which what they read is asked for.
+constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2;
 
 // Nodes of level l whose gradients are held at once: 16 kB of them, in whole chains of rows, and one chain at least.
 template <class S>
@@ -101,7 +107,7 @@ constexpr int nodes_at_once(int l) {
 template <class S>
 constexpr int widest_gradients() {
   int most = S::PRODUCT(0);
-  for (int l = 1; l < LAST; l++) most = std::max(most, nodes_at_once<S>(l) * S::PRODUCT(l));
+  for (int l = 1; l < ORDER; l++) most = std::max(most, nodes_at_once<S>(l) * S::PRODUCT(l));
   return most;
 }
 
@@ -146,6 +152,8 @@ struct Train : Sizes<MIRRORED> {
   }
   static bool keeps_products(const Table& table) { return table.slices == 1; }
   static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
+  // Whether the backward adds rows' gradients up in a pass of their own.
+  static bool sums_rows(const Call& call) { return call.batch * call.columns * int64_t{sizeof(float)} > CACHE; }
   static int64_t most_nodes(const Table& table, int l) {
     int64_t most = 0;
     for (int64_t s = 0; s < table.slices; s++)
@@ -168,9 +176,7 @@ struct Train : Sizes<MIRRORED> {
   static int64_t spare_size(const Table& table, const Call& call) {
     int64_t total = keeps_products(table) ? 0 : all_products_size(table);
     if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
-    total += most_nodes(table, LAST) * D;
-    if constexpr (ORDER == 2) total += most_nodes(table, 0) * S::PRODUCT(0);
-    for (int l = 1; l < LAST; l++) total += most_nodes(table, l) * S::M(l) * S::KP(l);
+    total += most_nodes(table, LAST) * (S::SENT() + (sums_rows(call) ? D : 0));
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
     return total;
@@ -293,9 +299,8 @@ struct Train : Sizes<MIRRORED> {
   // What the runs of level l before this one cost.
   template <int l>
   int64_t cost_of_runs(int64_t run) const {
-    const Level& level = table.level[l];
-    const int64_t cost = PRODUCT_COST * S::M(l) * level.run_start[run] + SLICE_COST * run;
-    return l == LAST - 1 ? cost + ROW_COST * level.run_rows[run] + level.run_ids[run] : cost;
+    const int64_t of_node = l == LAST ? ROW_COST : PRODUCT_COST * S::M(l);
+    return of_node * table.level[l].run_start[run] + SLICE_COST * run;
   }
 
   // Rows that share a slice of the last core, each [D], the products above them given.
@@ -324,7 +329,8 @@ struct Train : Sizes<MIRRORED> {
     const Level& last = table.level[LAST];
     const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
     Turned turned;
-    share_tasks(first, past, [&](int64_t run) { return cost_of_runs<LAST>(run); }, [&](int64_t run) {
+    const auto cost = [&](int64_t run) { return cost_of_runs<LAST>(run) + last.run_below[run]; };
+    share_tasks(first, past, cost, [&](int64_t run) {
       const float* matrix = last_matrix(last.run_group[run], turned);
       for (int64_t from = last.run_start[run]; from < last.run_start[run + 1]; from += ROWS_AT_ONCE) {
         const int32_t* u = last.by_digit + from;

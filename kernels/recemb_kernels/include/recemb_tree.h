@@ -28,8 +28,7 @@ struct Level {
   const int32_t* by_digit;      // [nodes] nodes in order of slice and digit
   const int32_t* run_start;     // [runs + 1] into by_digit
   const int32_t* run_group;     // [runs] index into `digit`
-  const int32_t* run_rows;      // [runs + 1] level d - 2 alone: rows below the nodes of the runs before
-  const int32_t* run_ids;       // [runs + 1] the same of ids
+  const int32_t* run_below;     // [runs + 1] children of the nodes of the runs before
   const int32_t* piece_start;   // [pieces + 1] into by_digit
   const int32_t* slice_node;    // [slices + 1] first node of each slice
   const int32_t* slice_run;     // [slices + 1] first run
