@@ -161,32 +161,36 @@ void number_digits(Level& level, int64_t radix, Narrow* a, Narrow* b) {
   }
 }
 
-// Groups a level's nodes by slice and digit. `group` holds the digits and ends as indices of the distinct ones.
+// Groups a level's nodes by slice and digit, and counts what lies below each run: hot ids stand together and make some
+// far heavier than others. `group` holds the digits and ends as indices of the distinct ones.
 void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow* b) {
   number_digits(level, radix, a, b);
   const int32_t* group = level.group;
   int32_t* by_digit = const_cast<int32_t*>(level.by_digit);
   int32_t* run_start = const_cast<int32_t*>(level.run_start);
   int32_t* run_group = const_cast<int32_t*>(level.run_group);
+  int32_t* run_below = const_cast<int32_t*>(level.run_below);
   int32_t* piece_start = const_cast<int32_t*>(level.piece_start);
   int64_t runs = 0, pieces = 0;
-  const auto add_run = [&](int64_t of, int64_t from, int64_t to) {
+  const auto children = [&](int64_t node) { return level.first[node + 1] - level.first[node]; };
+  const auto add_run = [&](int64_t of, int64_t from, int64_t to, int32_t below) {
+    run_below[runs + 1] = run_below[runs] + below;
     run_group[runs++] = static_cast<int32_t>(of), run_start[runs] = static_cast<int32_t>(to);
     for (; from < to; from += PIECE) piece_start[pieces++] = static_cast<int32_t>(from);
   };
-  run_start[0] = 0;
+  run_start[0] = run_below[0] = 0;
   for (int64_t s = 0; s < slices; s++) {
     const int64_t from = level.slice_node[s], to = level.slice_node[s + 1];
     const_cast<int32_t*>(level.slice_run)[s] = static_cast<int32_t>(runs);
     const_cast<int32_t*>(level.slice_piece)[s] = static_cast<int32_t>(pieces);
     if (counts(level.touched, to - from)) {
-      int32_t next[COUNTED];
-      std::fill_n(next, level.touched, 0);
-      for (int64_t i = from; i < to; i++) next[group[i]]++;
+      int32_t next[COUNTED], below[COUNTED];
+      std::fill_n(next, level.touched, 0), std::fill_n(below, level.touched, 0);
+      for (int64_t i = from; i < to; i++) next[group[i]]++, below[group[i]] += children(i);
       int64_t start = from;
       for (int64_t g = 0; g < level.touched; g++) {
         const int64_t past = start + next[g];
-        if (past > start) add_run(g, start, past);
+        if (past > start) add_run(g, start, past, below[g]);
         next[g] = static_cast<int32_t>(start), start = past;
       }
       for (int64_t i = from; i < to; i++) by_digit[next[group[i]]++] = static_cast<int32_t>(i);
@@ -196,27 +200,15 @@ void group_level(Level& level, int64_t slices, int64_t radix, Narrow* a, Narrow*
     const Narrow* sorted = radix_sort(read, a, b, to - from, bits_of(level.touched - 1));
     for (int64_t i = from, past; i < to; i = past) {
       const uint64_t of = sorted[i - from].key();
-      for (past = i; past < to && sorted[past - from].key() == of; past++) by_digit[past] = sorted[past - from].value();
-      add_run(static_cast<int64_t>(of), i, past);
+      int32_t below = 0;
+      for (past = i; past < to && sorted[past - from].key() == of; past++)
+        by_digit[past] = sorted[past - from].value(), below += children(by_digit[past]);
+      add_run(static_cast<int64_t>(of), i, past, below);
     }
   }
   piece_start[pieces] = static_cast<int32_t>(level.nodes);
   const_cast<int32_t*>(level.slice_run)[slices] = static_cast<int32_t>(runs);
   const_cast<int32_t*>(level.slice_piece)[slices] = static_cast<int32_t>(pieces);
-}
-
-// What lies below the runs of a level: hot ids stand together and make some far heavier than others.
-void weigh_runs(const Level& level, int64_t slices) {
-  int32_t* below = const_cast<int32_t*>(level.run_below);
-  below[0] = 0;
-  for (int64_t run = 0; run < level.slice_run[slices]; run++) {
-    int32_t sum = below[run];
-    for (int64_t k = level.run_start[run]; k < level.run_start[run + 1]; k++) {
-      const int32_t* child = level.first + level.by_digit[k];
-      sum += child[1] - child[0];
-    }
-    below[run + 1] = sum;
-  }
 }
 
 // Work of the products of a tree with these numbers of nodes per level.
@@ -418,7 +410,6 @@ void plan_level(const Call* call, int64_t index, int64_t base, int64_t l, const 
   if (l == 0 || l >= table.order) return;
   Narrow* records = reinterpret_cast<Narrow*>(records_of(room, index, base)) + 2 * (l - 1) * (table.ids + 2);
   group_level(table.level[l], table.slices, radix_of(table, l), records, records + table.level[l].nodes);
-  weigh_runs(table.level[l], table.slices);
 }
 
 }  // namespace recemb

@@ -22,9 +22,9 @@ constexpr bool POISON = false;
 constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
 constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
 
-template <bool WRITE = false>
+template <bool WRITE = false, int64_t LINES = 8>
 static inline void prefetch_row(const float* row, int64_t width) {
-  for (int64_t j = 0; j < std::min<int64_t>(width, 8 * LINE); j += LINE) __builtin_prefetch(row + j, WRITE);
+  for (int64_t j = 0; j < std::min<int64_t>(width, LINES * LINE); j += LINE) __builtin_prefetch(row + j, WRITE);
 }
 
 // How many ids sample b has in feature f, both parts of its bag.

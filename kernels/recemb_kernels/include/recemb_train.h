@@ -39,9 +39,9 @@ struct Sizes {
   }
   static constexpr int N(int l) { return l == LAST ? Q(l) : Q(l) * round_up(R(l)); }
   static constexpr int PRODUCT(int l) { return M(l) * N(l); }  // cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R]
-  // Floats of the widest that a node of levels 1 .. d - 1 sends to the one above: a gradient [M, padded K].
+  // Floats of the widest that a node of levels 1 .. d - 1 sends to the one above, a gradient [M, padded K], or of a row.
   static constexpr int SENT() {
-    int most = 0;
+    int most = M(ORDER);
     for (int l = 1; l < ORDER; l++) most = std::max(most, M(l) * KP(l));
     return most;
   }
@@ -94,8 +94,9 @@ constexpr int64_t CACHE = 1 << 20;
 constexpr int64_t FEW = 3;
 // Rows computed at once: about 16 kB of them.
 constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
-// Nodes and slices ahead of which what they read is asked for.
+// Nodes and slices ahead of which what they read is asked for, and ids of a row.
 constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2;
+constexpr int32_t IDS_AHEAD = 4;
 
 // Nodes of level l whose gradients are held at once: 16 kB of them, in whole chains of rows, and one chain at least.
 template <class S>
@@ -152,8 +153,6 @@ struct Train : Sizes<MIRRORED> {
   }
   static bool keeps_products(const Table& table) { return table.slices == 1; }
   static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
-  // Whether the backward adds rows' gradients up in a pass of their own.
-  static bool sums_rows(const Call& call) { return call.batch * call.columns * int64_t{sizeof(float)} > CACHE; }
   static int64_t most_nodes(const Table& table, int l) {
     int64_t most = 0;
     for (int64_t s = 0; s < table.slices; s++)
@@ -176,7 +175,7 @@ struct Train : Sizes<MIRRORED> {
   static int64_t spare_size(const Table& table, const Call& call) {
     int64_t total = keeps_products(table) ? 0 : all_products_size(table);
     if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
-    total += most_nodes(table, LAST) * (S::SENT() + (sums_rows(call) ? D : 0));
+    total += most_nodes(table, LAST) * S::SENT();
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
     return total;

@@ -14,20 +14,18 @@ struct TrainBackward : Train<MIRRORED> {
   using Base = Train<MIRRORED>;
   using Turned = typename Base::Turned;
   using Base::begin, Base::end, Base::call, Base::matrix, Base::product, Base::slice, Base::table;
-  float* grad_rows;     // of the rows, when they are summed before the last level's pass
-  float* sent;          // of each row: what it, or the first of the nodes above it, sends to the level above
+  float* sent;          // of each row: its gradient, then what it, or the first of the nodes above it, sends upwards
   float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
-  bool summed;
+  bool summed;          // rows' gradients are there before the last level's pass
 
-  TrainBackward(const Table* t, const Call* c) : Base(t, c), summed(Base::sums_rows(*c)) {
+  TrainBackward(const Table* t, const Call* c) : Base(t, c) {
+    summed = c->batch * c->columns * int64_t{sizeof(float)} > CACHE;
     sent = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
-    grad_rows = sent + Base::most_nodes(table, LAST) * S::SENT();
-    float* at = grad_rows + (summed ? Base::most_nodes(table, LAST) * D : 0);
+    float* at = sent + Base::most_nodes(table, LAST) * S::SENT();
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
   }
 
-  float* grad_row(int64_t u) const { return grad_rows + (u - begin(LAST)) * D; }
   // Where a node of level l puts what it sends, [M, padded K]: in place of what its first child has sent, which it has
   // read by then.
   template <int l>
@@ -60,20 +58,12 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
-  // Rows' gradients in the order of the rows, whose ids stand together in `perm`: what a pass over the last digits
-  // skips about in. Where the batch's gradient lies in a core's own cache, that costs less than one pass more.
-  void sum_rows() const {
-    const auto cost = [&](int64_t u) { return u + table.level[LAST].first[u]; };
-    share_tasks(begin(LAST), end(LAST), cost, [&](int64_t u) { gradient_of_row(u, grad_row(u)); });
-#pragma omp barrier
-  }
-
   // Gradient of the product at a node of level l, of a row for the last one: what its children send, or its ids.
   template <int l>
   void node_gradient(int64_t node, float* to) const {
     if constexpr (l == LAST) {
       if (summed)
-        std::copy(grad_row(node), grad_row(node) + D, to);
+        std::copy(sent_at<LAST>(node), sent_at<LAST>(node) + D, to);
       else
         gradient_of_row(node, to);
     } else {
@@ -98,8 +88,21 @@ struct TrainBackward : Train<MIRRORED> {
   template <int l>
   void ask(int64_t node) const {
     prefetch_row(product(l - 1, table.level[l].parent[node]), S::PRODUCT(l - 1));
-    prefetch_row<true>(sent_at<l>(node), l == LAST ? S::PRODUCT(l - 1) : S::PRODUCT(l));
-    if (l == LAST && summed) prefetch_row(grad_row(node), D);
+    prefetch_row<true>(sent_at<l>(node), S::SENT());
+    if (l < LAST || summed) return;
+    const int32_t *id = table.level[LAST].first + node, last = std::min(id[0] + IDS_AHEAD, id[1]);
+    for (int32_t k = id[0]; k < last; k++) prefetch_row(sender_of(&table, &call, table.perm[k]).grad, D);
+  }
+
+  // Rows' gradients in the order of the rows, whose ids stand together in `perm`: what a pass over the last digits
+  // skips about in. Where the batch's gradient lies in a core's own cache, that costs less than one pass more.
+  void sum_rows() const {
+    const auto cost = [&](int64_t u) { return u + table.level[LAST].first[u]; };
+    share_tasks(begin(LAST), end(LAST), cost, [&](int64_t u) {
+      if (u + NODES_AHEAD < end(LAST)) ask<LAST>(u + NODES_AHEAD);
+      gradient_of_row(u, sent_at<LAST>(u));
+    });
+#pragma omp barrier
   }
 
   // Run by run, the nodes of level l that share a slice, rows in the last one: their gradients, what they send to the
@@ -120,7 +123,7 @@ struct TrainBackward : Train<MIRRORED> {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       forget(call);
       if (l == LAST && table.slices == 1 && table.optimizer != GRADIENT && run + SLICES_AHEAD < last)
-        prefetch_row<true>(Base::slice_of(l, level.run_group[run + SLICES_AHEAD]), S::WIDTH(l));
+        prefetch_row<true, 64>(Base::slice_of(l, level.run_group[run + SLICES_AHEAD]), S::WIDTH(l));
       const float *straight = nullptr, *transposed = slice_room;
       const bool few = l < LAST && past - start <= FEW;  // transposing would take longer than the product
       if constexpr (COLUMNS) {
