@@ -62,26 +62,18 @@ int64_t radix_of(const Table& table, int64_t level) {
   return table.code->radix[table.mirrored ? table.order - 1 - level : level];
 }
 
-// The nodes of every level, from sorted records, whose memory it takes. Which key starts a node cannot be predicted:
-// ends and numbers are written for every key, and those of a node's last one stay.
+// The nodes of every level, from sorted records, whose memory it takes.
 template <class Record>
 void grow_tree(Table& table, Record* records, int64_t* keys, int32_t* perm) {
   const int64_t last = table.order - 1;
-  int32_t* end = const_cast<int32_t*>(table.level[last].first);
-  uint64_t before = ~uint64_t{0};
-  int64_t nodes = 0;
-  end[0] = 0;
-  for (int64_t i = 0; i < table.ids; i++) {
-    const uint64_t key = records[i].key();
-    nodes += key != before, before = key;
-    perm[i] = records[i].value();
-    keys[nodes - 1] = static_cast<int64_t>(key), end[nodes] = static_cast<int32_t>(i + 1);
-  }
-  table.level[last].nodes = table.level[last].touched = nodes;
+  const auto first = [&](int64_t l) { return const_cast<int32_t*>(table.level[l].first); };
+  for (int64_t i = 0; i < table.ids; i++) perm[i] = records[i].value();
   // Of a level's nodes, their digits read as one number.
-  const uint64_t* numbers = reinterpret_cast<uint64_t*>(keys);
-  uint64_t* room = reinterpret_cast<uint64_t*>(records);
-  for (int64_t l = last; l > 0; l--) {
+  uint64_t *numbers = reinterpret_cast<uint64_t*>(keys), *room = reinterpret_cast<uint64_t*>(records);
+  const auto key = [records](int64_t i) { return records[i].key(); };
+  int64_t nodes = find_runs(key, table.ids, numbers, first(last), nullptr);
+  table.level[last].nodes = table.level[last].touched = nodes;
+  for (int64_t l = last; l > 0; l--, numbers = room) {
     const uint64_t radix = radix_of(table, l);
     int32_t* parent = const_cast<int32_t*>(table.level[l].parent);
     int32_t* digit = const_cast<int32_t*>(table.level[l].group);  // where the digits' groups will be
@@ -89,17 +81,7 @@ void grow_tree(Table& table, Record* records, int64_t* keys, int32_t* perm) {
       split(numbers, nodes, [&](uint64_t x) { return x / radix; }, radix, room, digit);
     else
       split(numbers, nodes, [&](uint64_t x) { return small_quotient(x, radix); }, radix, room, digit);
-    end = const_cast<int32_t*>(table.level[l - 1].first);
-    before = ~uint64_t{0};
-    int64_t above = 0;
-    end[0] = 0;
-    for (int64_t node = 0; node < nodes; node++) {
-      const uint64_t upper = room[node];
-      above += upper != before, before = upper;
-      parent[node] = static_cast<int32_t>(above - 1);
-      room[above - 1] = upper, end[above] = static_cast<int32_t>(node + 1);
-    }
-    nodes = above, numbers = room;
+    nodes = find_runs([room](int64_t i) { return room[i]; }, nodes, room, first(l - 1), parent);
     table.level[l - 1].nodes = table.level[l - 1].touched = nodes;
   }
   // The digit of a table of one level is its key, which may not fit.

@@ -104,4 +104,47 @@ Record* select_keys(Read read, int64_t begin, int64_t end, uint64_t low, uint64_
   return reinterpret_cast<Record*>(at);
 }
 
+// Finds the runs of equal numbers among number(0) .. number(n - 1), none of which is 2^64 - 1, and returns how many
+// there are: distinct[r] is run r's number, begin[r] its first i, begin[runs] is n, and run[i], unless null, the run of i.
+// `distinct` may take the numbers' place. Where a run ends cannot be predicted, so there is no branch.
+template <class Number>
+int64_t find_runs(Number number, int64_t n, uint64_t* distinct, int32_t* begin, int32_t* run) {
+  int64_t runs = 0, i = 0;
+  uint64_t before = ~uint64_t{0};
+  begin[0] = 0;
+#if defined(__AVX512F__) && defined(__BMI2__)
+  constexpr int64_t AT_ONCE = 8;
+  constexpr uint64_t BYTES = 0x0101010101010101;
+  const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i last = _mm512_set1_epi64(-1);
+  for (; i + AT_ONCE <= n; i += AT_ONCE) {
+    uint64_t numbers[AT_ONCE];
+    for (int64_t k = 0; k < AT_ONCE; k++) numbers[k] = number(i + k);
+    const __m512i now = _mm512_loadu_si512(numbers);
+    const __mmask8 starts = _mm512_cmpneq_epi64_mask(now, _mm512_alignr_epi64(now, last, 7));
+    const int count = __builtin_popcount(starts);
+    const __mmask8 first = static_cast<__mmask8>((1u << count) - 1);
+    const __m512i at = _mm512_add_epi64(lanes, _mm512_set1_epi64(i));
+    _mm512_mask_storeu_epi64(distinct + runs, first, _mm512_maskz_compress_epi64(starts, now));
+    _mm512_mask_cvtepi64_storeu_epi32(begin + runs, first, _mm512_maskz_compress_epi64(starts, at));
+    if (run) {
+      // Byte k counts the starts up to k.
+      const uint64_t counts = _pdep_u64(starts, BYTES) * BYTES;
+      const __m512i of = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(static_cast<int64_t>(counts)));
+      const __m512i runs_before = _mm512_set1_epi64(runs - 1);
+      _mm512_mask_cvtepi64_storeu_epi32(run + i, 0xFF, _mm512_add_epi64(of, runs_before));
+    }
+    runs += count, last = now, before = numbers[AT_ONCE - 1];
+  }
+  begin[runs] = static_cast<int32_t>(i);
+#endif
+  for (; i < n; i++) {
+    const uint64_t now = number(i);
+    runs += now != before, before = now;
+    distinct[runs - 1] = now, begin[runs] = static_cast<int32_t>(i + 1);  // a run's last ones stay
+    if (run) run[i] = static_cast<int32_t>(runs - 1);
+  }
+  return runs;
+}
+
 }  // namespace recemb
