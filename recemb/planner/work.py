@@ -21,6 +21,8 @@ from recemb.spec import DTYPE_BYTES, ROBE, MixedDimension, QuotientRemainder, Ta
 
 _FLOAT = 4
 _ID = 8
+# Ranks are padded to whole vectors of these.
+_LANES = 8
 # Integer operations of hashing one block (kernels/README.md).
 _HASH_OPS = 20
 
@@ -89,7 +91,8 @@ def _compressed(table: TableSpec, lookups: float, bags: float, micro_batch_rows:
     held = min(distinct(table.num_embeddings, lookups), float(micro_batch_rows))
     if isinstance(compression, TensorTrain):
         flop, read = _tensor_train(table, compression, rows, lookups, skew)
-        workspace = held * (_products(table, compression) + 2 * dim) * _FLOAT
+        # Rows themselves where bags hold several.
+        workspace = held * (_products(table, compression) + dim) * _FLOAT
         return Work(lookups, flop + adding, read * element + pooling, math.ceil(workspace))
     if isinstance(compression, QuotientRemainder):
         parts = 1 if compression.operation == "concat" else 2
@@ -127,13 +130,12 @@ def _tensor_train(
 
 
 def _products(table: TableSpec, train: TensorTrain) -> int:
-    """Elements held of a row's products of cores and what they send back, were every prefix distinct."""
+    """Elements held of a row's products of cores and what it sends back, were every prefix distinct."""
     dims, ranks = table_shapes(table)[1], train.ranks
-    sizes = [math.prod(dims[: k + 1]) * ranks[k + 1] for k in range(len(dims) - 1)]
-    if len(sizes) == 1:
-        return sizes[0]
-    # The product at a prefix of k + 1 digits, and the gradient that it sends to its prefix of k digits.
-    return sum(sizes[k] + sizes[k - 1] for k in range(1, len(sizes)))
+    # Of the product at a prefix of k + 1 digits, and of the gradient that it is sent.
+    sizes = [math.prod(dims[: k + 1]) * _LANES * ceil_div(ranks[k + 1], _LANES) for k in range(len(dims) - 1)]
+    # A row's gradient gives way to what the row, and then a prefix of it, sends.
+    return sum(sizes[1:]) + max(table.embedding_dim, *sizes)
 
 
 def parameter_shapes(tables: list[TableSpec]) -> dict[str, tuple[int, int]]:

@@ -248,45 +248,43 @@ static inline Vector<16>::type sum16(const Vector<16>::type* s) {
                                          _mm512_shuffle_f32x4(low, high, 0xDD));
 }
 
-// Over n pairs of matrices, MB rows of P with QB rows of T, sixteen sums at once: out[m * STRIDE + q].
-template <int MB, int QB, int K, int STRIDE, bool ADD>
-static inline void dot_block(int64_t n, const float* const* P, const float* const* T, int m0, int q0, float* out) {
+// MB rows of P with QB rows of T, sixteen sums at once: out[m * STRIDE + q].
+template <int MB, int QB, int K, int STRIDE>
+static inline void dot_block(const float* P, const float* T, float* out) {
   constexpr int L = 16;
   Vector<L>::type s[MB * QB] = {};
-  for (int64_t i = 0; i < n; i++) {
-    const float *p = P[i] + m0 * K, *t = T[i] + q0 * K;
 #pragma GCC unroll 2
-    for (int k = 0; k < K; k += L) {
-      Vector<L>::type x[MB];
+  for (int k = 0; k < K; k += L) {
+    Vector<L>::type x[MB];
 #pragma GCC unroll 4
-      for (int m = 0; m < MB; m++) x[m] = load<L>(p + m * K + k);
+    for (int m = 0; m < MB; m++) x[m] = load<L>(P + m * K + k);
 #pragma GCC unroll 16
-      for (int q = 0; q < QB; q++) {
-        const Vector<L>::type y = load<L>(t + q * K + k);
+    for (int q = 0; q < QB; q++) {
+      const Vector<L>::type y = load<L>(T + q * K + k);
 #pragma GCC unroll 4
-        for (int m = 0; m < MB; m++) s[m * QB + q] = multiply_add(s[m * QB + q], x[m], y);
-      }
+      for (int m = 0; m < MB; m++) s[m * QB + q] = multiply_add(s[m * QB + q], x[m], y);
     }
   }
   if constexpr (STRIDE == QB || MB == 1) {
-    store<L>(out, ADD ? load<L>(out) + sum16(s) : sum16(s));
+    store<L>(out, sum16(s));
   } else {
     float sums[MB * QB];
     store<L>(sums, sum16(s));
     for (int m = 0; m < MB; m++)
-      for (int q = 0; q < QB; q++) out[m * STRIDE + q] = (ADD ? out[m * STRIDE + q] : 0.0f) + sums[m * QB + q];
+      for (int q = 0; q < QB; q++) out[m * STRIDE + q] = sums[m * QB + q];
   }
 }
 #endif
 
-// out[M][STRIDE] (+)= the sum over n of P_n[M][K] T_n[Q][K]^T, K a multiple of PAD
-template <int M, int K, int Q, int STRIDE = Q, bool ADD = false>
-static inline void dot_rows(int64_t n, const float* const* P, const float* const* T, float* out) {
+// out[M][STRIDE] = P[M][K] T[Q][K]^T, K a multiple of PAD
+template <int M, int K, int Q, int STRIDE = Q>
+static inline void dot_rows(const float* P, const float* T, float* out) {
 #if defined(__AVX512F__)
   constexpr int MB = M % 4 == 0 ? 4 : M % 2 == 0 ? 2 : 1, QB = 16 / MB;
   if constexpr (K % 16 == 0 && Q % QB == 0) {
     for (int m = 0; m < M; m += MB)
-      for (int q = 0; q < Q; q += QB) dot_block<MB, QB, K, STRIDE, ADD>(n, P, T, m, q, out + m * STRIDE + q);
+      for (int q = 0; q < Q; q += QB)
+        dot_block<MB, QB, K, STRIDE>(P + m * K, T + q * K, out + m * STRIDE + q);
     return;
   }
 #endif
@@ -295,22 +293,15 @@ static inline void dot_rows(int64_t n, const float* const* P, const float* const
   for (int m = 0; m < M; m++)
     for (int e = 0; e < FOURS; e += 4) {
       typename Vector<L>::type s[4] = {};
-      for (int64_t i = 0; i < n; i++)
-        for (int k = 0; k < K; k += L) {
-          const typename Vector<L>::type x = load<L>(P[i] + m * K + k);
+      for (int k = 0; k < K; k += L) {
+        const typename Vector<L>::type x = load<L>(P + m * K + k);
 #pragma GCC unroll 4
-          for (int q = 0; q < 4; q++)
-            if (Q % 4 == 0 || e + q < Q) s[q] = multiply_add(s[q], x, load<L>(T[i] + (e + q) * K + k));
-        }
+        for (int q = 0; q < 4; q++)
+          if (Q % 4 == 0 || e + q < Q) s[q] = multiply_add(s[q], x, load<L>(T + (e + q) * K + k));
+      }
       sum4<L>(s, four);
-      for (int q = 0; q < 4 && e + q < Q; q++)
-        out[m * STRIDE + e + q] = (ADD ? out[m * STRIDE + e + q] : 0.0f) + four[q];
+      for (int q = 0; q < 4 && e + q < Q; q++) out[m * STRIDE + e + q] = four[q];
     }
-}
-// out[M][STRIDE] = P[M][K] T[Q][K]^T
-template <int M, int K, int Q, int STRIDE = Q>
-static inline void dot_rows(const float* P, const float* T, float* out) {
-  dot_rows<M, K, Q, STRIDE>(1, &P, &T, out);
 }
 
 }  // namespace recemb
