@@ -92,7 +92,7 @@ def _compressed(table: TableSpec, lookups: float, bags: float, micro_batch_rows:
     if isinstance(compression, TensorTrain):
         flop, read = _tensor_train(table, compression, rows, lookups, skew)
         # Rows themselves where bags hold several.
-        workspace = held * (_products(table, compression) + dim) * _FLOAT
+        workspace = (_products(table, compression, held) + held * dim) * _FLOAT
         return Work(lookups, flop + adding, read * element + pooling, math.ceil(workspace))
     if isinstance(compression, QuotientRemainder):
         parts = 1 if compression.operation == "concat" else 2
@@ -129,13 +129,19 @@ def _tensor_train(
     return flop, read
 
 
-def _products(table: TableSpec, train: TensorTrain) -> int:
-    """Elements held of a row's products of cores and what it sends back, were every prefix distinct."""
-    dims, ranks = table_shapes(table)[1], train.ranks
+def _products(table: TableSpec, train: TensorTrain, rows: float) -> float:
+    """Elements held of the products of cores above so many rows, of what is sent back, and of rows' gradients."""
+    row_shape, dim_shape = table_shapes(table)
+    last = len(dim_shape) - 1
+    prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
     # Of the product at a prefix of k + 1 digits, and of the gradient that it is sent.
-    sizes = [math.prod(dims[: k + 1]) * _LANES * ceil_div(ranks[k + 1], _LANES) for k in range(len(dims) - 1)]
-    # A row's gradient gives way to what the row, and then a prefix of it, sends.
-    return sum(sizes[1:]) + max(table.embedding_dim, *sizes)
+    ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
+    sizes = [math.prod(dim_shape[: k + 1]) * ranks[k + 1] for k in range(last)]
+    products = sum(sizes[k] * prefixes[k] for k in range(1, last))
+    if math.prod(dim_shape[:-1]) < dim_shape[-1]:
+        # A row's gradient gives way to what the row, and then a prefix of it, sends.
+        return products + rows * max(table.embedding_dim, *sizes)
+    return products + rows * table.embedding_dim + prefixes[last - 1] * max(sizes[: max(last - 1, 1)])
 
 
 def parameter_shapes(tables: list[TableSpec]) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.bags import Bags
+from recemb.engine import Engine
 from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from tests.kernels.cases import METHODS, make_bags, make_engine
 
@@ -54,6 +55,39 @@ def test_weights_have_the_gradient_of_rows_that_have_not_moved(kind: type, longe
     for f, target in enumerate(engine.targets):
         place = slice(int(bags.offsets[300 * f]), int(bags.offsets[300 * (f + 1)]))
         assert target.table == "dense" or torch.equal(own[place], expected[place])
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+def test_weights_have_that_gradient_where_all_threads_take_one_table(rank: int) -> None:
+    """Many tables are one thread's each."""
+    spec = TableSpec(
+        name="t",
+        num_embeddings=20_000,
+        embedding_dim=16,
+        feature_names=("t",),
+        compression=TensorTrain(rank=rank),
+    )
+    batch, threads = 4000, torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20_000, (batch,), generator=generator)
+    weights, grad = torch.rand(batch, generator=generator), torch.randn(batch, 16, generator=generator)
+    found = []
+    try:
+        torch.set_num_threads(3)
+        for lr in (0.0, *(1e3,) * 4):
+            torch.manual_seed(0)
+            tables = build([spec], torch.device("cpu"))
+            tables["t"].reset_parameters()
+            apply_optimizer_in_backward(torch.optim.SGD, tables["t"].parameters(), {"lr": lr})
+            own = weights.clone().requires_grad_()
+            Engine([spec])(tables, Bags(ids, torch.arange(batch + 1), 1, own)).backward(grad)
+            found.append(own.grad)
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert other is not None
+        assert found[0] is not None
+        assert torch.equal(other, found[0])
 
 
 @pytest.mark.parametrize("longest", [1, 5])

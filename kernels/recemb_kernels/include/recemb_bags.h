@@ -111,14 +111,15 @@ static inline Sender sender_of(const Table* table, const Call* call, int64_t i) 
           share_of(call, f, bag - f * call->batch, i)};
 }
 
-// grad[W] = the gradient of distinct row u: the sum over the bags that hold it, in the order of the batch.
-template <int W>
+// grad[W] = the gradient of distinct row u: the sum over the bags that hold it, in the order of the batch. What comes
+// next is asked for: beyond the row's own, where rows are taken IN_ORDER, that of the next rows.
+template <int W, bool IN_ORDER = true>
 void row_gradient(const Table* table, const Call* call, int64_t u, float* grad) {
   const int32_t* first = table->level[table->order - 1].first;
+  const int64_t last = IN_ORDER ? table->ids : first[u + 1];
   float sum[W] = {};
   for (int32_t k = first[u]; k < first[u + 1]; k++) {
-    // Beyond this row's own: the next rows follow in the same list.
-    if (k + AHEAD < table->ids) prefetch_row(sender_of(table, call, table->perm[k + AHEAD]).grad, W);
+    if (k + AHEAD < last) prefetch_row(sender_of(table, call, table->perm[k + AHEAD]).grad, W);
     const Sender from = sender_of(table, call, table->perm[k]);
     for (int j = 0; j < W; j++) sum[j] += from.weight * from.grad[j];
   }

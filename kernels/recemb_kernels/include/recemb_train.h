@@ -38,11 +38,16 @@ struct Sizes {
     return total;
   }
   static constexpr int N(int l) { return l == LAST ? Q(l) : Q(l) * round_up(R(l)); }
-  static constexpr int PRODUCT(int l) { return M(l) * N(l); }  // cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R]
-  // Floats of the widest that a node of levels 1 .. d - 1 sends to the one above, a gradient [M, padded K], or of a row.
+  // Cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R], and D of all.
+  static constexpr int PRODUCT(int l) { return M(l) * N(l); }
+  // In the backward rows send their prefixes a gradient [M, padded K] where that is less than a slice of the last core.
+  // Else prefixes read their rows' slices, and are the lowest level that sends.
+  static constexpr bool ROWS_SEND = M(LAST) < Q(LAST);
+  static constexpr int SENDER = ROWS_SEND ? LAST : LAST - 1;
+  // Floats of the widest that is sent from there or above, or of the gradient that it is made of.
   static constexpr int SENT() {
-    int most = M(ORDER);
-    for (int l = 1; l < ORDER; l++) most = std::max(most, M(l) * KP(l));
+    int most = ROWS_SEND ? PRODUCT(LAST) : PRODUCT(0);
+    for (int l = 1; l <= SENDER; l++) most = std::max(most, M(l) * KP(l));
     return most;
   }
   static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
@@ -86,7 +91,7 @@ constexpr int WIDEST_SLICE = [] {
 }();
 
 // About what a core slice, one row of a product with it, and one row of the table cost in ids, each of which is copied
-// to or added from its bag, or in gradients that a node sends.
+// to or added from its bag, or in gradients that a node is sent.
 constexpr int64_t SLICE_COST = 96, PRODUCT_COST = 12, ROW_COST = 8;
 // About what a core has of cache for itself, in bytes.
 constexpr int64_t CACHE = 1 << 20;
@@ -94,8 +99,8 @@ constexpr int64_t CACHE = 1 << 20;
 constexpr int64_t FEW = 3;
 // Rows computed at once: about 16 kB of them.
 constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
-// Nodes and slices ahead of which what they read is asked for, and ids of a row.
-constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2;
+// Nodes and slices ahead of which what they read is asked for, cache lines of a slice, and ids of a row.
+constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2, SLICE_LINES = 64;
 constexpr int32_t IDS_AHEAD = 4;
 
 // Nodes of level l whose gradients are held at once: 16 kB of them, in whole chains of rows, and one chain at least.
@@ -175,7 +180,7 @@ struct Train : Sizes<MIRRORED> {
   static int64_t spare_size(const Table& table, const Call& call) {
     int64_t total = keeps_products(table) ? 0 : all_products_size(table);
     if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
-    total += most_nodes(table, LAST) * S::SENT();
+    total += most_nodes(table, S::SENDER) * S::SENT() + (S::ROWS_SEND ? 0 : most_nodes(table, LAST) * D);
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
     return total;
@@ -237,10 +242,6 @@ struct Train : Sizes<MIRRORED> {
   const float* matrix(int l, int64_t group) const {
     return S::IN_PLACE(l) ? slice_of(l, group) : packed[l] + group * S::PACKED(l);
   }
-  // Where rows of a group find their slice of the last core.
-  const float* last_slice(int64_t group) const {
-    return S::TURNED(LAST) ? slice_of(LAST, group) : matrix(LAST, group);
-  }
   // Room for that slice as multiplied; what pads it stays zero.
   struct Turned {
     alignas(64) float slice[S::TURNED(LAST) ? S::PACKED(LAST) : 1];
@@ -250,10 +251,10 @@ struct Train : Sizes<MIRRORED> {
   };
   const float* last_matrix(int64_t group, Turned& room) const {
     if constexpr (S::TURNED(LAST)) {
-      unpack<LAST>(last_slice(group), room.slice);
+      unpack<LAST>(slice_of(LAST, group), room.slice);
       return room.slice;
     } else {
-      return last_slice(group);
+      return matrix(LAST, group);
     }
   }
   // The product of cores 0 .. l at a node: [M(l + 1), padded R].
@@ -295,7 +296,7 @@ struct Train : Sizes<MIRRORED> {
     return call.out + (i - g * call.batch) * call.columns + call.features[g].column;
   }
 
-  // What the runs of level l before this one cost.
+  // What the runs of level l before this one cost, without what lies below their nodes.
   template <int l>
   int64_t cost_of_runs(int64_t run) const {
     const int64_t of_node = l == LAST ? ROW_COST : PRODUCT_COST * S::M(l);

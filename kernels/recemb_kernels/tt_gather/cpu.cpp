@@ -14,14 +14,16 @@ struct TrainBackward : Train<MIRRORED> {
   using Base = Train<MIRRORED>;
   using Turned = typename Base::Turned;
   using Base::begin, Base::end, Base::call, Base::matrix, Base::product, Base::slice, Base::table;
-  float* sent;          // of each row: its gradient, then what it, or the first of the nodes above it, sends upwards
+  float* sent;          // [nodes of level SENDER, SENT]: see sent_at; of rows, first their gradients
+  float* grad_rows;     // [rows, D] where rows send nothing
   float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
-  bool summed;          // rows' gradients are there before the last level's pass
+  bool summed;          // rows' gradients are there before the levels' passes
 
   TrainBackward(const Table* t, const Call* c) : Base(t, c) {
-    summed = c->batch * c->columns * int64_t{sizeof(float)} > CACHE;
+    summed = !S::ROWS_SEND || c->batch * c->columns * int64_t{sizeof(float)} > CACHE;
     sent = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
-    float* at = sent + Base::most_nodes(table, LAST) * S::SENT();
+    grad_rows = sent + Base::most_nodes(table, S::SENDER) * S::SENT();
+    float* at = grad_rows + (S::ROWS_SEND ? 0 : Base::most_nodes(table, LAST) * D);
     if (table.slices > 1)
       for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
   }
@@ -30,8 +32,15 @@ struct TrainBackward : Train<MIRRORED> {
   // read by then.
   template <int l>
   float* sent_at(int64_t node) const {
-    for (int k = l; k < LAST; k++) node = table.level[k].first[node];
-    return sent + (node - begin(LAST)) * S::SENT();
+    static_assert(l <= S::SENDER);
+    for (int k = l; k < S::SENDER; k++) node = table.level[k].first[node];
+    return sent + (node - begin(S::SENDER)) * S::SENT();
+  }
+
+  // Where the gradient of row u is, in the order of the cores, once it is summed.
+  float* grad_row(int64_t u) const {
+    if constexpr (S::ROWS_SEND) return sent_at<LAST>(u);
+    return grad_rows + (u - begin(LAST)) * D;
   }
 
   // A slice whose gradient is complete: stepped on, or its gradient written out. `room` is for one slice.
@@ -48,59 +57,95 @@ struct TrainBackward : Train<MIRRORED> {
   }
 
   // The gradient of row u, in the order of the cores.
+  template <bool IN_ORDER>
   void gradient_of_row(int64_t u, float* to) const {
     if constexpr (MIRRORED) {
       float straight[D];
-      row_gradient<D>(&table, &call, u, straight);
+      row_gradient<D, IN_ORDER>(&table, &call, u, straight);
       for (int j = 0; j < D; j++) to[j] = straight[COLUMN[j]];
     } else {
-      row_gradient<D>(&table, &call, u, to);
+      row_gradient<D, IN_ORDER>(&table, &call, u, to);
     }
   }
 
-  // Gradient of the product at a node of level l, of a row for the last one: what its children send, or its ids.
-  template <int l>
-  void node_gradient(int64_t node, float* to) const {
-    if constexpr (l == LAST) {
-      if (summed)
-        std::copy(sent_at<LAST>(node), sent_at<LAST>(node) + D, to);
-      else
-        gradient_of_row(node, to);
-    } else {
-      constexpr int WIDTH = S::M(l + 1) * S::KP(l + 1);
-      static_assert(WIDTH == S::PRODUCT(l), "the products of level l");
-      constexpr int L = lanes_of(WIDTH);
-      const int64_t first = table.level[l].first[node], past = table.level[l].first[node + 1];
-      for (int64_t from = first; from < past; from += CHAIN) {
-        const int64_t n = std::min<int64_t>(CHAIN, past - from);
-        const float* sends[CHAIN];
-        for (int64_t i = 0; i < n; i++) sends[i] = sent_at<l + 1>(from + i);
-        for (int j = 0; j < WIDTH; j += L) {
-          auto sum = load<L>(sends[0] + j);
-          for (int64_t i = 1; i < n; i++) sum += load<L>(sends[i] + j);
-          store<L>(to + j, from == first ? sum : load<L>(to + j) + sum);
-        }
+  // Gradient of the product at a node of level d - 2, from its rows and their slices.
+  void gradient_of_rows(int64_t node, float* to, Turned& turned) const {
+    constexpr int M = S::M(LAST), Q = S::Q(LAST), K = S::K(LAST), KP = S::KP(LAST);
+    const int64_t first = table.level[LAST - 1].first[node], past = table.level[LAST - 1].first[node + 1];
+    for (int64_t u = first; u < past; u++) {
+      const float *row = grad_row(u), *slice = Base::last_matrix(table.level[LAST].group[u], turned);
+      if constexpr (S::BY_ROWS) {
+        float sum[M * KP] = {};
+        dot_rows<M, Q, K, KP>(row, slice, sum);
+        for (int j = 0; j < M * KP; j++) to[j] = u == first ? sum[j] : to[j] + sum[j];
+      } else {
+        const float* a[M];
+        float* c[M];
+        for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
+        if (u == first)
+          multiply_rows<Q, KP, false>(M, a, slice, c);
+        else
+          multiply_rows<Q, KP, true>(M, a, slice, c);
       }
     }
   }
 
-  // Asks for what a node of level l reads and writes.
+  // The same at a node of level l, from what its children have sent.
+  template <int l>
+  void gradient_of_children(int64_t node, float* to) const {
+    constexpr int WIDTH = S::M(l + 1) * S::KP(l + 1), L = lanes_of(WIDTH);
+    static_assert(WIDTH == S::PRODUCT(l), "the products of level l");
+    const int64_t first = table.level[l].first[node], past = table.level[l].first[node + 1];
+    for (int64_t from = first; from < past; from += CHAIN) {
+      const int64_t n = std::min<int64_t>(CHAIN, past - from);
+      const float* sends[CHAIN];
+      for (int64_t i = 0; i < n; i++) sends[i] = sent_at<l + 1>(from + i);
+      for (int j = 0; j < WIDTH; j += L) {
+        auto sum = load<L>(sends[0] + j);
+        for (int64_t i = 1; i < n; i++) sum += load<L>(sends[i] + j);
+        store<L>(to + j, from == first ? sum : load<L>(to + j) + sum);
+      }
+    }
+  }
+
+  // The same, or the gradient of a row.
+  template <int l>
+  void node_gradient(int64_t node, float* to, Turned& turned) const {
+    if constexpr (l == LAST) {
+      if (summed)
+        std::copy(grad_row(node), grad_row(node) + D, to);
+      else
+        gradient_of_row<false>(node, to);
+    } else if constexpr (l < S::SENDER) {
+      gradient_of_children<l>(node, to);
+    } else if constexpr (ORDER == 2) {
+      std::copy(sent_at<0>(node), sent_at<0>(node) + S::PRODUCT(0), to);
+    } else {
+      gradient_of_rows(node, to, turned);
+    }
+  }
+
+  // Asks for what a node of level l, or the first below it, has been sent or sends, and for the product above a row.
   template <int l>
   void ask(int64_t node) const {
-    prefetch_row(product(l - 1, table.level[l].parent[node]), S::PRODUCT(l - 1));
-    prefetch_row<true>(sent_at<l>(node), S::SENT());
-    if (l < LAST || summed) return;
-    const int32_t *id = table.level[LAST].first + node, last = std::min(id[0] + IDS_AHEAD, id[1]);
-    for (int32_t k = id[0]; k < last; k++) prefetch_row(sender_of(&table, &call, table.perm[k]).grad, D);
+    if constexpr (l <= S::SENDER) prefetch_row<true>(sent_at<l>(node), S::SENT());
+    if constexpr (l == LAST) {
+      prefetch_row(product(l - 1, table.level[l].parent[node]), S::PRODUCT(l - 1));
+      if (!S::ROWS_SEND) prefetch_row(grad_row(node), D);
+      if (summed) return;
+      const int32_t *id = table.level[l].first + node, past = std::min(id[0] + IDS_AHEAD, id[1]);
+      for (int32_t k = id[0]; k < past; k++) prefetch_row(sender_of(&table, &call, table.perm[k]).grad, D);
+    }
   }
 
   // Rows' gradients in the order of the rows, whose ids stand together in `perm`: what a pass over the last digits
-  // skips about in. Where the batch's gradient lies in a core's own cache, that costs less than one pass more.
+  // skips about in. Where the batch's gradient lies in a core's own cache, that costs less than one pass more. What that
+  // pass reads is asked for: rows of one prefix stand together here.
   void sum_rows() const {
     const auto cost = [&](int64_t u) { return u + table.level[LAST].first[u]; };
     share_tasks(begin(LAST), end(LAST), cost, [&](int64_t u) {
       if (u + NODES_AHEAD < end(LAST)) ask<LAST>(u + NODES_AHEAD);
-      gradient_of_row(u, sent_at<LAST>(u));
+      gradient_of_row<true>(u, grad_row(u));
     });
 #pragma omp barrier
   }
@@ -110,25 +155,28 @@ struct TrainBackward : Train<MIRRORED> {
   template <int l>
   void level_gradients() const {
     constexpr int K = S::K(l), KP = S::KP(l), N = S::N(l), M = S::M(l), AT_ONCE = nodes_at_once<S>(l);
-    constexpr bool COLUMNS = l == LAST && !S::BY_ROWS;  // slices are multiplied transposed
+    constexpr bool TRANSPOSED = l == LAST && !S::BY_ROWS;  // the slices already are
+    constexpr bool SENDS = l <= S::SENDER;
     const Level& level = table.level[l];
-    const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1], all = level.run_start[last];
+    const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1], nodes = level.run_start[last];
     float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     float* const grads = scratch(call, GRADIENTS);
     Turned turned;
     const auto cost = [&](int64_t run) {
-      return Base::template cost_of_runs<l>(run) + (l == LAST && summed ? 0 : level.run_below[run]);
+      const int64_t of_child = l == LAST && summed ? 0 : l < LAST && l == S::SENDER ? ROW_COST : 1;
+      return Base::template cost_of_runs<l>(run) + of_child * level.run_below[run];
     };
     share_tasks(first, last, cost, [&](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       forget(call);
       if (l == LAST && table.slices == 1 && table.optimizer != GRADIENT && run + SLICES_AHEAD < last)
-        prefetch_row<true, 64>(Base::slice_of(l, level.run_group[run + SLICES_AHEAD]), S::WIDTH(l));
+        prefetch_row<true, SLICE_LINES>(Base::slice_of(l, level.run_group[run + SLICES_AHEAD]), S::WIDTH(l));
       const float *straight = nullptr, *transposed = slice_room;
-      const bool few = l < LAST && past - start <= FEW;  // transposing would take longer than the product
-      if constexpr (COLUMNS) {
+      // For these, transposing takes longer than the product. Not for rows: sums of few would have other bits.
+      const bool few = l < LAST && past - start <= FEW;
+      if constexpr (SENDS && TRANSPOSED) {
         transposed = Base::last_matrix(group, turned);
-      } else {
+      } else if constexpr (SENDS) {
         straight = matrix(l, group);
         if (!few && KP > K) std::fill(slice_room, slice_room + N * KP, 0.0f);
         if (!few) transpose<K, N, KP>(straight, slice_room);
@@ -141,21 +189,24 @@ struct TrainBackward : Train<MIRRORED> {
         int64_t rows = 0;
         for (int64_t k = from; k < to; k++) {
           const int64_t node = level.by_digit[k];
-          if (k + NODES_AHEAD < all) ask<l>(level.by_digit[k + NODES_AHEAD]);
-          float *grad = grads + (k - from) * (M * N), *send = sent_at<l>(node);
-          node_gradient<l>(node, grad);
+          if (k + NODES_AHEAD < nodes) ask<l>(level.by_digit[k + NODES_AHEAD]);
+          float* grad = grads + (k - from) * (M * N);
+          node_gradient<l>(node, grad, turned);
           const float* product_above = product(l - 1, level.parent[node]);
-          for (int m = 0; m < M; m++, rows++)
-            above[rows] = product_above + m * KP, own[rows] = grad + m * N, sends[rows] = send + m * KP;
+          for (int m = 0; m < M; m++) above[rows + m] = product_above + m * KP, own[rows + m] = grad + m * N;
+          if constexpr (SENDS)
+            for (int m = 0; m < M; m++) sends[rows + m] = sent_at<l>(node) + m * KP;
+          rows += M;
         }
-        if constexpr (l < LAST)
-          for (int64_t r = 0; few && r < rows; r += M) {
-            if (KP > K) std::fill(sends[r], sends[r] + M * KP, 0.0f);
-            dot_rows<M, N, K, KP>(own[r], straight, sends[r]);
-          }
-        if (!few) multiply_rows<N, KP, false>(rows, own, transposed, sends);
+        if constexpr (SENDS && l < LAST)
+          if (few)
+            for (int64_t r = 0; r < rows; r += M) {
+              if (KP > K) std::fill(sends[r], sends[r] + M * KP, 0.0f);
+              dot_rows<M, N, K, KP>(own[r], straight, sends[r]);
+            }
+        if (SENDS && !few) multiply_rows<N, KP, false>(rows, own, transposed, sends);
         const bool add = table.slices > 1 || from > start;
-        if constexpr (COLUMNS)
+        if constexpr (TRANSPOSED)
           add_outer<N, KP>(rows, own, above, tile, add);
         else
           add_outer<K, N>(rows, above, own, tile, add);
@@ -165,7 +216,7 @@ struct TrainBackward : Train<MIRRORED> {
 #pragma omp barrier
   }
 
-  // Levels l .. 0: each reads its slices and those above it before they are stepped on.
+  // Levels l .. 0.
   template <int l>
   void levels_below() const {
     if constexpr (l > 0) {
@@ -173,12 +224,32 @@ struct TrainBackward : Train<MIRRORED> {
       levels_below<l - 1>();
     } else {
       float *const room = scratch(call, SLICE), *const grad = scratch(call, GRADIENTS);
+      Turned turned;
 #pragma omp for schedule(static)
       for (int64_t node = begin(0); node < end(0); node++) {
         forget(call);
-        node_gradient<0>(node, grad);
+        node_gradient<0>(node, grad, turned);
         finish<0>(node, grad, room);
       }
+    }
+  }
+
+  // All levels, each of which reads its slices and the products above it before these are stepped on.
+  void all_levels() const {
+    if constexpr (S::ROWS_SEND) {
+      levels_below<LAST>();
+    } else {
+      // What reads the last core's slices comes before they are stepped on.
+      if constexpr (ORDER == 2) {
+        Turned turned;
+        const auto cost = [&](int64_t node) { return node + ROW_COST * table.level[0].first[node]; };
+        share_tasks(begin(0), end(0), cost, [&](int64_t node) { gradient_of_rows(node, sent_at<0>(node), turned); });
+#pragma omp barrier
+      } else {
+        level_gradients<LAST - 1>();
+      }
+      level_gradients<LAST>();
+      levels_below<std::max(LAST - 2, 0)>();
     }
   }
 
@@ -214,6 +285,7 @@ struct TrainBackward : Train<MIRRORED> {
         call.grad_weights[table.perm[k]] = dot;
       }
     });
+#pragma omp barrier  // before slices are stepped on
   }
 
   void backward() {
@@ -227,7 +299,7 @@ struct TrainBackward : Train<MIRRORED> {
       if (several) Base::template multiply_level<1>();
       if (call.grad_weights && !call.bag) weight_gradient();
       if (summed) sum_rows();
-      levels_below<LAST>();
+      all_levels();
     }
     if (several) finish_tiles<1>();
   }
