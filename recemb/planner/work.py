@@ -130,7 +130,7 @@ def _tensor_train(
 
 
 def _products(table: TableSpec, train: TensorTrain, rows: float) -> float:
-    """Elements held of the products of cores above so many rows, of what is sent back, and of rows' gradients."""
+    """Elements held of the products of cores above so many rows, of what is sent back, and of gradients."""
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
     prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
