@@ -138,10 +138,13 @@ def _products(table: TableSpec, train: TensorTrain, rows: float) -> float:
     ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
     sizes = [math.prod(dim_shape[: k + 1]) * ranks[k + 1] for k in range(last)]
     products = sum(sizes[k] * prefixes[k] for k in range(1, last))
+    # A row's gradient gives way to what the row, and then a prefix of it, sends; or prefixes alone send:
+    # ROWS_SEND in recemb_train.h, which depends on the machine where the last columns fill vectors.
+    rows_send = rows * max(table.embedding_dim, *sizes)
+    prefixes_send = rows * table.embedding_dim + prefixes[last - 1] * max(sizes[: max(last - 1, 1)])
     if math.prod(dim_shape[:-1]) < dim_shape[-1]:
-        # A row's gradient gives way to what the row, and then a prefix of it, sends.
-        return products + rows * max(table.embedding_dim, *sizes)
-    return products + rows * table.embedding_dim + prefixes[last - 1] * max(sizes[: max(last - 1, 1)])
+        return products + rows_send
+    return products + (prefixes_send if dim_shape[-1] % _LANES else max(rows_send, prefixes_send))
 
 
 def parameter_shapes(tables: list[TableSpec]) -> dict[str, tuple[int, int]]:

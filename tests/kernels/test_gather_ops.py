@@ -34,6 +34,9 @@ TABLES = {
     "few_slices": (1800, 16, TensorTrain(rank=16, row_shape=(300, 2, 3), dim_shape=(1, 1, 16))),
     "few_wide": (520, 128, TensorTrain(rank=64, row_shape=(130, 2, 2), dim_shape=(2, 1, 64))),
     "many_wide": (520, 128, TensorTrain(rank=64, row_shape=(2, 2, 130), dim_shape=(2, 1, 64))),
+    # What a row would send is as large as a slice of whole vectors.
+    "square": (600, 256, TensorTrain(rank=5, num_cores=2, row_shape=(30, 20), dim_shape=(16, 16))),
+    "square_last": (600, 256, TensorTrain(rank=5, row_shape=(6, 10, 10), dim_shape=(4, 4, 16))),
     "many_digits": (18000, 4, TensorTrain(rank=2, num_cores=2, row_shape=(3, 6000), dim_shape=(2, 2))),
     "many_remainders": (18000, 4, QuotientRemainder(collisions=6000)),
     "mult": (1000, 16, QuotientRemainder(collisions=7)),

@@ -25,6 +25,8 @@ ROWS, BATCH = 200_000, 1000
         (64, TensorTrain(rank=16)),
         (16, TensorTrain(rank=16, num_cores=2)),
         (16, TensorTrain(rank=16, num_cores=4)),
+        (64, TensorTrain(rank=16, num_cores=2, dim_shape=(8, 8))),
+        (256, TensorTrain(rank=32, dim_shape=(4, 4, 16))),
         (12, TensorTrain(rank=3)),
         (16, QuotientRemainder(collisions=4)),
         (16, ROBE(compress_rate=100, block_size=16)),

@@ -40,9 +40,13 @@ struct Sizes {
   static constexpr int N(int l) { return l == LAST ? Q(l) : Q(l) * round_up(R(l)); }
   // Cores 0 .. l multiplied: [q_1 .. q_{l+1}, padded R], and D of all.
   static constexpr int PRODUCT(int l) { return M(l) * N(l); }
-  // In the backward rows send their prefixes a gradient [M, padded K] where that is less than a slice of the last core.
-  // Else prefixes read their rows' slices, and are the lowest level that sends.
-  static constexpr bool ROWS_SEND = M(LAST) < Q(LAST);
+  static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
+  // Rows add up rows of the last core's slice, [K, q], where these divide into vectors; else they are products with its
+  // columns, [q, padded K].
+  static constexpr bool BY_ROWS = !MIRRORED && Q(LAST) % WIDEST == 0;
+  // In the backward rows send their prefixes a gradient [M, padded K], where that is less than a slice of the last core
+  // or slices lie by rows. Else prefixes read their rows' slices, and are the lowest level that sends.
+  static constexpr bool ROWS_SEND = BY_ROWS || M(LAST) < Q(LAST);
   static constexpr int SENDER = ROWS_SEND ? LAST : LAST - 1;
   // Floats of the widest that is sent from there or above, or of the gradient that it is made of.
   static constexpr int SENT() {
@@ -50,10 +54,6 @@ struct Sizes {
     for (int l = 1; l <= SENDER; l++) most = std::max(most, M(l) * KP(l));
     return most;
   }
-  static constexpr int WIDTH(int l) { return K(l) * Q(l) * R(l); }  // a slice as stored
-  // Rows add up rows of the last core's slice, [K, q], where these divide into vectors; else they are products with its
-  // columns, [q, padded K].
-  static constexpr bool BY_ROWS = !MIRRORED && Q(LAST) % WIDEST == 0;
   // A slice as multiplied: [K, q, padded R], the last one as above.
   static constexpr int PACKED(int l) { return l == LAST ? Q(l) * (BY_ROWS ? K(l) : KP(l)) : K(l) * N(l); }
   static constexpr bool AS_STORED(int l) {

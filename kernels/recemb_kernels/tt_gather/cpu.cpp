@@ -70,23 +70,17 @@ struct TrainBackward : Train<MIRRORED> {
 
   // Gradient of the product at a node of level d - 2, from its rows and their slices.
   void gradient_of_rows(int64_t node, float* to, Turned& turned) const {
-    constexpr int M = S::M(LAST), Q = S::Q(LAST), K = S::K(LAST), KP = S::KP(LAST);
+    constexpr int M = S::M(LAST), Q = S::Q(LAST), KP = S::KP(LAST);
     const int64_t first = table.level[LAST - 1].first[node], past = table.level[LAST - 1].first[node + 1];
     for (int64_t u = first; u < past; u++) {
       const float *row = grad_row(u), *slice = Base::last_matrix(table.level[LAST].group[u], turned);
-      if constexpr (S::BY_ROWS) {
-        float sum[M * KP] = {};
-        dot_rows<M, Q, K, KP>(row, slice, sum);
-        for (int j = 0; j < M * KP; j++) to[j] = u == first ? sum[j] : to[j] + sum[j];
-      } else {
-        const float* a[M];
-        float* c[M];
-        for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
-        if (u == first)
-          multiply_rows<Q, KP, false>(M, a, slice, c);
-        else
-          multiply_rows<Q, KP, true>(M, a, slice, c);
-      }
+      const float* a[M];
+      float* c[M];
+      for (int m = 0; m < M; m++) a[m] = row + m * Q, c[m] = to + m * KP;
+      if (u == first)
+        multiply_rows<Q, KP, false>(M, a, slice, c);
+      else
+        multiply_rows<Q, KP, true>(M, a, slice, c);
     }
   }
 
