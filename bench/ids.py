@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -30,12 +31,14 @@ class Batch:
         offsets: [F * B + 1] int64.
         lengths: [F * B] int64, for the paths that start from a KeyedJaggedTensor.
         grad: [B, F * D], the gradient of the pooled rows.
+        places: [F * B * hots] int64, of each id its place among the distinct ones that its feature has here.
     """
 
     ids: Tensor
     offsets: Tensor
     lengths: Tensor
     grad: Tensor
+    places: Tensor
 
     def to(self, device: str) -> Batch:
         """A copy on another device."""
@@ -56,9 +59,14 @@ def make_batches(setting: Setting, seed: int = 0) -> list[Batch]:
     grad = torch.randn(setting.batch, features * setting.dim, generator=torch.Generator().manual_seed(seed))
     batches = []
     for _ in range(number_of_batches(setting.batch)):
-        ids = np.concatenate([draw(setting.ids, rows, size, generator) for rows in setting.rows])
-        batches.append(Batch(torch.from_numpy(ids), offsets, lengths, grad))
+        drawn = [draw(setting.ids, rows, size, generator) for rows in setting.rows]
+        places = [np.unique(ids, return_inverse=True)[1] for ids in drawn]
+        batches.append(Batch(_joined(drawn), offsets, lengths, grad, _joined(places)))
     return batches
+
+
+def _joined(features: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(features))
 
 
 def draw(kind: str, rows: int, size: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -13,7 +13,20 @@ from torchrec import KeyedJaggedTensor
 import recemb
 from bench.ids import Batch
 from bench.peers import LEARNING_RATE, Step, feature_names
-from bench.settings import DENSE, FORWARD, HASHING, LARGEST_TT, MD, MODULE, OP, QR, ROBE, TT
+from bench.settings import (
+    AT_HAND,
+    AT_HAND_ROWS,
+    DENSE,
+    FORWARD,
+    HASHING,
+    LARGEST_TT,
+    MD,
+    MODULE,
+    OP,
+    QR,
+    ROBE,
+    TT,
+)
 from recemb import Compression, Dense, EmbeddingBagCollection, MixedDimension, QuotientRemainder, TensorTrain
 from recemb.backends import storages
 from recemb.bags import Bags
@@ -36,6 +49,7 @@ def compression_of(case: str, dim: int) -> Compression:
         MD: MixedDimension(dim=4),
         HASHING: Dense(),
         DENSE: Dense(),
+        AT_HAND: Dense(),
     }[case]
 
 
@@ -48,7 +62,7 @@ def table_specs(case: str, rows: Sequence[int], dim: int) -> list[TableSpec]:
             compression: Compression = TensorTrain(rank=32) if k in largest else Dense()
         else:
             compression = compression_of(case, dim)
-        stored = max(1, n // _HASH_FACTOR) if case == HASHING else n
+        stored = {HASHING: max(1, n // _HASH_FACTOR), AT_HAND: min(n, AT_HAND_ROWS)}.get(case, n)
         specs.append(
             TableSpec(
                 name=f"t_{name}",
@@ -85,9 +99,12 @@ class OurTables:
         self.engine = Engine(specs)
         # Plain hashing: ids are taken mod the rows that there are, as part of the step.
         self.modulus = specs[0].num_embeddings if case == HASHING else None
+        self.at_hand = case == AT_HAND
         self.steps: dict[str, Step] = {OP: self._op, MODULE: self._module, FORWARD: self._forward}
 
     def _ids(self, batch: Batch) -> Tensor:
+        if self.at_hand:
+            return batch.places
         return batch.ids if self.modulus is None else batch.ids % self.modulus
 
     def _pooled(self, batch: Batch) -> Tensor:

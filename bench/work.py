@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from bench.ids import Batch
 from bench.ours import table_specs
-from bench.settings import EMPTY, FORWARD, TLTORCH, TT, Setting, is_ours
+from bench.settings import AT_HAND, DENSE, EMPTY, FORWARD, TLTORCH, TT, Setting, is_ours
 from recemb import ROBE, MixedDimension, QuotientRemainder, TensorTrain
 from recemb.backends.tt_shapes import core_sizes, table_shapes
 from recemb.spec import TableSpec
@@ -87,7 +87,8 @@ def _specs(case: str, setting: Setting) -> list[TableSpec]:
     if case.startswith(TLTORCH):
         case = TT + case.removeprefix(TLTORCH)
     if is_ours(case):
-        return table_specs(case, setting.rows, setting.dim)
+        # As many rows, wherever they lie.
+        return table_specs(DENSE if case == AT_HAND else case, setting.rows, setting.dim)
     return [
         TableSpec(name=f"t_{k}", num_embeddings=n, embedding_dim=setting.dim)
         for k, n in enumerate(setting.rows)

@@ -23,6 +23,10 @@ _FLOAT = 4
 _ID = 8
 # Ranks are padded to whole vectors of these.
 _LANES = 8
+# A block's start and what it belongs to; in arrays of 2**32 weights and more it takes twice as much.
+_RECORD = 8
+# The arrays of these begin at different places of different pages.
+_PAGES = 4 * 5000
 # Integer operations of hashing one block (kernels/README.md).
 _HASH_OPS = 20
 
@@ -108,8 +112,17 @@ def _compressed(table: TableSpec, lookups: float, bags: float, micro_batch_rows:
     if isinstance(compression, ROBE):
         blocks = ceil_div(dim, compression.block_size)
         read = rows * dim * element + pooling
-        return Work(lookups, rows * blocks * _HASH_OPS + adding, read, math.ceil(2 * held * dim * _FLOAT))
+        workspace = _blocks(table, blocks, lookups)
+        return Work(lookups, rows * blocks * _HASH_OPS + adding, read, math.ceil(workspace))
     raise AssertionError(f"{table.compression} is not a compression that takes work of its own")
+
+
+def _blocks(table: TableSpec, blocks: int, lookups: float) -> float:
+    """Bytes of where the blocks lie, in three arrays, and of the gradients of rows that have several."""
+    rows = distinct(table.num_embeddings, lookups)
+    pieces = lookups if blocks == 1 else rows * blocks
+    gradients = 0.0 if blocks == 1 else rows * table.embedding_dim * _FLOAT
+    return 3 * _RECORD * pieces + gradients + _PAGES
 
 
 def _tensor_train(

@@ -7,9 +7,12 @@ from itertools import pairwise
 import torch
 
 from bench.ids import make_batches
+from bench.ours import OurTables, table_specs
 from bench.peers import EmptyTables, FunctionalTables, TBETables, absent
 from bench.session import case_bytes
 from bench.settings import (
+    AT_HAND,
+    AT_HAND_ROWS,
     BASE,
     DENSE,
     EMPTY,
@@ -112,6 +115,21 @@ def test_an_empty_step_computes_nothing_and_is_recorded() -> None:
     assert case_bytes(EMPTY, setting) == 0
     (small,) = (comparison for comparison in targets_preset() if comparison.setting.batch == 64)
     assert {EMPTY, SPARSE} < set(small.cases)
+
+
+def test_rows_at_hand_are_the_batch_s_alone_and_as_often() -> None:
+    setting = Setting(rows=(50, 10**6), dim=8, batch=40, hots=3)
+    (batch, *_) = make_batches(setting)
+    for ids, places in zip(batch.ids.chunk(2), batch.places.chunk(2), strict=True):
+        distinct, counts = ids.unique(return_counts=True)
+        assert torch.equal(distinct[places], ids)
+        assert torch.equal(places.bincount(), counts)
+    ours = OurTables(AT_HAND, setting.rows, setting.dim, setting.optimizer)
+    assert torch.equal(ours._ids(batch), batch.places)
+    assert [spec.num_embeddings for spec in table_specs(AT_HAND, setting.rows, 8)] == [50, AT_HAND_ROWS]
+    assert work(AT_HAND, OP, setting, [batch]) == work(DENSE, OP, setting, [batch])
+    for comparison in targets_preset():
+        assert comparison.setting.batch * comparison.setting.hots <= AT_HAND_ROWS
 
 
 def test_bytes_of_peers() -> None:

@@ -53,6 +53,8 @@ TABLES = {
     "robe_ones": (500, 7, ROBE(compress_rate=10, block_size=1, group="ones")),
     "robe_shared": (700, 16, ROBE(compress_rate=30, block_size=8, group="shared")),
     "robe_sharing": (40, 16, ROBE(compress_rate=30, block_size=8, group="shared")),
+    "robe_rows": (6000, 16, ROBE(compress_rate=2, block_size=16, group="rows", use_sign=True)),
+    "robe_blocks": (6000, 16, ROBE(compress_rate=4, block_size=4, group="blocks")),
 }
 TRAINS = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, TensorTrain))
 ROWS = sorted(name for name, (_, _, c) in TABLES.items() if isinstance(c, QuotientRemainder))
@@ -134,9 +136,12 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-@pytest.mark.parametrize("name", ["long_runs", "many_rows", "many_wide", "few_slices", "few_wide"])
+@pytest.mark.parametrize(
+    "name",
+    ["long_runs", "many_rows", "many_wide", "few_slices", "few_wide", "robe_rows", "robe_blocks"],
+)
 def test_error_law_of_more_than_is_held_at_once(name: str, longest: int) -> None:
-    """Prefixes of one digit, of a rank between vectors; rows of a prefix or a slice, one vector or more."""
+    """Prefixes of one digit, of a rank between vectors; rows of a prefix, slice, array; wide rows."""
     _assert_error_law([name], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
 
 

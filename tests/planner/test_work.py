@@ -30,6 +30,9 @@ ROWS, BATCH = 200_000, 1000
         (12, TensorTrain(rank=3)),
         (16, QuotientRemainder(collisions=4)),
         (16, ROBE(compress_rate=100, block_size=16)),
+        (16, ROBE(compress_rate=100, block_size=32)),
+        (16, ROBE(compress_rate=100, block_size=4)),
+        (64, ROBE(compress_rate=100, block_size=24)),
         (16, MixedDimension(dim=4)),
     ],
 )

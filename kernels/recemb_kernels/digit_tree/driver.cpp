@@ -2,9 +2,11 @@
 // and hands each to the kernel compiled for it, on all threads or within its owner's own region.
 #include <omp.h>
 #include <pthread.h>
+#include <strings.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <mutex>
 
 #include "recemb_owners.h"
@@ -17,8 +19,10 @@ using namespace recemb;
 
 namespace {
 
-// Below this many ids a second thread costs more than it saves.
+// Below this many ids a second thread costs more than it saves, unless each has so many multiply-adds of products: the
+// most that it costs where cores are far apart is a tenth then, it saves a fifth where they are near.
 constexpr int64_t SERIAL = 512;
+constexpr double PRODUCTS = 1 << 16;
 // Ids of a table from which all threads sort it together.
 constexpr int64_t TOGETHER = 1 << 13;
 
@@ -55,7 +59,23 @@ void leave(Pool* pool, State* state) {
   delete pool;
 }
 
-int threads_for(const Call* call, int64_t threads) { return static_cast<int>(call->num_ids < SERIAL ? 1 : threads); }
+// Whether threads that wait are put to sleep: to wake them takes longer than such products.
+bool threads_sleep() {
+  const char* policy = std::getenv("OMP_WAIT_POLICY");
+  return policy && strcasecmp(policy, "passive") == 0;
+}
+
+int threads_for(const Call* call, int64_t threads) {
+  static const bool sleep = threads_sleep();
+  if (call->num_ids >= SERIAL) return static_cast<int>(threads);
+  double products = 0;
+  for (int64_t f = 0; f < call->num_features && !sleep; f++) {
+    const double* cost = call->codes[call->features[f].table].product_cost[0];
+    const int64_t *offsets = call->offsets + f * call->batch, ids = offsets[call->batch] - offsets[0];
+    products += static_cast<double>(ids) * *std::max_element(cost, cost + MAX_ORDER);
+  }
+  return static_cast<int>(products < PRODUCTS * static_cast<double>(threads) ? 1 : threads);
+}
 
 // What a state keeps of its group.
 void know(const Call* call, State* state) {

@@ -63,6 +63,8 @@ struct Hash {
   }
 };
 
+constexpr int64_t MOST_READ = int64_t{1} << 22;  // bytes of an array that is read in its order
+
 constexpr int length_of(int b) { return b + 1 < BLOCKS ? Z : D - b * Z; }
 
 // sum[length] += factor * the weights from `start` on: the end of one array row, as stored, and the begin of the next.
@@ -99,138 +101,152 @@ void add_row(const Table* table, const Hash& hash, int64_t t, int64_t key, float
   }
 }
 
-// The blocks of the batch. They lie in the table's workspace, behind the distinct rows' gradients where there are any.
+// The blocks of the batch, as records: where one starts in the array, and what it is a part of, a position in the batch
+// or, of rows of several blocks, distinct row * BLOCKS + block, whose highest bit is the sign. They lie in the table's
+// workspace, behind the distinct rows' gradients where there are any.
+template <class Record>
 struct Blocks {
-  int64_t n;
-  int64_t *start, *piece;          // [n] in order of piece: (position in the batch, or distinct row) * BLOCKS + block
-  int64_t *sorted, *sorted_piece;  // [n] by start
-  int64_t* count;                  // [threads] that start in a thread's array rows
-  void* records;                   // [2 n]
-  float* sign;                     // [n] by piece
-  int64_t floats;                  // of all
+  // The array rows of one thread, and the blocks that start in them, by start, which is counted from the first row.
+  struct Share {
+    int64_t first, past;  // rows
+    int64_t count;        // blocks
+    const Record* sorted;
+    char apart[LINE * sizeof(float)];  // from what other threads write
+  };
 
-  Blocks(const Table* table, const Call* call) : n(DIRECT ? table->ids : table->rows() * BLOCKS) {
-    const int64_t threads = omp_get_num_threads();
+  int64_t n;
+  Share* shares;    // [threads]
+  Record* placed;   // [n] by piece
+  Record* room[2];  // [n] each
+  int64_t floats;   // of all
+
+  explicit Blocks(const Table* table) : n(DIRECT ? table->ids : table->rows() * BLOCKS) {
+    constexpr int64_t PAGE = 4096;
     const int64_t gradients = DIRECT ? 0 : (table->rows() * D + LINE - 1) / LINE * LINE;
-    const int64_t record = is_wide(table) ? sizeof(Wide) : sizeof(Narrow);
-    constexpr int64_t PAGE = 4096 / sizeof(int64_t);
-    int64_t* const base = reinterpret_cast<int64_t*>(table->spare + gradients);
+    char* const base = reinterpret_cast<char*>(table->spare + gradients);
     // Each at another place of its page: a processor takes a load for one of what a store has just written when both
     // end in the same twelve bits, and waits.
     int64_t at = 0, arrays = 0;
-    const auto take = [&](int64_t count) {
+    const auto take = [&](int64_t bytes) {
       at = (at + PAGE - 1) / PAGE * PAGE + arrays++ * (PAGE / 8);
-      return at += count, base + at - count;
+      return at += bytes, base + at - bytes;
     };
-    count = take(threads), start = take(n), piece = take(DIRECT ? n : 0), sorted = take(n), sorted_piece = take(n);
-    records = take(2 * n * record / static_cast<int64_t>(sizeof(int64_t)));
-    const int64_t signs = DIRECT ? call->num_ids : n;
-    sign = reinterpret_cast<float*>(take((signs + 1) / 2));
-    floats = sign - table->spare + signs;
+    const int64_t all = n * static_cast<int64_t>(sizeof(Record));
+    shares = reinterpret_cast<Share*>(take(omp_get_num_threads() * static_cast<int64_t>(sizeof(Share))));
+    for (Record** array : {&placed, &room[0], &room[1]}) *array = reinterpret_cast<Record*>(take(all));
+    floats = gradients + (at + 3) / 4;
   }
-  static int64_t size_of(const Table* table) { return table->code->constants[0] * Z; }
-  static bool is_wide(const Table* table) { return size_of(table) >> 32; }
+
+  static Record placed_at(int64_t start, int64_t piece, float sign) {
+    return Record(static_cast<uint64_t>(start), piece | (sign < 0) * SIGN);
+  }
+  static int64_t piece_of(Record record) { return record.value() & (SIGN - 1); }
+  static float sign_of(Record record) { return SIGNED && record.value() < 0 ? -1.0f : 1.0f; }
+  static constexpr int64_t SIGN = int64_t{1} << 31;
 };
 
-// The array rows of this thread, and the blocks that start in them, by start.
-struct Share {
-  int64_t first, past;  // rows
-  int64_t begin, end;   // of `sorted`
-};
+bool is_wide(const Table* table) { return table->code->constants[0] * Z >> 32; }
 
-// Sorts this thread's share of the blocks. Each thread reads the starts of all of them, twice: that takes a tenth of
-// what it takes one of them to sort all.
+// Cuts the array's rows among the threads of the region, and sorts the blocks; every thread calls it. Each reads the
+// starts of all of them, twice: that takes a tenth of what it takes one of them to sort all.
 template <class Record>
-void sort_pieces(Blocks& blocks, const Share& share) {
-  const int64_t own = share.end - share.begin, low = share.first * Z;
-  const uint64_t width = static_cast<uint64_t>(share.past - share.first) * Z;
-  Record* const records = static_cast<Record*>(blocks.records) + 2 * share.begin;
-  // Of a start below the share's the key wraps, to one that no share has.
-  const auto block = [&](int64_t i) { return Record(static_cast<uint64_t>(blocks.start[i] - low), i); };
-  select_keys(block, 0, blocks.n, 0, width, records);
-  const auto read = [records](int64_t i) { return records[i]; };
-  const Record* sorted = radix_sort(read, records + own, records, own, bits_of(width - 1));
-  for (int64_t k = 0; k < own; k++) {
-    blocks.sorted[share.begin + k] = static_cast<int64_t>(sorted[k].key()) + low;
-    blocks.sorted_piece[share.begin + k] = DIRECT ? blocks.piece[sorted[k].value()] : sorted[k].value();
-  }
-}
-
-// Cuts the array's rows among the threads of the region, and sorts the blocks; every thread calls it.
-Share sort_blocks(const Table* table, Blocks& blocks) {
+void sort_blocks(const Table* table, const Blocks<Record>& blocks) {
   const int64_t rows = table->code->constants[0], thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  Share share{rows * thread / threads, rows * (thread + 1) / threads, 0, 0};
-  const int64_t low = share.first * Z;
-  const uint64_t width = static_cast<uint64_t>(share.past - share.first) * Z;
-  int64_t own = 0;
-  for (int64_t i = 0; i < blocks.n; i++) own += static_cast<uint64_t>(blocks.start[i] - low) < width;
-  blocks.count[thread] = own;
+  auto& share = blocks.shares[thread];
+  share.first = rows * thread / threads, share.past = rows * (thread + 1) / threads;
+  const uint64_t low = static_cast<uint64_t>(share.first) * Z, width = static_cast<uint64_t>(share.past - share.first) * Z;
+  // Of a start below the share's the key wraps, to one that no share has.
+  const auto block = [&](int64_t i) { return Record(blocks.placed[i].key() - low, blocks.placed[i].value()); };
+  int64_t own = 0, before = 0;
+  for (int64_t i = 0; i < blocks.n; i++) own += blocks.placed[i].key() - low < width;
+  share.count = own;
 #pragma omp barrier
-  for (int64_t t = 0; t < thread; t++) share.begin += blocks.count[t];
-  share.end = share.begin + own;
-  if (own && Blocks::is_wide(table))
-    sort_pieces<Wide>(blocks, share);
-  else if (own)
-    sort_pieces<Narrow>(blocks, share);
+  for (int64_t t = 0; t < thread; t++) before += blocks.shares[t].count;
+  Record *const chosen = blocks.room[0] + before, *const other = blocks.room[1] + before;
+  select_keys(block, 0, blocks.n, 0, width, chosen);
+  share.sorted = radix_sort([=](int64_t i) { return chosen[i]; }, other, chosen, own, bits_of(width - 1));
 #pragma omp barrier
-  return share;
 }
 
-// sum[2 Z] of the blocks from `at` on that start in array row `from`: that row and the one after it. Whole blocks
-// are added, so that the loops have constant lengths; a row takes its half of two such sums. Moves `at` behind them,
-// and returns whether one goes on in the row after.
-bool add_blocks(const Table* table, const Call* call, const Blocks& blocks, int64_t* at, int64_t from, float* sum) {
-  const int64_t n = blocks.n, end = (from + 1) * Z;
+// Steps on the touched rows of this thread's share. A row's gradient is its half of the blocks that start in the row
+// before and of those that start in it, in this order. Rows are added up some at a time and stepped on afterwards: a
+// processor waits for what it has just stored when it loads it again from a little beside.
+template <class Record>
+void add_rows(const Table* table, const Call* call, const Blocks<Record>& blocks) {
+  constexpr int64_t AT_ONCE = std::max<int64_t>(8, 2048 / Z);
+  const auto* const share = blocks.shares + omp_get_thread_num();
+  if (share->first == share->past) return;
+  // A slot is a row that is touched; the row after the last slot's has the next one, where a block goes on in it.
+  alignas(64) float sums[(AT_ONCE + 3) * Z] = {};
+  int64_t rows[AT_ONCE + 3], slot = 0;
+  rows[0] = -1;
   bool goes_on = false;
-  std::fill(sum, sum + 2 * Z, 0.0f);
-  int64_t k = *at;
-  for (; k < n && blocks.sorted[k] < end; k++) {
-    if (DIRECT && k + AHEAD < n) {
-      const int64_t next = blocks.sorted_piece[k + AHEAD];
-      prefetch_row(sender_of(table, call, next).grad, Z), __builtin_prefetch(&blocks.sign[next]);
+  const auto finish = [&](int64_t slots) {
+    for (int64_t s = 0; s < slots; s++)
+      if (rows[s] >= share->first && rows[s] < share->past) finish_row<Z>(table, 0, rows[s], sums + s * Z);
+  };
+  // Those of the blocks that start in rows [from, to), which count from row `first`.
+  const auto add = [&](const Record* sorted, int64_t begin, int64_t end, int64_t first) {
+    for (int64_t k = begin; k < end; k++) {
+      if (slot >= AT_ONCE) {
+        finish(slot);
+        std::copy(sums + slot * Z, sums + (slot + 2) * Z, sums);
+        std::fill(sums + 2 * Z, sums + (slot + 2) * Z, 0.0f);
+        rows[0] = rows[slot], rows[1] = rows[slot + 1], slot = 0;
+      }
+      if (DIRECT && k + AHEAD < end)
+        prefetch_row(sender_of(table, call, Blocks<Record>::piece_of(sorted[k + AHEAD])).grad, Z);
+      const int64_t start = static_cast<int64_t>(sorted[k].key()), row = first + start / Z, at = start % Z;
+      const int64_t piece = Blocks<Record>::piece_of(sorted[k]);
+      const int b = static_cast<int>(piece % BLOCKS);
+      const Sender sender = DIRECT ? sender_of(table, call, piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
+      const float* g = sender.grad;
+      const float factor = Blocks<Record>::sign_of(sorted[k]) * sender.weight;
+      const int64_t further = row - rows[slot];
+      slot += std::min<int64_t>(further, 1 + goes_on);
+      goes_on = (goes_on && !further) || at + length_of(b) > Z;
+      rows[slot] = row, rows[slot + 1] = row + 1;
+      prefetch_row<true>(table->param[0] + std::max(row, share->first) * Z, Z);
+      float* to = sums + slot * Z + at;
+      if (b + 1 < BLOCKS)
+        for (int j = 0; j < Z; j++) to[j] += factor * g[j];
+      else
+        for (int j = 0; j < length_of(BLOCKS - 1); j++) to[j] += factor * g[j];
     }
-    const int64_t piece = blocks.sorted_piece[k];
-    const int b = static_cast<int>(piece % BLOCKS);
-    const Sender sender = DIRECT ? sender_of(table, call, piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
-    const float* g = sender.grad;
-    const float factor = blocks.sign[piece] * sender.weight;
-    float* to = sum + (blocks.sorted[k] - from * Z);
-    goes_on = goes_on || blocks.sorted[k] + length_of(b) > end;
-    if (b + 1 < BLOCKS)
-      for (int j = 0; j < Z; j++) to[j] += factor * g[j];
-    else
-      for (int j = 0; j < length_of(BLOCKS - 1); j++) to[j] += factor * g[j];
-  }
-  *at = k;
-  return goes_on;
-}
-
-// Steps on the touched rows of this thread's share. A row's gradient is its half of the blocks that start in it and the
-// other half of those that start in the row before, which the loop has just added up and hands on.
-void add_rows(const Table* table, const Call* call, const Blocks& blocks, const Share& share) {
-  if (share.first == share.past) return;
-  float sums[2][2 * Z], grad[Z];
-  float *own = sums[0], *spilled = sums[1];
+  };
   // Before row 0 is the last one.
-  const int64_t before = (share.first ? share.first : table->code->constants[0]) - 1;
-  int64_t tail = share.first ? share.begin : blocks.n;
-  while (tail > 0 && blocks.sorted[tail - 1] >= before * Z) tail--;
-  bool goes_on = add_blocks(table, call, blocks, &tail, before, spilled);
-  for (int64_t at = share.begin, row = share.first - 1;; std::swap(own, spilled)) {
-    row = goes_on ? row + 1 : at < share.end ? blocks.sorted[at] / Z : share.past;
-    if (row >= share.past) return;
-    if (!goes_on) std::fill(spilled, spilled + 2 * Z, 0.0f);
-    goes_on = add_blocks(table, call, blocks, &at, row, own);
-    for (int j = 0; j < Z; j++) grad[j] = own[j] + spilled[Z + j];
-    finish_row<Z>(table, 0, row, grad);
-  }
+  const auto* before = share;
+  do
+    before = before == blocks.shares ? before + omp_get_num_threads() - 1 : before - 1;
+  while (before->first == before->past);
+  const int64_t last = (before->past - before->first - 1) * Z;
+  int64_t tail = before->count;
+  while (tail > 0 && static_cast<int64_t>(before->sorted[tail - 1].key()) >= last) tail--;
+  add(before->sorted, tail, before->count, share->first - 1 - last / Z);
+  add(share->sorted, 0, share->count, share->first);
+  finish(slot + 1 + goes_on);
 }
 
 int64_t kept(const Table*, const Call*) { return 0; }
-int64_t spare(const Table* table, const Call* call) { return call->grad_out ? Blocks(table, call).floats : 0; }
+int64_t spare(const Table* table, const Call* call) {
+  if (!call->grad_out) return 0;
+  return is_wide(table) ? Blocks<Wide>(table).floats : Blocks<Narrow>(table).floats;
+}
+
+// Reads the array in its order before a batch reads much of it at random: from memory, that takes a tenth of the time.
+void read_array(const Table* table) {
+  constexpr int64_t BYTES = LINE * sizeof(float), LINES_OF_ROW = BLOCKS + D / LINE;
+  const int64_t lines = table->code->constants[0] * row_bytes(0, Z) / BYTES;
+  if (lines * BYTES > MOST_READ || table->ids / omp_get_num_threads() * LINES_OF_ROW * 3 < lines) return;
+  const uint8_t* at = stored_row(table->param[0], 0, Z, 0);
+  unsigned sum = 0;
+  for (int64_t line = 0; line < lines; line++) sum += at[line * BYTES];
+  asm volatile("" : : "r"(sum));  // else nobody reads
+}
 
 void forward(const Table* table, const Call* call) {
   const Hash hash(table);
+  read_array(table);
   each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
     const int64_t t = hash.table_of(call->features[f].key_base);
     pool_bags<D, D>(
@@ -242,21 +258,22 @@ void forward(const Table* table, const Call* call) {
   });
 }
 
-void backward(const Table* table, const Call* call) {
-  const Hash hash(table);
-  if (call->grad_weights) {
-    each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
-      const int64_t base = call->features[f].key_base, t = hash.table_of(base);
-      weight_gradients(call, f, begin, end, [&](int64_t i, const float* grad) {
-        float row[D] = {}, dot = 0;
-        add_row(table, hash, t, call->ids[i] + base, 1.0f, row);
+void backward_weights(const Table* table, const Call* call, const Hash& hash) {
+  each_feature(table, call, [&](int64_t f, int64_t begin, int64_t end) {
+    const int64_t base = call->features[f].key_base, t = hash.table_of(base);
+    weight_gradients(call, f, begin, end, [&](int64_t i, const float* grad) {
+      float row[D] = {}, dot = 0;
+      add_row(table, hash, t, call->ids[i] + base, 1.0f, row);
 #pragma omp simd reduction(+ : dot)
-        for (int j = 0; j < D; j++) dot += row[j] * grad[j];
-        return dot;
-      });
+      for (int j = 0; j < D; j++) dot += row[j] * grad[j];
+      return dot;
     });
-  }
-  Blocks blocks(table, call);
+  });
+}
+
+template <class Record>
+void backward_array(const Table* table, const Call* call, const Hash& hash) {
+  const Blocks<Record> blocks(table);
   if (!blocks.n) return;  // the workspace of a batch of no samples is empty
   if constexpr (DIRECT) {
     int64_t before = 0;
@@ -265,21 +282,35 @@ void backward(const Table* table, const Call* call) {
       const int64_t begin = call->offsets[f * call->batch], end = call->offsets[(f + 1) * call->batch];
 #pragma omp for schedule(static) nowait
       for (int64_t i = begin; i < end; i++) {
-        hash.place(t, call->ids[i] + base, &blocks.start[before + i - begin], &blocks.sign[i]);
-        blocks.piece[before + i - begin] = i;
+        int64_t start;
+        float sign;
+        hash.place(t, call->ids[i] + base, &start, &sign);
+        blocks.placed[before + i - begin] = Blocks<Record>::placed_at(start, i, sign);
       }
       before += end - begin;
     }
-#pragma omp barrier
   } else {
     share_rows(table, [&](int64_t u) {
-      hash.place(hash.table_of(table->keys[u]), table->keys[u], &blocks.start[u * BLOCKS], &blocks.sign[u * BLOCKS]);
+      int64_t start[BLOCKS];
+      float sign[BLOCKS];
+      hash.place(hash.table_of(table->keys[u]), table->keys[u], start, sign);
+      for (int b = 0; b < BLOCKS; b++)
+        blocks.placed[u * BLOCKS + b] = Blocks<Record>::placed_at(start[b], u * BLOCKS + b, sign[b]);
       row_gradient<D>(table, call, u, table->spare + u * D);
     });
-#pragma omp barrier
   }
-  const Share share = sort_blocks(table, blocks);
-  add_rows(table, call, blocks, share);
+#pragma omp barrier
+  sort_blocks(table, blocks);
+  add_rows(table, call, blocks);
+}
+
+void backward(const Table* table, const Call* call) {
+  const Hash hash(table);
+  if (call->grad_weights) backward_weights(table, call, hash);
+  if (is_wide(table))
+    backward_array<Wide>(table, call, hash);
+  else
+    backward_array<Narrow>(table, call, hash);
 }
 
 }  // namespace
