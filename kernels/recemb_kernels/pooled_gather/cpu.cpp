@@ -76,7 +76,7 @@ int64_t kept(const Table* table, const Call* call) {
 int64_t spare(const Table* table, const Call* call) {
   if (!call->grad_out) return 0;
   if (OPERATION == PROJECT) return table->num_features * call->batch * LEFT + chunks_of(table, call) * LEFT * RIGHT;
-  return PAIR ? table->rows() * W + table->level[1].touched * RIGHT : 0;
+  return PAIR ? (table->rows() + table->level[1].slice_piece[1]) * RIGHT : 0;
 }
 
 void forward(const Table* table, const Call* call) {
@@ -99,45 +99,63 @@ void forward(const Table* table, const Call* call) {
   });
 }
 
-// grad[W]: gradient of distinct row u before it is split between quotient and remainder.
-const float* grad_row(const Table* table, int64_t u) { return table->spare + u * W; }
+// What row u sends to its remainder.
+float* sent_row(const Table* table, int64_t u) { return table->spare + u * RIGHT; }
 
-// grad += what row u sends to its side k.
-template <int k>
-void send(const Table* table, int64_t u, float* grad) {
-  const float* g = grad_row(table, u);
-  constexpr int WIDTH = k == 0 ? LEFT : RIGHT;
+// A row's gradient goes to its quotient's, and to what it sends.
+void split_row(const float* g, const float* quotient, const float* remainder, float* grad, float* sent) {
   if constexpr (OPERATION == MULTIPLY) {
-    const Level &q = table->level[0], &r = table->level[1];
-    const float* factor = k == 0 ? row_of(table, 1, r.digit[r.group[u]]) : row_of(table, 0, q.digit[r.parent[u]]);
-    for (int j = 0; j < WIDTH; j++) grad[j] += g[j] * factor[j];
+    for (int j = 0; j < LEFT; j++) grad[j] += g[j] * remainder[j];
+    for (int j = 0; j < RIGHT; j++) sent[j] = g[j] * quotient[j];
   } else {
-    constexpr int FROM = OPERATION == CONCATENATE && k == 1 ? LEFT : 0;
-    for (int j = 0; j < WIDTH; j++) grad[j] += g[FROM + j];
+    for (int j = 0; j < LEFT; j++) grad[j] += g[j];
+    std::copy(g + (OPERATION == CONCATENATE ? LEFT : 0), g + W, sent);
   }
 }
 
+// Under "mult" the quotients' gradients read the remainders and the other way round: a quotient moves when its rows have
+// sent what they send, the remainders move last.
 void backward_pair(const Table* table, const Call* call) {
   const Level &top = table->level[0], &rows = table->level[1];
-  float* sides = table->spare + table->rows() * W;
-#pragma omp for schedule(dynamic, ROWS)
-  for (int64_t u = 0; u < rows.nodes; u++) row_gradient<W>(table, call, u, table->spare + u * W);
-  // Under "mult" the remainders' gradients read the quotients and the other way round: both before either moves.
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t run = 0; run < rows.slice_run[1]; run++) {
-    float grad[RIGHT] = {};
-    for (int32_t k = rows.run_start[run]; k < rows.run_start[run + 1]; k++) send<1>(table, rows.by_digit[k], grad);
-    std::copy(grad, grad + RIGHT, sides + run * RIGHT);
-  }
-#pragma omp for schedule(dynamic, ROWS)
-  for (int64_t node = 0; node < top.nodes; node++) {
+  const int64_t pieces = rows.slice_piece[1];
+  float* const sums = table->spare + rows.nodes * RIGHT;  // of pieces
+  share_tasks(0, top.nodes, [&](int64_t node) { return top.first[node] + rows.first[top.first[node]]; }, [&](int64_t node) {
+    // Not for its state, which takes as long to ask for as to wait for.
+    if (node + AHEAD < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD]), LEFT);
+    const float* quotient = row_of(table, 0, top.digit[node]);
     float grad[LEFT] = {};
-    if (node + 4 < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + 4]), LEFT);
-    for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) send<0>(table, u, grad);
+    for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) {
+      float g[W];
+      row_gradient<W>(table, call, u, g);
+      split_row(g, quotient, row_of(table, 1, rows.digit[rows.group[u]]), grad, sent_row(table, u));
+    }
     finish_row<LEFT>(table, 0, top.digit[node], grad);
+  });
+#pragma omp barrier
+  const auto is_whole = [&](int64_t run) { return rows.run_start[run + 1] - rows.run_start[run] <= PIECE; };
+#pragma omp for schedule(static)
+  for (int64_t p = 0; p < pieces; p++) {
+    const int64_t from = rows.piece_start[p], to = rows.piece_start[p + 1], run = rows.group[rows.by_digit[from]];
+    float sum[RIGHT] = {};
+    for (int64_t k = from; k < to; k++) {
+      if (k + AHEAD < rows.nodes) prefetch_row(sent_row(table, rows.by_digit[k + AHEAD]), RIGHT);
+      const float* sent = sent_row(table, rows.by_digit[k]);
+      for (int j = 0; j < RIGHT; j++) sum[j] += sent[j];
+    }
+    if (is_whole(run))
+      finish_row<RIGHT>(table, 1, rows.digit[run], sum);
+    else
+      std::copy(sum, sum + RIGHT, sums + p * RIGHT);
   }
 #pragma omp for schedule(static) nowait
-  for (int64_t g = 0; g < rows.touched; g++) finish_row<RIGHT>(table, 1, rows.digit[g], sides + g * RIGHT);
+  for (int64_t run = 0; run < rows.slice_run[1]; run++) {
+    if (is_whole(run)) continue;
+    float grad[RIGHT] = {};
+    const int32_t* const first = std::lower_bound(rows.piece_start, rows.piece_start + pieces, rows.run_start[run]);
+    for (int64_t p = first - rows.piece_start; rows.piece_start[p] < rows.run_start[run + 1]; p++)
+      for (int j = 0; j < RIGHT; j++) grad[j] += sums[p * RIGHT + j];
+    finish_row<RIGHT>(table, 1, rows.digit[run], grad);
+  }
 }
 
 void backward_rows(const Table* table, const Call* call) {
