@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.errors import ConfigError
+from recemb_kernels.memory import move_to_huge_pages
 
 
 def in_place(
@@ -46,6 +47,7 @@ def in_place(
                 f"{parameter.device}, {'one number a row' if row_wise else 'of that shape'}: load a state of "
                 "the same optimizer"
             )
+        move_to_huge_pages(tensor)
         found.append(tensor)
     return found
 

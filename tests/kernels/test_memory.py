@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,31 +246,3 @@ def test_what_is_too_large_for_the_process_is_an_error(script: str, said: str) -
     assert first.startswith("tables t: no memory for ")
     assert said in first
     assert last == "goes on"
-
-
-def flags_at(address: int) -> list[str]:
-    """What the kernel knows of the mapping that an address lies in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *values = line.split()
-        if "-" in name:
-            first, past = (int(part, 16) for part in name.split("-"))
-            inside = first <= address < past
-        elif inside and name == "VmFlags:":
-            return values
-    raise AssertionError("no such mapping")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages"
-)
-def test_pages_of_large_outputs_are_huge() -> None:
-    """glibc maps blocks of more than 32 MB anew for every batch: pages of 4 kB took half of a forward."""
-    engine, tables = make_engine()
-    step_all(tables, torch.optim.SGD, 0.1)
-    out = pooled_native(
-        [tables[target.table] for target in engine.targets], make_bags(engine, 10**5, 1, seed=0)
-    )
-    assert out is not None
-    assert out.nbytes > 2**25
-    assert "hg" in flags_at(out.data_ptr() + out.nbytes // 2)
