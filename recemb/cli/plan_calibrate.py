@@ -71,7 +71,7 @@ def measure(device: torch.device) -> Costs:
         if method == "dense":
             changed["backward_factor"] = _ratio(step - forward, forward, f"uncompressed table, {where}")
             continue
-        work = forward_work(table, float(_BATCH), float(_BATCH), 2**14, base["id_skew"])
+        work = forward_work(table, float(_BATCH), float(_BATCH), base["id_skew"])
         unit = {f"{method}_forward": Constant(1.0, "1", "")}
         least = costs.with_constants(unit).forward_ms(method, work)
         changed[f"{method}_forward"] = _ratio(forward, least, f"{_BATCH:,} ids, {where}")

@@ -23,7 +23,6 @@ from recemb.planner.work import forward_work
 from recemb.spec import DTYPE_BYTES, Dense, TableSpec
 from recemb.torchrec_io.planning.planned import OPTIMIZERS
 from recemb.units import size
-from recemb_kernels.triton_frame import MICRO_BATCH_ROWS
 
 
 def place_rows(args: argparse.Namespace) -> str:
@@ -129,7 +128,7 @@ def _tiered(
         warm = read / far * 1e9
         cold = hot
         if not isinstance(table.compression, Dense):
-            work = forward_work(table, float(batch), float(batch), MICRO_BATCH_ROWS, costs["id_skew"])
+            work = forward_work(table, float(batch), float(batch), costs["id_skew"])
             cold = costs.forward_ms(table.compression.method, work) * 1e6 / batch
         made.append(
             TieredTable(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from recemb.backends import storages
 from recemb.backends.tt_shapes import core_sizes, table_shapes
 from recemb.id_maps.radix import ceil_div
-from recemb.planner.work import parameter_shapes
+from recemb.planner.work import Load, parameter_shapes
 from recemb.spec import DTYPE_BYTES, ROBE, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 
 _FLOAT = 4
@@ -43,21 +43,6 @@ _ENTRIES = 2 * _INT64 + _INT32
 # Pooled rows [B, sum of D]: the graph's, its copy of their gradient, and that with a refused batch's out.
 # What the caller is given, and gives back, is the model's: torchrec counts it among its outputs.
 _POOLED = 3
-
-
-@dataclass(frozen=True)
-class Load:
-    """A table and what is looked up in it.
-
-    Args:
-        table: a compressed table.
-        ids: of a step, over all ranks.
-        bags: of all its features, over all ranks.
-    """
-
-    table: TableSpec
-    ids: float
-    bags: float
 
 
 @dataclass(frozen=True)

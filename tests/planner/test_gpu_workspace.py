@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from recemb.planner.gpu_workspace import Load, gpu_workspace
+from recemb.planner.gpu_workspace import gpu_workspace
+from recemb.planner.work import Load
 from recemb.spec import Compression, HotRows, QuotientRemainder, TableSpec, TensorTrain
 
 

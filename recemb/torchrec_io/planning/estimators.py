@@ -30,8 +30,9 @@ from recemb.backends import storages
 from recemb.cache.layout import buffer_bytes
 from recemb.errors import ConfigError
 from recemb.planner.costs import Costs
-from recemb.planner.gpu_workspace import Load, gpu_workspace
-from recemb.planner.work import forward_work, optimizer_bytes, parameter_bytes
+from recemb.planner.cpu_workspace import cpu_workspace
+from recemb.planner.gpu_workspace import gpu_workspace
+from recemb.planner.work import Load, forward_work, optimizer_bytes, parameter_bytes
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io.embedding_bag_collection import EmbeddingBagCollection
 from recemb.torchrec_io.sharding.held import DATA_PARALLEL, row_split
@@ -144,9 +145,7 @@ class PerfEstimator(ShardEstimator):  # type: ignore[misc] # torchrec ships no t
             if isinstance(table.compression, Dense):
                 continue
             lookups = _Lookups(option, self._topology, self._constraints)
-            rows = self._compressed.micro_batch_rows(option.module[1])
-            held = rows or _MICRO_BATCH_ROWS[self._topology.compute_device]
-            work = forward_work(table, lookups.ids, lookups.bags, held, self._costs["id_skew"])
+            work = forward_work(table, lookups.ids, lookups.bags, self._costs["id_skew"])
             forward = self._costs.forward_ms(table.compression.method, work)
             for shard in option.shards:
                 shard.perf.fwd_compute = forward
@@ -286,20 +285,19 @@ class WorkspaceReservation(StorageReservation):  # type: ignore[misc] # torchrec
         self.workspace = 0
         for child in module.modules():
             rows = self._compressed.micro_batch_rows(child) or _MICRO_BATCH_ROWS[device]
-            loads = []
-            for table in self._compressed.tables(child):
+            loads, tables = [], self._compressed.tables(child)
+            for table in tables:
                 if isinstance(table.compression, Dense):
                     continue
                 given = (constraints or {}).get(table.name)
                 bags = float(batch_size * topology.world_size * len(table.feature_names))
                 loads.append(Load(table, bags * max(given.pooling_factors if given else [1.0]), bags))
+            weighted = isinstance(child, EmbeddingBagCollection) and bool(child.is_weighted())
             if device == "cuda":
-                weighted = isinstance(child, EmbeddingBagCollection) and bool(child.is_weighted())
                 # Collections' forwards all come before their backwards, and graphs share no memory.
                 self.workspace += gpu_workspace(loads, topology.world_size, rows, weighted=weighted)
                 continue
-            works = (forward_work(load.table, load.ids, load.bags, rows) for load in loads)
-            self.workspace = max([self.workspace, *(work.workspace for work in works)])
+            self.workspace += cpu_workspace(loads, len(tables) - len(loads), rows, weighted=weighted)
         for rank in reserved.devices:
             # torchrec keeps its part of HBM free, and none of DDR, in which the tables of a CPU lie.
             if self._percentage is not None:

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
 from recemb.backends import build, storages
-from recemb.planner.gpu_workspace import Load, gpu_workspace
+from recemb.planner.gpu_workspace import gpu_workspace
+from recemb.planner.work import Load
 from recemb.spec import ROBE, Compression, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.triton_frame import MICRO_BATCH_ROWS

@@ -18,8 +18,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from recemb.backends import storages
 from recemb.errors import ConfigError
 from recemb.planner.costs import default_costs
-from recemb.planner.gpu_workspace import Load, gpu_workspace
-from recemb.planner.work import distinct, optimizer_bytes
+from recemb.planner.gpu_workspace import gpu_workspace
+from recemb.planner.work import Load, distinct, optimizer_bytes
 from recemb.spec import Compression, Dense, HotRows, QuotientRemainder, TensorTrain
 from recemb.torchrec_io import get_sharders, planner
 from recemb.torchrec_io.planning.enumerator import EveryRank

@@ -1,0 +1,135 @@
+"""Memory that looking compressed tables up takes on a CPU, forward and backward, above what is stored.
+
+Counted as the kernels hold it (``kernels/recemb_kernels``), for uniform ids, which meet the most rows, and
+rows of bags that hold several. A table keeps some of it until its backward; the rest all tables of a
+collection take in turn, or each thread has of its own where it takes whole tables. Plans, which sort and
+group the ids, are not counted: up to 200 bytes an id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from recemb.backends import backend_of
+from recemb.backends.tt_shapes import table_shapes
+from recemb.id_maps.radix import ceil_div
+from recemb.planner.work import Load, distinct
+from recemb.spec import ROBE, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+
+_FLOAT = 4
+_LINE = 64
+_HUGE_PAGE = 2**21
+# Ranks are padded to whole vectors of these.
+_LANES = 8
+# A block's start and what it belongs to; in arrays of 2**32 weights and more it takes twice as much.
+_RECORD = 8
+# The arrays of these begin at different places of different pages.
+_PAGES = 4 * 5000
+# Rows of a quotient-remainder table that send to a remainder are added up so many at a time.
+_PIECE = 64
+# Bags of one partial sum of a projection's gradient.
+_CHUNK = 256
+# Ids of a table up to which a thread may take it whole; there are two such tables a thread, or more.
+_MOST_IDS = 2**13
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one storage: held until its backward, and only while its turn lasts."""
+
+    kept: float
+    spare: float
+
+
+def cpu_workspace(loads: Sequence[Load], others: int, micro_batch_rows: int, *, weighted: bool) -> int:
+    """Bytes of the tables of one collection, the most that there can be for any number of threads.
+
+    Args:
+        loads: its compressed tables, and what is looked up in them.
+        others: its tables that are not compressed.
+        micro_batch_rows: distinct rows of a train whose products are held at once.
+        weighted: whether ids have weights.
+    """
+    held: dict[Hashable, _Held] = {}
+    for load in loads:
+        key = backend_of(load.table), backend_of(load.table).storage_key(load.table)
+        of_table, before = _held(load, micro_batch_rows, weighted), held.get(key, _Held(0, 0))
+        # Tables of one ROBE array have their turn together.
+        held[key] = _Held(before.kept + of_table.kept, before.spare + of_table.spare)
+    whole = all(load.ids <= _MOST_IDS for load in loads)
+    takers = max(1, (len(held) + others) // 2) if whole else 1
+    kept = sum(storage.kept + _LINE for storage in held.values())
+    spare = takers * max((storage.spare + _LINE for storage in held.values()), default=0)
+    return _grown(kept) + _grown(spare)
+
+
+def _grown(asked: float) -> int:
+    """What a buffer that grows takes: a quarter more than is asked for, and whole lines or huge pages."""
+    unit = _HUGE_PAGE if asked >= _HUGE_PAGE else _LINE
+    return unit * ceil_div(math.ceil(1.25 * asked), unit)
+
+
+def _held(load: Load, micro_batch_rows: int, weighted: bool) -> _Held:
+    table, compression, dim = load.table, load.table.compression, load.table.embedding_dim
+    rows = _most_distinct(table, load.ids)
+    if isinstance(compression, TensorTrain):
+        return _train(table, compression, load.ids, micro_batch_rows, weighted)
+    if isinstance(compression, QuotientRemainder):
+        pieces = rows / _PIECE + min(rows, compression.collisions)
+        return _Held(0, (rows + pieces) * dim * _FLOAT)
+    if isinstance(compression, MixedDimension):
+        narrow = load.bags * compression.dim * _FLOAT
+        partial_sums = ceil_div(math.ceil(load.bags), _CHUNK) * compression.dim * dim * _FLOAT
+        return _Held(narrow, narrow + partial_sums)
+    if isinstance(compression, ROBE):
+        blocks = ceil_div(dim, compression.block_size)
+        pieces = load.ids if blocks == 1 else rows * blocks
+        gradients = 0.0 if blocks == 1 else rows * dim * _FLOAT
+        return _Held(0, 3 * _RECORD * pieces + gradients + _PAGES)
+    raise AssertionError(f"{compression} is not a compression that has a workspace")
+
+
+def _most_distinct(table: TableSpec, ids: float) -> float:
+    """Distinct rows of uniform ids, three standard deviations above the mean: hardly a batch has more."""
+    mean = distinct(table.num_embeddings, ids)
+    return min(ids, float(table.num_embeddings), mean + 3 * math.sqrt(max(ids - mean, 0.0)) + 1)
+
+
+def _train(table: TableSpec, train: TensorTrain, ids: float, micro_batch_rows: int, weighted: bool) -> _Held:
+    """Products of cores above the rows, kept where one slice holds all of these; what is sent back; rows."""
+    distinct_rows = _most_distinct(table, ids)
+    rows, dim = min(distinct_rows, float(micro_batch_rows)), table.embedding_dim
+    row_shape, dim_shape = table_shapes(table)
+    last = len(dim_shape) - 1
+    prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
+    # Of the product at a prefix of k + 1 digits, and of the gradient that it is sent.
+    ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
+    sizes = [math.prod(dim_shape[: k + 1]) * ranks[k + 1] for k in range(last)]
+    products = sum(sizes[k] * prefixes[k] for k in range(1, last))
+    # A row's gradient gives way to what the row, and then a prefix of it, sends; or prefixes alone send:
+    # ROWS_SEND in recemb_train.h, which depends on the machine where the last columns fill vectors.
+    rows_send = rows * max(dim, *sizes)
+    prefixes_send = rows * dim + prefixes[last - 1] * max(sizes[: max(last - 1, 1)])
+    if math.prod(dim_shape[:-1]) < dim_shape[-1]:
+        sent = rows_send
+    else:
+        sent = prefixes_send if dim_shape[-1] % _LANES else max(rows_send, prefixes_send)
+    # As they are multiplied: copied where ranks are padded, or a train of several is read from its other end.
+    widths = [1, *ranks[1:-1], 1]
+    slices = [
+        min(distinct_rows, float(row_shape[k])) * widths[k] * dim_shape[k] * widths[k + 1]
+        for k in range(last + 1)
+    ]
+    copied = [slices[k] for k in range(last) if last > 1 or train.ranks[k + 1] % _LANES]
+    kept, spare = products + sum(copied), 0.0
+    if distinct_rows > micro_batch_rows:
+        # They add their gradients up over the batch.
+        sent += sum(slices[1:])
+        kept, spare = kept - products, products
+    # The batch's rows, whole, where bags hold several: until the backward where these are weighted.
+    listed = distinct_rows * dim
+    if weighted:
+        return _Held((kept + listed) * _FLOAT, (spare + sent) * _FLOAT)
+    return _Held(kept * _FLOAT, (spare + max(sent, listed)) * _FLOAT)

@@ -1,0 +1,66 @@
+"""The workspace that the planner counts for compressed tables, held to what the CPU's kernels hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recemb.backends import build
+from recemb.bags import Bags
+from recemb.engine import Engine
+from recemb.planner.cpu_workspace import cpu_workspace
+from recemb.planner.work import Load
+from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from tests.kernels.cases import group_of
+
+ROWS, BATCH = 200_000, 1000
+
+
+@pytest.mark.parametrize(("count", "micro_batch_rows"), [(1, 2**18), (3, 2**18), (6, 2**18), (1, 300)])
+@pytest.mark.parametrize(("hots", "weighted"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("dim", "compression"),
+    [
+        (16, TensorTrain(rank=8)),
+        (16, TensorTrain(rank=32)),
+        (16, TensorTrain(rank=32, dim_shape=(2, 2, 4))),
+        (64, TensorTrain(rank=16)),
+        (16, TensorTrain(rank=16, num_cores=2)),
+        (16, TensorTrain(rank=16, num_cores=4)),
+        (64, TensorTrain(rank=16, num_cores=2, dim_shape=(8, 8))),
+        (256, TensorTrain(rank=32, dim_shape=(4, 4, 16))),
+        (12, TensorTrain(rank=3)),
+        (16, QuotientRemainder(collisions=4)),
+        (16, ROBE(compress_rate=100, block_size=16)),
+        (16, ROBE(compress_rate=100, block_size=32)),
+        (16, ROBE(compress_rate=100, block_size=4)),
+        (64, ROBE(compress_rate=100, block_size=24)),
+        (16, MixedDimension(dim=4)),
+    ],
+)
+def test_a_cpu_holds_no_more_than_is_counted(
+    dim: int, compression: Compression, hots: int, count: int, micro_batch_rows: int, weighted: bool
+) -> None:
+    specs = [
+        TableSpec(
+            name=name,
+            num_embeddings=ROWS,
+            embedding_dim=dim,
+            feature_names=(name,),
+            compression=compression,
+        )
+        for name in (f"t{k}" for k in range(count))
+    ]
+    tables = build(specs, torch.device("cpu"))
+    for table in tables.values():
+        table.reset_parameters()
+    ids = torch.randint(ROWS, (count * BATCH * hots,), generator=torch.Generator().manual_seed(0))
+    engine = Engine(specs, micro_batch_rows=micro_batch_rows)
+    weights = torch.ones(len(ids)) if weighted else None
+    engine(tables, Bags(ids, torch.arange(0, len(ids) + 1, hots), count, weights)).sum().backward()
+    held = group_of(tables).workspace_bytes
+    loads = [Load(spec, BATCH * hots, BATCH) for spec in specs]
+    counted = cpu_workspace(loads, 0, micro_batch_rows, weighted=weighted)
+    assert held <= counted
+    # Were every prefix distinct, bags of several ids, and more threads.
+    assert counted <= 3 * held * max(1, count // 2 / torch.get_num_threads())
