@@ -13,8 +13,8 @@ def missed_lines(rows: Sequence[Row]) -> list[str]:
 
     That is no proof that more is impossible: arithmetic may hide behind memory, and caches may hold weights
     (:mod:`bench.work`, :mod:`bench.floor`). The fixed costs of a step are not in it, nor is what any method
-    does with its ids. Both are in the step of an uncompressed table that holds the batch's rows alone: one of
-    ours, with nothing to compute, to hash or to fetch from memory.
+    does with its ids. Both are in the step of an uncompressed table of which a batch asks for as many rows,
+    side by side: one of ours, with nothing to compute or to hash, and little to fetch from memory.
     """
     lines = []
     for row in rows:

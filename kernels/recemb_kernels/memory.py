@@ -33,15 +33,19 @@ def hint_huge_pages(tensor: Tensor) -> None:
 def move_to_huge_pages(tensor: Tensor) -> None:
     """Have the kernel move a large CPU tensor, which has been written to, to pages of 2 MB, once.
 
-    Its address stays. Some 0.4 GB move a second. For states of optimizers, which torch makes on small pages:
-    steps on an uncompressed table of 10 M rows of 16 columns then take 0.88-0.98 of the time under row-wise
-    Adagrad, 0.73-0.93 under Adagrad, 0.76-0.85 under Adam (two cores of an EPYC, B = 4,096 and 65,536). Where
-    huge pages are off, nothing changes; where the kernel moves none now, it may later.
+    Its address stays. Some 0.4 GB move a second: the first step on states of 100 GB waits for minutes. For
+    states of optimizers, which torch makes on small pages: steps on an uncompressed table of 10 M rows of 16
+    columns then take 0.88-0.98 of the time under row-wise Adagrad, 0.73-0.93 under Adagrad, 0.76-0.85 under
+    Adam (two cores of an EPYC, B = 4,096 and 65,536). Where huge pages are off, or processes share the memory,
+    nothing changes; where the kernel moves none now, it may later.
     """
     begin, length = _huge_pages_of(tensor)
-    if not length or tensor in _moved or _are_off():
+    if not length or (tensor in _moved and _moved[tensor] == begin):
         return
-    _moved[tensor] = True
+    # Other memory of the same tensor, as after `.data = `, has not been.
+    _moved[tensor] = begin
+    if tensor.untyped_storage().is_shared() or _are_off():
+        return
     if _libc().madvise(begin, length, _MADV_COLLAPSE):
         _libc().madvise(begin, length, mmap.MADV_HUGEPAGE)
 

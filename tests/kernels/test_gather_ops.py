@@ -17,6 +17,8 @@ from recemb.backends import build
 from recemb.backends.base import Backend
 from recemb.bags import Bags
 from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb_kernels import build as build_of_kernels
+from recemb_kernels import robe_gather
 from recemb_kernels.digit_tree.group import driver
 
 # (N, D, compression): 2 to 5 cores; ranks below, at and between whole vectors; odd and wide last cores.
@@ -43,6 +45,8 @@ TABLES = {
     "mult_odd": (999, 7, QuotientRemainder(collisions=300)),
     "add": (1000, 16, QuotientRemainder(collisions=40, operation="add")),
     "concat": (1000, 9, QuotientRemainder(collisions=40, operation="concat")),
+    "mult_few": (3000, 16, QuotientRemainder(collisions=3)),
+    "concat_few": (3000, 9, QuotientRemainder(collisions=3, operation="concat")),
     "one_quotient": (50, 4, QuotientRemainder(collisions=50)),
     "narrow": (1000, 16, MixedDimension(dim=3)),
     "narrowest": (1000, 8, MixedDimension(dim=1)),
@@ -138,10 +142,10 @@ def test_error_law_of_one_table(name: str, pooling: str, weighted: bool) -> None
 @pytest.mark.parametrize("longest", [1, 3])
 @pytest.mark.parametrize(
     "name",
-    ["long_runs", "many_rows", "many_wide", "few_slices", "few_wide", "robe_rows", "robe_blocks"],
+    ["long_runs", "many_rows", "many_wide", "few_slices", "few_wide", "mult_few", "robe_rows", "robe_blocks"],
 )
 def test_error_law_of_more_than_is_held_at_once(name: str, longest: int) -> None:
-    """Prefixes of one digit, of a rank between vectors; rows of a prefix, slice, array; wide rows."""
+    """Prefixes of one digit, of a rank between vectors; rows of a prefix, slice, remainder, array."""
     _assert_error_law([name], pooling="sum", weighted=False, longest=longest, seed=1, batch=700)
 
 
@@ -219,7 +223,7 @@ def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.
         assert torch.equal(poisoned, expected)
 
 
-@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ["mult", "add", "concat"], NARROW, ROBES])
+@pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ROWS, NARROW, ROBES])
 def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
@@ -234,6 +238,24 @@ def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
         torch.set_num_threads(threads)
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+
+
+def test_blocks_of_arrays_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such an array takes 17 GB: here kernels are told that it begins at 4 bits."""
+
+    def outcome() -> list[Tensor]:
+        torch.manual_seed(0)
+        tables = _tables(ROBES, "sum")
+        return _outcome(tables, _bags(tables, 200, 3, weighted=True, seed=7), None, native=True)
+
+    narrow = outcome()
+    monkeypatch.setattr(build_of_kernels, "FLAGS", (*build_of_kernels.FLAGS, "-DWIDE_BITS=4"))
+    robe_gather._library.cache_clear()
+    try:
+        wide = outcome()
+    finally:
+        robe_gather._library.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
 
 def test_sample_does_not_depend_on_its_batch() -> None:

@@ -220,3 +220,36 @@ print("equal")
         check=False,
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("policy", ["", "active", "passive", "PASSIVE"])
+def test_few_ids_are_shared_out_where_their_products_are_worth_it_and_no_thread_sleeps(policy: str) -> None:
+    script = """
+import ctypes, torch
+from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
+from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
+from recemb_kernels.tt_gather import TrainShape, tt_gather
+trains = [(tt_gather, TrainShape((8, 8, 8), (1, 1, 16), (1, rank, rank, 1))) for rank in (32, 64)]
+for op, shape in (*trains, (pooled_gather, RowShape(Operation.ROW, (512,), (16,)))):
+    group = Group([op.kernel(shape)], [FeatureCode(0, False)])
+    parameters = [torch.ones(1)] * group.parameters[0]
+    for ids, threads in ((64, 2), (128, 2), (128, 4), (511, 4), (512, 4)):
+        batch = Batch(torch.zeros(ids).long(), torch.arange(ids + 1), None, ids)
+        call = group._call(parameters, batch)
+        print(driver().recemb_tree_threads(ctypes.addressof(call), threads), end=" ")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, **({"OMP_WAIT_POLICY": policy} if policy else {})},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # 1,024 and 4,096 multiply-adds an id, 65,536 a thread; a stored row has none.
+    awake = {32: [1, 2, 1, 4, 4], 64: [2, 2, 4, 4, 4], 0: [1, 1, 1, 1, 4]}
+    found = (
+        [1, 1, 1, 1, 4] * 3 if policy.lower() == "passive" else [n for each in awake.values() for n in each]
+    )
+    assert done.stdout.split() == [str(n) for n in found], done.stderr[-2000:]

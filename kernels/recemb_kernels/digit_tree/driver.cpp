@@ -319,6 +319,8 @@ int64_t recemb_tree_at_rest(void* holder, int64_t* bytes) {
   return states;
 }
 
+// For tests: the threads that a batch is looked up by, of so many.
+int64_t recemb_tree_threads(const Call* call, int64_t threads) { return threads_for(call, threads); }
 void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
 void recemb_tree_fail(int64_t at) { Buffer::failing = at; }
 

@@ -436,6 +436,7 @@ def driver() -> ctypes.CDLL:
     for function in ("poison", "fail"):
         for_tests = getattr(library, f"recemb_tree_{function}")
         for_tests.argtypes, for_tests.restype = (integer,), None
+    library.recemb_tree_threads.argtypes, library.recemb_tree_threads.restype = (pointer, integer), integer
     library.recemb_tree_check.argtypes = (*(pointer,) * 3, *(integer,) * 3, pointer, integer)
     library.recemb_tree_check.restype = integer
     return library

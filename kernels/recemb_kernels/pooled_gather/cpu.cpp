@@ -113,13 +113,14 @@ void split_row(const float* g, const float* quotient, const float* remainder, fl
   }
 }
 
-// Under "mult" the quotients' gradients read the remainders and the other way round: a quotient moves when its rows have
-// sent what they send, the remainders move last.
+// Under "mult" the quotients' gradients read the remainders and the other way round: a quotient moves when its rows
+// have sent what they send, the remainders move last.
 void backward_pair(const Table* table, const Call* call) {
   const Level &top = table->level[0], &rows = table->level[1];
   const int64_t pieces = rows.slice_piece[1];
   float* const sums = table->spare + rows.nodes * RIGHT;  // of pieces
-  share_tasks(0, top.nodes, [&](int64_t node) { return top.first[node] + rows.first[top.first[node]]; }, [&](int64_t node) {
+  const auto cost = [&](int64_t node) { return int64_t{top.first[node]} + rows.first[top.first[node]]; };
+  share_tasks(0, top.nodes, cost, [&](int64_t node) {
     // Not for its state, which takes as long to ask for as to wait for.
     if (node + AHEAD < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD]), LEFT);
     const float* quotient = row_of(table, 0, top.digit[node]);
