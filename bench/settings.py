@@ -31,7 +31,7 @@ TT = "TT R="
 ROBE, QR, MD = "ROBE Z=D 1000x", "QR mult c=4", "MD d=4"
 HASHING, DENSE = "hashing to N/4", "uncompressed"
 STORED = (ROBE, QR, MD, HASHING, DENSE)
-# What a batch costs when its rows need not be fetched or computed: an uncompressed table of those alone.
+# What a batch costs when its rows need not be computed and lie side by side, in a small uncompressed table.
 AT_HAND, AT_HAND_ROWS = "its rows at hand", 2**16
 LARGEST_TT = "7 largest TT R=32"
 PEERS = (TBE, SPARSE, FUNCTIONAL, TLTORCH, EMPTY)

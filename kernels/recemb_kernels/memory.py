@@ -35,7 +35,7 @@ def move_to_huge_pages(tensor: Tensor) -> None:
 
     Its address stays. Some 0.4 GB move a second: the first step on states of 100 GB waits for minutes. For
     states of optimizers, which torch makes on small pages: steps on an uncompressed table of 10 M rows of 16
-    columns then take 0.88-0.98 of the time under row-wise Adagrad, 0.73-0.93 under Adagrad, 0.76-0.85 under
+    columns then take 0.88-1.0 of the time under row-wise Adagrad, 0.73-0.93 under Adagrad, 0.76-0.85 under
     Adam (two cores of an EPYC, B = 4,096 and 65,536). Where huge pages are off, or others share the memory,
     nothing changes; where the kernel moves none now, it may later.
     """

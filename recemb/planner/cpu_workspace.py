@@ -9,10 +9,10 @@ group the ids, are not counted: up to 200 bytes an id.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recemb.backends import backend_of
+from recemb.backends import storages
 from recemb.backends.tt_shapes import table_shapes
 from recemb.id_maps.radix import ceil_div
 from recemb.planner.work import Load, distinct
@@ -52,16 +52,13 @@ def cpu_workspace(loads: Sequence[Load], others: int, micro_batch_rows: int, *, 
         micro_batch_rows: distinct rows of a train whose products are held at once.
         weighted: whether ids have weights.
     """
-    held: dict[Hashable, _Held] = {}
-    for load in loads:
-        key = backend_of(load.table), backend_of(load.table).storage_key(load.table)
-        of_table, before = _held(load, micro_batch_rows, weighted), held.get(key, _Held(0, 0))
-        # Tables of one ROBE array have their turn together.
-        held[key] = _Held(before.kept + of_table.kept, before.spare + of_table.spare)
+    held = {load.table.name: _held(load, micro_batch_rows, weighted) for load in loads}
+    # Tables of one ROBE array have their turn together.
+    turns = [[held[table.name] for table in peers] for _, peers in storages(load.table for load in loads)]
     whole = all(load.ids <= _MOST_IDS for load in loads)
-    takers = max(1, (len(held) + others) // 2) if whole else 1
-    kept = sum(storage.kept + _LINE for storage in held.values())
-    spare = takers * max((storage.spare + _LINE for storage in held.values()), default=0)
+    takers = max(1, (len(turns) + others) // 2) if whole else 1
+    kept = sum(table.kept + _LINE for table in held.values())
+    spare = takers * max((sum(table.spare + _LINE for table in turn) for turn in turns), default=0)
     return _grown(kept) + _grown(spare)
 
 
@@ -75,7 +72,7 @@ def _held(load: Load, micro_batch_rows: int, weighted: bool) -> _Held:
     table, compression, dim = load.table, load.table.compression, load.table.embedding_dim
     rows = _most_distinct(table, load.ids)
     if isinstance(compression, TensorTrain):
-        return _train(table, compression, load.ids, micro_batch_rows, weighted)
+        return _train(table, compression, rows, micro_batch_rows, weighted)
     if isinstance(compression, QuotientRemainder):
         pieces = rows / _PIECE + min(rows, compression.collisions)
         return _Held(0, (rows + pieces) * dim * _FLOAT)
@@ -97,9 +94,10 @@ def _most_distinct(table: TableSpec, ids: float) -> float:
     return min(ids, float(table.num_embeddings), mean + 3 * math.sqrt(max(ids - mean, 0.0)) + 1)
 
 
-def _train(table: TableSpec, train: TensorTrain, ids: float, micro_batch_rows: int, weighted: bool) -> _Held:
+def _train(
+    table: TableSpec, train: TensorTrain, distinct_rows: float, micro_batch_rows: int, weighted: bool
+) -> _Held:
     """Products of cores above the rows, kept where one slice holds all of these; what is sent back; rows."""
-    distinct_rows = _most_distinct(table, ids)
     rows, dim = min(distinct_rows, float(micro_batch_rows)), table.embedding_dim
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
