@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from recemb.checkpoint.ranks import Ranks, described, remade
 from recemb.errors import ConfigError, RankLost, RecembError
+from recemb.training.interrupt import not_terminated
 from recemb.training.peers import GRACE_SECONDS, Loss, PeerLink
 
 if TYPE_CHECKING:
@@ -268,17 +269,19 @@ def joined(config: RunConfig) -> Iterator[World]:
                 world._end()
         raise
     except RuntimeError as error:
-        loss = world._lost(error)
-        message = f"{type(error).__name__}: {error}" if loss is None else loss.message
-        assert world._link is not None
-        world._link.leave(1 if loss is None else loss.exit_code, message)
-        if loss is None:
-            raise
-        raise RankLost(
-            f"rank {world.rank}, {world._link.where}: {message}. Give the same command with --resume to "
-            "go on from the last checkpoint",
-            loss.exit_code,
-        ) from error
+        # The link ends the process soon after a loss, and torchrun would end it before it has told of it.
+        with not_terminated():
+            loss = world._lost(error)
+            message = f"{type(error).__name__}: {error}" if loss is None else loss.message
+            assert world._link is not None
+            world._link.leave(1 if loss is None else loss.exit_code, message)
+            if loss is not None:
+                raise RankLost(
+                    f"rank {world.rank}, {world._link.where}: {message}. Give the same command with --resume "
+                    "to go on from the last checkpoint",
+                    loss.exit_code,
+                ) from error
+        raise
     except BaseException as error:
         world._part(error)
         raise

@@ -1,10 +1,15 @@
-"""SIGINT and SIGTERM ask a run to stop after the step it is in; a second signal stops it at once."""
+"""SIGINT and SIGTERM ask a run to stop after the step it is in; a second signal stops it at once.
+
+A rank that ends since another was lost says so first, though torchrun terminates it as soon as that is gone.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -42,3 +47,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+@contextmanager
+def not_terminated() -> Iterator[None]:
+    """Ignore SIGTERM, in the block and after an error in it, which must then end the process soon."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGTERM, previous)

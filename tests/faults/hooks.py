@@ -26,7 +26,7 @@ from recemb.checkpoint import load, save, shard_file
 from recemb.errors import DataError, NonFiniteError
 from recemb.spec import Dense, TableSpec
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
-from recemb.training import loop, run, sharded, table_step
+from recemb.training import distributed, loop, run, sharded, table_step
 from recemb.training.state import TrainerState
 
 
@@ -238,5 +238,7 @@ _AT_START: dict[str, Callable[[], None]] = {
     "other_data": _other_data,
     "save_again": _save_again,
     "count_left_over": _count_left_over,
+    # As torchrun terminates the ranks that are left, here just as this one is about to say why it ends.
+    "terminated_when_lost": lambda: _before(distributed.World, "_lost", _ACTIONS["terminate"]),
     "killed_in_building": lambda: _before(run, "_build", _ACTIONS["kill"]),
 }

@@ -52,6 +52,15 @@ def test_f19_a_killed_rank_is_named_and_the_run_resumes_to_the_same_weights(
     assert_same_run(output, unbroken)
 
 
+def test_f19_a_rank_that_torchrun_terminates_says_first_which_was_lost(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    killed = {"action": "kill", "place": "forward", "step": 4}
+    ended = launcher.train(tmp_path / "run", hooks={0: {"action": "terminated_when_lost"}, 1: killed}, **RUN)
+    assert ended.codes == [1, KILLED]
+    assert "rank 1 died: it was killed" in ended.logs[0]
+
+
 def test_a_run_that_did_not_end_is_not_lost_by_leaving_resume_out(launcher: Launcher, tmp_path: Path) -> None:
     output = tmp_path / "run"
     fault = {"action": "kill", "place": "forward", "step": 4}

@@ -32,8 +32,8 @@ def test_f23_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "rank 1 died: it was killed" in done.stderr
-    assert "no checkpoint to resume from; starting anew" in done.stderr
+    assert "rank 1 died: it was killed" in done.stderr, done.stderr
+    assert "no checkpoint to resume from; starting anew" in done.stderr, done.stderr
     assert f"going on from {output}{os.sep}checkpoints{os.sep}step-9" in done.stderr
     assert_same_run(output, unbroken)
 
