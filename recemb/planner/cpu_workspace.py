@@ -31,6 +31,9 @@ _PAGES = 4 * 5000
 _PIECE = 64
 # Bags of one partial sum of a projection's gradient.
 _CHUNK = 256
+# Rows of a part of a train that a thread may take alone, parts of a table, and how much larger than others
+# one may be: ``digit_tree/parts.cpp``.
+_PART_ROWS, _MOST_PARTS, _UNEVEN = 2**13, 8, 1.15
 # Ids of a table up to which a thread may take it whole; there are two such tables a thread, or more.
 _MOST_IDS = 2**13
 
@@ -98,7 +101,30 @@ def _train(
     table: TableSpec, train: TensorTrain, distinct_rows: float, micro_batch_rows: int, weighted: bool
 ) -> _Held:
     """Products of cores above the rows, kept where one slice holds all of these; what is sent back; rows."""
-    rows, dim = min(distinct_rows, float(micro_batch_rows)), table.embedding_dim
+    parts = 1
+    while parts < _MOST_PARTS and 2 * parts * _PART_ROWS <= distinct_rows:
+        parts *= 2
+    whole = _slices(table, train, distinct_rows, micro_batch_rows, weighted, 1)
+    if parts == 1:
+        return whole
+    # Where it cuts into parts about alike, which depends on its ids.
+    cut = _slices(table, train, distinct_rows, micro_batch_rows, weighted, parts)
+    return max(whole, cut, key=lambda held: held.kept + held.spare)
+
+
+def _slices(
+    table: TableSpec,
+    train: TensorTrain,
+    distinct_rows: float,
+    micro_batch_rows: int,
+    weighted: bool,
+    parts: int,
+) -> _Held:
+    """The same of a table in so many parts, each of which a thread takes alone."""
+    most = (
+        float(micro_batch_rows) if parts == 1 else min(micro_batch_rows / 2, _UNEVEN * distinct_rows / parts)
+    )
+    rows, dim = min(distinct_rows, most), table.embedding_dim
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
     prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
@@ -122,10 +148,11 @@ def _train(
     ]
     copied = [slices[k] for k in range(last) if last > 1 or train.ranks[k + 1] % _LANES]
     kept, spare = products + sum(copied), 0.0
-    if distinct_rows > micro_batch_rows:
-        # They add their gradients up over the batch.
-        sent += sum(slices[1:])
-        kept, spare = kept - products, products
+    if parts > 1 or distinct_rows > micro_batch_rows:
+        # They add their gradients up over the batch, or a part; a number says of each whether it has begun.
+        touched = sum(min(distinct_rows, float(count)) for count in row_shape[1:])
+        sent = parts * (sent + sum(slices[1:]) + touched)
+        kept, spare = kept - products, parts * products
     # The batch's rows, whole, where bags hold several: until the backward where these are weighted.
     listed = distinct_rows * dim
     if weighted:

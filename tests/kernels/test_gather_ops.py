@@ -39,6 +39,10 @@ TABLES = {
     # What a row would send is as large as a slice of whole vectors.
     "square": (600, 256, TensorTrain(rank=5, num_cores=2, row_shape=(30, 20), dim_shape=(16, 16))),
     "square_last": (600, 256, TensorTrain(rank=5, row_shape=(6, 10, 10), dim_shape=(4, 4, 16))),
+    # A batch may hold enough rows for several parts, whose rows send, or whose prefixes do.
+    "parts": (200_000, 16, TensorTrain(rank=16)),
+    "parts_of_prefixes": (200_000, 8, TensorTrain(rank=5, dim_shape=(2, 2, 2))),
+    "parts_of_two_cores": (200_000, 16, TensorTrain(rank=6, num_cores=2)),
     "many_digits": (18000, 4, TensorTrain(rank=2, num_cores=2, row_shape=(3, 6000), dim_shape=(2, 2))),
     "many_remainders": (18000, 4, QuotientRemainder(collisions=6000)),
     "mult": (1000, 16, QuotientRemainder(collisions=7)),
@@ -166,6 +170,21 @@ def test_error_law_of_gradients_that_no_core_holds(longest: int, weighted: bool)
     names, batch = ["wide", "rank13", "few_slices", "four_cores"], 2600
     assert batch * sum(TABLES[name][1] for name in names) * 4 > 2**20
     _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=1, batch=batch)
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+@pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (2, True)])
+def test_error_law_of_tables_in_parts(longest: int, weighted: bool, alone: int) -> None:
+    """Of at least two, each one thread's, or all threads' one after the other."""
+    names, batch = ["parts", "parts_of_prefixes", "parts_of_two_cores"], 40_000
+    tables = _tables(names, "sum")
+    bags = _bags(tables, batch, longest, weighted=weighted, seed=1)
+    assert all(bags.feature(f).ids.unique().numel() > 2**14 for f in range(len(names)))
+    driver().recemb_tree_alone(alone)
+    try:
+        _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=1, batch=batch)
+    finally:
+        driver().recemb_tree_alone(-1)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

@@ -22,7 +22,7 @@ from recemb.backends.native import pooled_native
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
 from recemb.spec import TableSpec, TensorTrain
-from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group
+from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
     group_of,
@@ -141,6 +141,78 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     rows = tables[0].rows(tables[0].map_ids(ids[:100]))
     torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
     assert math.prod(table_shapes(spec)[0]) >= rows_of
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "dim", "train"),
+    [
+        (10**6, 16, TensorTrain(rank=16)),
+        (10**6, 8, TensorTrain(rank=4, dim_shape=(2, 2, 2))),
+        (10**6, 16, TensorTrain(rank=4, num_cores=2)),
+        (10**6, 4, TensorTrain(rank=3, num_cores=4)),
+    ],
+)
+@pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize("micro_batch_rows", [2**18, 3000])
+def test_tables_in_parts_come_out_with_the_same_bits(
+    rows_of: int, dim: int, train: TensorTrain, longest: int, weighted: bool, micro_batch_rows: int
+) -> None:
+    """Whether each is one thread's or all threads', by however many, in memory of anything."""
+    spec = TableSpec(
+        name="t", num_embeddings=rows_of, embedding_dim=dim, compression=train, feature_names=("f",)
+    )
+    torch.manual_seed(0)
+    tables = build([replace(spec, init_std=1.0)], torch.device("cpu"))
+    (table,) = tables.values()
+    table.reset_parameters()
+    lengths = torch.randint(int(longest == 1), longest + 1, (60_000,))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    ids = torch.randint(rows_of, (int(offsets[-1]),))
+    assert ids.unique().numel() > 4 * 2**13, "several parts, four of them for some threads"
+    weights = torch.rand(len(ids), requires_grad=True) if weighted else None
+    wanted = [*table.parameters(), *([] if weights is None else [weights])]
+    threads, outcomes, held = torch.get_num_threads(), [], []
+    try:
+        for count, alone, poison in ((1, 1, 0), (2, 0, 0), (2, 1, 1), (3, 1, 0), (4, 1, 1), (70, 1, 0)):
+            torch.set_num_threads(count)
+            driver().recemb_tree_alone(alone)
+            driver().recemb_tree_poison(poison)
+            table.memo.clear()
+            pooled = pooled_native([table], Bags(ids, offsets, 1, weights), micro_batch_rows)
+            assert pooled is not None
+            outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), wanted)])
+            held.append(group_of(tables).workspace_bytes)
+    finally:
+        torch.set_num_threads(threads)
+        driver().recemb_tree_alone(-1)
+        driver().recemb_tree_poison(0)
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+    assert held[4] > held[2] > held[0], "no thread had a workspace of its own"
+
+
+@pytest.mark.parametrize("longest", [1, 2])
+def test_mirrored_trains_in_parts(longest: int) -> None:
+    shape = TrainShape((60, 50, 70), (2, 4, 2), (1, 8, 5, 1))
+    kernel = tt_gather.kernel(shape)
+    torch.manual_seed(0)
+    cores = [torch.randn(p, r * q * s) for p, q, r, s in ((60, 2, 1, 8), (50, 4, 8, 5), (70, 2, 5, 1))]
+    lengths = torch.randint(int(longest == 1), longest + 1, (60_000,))
+    ids = torch.randint(60 * 50 * 70, (int(lengths.sum()),))
+    batch = Batch(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), None, 60_000)
+    grad, outcomes = torch.randn(60_000, 16), []
+    try:
+        for cost, alone in ((1e9, 1), (1e-9, 0), (1e-9, 1)):
+            driver().recemb_tree_alone(alone)
+            kernels = [replace(kernel, mirrored_cost=(cost,) * 3)]
+            outcomes.append(run_trains(kernels, cores, batch, grad, micro_batch_rows=5000))
+    finally:
+        driver().recemb_tree_alone(-1)
+    straight, together, apart = outcomes
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+    assert not torch.equal(straight[0], together[0]), "both were read from the same end"
+    for first, second in zip(straight, together, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-3 * float(first.abs().max()))
 
 
 def test_keys_that_no_double_holds() -> None:

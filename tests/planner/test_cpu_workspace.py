@@ -11,6 +11,7 @@ from recemb.engine import Engine
 from recemb.planner.cpu_workspace import cpu_workspace
 from recemb.planner.work import Load
 from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb_kernels.digit_tree.group import driver
 from tests.kernels.cases import group_of
 
 ROWS, BATCH = 200_000, 1000
@@ -64,3 +65,36 @@ def test_a_cpu_holds_no_more_than_is_counted(
     assert held <= counted
     # Were every prefix distinct, bags of several ids, and more threads.
     assert counted <= 3 * held * max(1, count // 2 / torch.get_num_threads())
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("micro_batch_rows", [2**18, 2**13])
+@pytest.mark.parametrize(("hots", "weighted"), [(1, False), (2, True)])
+@pytest.mark.parametrize("train", [TensorTrain(rank=16), TensorTrain(rank=6, dim_shape=(4, 2, 2))])
+def test_threads_that_take_parts_alone_hold_no_more(
+    train: TensorTrain, hots: int, weighted: bool, micro_batch_rows: int, threads: int
+) -> None:
+    """Eight parts, in a workspace of each thread's own."""
+    spec = TableSpec(
+        name="t", num_embeddings=10**7, embedding_dim=16, feature_names=("f",), compression=train
+    )
+    tables = build([spec], torch.device("cpu"))
+    tables["t"].reset_parameters()
+    samples = 80_000 // hots
+    ids = torch.randint(10**7, (samples * hots,), generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(len(ids)) if weighted else None
+    engine = Engine([spec], micro_batch_rows=micro_batch_rows)
+    before = torch.get_num_threads()
+    driver().recemb_tree_alone(1)
+    try:
+        torch.set_num_threads(threads)
+        bags = Bags(ids, torch.arange(0, len(ids) + 1, hots), 1, weights)
+        engine(tables, bags).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+        driver().recemb_tree_alone(-1)
+    held = group_of(tables).workspace_bytes
+    counted = cpu_workspace([Load(spec, len(ids), samples)], 0, micro_batch_rows, weighted=weighted)
+    assert held <= counted
+    # As if there were a thread for every part.
+    assert counted <= 3 * held * 8 / threads

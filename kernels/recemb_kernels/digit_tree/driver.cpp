@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "recemb_owners.h"
+#include "recemb_parts.h"
 #include "recemb_plan.h"
 #include "recemb_share.h"
 #include "recemb_sort.h"
@@ -34,6 +35,7 @@ struct State {
   Buffer tables, features, gradient;  // of the group
   bool known = false, reserved = false, one_hot = false;
   bool complete = false;  // the backward's plans are there too
+  Alone alone;
   State* next = nullptr;  // at rest
 };
 
@@ -85,6 +87,7 @@ void know(const Call* call, State* state) {
   state->owners.know(call->num_tables);
   for (int64_t t = 0; t < call->num_tables; t++) {
     tables[t] = {};
+    tables[t].parts = 1;
     tables[t].features = feature;
     for (int64_t f = 0; f < call->num_features; f++)
       if (call->features[f].table == t) *feature++ = f;
@@ -226,6 +229,7 @@ void place(const Call* call, State* state, bool forward) {
   int64_t kept = 0, spare = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
+    table.workers = forward || state->alone.now() ? workers(table) : 1;
     table.spare_size = kernel_of(table).spare(&table, call);
     spare = std::max(spare, table.spare_size);
     kept += kernel_of(table).kept(&table, call);
@@ -321,6 +325,7 @@ int64_t recemb_tree_at_rest(void* holder, int64_t* bytes) {
 
 // For tests: the threads that a batch is looked up by, of so many.
 int64_t recemb_tree_threads(const Call* call, int64_t threads) { return threads_for(call, threads); }
+void recemb_tree_alone(int64_t always) { Alone::always = always; }
 void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
 void recemb_tree_fail(int64_t at) { Buffer::failing = at; }
 
@@ -418,6 +423,8 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
   if (lacks) return lacks;
   for (int64_t f = 0; f < call->num_features; f++)
     call->gradient[f] = {call->grad_out + call->features[f].column, call->columns};
+  state->alone.choose(call, team);
+  const double start = omp_get_wtime();
 #pragma omp parallel num_threads(team)
   {
     if (bags && !state->one_hot) {
@@ -430,6 +437,7 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
     if (!lacks) run_kernels(call, state, STEPPED);
   }
   if (lacks) return lacks;
+  state->alone.note(call, omp_get_wtime() - start);
   count_steps(call);
   state->complete = true;  // for another backward of the same look-up
   return 0;

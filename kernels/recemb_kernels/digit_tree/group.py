@@ -415,7 +415,7 @@ def driver() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    sources = [_HERE / f"{name}.cpp" for name in ("driver", "plan", "owners", "buffer")]
+    sources = [_HERE / f"{name}.cpp" for name in ("driver", "plan", "owners", "parts", "buffer")]
     library = load("tree_driver", sources, {})
     for name, structure in (("call", _Call), ("code", _Code)):
         size = getattr(library, f"recemb_tree_{name}_size")
@@ -433,7 +433,7 @@ def driver() -> ctypes.CDLL:
     library.recemb_tree_prepare.argtypes = (pointer, pointer, integer)
     for function in ("prepare", "forward", "backward"):
         getattr(library, f"recemb_tree_{function}").restype = integer
-    for function in ("poison", "fail"):
+    for function in ("poison", "fail", "alone"):
         for_tests = getattr(library, f"recemb_tree_{function}")
         for_tests.argtypes, for_tests.restype = (integer,), None
     library.recemb_tree_threads.argtypes, library.recemb_tree_threads.restype = (pointer, integer), integer

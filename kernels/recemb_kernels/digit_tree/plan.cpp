@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "recemb_parts.h"
 #include "recemb_sort.h"
 
 namespace recemb {
@@ -87,31 +88,6 @@ void grow_tree(Table& table, Record* records, int64_t* keys, int32_t* perm) {
   // The digit of a table of one level is its key, which may not fit.
   int32_t* digit = const_cast<int32_t*>(table.level[0].digit);
   for (int64_t node = 0; node < nodes && last > 0; node++) digit[node] = static_cast<int32_t>(numbers[node]);
-}
-
-// Cuts the tree into slices of whole subtrees, of at most `most` rows where a subtree is not larger itself.
-void cut_slices(Table& table, int64_t most) {
-  int32_t* cut = const_cast<int32_t*>(table.level[0].slice_node);
-  const int64_t order = table.order;
-  const auto first_row = [&](int64_t node) {
-    for (int64_t l = 0; l + 1 < order; l++) node = table.level[l].first[node];
-    return node;
-  };
-  table.slices = 0;
-  cut[0] = 0;
-  if (order > 1 && table.rows() > most) {
-    int64_t begin = 0;
-    for (int64_t node = 1; node < table.level[0].nodes; node++) {
-      if (first_row(node + 1) - begin <= most) continue;
-      begin = first_row(node);
-      cut[++table.slices] = static_cast<int32_t>(node);
-    }
-  }
-  cut[++table.slices] = static_cast<int32_t>(table.level[0].nodes);
-  for (int64_t l = 1; l < order; l++)
-    for (int64_t s = 0; s <= table.slices; s++)
-      const_cast<int32_t*>(table.level[l].slice_node)[s] =
-          table.level[l - 1].first[table.level[l - 1].slice_node[s]];
 }
 
 // Values that have a counter each, on the stack, where these are not many more than what is counted.

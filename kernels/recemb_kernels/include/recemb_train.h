@@ -145,12 +145,13 @@ struct Train : Sizes<MIRRORED> {
   float* rows;
   int64_t slice = 0;
 
-  Train(const Table* t, const Call* c) : table(*t), call(*c) {
-    float *kept = table.kept, *spare = table.spare;
+  // `worker`: in whose workspace, where threads have one each.
+  Train(const Table* t, const Call* c, int64_t worker = 0) : table(*t), call(*c) {
+    float *kept = table.kept, *spare = table.spare + worker * worker_size(table, call);
     for (int l = 0; l < ORDER; l++) packed[l] = kept, kept += packed_size(table, l);
     float*& at = keeps_products(table) ? kept : spare;
     for (int l = 1; l < LAST; l++) products[l] = at, at += products_size(table, l);
-    rows = keeps_rows(call) ? kept : spare;
+    rows = keeps_rows(call) ? kept : table.spare + table.workers * worker_size(table, call);
   }
 
   static int64_t packed_size(const Table& table, int l) {
@@ -177,13 +178,41 @@ struct Train : Sizes<MIRRORED> {
     if (keeps_products(table)) total += all_products_size(table);
     return total + (keeps_rows(call) ? table.rows() * D : 0);
   }
-  static int64_t spare_size(const Table& table, const Call& call) {
+  // A worker's: products, and what nodes send.
+  static int64_t worker_size(const Table& table, const Call& call) {
     int64_t total = keeps_products(table) ? 0 : all_products_size(table);
-    if (!call.grad_out) return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
-    total += most_nodes(table, S::SENDER) * S::SENT() + (S::ROWS_SEND ? 0 : most_nodes(table, LAST) * D);
-    if (table.slices > 1)
-      for (int l = 1; l < ORDER; l++) total += table.level[l].touched * S::PACKED(l);
-    return total;
+    if (call.grad_out)
+      total += most_nodes(table, S::SENDER) * S::SENT() + (S::ROWS_SEND ? 0 : most_nodes(table, LAST) * D);
+    return (total + LINE - 1) / LINE * LINE;
+  }
+  // Of the gradients of all slices of cores, of one part, and whether each has been begun.
+  static int64_t tiles_size(const Table& table) {
+    int64_t total = 0;
+    for (int l = 1; l < ORDER; l++) total += table.level[l].touched * (S::PACKED(l) + 1);
+    return table.slices > 1 ? (total + LINE - 1) / LINE * LINE : 0;
+  }
+  static int64_t spare_size(const Table& table, const Call& call) {
+    const int64_t total = table.workers * worker_size(table, call);
+    if (call.grad_out) return total + table.parts * tiles_size(table);
+    return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
+  }
+
+  // Calls act(call, worker, k) for every k < count: each on one thread, whichever is free, within a region of its own,
+  // or one after the other on all threads together.
+  template <class Act>
+  void each_of(int64_t count, Act act) const {
+    if (table.workers == 1) {
+      for (int64_t k = 0; k < count; k++) act(&call, 0, k);
+      return;
+    }
+    const int64_t me = omp_get_thread_num();
+    Call own = call;
+    own.own += me * call.own_stride;
+#pragma omp for schedule(dynamic)
+    for (int64_t k = 0; k < count; k++) {
+#pragma omp parallel num_threads(1)
+      act(&own, me, k);
+    }
   }
 
   int64_t begin(int l) const { return table.level[l].slice_node[slice]; }
@@ -379,10 +408,12 @@ struct Train : Sizes<MIRRORED> {
   void forward() {
     pack_touched<0>();
 #pragma omp barrier
-    for (slice = 0; slice < table.slices; slice++) {
-      multiply_level<1>();
-      forward_rows();
-    }
+    each_of(table.slices, [&](const Call* own, int64_t worker, int64_t of) {
+      Train train(&table, own, worker);
+      train.slice = of;
+      train.template multiply_level<1>();
+      train.forward_rows();
+    });
     if (!call.bag) return;
     each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
       const int64_t* offsets = call.offsets + f * call.batch;

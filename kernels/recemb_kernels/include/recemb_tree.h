@@ -36,6 +36,7 @@ struct Level {
 };
 
 constexpr int PIECE = 64;
+constexpr int MAX_PARTS = 8;
 
 // The first pass of a kernel that works on the batch's distinct rows. Only those of the forward are cut into slices.
 enum Plan : int64_t { NEVER = 0, FORWARD = 1, BACKWARD = 2 };
@@ -96,6 +97,10 @@ struct Table {
   float* kept;
   float* spare;
   int64_t spare_size;
+  // Part p, slices [part[p], part[p + 1]), takes about as long as any other. What is summed over a table is summed over
+  // each of its parts, then over these, whoever works on them.
+  int64_t parts, part[MAX_PARTS + 1];
+  int64_t workers;           // threads that take slices or parts alone, in workspaces of their own; 1: all take each
   Level level[MAX_ORDER];
   int64_t rows() const { return level[order - 1].nodes; }
 };

@@ -16,16 +16,18 @@ struct TrainBackward : Train<MIRRORED> {
   using Base::begin, Base::end, Base::call, Base::matrix, Base::product, Base::slice, Base::table;
   float* sent;          // [nodes of level SENDER, SENT]: see sent_at; of rows, first their gradients
   float* grad_rows;     // [rows, D] where rows send nothing
-  float* tiles[ORDER];  // gradients of the slices so far, when there are several slices
+  float* tiles[ORDER];  // gradients of the slices of cores so far, of this part, when there are several slices
+  float* begun[ORDER];  // of each of these, whether there is one yet
   bool summed;          // rows' gradients are there before the levels' passes
 
-  TrainBackward(const Table* t, const Call* c) : Base(t, c) {
+  TrainBackward(const Table* t, const Call* c, int64_t worker = 0, int64_t part = 0) : Base(t, c, worker) {
     summed = !S::ROWS_SEND || c->batch * c->columns * int64_t{sizeof(float)} > CACHE;
-    sent = table.spare + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
+    const int64_t size = Base::worker_size(table, call);
+    sent = table.spare + worker * size + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
     grad_rows = sent + Base::most_nodes(table, S::SENDER) * S::SENT();
-    float* at = grad_rows + (S::ROWS_SEND ? 0 : Base::most_nodes(table, LAST) * D);
-    if (table.slices > 1)
-      for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
+    float* at = table.spare + table.workers * size + part * Base::tiles_size(table);
+    for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
+    for (int l = 1; l < ORDER; l++) begun[l] = at, at += table.level[l].touched;
   }
 
   // Where a node of level l puts what it sends, [M, padded K]: in place of what its first child has sent, which it has
@@ -199,13 +201,16 @@ struct TrainBackward : Train<MIRRORED> {
               dot_rows<M, N, K, KP>(own[r], straight, sends[r]);
             }
         if (SENDS && !few) multiply_rows<N, KP, false>(rows, own, transposed, sends);
-        const bool add = table.slices > 1 || from > start;
+        const bool add = from > start || (table.slices > 1 && begun[l][group] != 0);
         if constexpr (TRANSPOSED)
           add_outer<N, KP>(rows, own, above, tile, add);
         else
           add_outer<K, N>(rows, above, own, tile, add);
       }
-      if (table.slices == 1) finish<l>(group, tile, slice_room);
+      if (table.slices == 1)
+        finish<l>(group, tile, slice_room);
+      else
+        begun[l][group] = 1;
     });
 #pragma omp barrier
   }
@@ -247,16 +252,24 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
+  // Of the first part, to which the others' are added.
   template <int l>
   void finish_tiles() const {
+    const int64_t next = Base::tiles_size(table);
 #pragma omp for schedule(static) nowait
-    for (int64_t g = 0; g < table.level[l].touched; g++)
-      finish<l>(g, tiles[l] + g * S::PACKED(l), scratch(call, SLICE));
+    for (int64_t g = 0; g < table.level[l].touched; g++) {
+      float* tile = tiles[l] + g * S::PACKED(l);
+      if (begun[l][g] == 0) std::fill_n(tile, S::PACKED(l), 0.0f);
+      for (int64_t part = 1; part < table.parts; part++) {
+        if (begun[l][part * next + g] == 0) continue;
+        for (int j = 0; j < S::PACKED(l); j++) tile[j] += tile[part * next + j];
+      }
+      finish<l>(g, tile, scratch(call, SLICE));
+    }
     if constexpr (l < LAST) finish_tiles<l + 1>();
   }
 
   void weight_gradient() const {
-    if (!call.bag) return one_hot_weight_gradient();
     each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
       weight_gradients(&call, f, first, last, [&](int64_t i, const float* grad) {
         const float* row = Base::rows + int64_t{call.slot[i]} * D;
@@ -284,18 +297,23 @@ struct TrainBackward : Train<MIRRORED> {
 
   void backward() {
     const bool several = table.slices > 1;
-    if (several) {
-#pragma omp single
-      for (int l = 1; l < ORDER; l++) std::fill(tiles[l], tiles[l] + table.level[l].touched * S::PACKED(l), 0.0f);
-    }
     if (call.grad_weights && call.bag) weight_gradient();
-    for (slice = 0; slice < table.slices; slice++) {
-      if (several) Base::template multiply_level<1>();
-      if (call.grad_weights && !call.bag) weight_gradient();
-      if (summed) sum_rows();
-      all_levels();
-    }
+    Base::each_of(table.parts, [&](const Call* own, int64_t worker, int64_t part) {
+      TrainBackward train(&table, own, worker, part);
+      if (several) {
+#pragma omp single
+        for (int l = 1; l < ORDER; l++) std::fill_n(train.begun[l], table.level[l].touched, 0.0f);
+      }
+      for (train.slice = table.part[part]; train.slice < table.part[part + 1]; train.slice++) train.backward_of_slice();
+    });
     if (several) finish_tiles<1>();
+  }
+
+  void backward_of_slice() {
+    if (table.slices > 1) Base::template multiply_level<1>();
+    if (call.grad_weights && !call.bag) one_hot_weight_gradient();
+    if (summed) sum_rows();
+    all_levels();
   }
 };
 
