@@ -2,8 +2,8 @@
 
 Counted as the kernels hold it (``kernels/recemb_kernels``), for uniform ids, which meet the most rows, and
 rows of bags that hold several. A table keeps some of it until its backward; the rest all tables of a
-collection take in turn, or each thread has of its own where it takes whole tables. Plans, which sort and
-group the ids, are not counted: up to 200 bytes an id.
+collection take in turn, or each thread has of its own where it takes whole tables, or parts of one. Plans,
+which sort and group the ids, are not counted: up to 200 bytes an id.
 """
 
 from __future__ import annotations
@@ -101,29 +101,31 @@ def _train(
     table: TableSpec, train: TensorTrain, distinct_rows: float, micro_batch_rows: int, weighted: bool
 ) -> _Held:
     """Products of cores above the rows, kept where one slice holds all of these; what is sent back; rows."""
-    parts = 1
+    micro = float(micro_batch_rows)
+    # Of one first digit, or last one where the train is read from there: it is never cut.
+    fewest = distinct_rows / min(table_shapes(table)[0][:: len(train.ranks) - 2])
+    subtree = min(distinct_rows, fewest + 3 * math.sqrt(fewest) + 1)
+    whole = _slices(table, train, distinct_rows, max(micro, subtree), weighted, 1)
+    if distinct_rows < 2 * _PART_ROWS or not max(_PART_ROWS, subtree) <= micro < distinct_rows:
+        return whole
+    # Where its ids let it be cut into parts about alike.
+    parts = 2
     while parts < _MOST_PARTS and 2 * parts * _PART_ROWS <= distinct_rows:
         parts *= 2
-    whole = _slices(table, train, distinct_rows, micro_batch_rows, weighted, 1)
-    if parts == 1:
-        return whole
-    # Where it cuts into parts about alike, which depends on its ids.
-    cut = _slices(table, train, distinct_rows, micro_batch_rows, weighted, parts)
-    return max(whole, cut, key=lambda held: held.kept + held.spare)
+    most = min(max(micro / 2, subtree), _UNEVEN * distinct_rows / parts)
+    cut = _slices(table, train, distinct_rows, most, weighted, parts)
+    return _Held(max(whole.kept, cut.kept), max(whole.spare, cut.spare))
 
 
 def _slices(
     table: TableSpec,
     train: TensorTrain,
     distinct_rows: float,
-    micro_batch_rows: int,
+    most: float,
     weighted: bool,
     parts: int,
 ) -> _Held:
-    """The same of a table in so many parts, each of which a thread takes alone."""
-    most = (
-        float(micro_batch_rows) if parts == 1 else min(micro_batch_rows / 2, _UNEVEN * distinct_rows / parts)
-    )
+    """The same in slices of ``most`` rows and so many parts, each of which a thread takes alone."""
     rows, dim = min(distinct_rows, most), table.embedding_dim
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
@@ -148,7 +150,7 @@ def _slices(
     ]
     copied = [slices[k] for k in range(last) if last > 1 or train.ranks[k + 1] % _LANES]
     kept, spare = products + sum(copied), 0.0
-    if parts > 1 or distinct_rows > micro_batch_rows:
+    if parts > 1 or distinct_rows > most:
         # They add their gradients up over the batch, or a part; a number says of each whether it has begun.
         touched = sum(min(distinct_rows, float(count)) for count in row_shape[1:])
         sent = parts * (sent + sum(slices[1:]) + touched)

@@ -51,10 +51,14 @@ class StopRequest:
 
 @contextmanager
 def not_terminated() -> Iterator[None]:
-    """Ignore SIGTERM, in the block and after an error in it, which must then end the process soon."""
+    """Put SIGTERM off to the end of the block, for good after an error in it, which must end the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    came: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     yield
-    signal.signal(signal.SIGTERM, previous)
+    # None: a handler that is not Python's.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+    if came:
+        os.kill(os.getpid(), came[0])

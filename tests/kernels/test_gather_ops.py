@@ -180,10 +180,13 @@ def test_error_law_of_tables_in_parts(longest: int, weighted: bool, alone: int) 
     tables = _tables(names, "sum")
     bags = _bags(tables, batch, longest, weighted=weighted, seed=1)
     assert all(bags.feature(f).ids.unique().numel() > 2**14 for f in range(len(names)))
+    threads = torch.get_num_threads()
     driver().recemb_tree_alone(alone)
     try:
+        torch.set_num_threads(2)
         _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=1, batch=batch)
     finally:
+        torch.set_num_threads(threads)
         driver().recemb_tree_alone(-1)
 
 

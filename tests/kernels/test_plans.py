@@ -153,7 +153,7 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     ],
 )
 @pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("micro_batch_rows", [2**18, 3000])
+@pytest.mark.parametrize("micro_batch_rows", [2**13, 2**14])
 def test_tables_in_parts_come_out_with_the_same_bits(
     rows_of: int, dim: int, train: TensorTrain, longest: int, weighted: bool, micro_batch_rows: int
 ) -> None:
@@ -188,7 +188,8 @@ def test_tables_in_parts_come_out_with_the_same_bits(
         driver().recemb_tree_poison(0)
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
-    assert held[4] > held[2] > held[0], "no thread had a workspace of its own"
+    # Beside a list of all rows a workspace more may not show.
+    assert longest > 1 or held[4] > held[2] > held[1] == held[5], "no thread had a workspace of its own"
 
 
 @pytest.mark.parametrize("longest", [1, 2])
@@ -200,19 +201,57 @@ def test_mirrored_trains_in_parts(longest: int) -> None:
     lengths = torch.randint(int(longest == 1), longest + 1, (60_000,))
     ids = torch.randint(60 * 50 * 70, (int(lengths.sum()),))
     batch = Batch(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), None, 60_000)
-    grad, outcomes = torch.randn(60_000, 16), []
+    grad, outcomes, threads = torch.randn(60_000, 16), [], torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
         for cost, alone in ((1e9, 1), (1e-9, 0), (1e-9, 1)):
             driver().recemb_tree_alone(alone)
             kernels = [replace(kernel, mirrored_cost=(cost,) * 3)]
-            outcomes.append(run_trains(kernels, cores, batch, grad, micro_batch_rows=5000))
+            outcomes.append(run_trains(kernels, cores, batch, grad, micro_batch_rows=2**13))
     finally:
+        torch.set_num_threads(threads)
         driver().recemb_tree_alone(-1)
     straight, together, apart = outcomes
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
     assert not torch.equal(straight[0], together[0]), "both were read from the same end"
     for first, second in zip(straight, together, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-3 * float(first.abs().max()))
+
+
+@pytest.mark.parametrize("hot", [0.0, 0.6])
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adam])
+def test_fused_steps_of_parts(kind: type[torch.optim.Optimizer], hot: float) -> None:
+    """Alone, together, and as the clock has it, of ids that cannot be cut evenly, too: 35 steps the same."""
+    spec = TableSpec(
+        name="t",
+        num_embeddings=10**6,
+        embedding_dim=8,
+        compression=TensorTrain(rank=8),
+        feature_names=("f",),
+    )
+    radix = math.prod(table_shapes(spec)[0][1:])
+    threads, outcomes = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        for alone in (0, 1, -1):
+            driver().recemb_tree_alone(alone)
+            torch.manual_seed(0)
+            tables = build([spec], torch.device("cpu"))
+            tables["t"].reset_parameters()
+            step_all(tables, kind, 0.01)
+            for _ in range(35):
+                ids = torch.randint(10**6, (30_000,))
+                # All of one first digit, which is never cut.
+                ids = torch.where(torch.rand(30_000) < hot, ids % radix, ids)
+                pooled = pooled_native([tables["t"]], Bags(ids, torch.arange(30_001), 1))
+                assert pooled is not None
+                (pooled - 1).square().mean().backward()
+            outcomes.append([parameter.detach() for parameter in tables["t"].parameters()])
+    finally:
+        torch.set_num_threads(threads)
+        driver().recemb_tree_alone(-1)
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
 def test_keys_that_no_double_holds() -> None:

@@ -68,7 +68,7 @@ def test_a_cpu_holds_no_more_than_is_counted(
 
 
 @pytest.mark.parametrize("threads", [2, 8])
-@pytest.mark.parametrize("micro_batch_rows", [2**18, 2**13])
+@pytest.mark.parametrize("micro_batch_rows", [2**15, 2**13])
 @pytest.mark.parametrize(("hots", "weighted"), [(1, False), (2, True)])
 @pytest.mark.parametrize("train", [TensorTrain(rank=16), TensorTrain(rank=6, dim_shape=(4, 2, 2))])
 def test_threads_that_take_parts_alone_hold_no_more(
@@ -98,3 +98,41 @@ def test_threads_that_take_parts_alone_hold_no_more(
     assert held <= counted
     # As if there were a thread for every part.
     assert counted <= 3 * held * 8 / threads
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize(
+    ("compression", "size", "micro_batch_rows"),
+    [
+        # Ten first digits, which are not cut into parts alike; a digit of more rows than a slice's.
+        (TensorTrain(rank=8, row_shape=(10, 5000, 20), dim_shape=(2, 2, 4)), 60_000, 2**15),
+        (TensorTrain(rank=8, row_shape=(16, 1000, 63), dim_shape=(2, 2, 4)), 300_000, 2**13),
+    ],
+)
+def test_few_first_digits_hold_no_more(
+    compression: TensorTrain, size: int, micro_batch_rows: int, threads: int
+) -> None:
+    specs = [
+        TableSpec(
+            name=name,
+            num_embeddings=10**6,
+            embedding_dim=16,
+            feature_names=(name,),
+            compression=compression,
+        )
+        for name in ("a", "b", "c")
+    ]
+    tables = build(specs, torch.device("cpu"))
+    for table in tables.values():
+        table.reset_parameters()
+    ids = torch.randint(10**6, (3 * size,), generator=torch.Generator().manual_seed(0))
+    engine = Engine(specs, micro_batch_rows=micro_batch_rows)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        engine(tables, Bags(ids, torch.arange(3 * size + 1), 3)).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    held = group_of(tables).workspace_bytes
+    counted = cpu_workspace([Load(spec, size, size) for spec in specs], 0, micro_batch_rows, weighted=False)
+    assert held <= counted

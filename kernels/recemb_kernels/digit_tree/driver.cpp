@@ -229,7 +229,7 @@ void place(const Call* call, State* state, bool forward) {
   int64_t kept = 0, spare = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
-    table.workers = forward || state->alone.now() ? workers(table) : 1;
+    table.workers = forward || state->alone.now() ? workers(table, omp_get_num_threads()) : 1;
     table.spare_size = kernel_of(table).spare(&table, call);
     spare = std::max(spare, table.spare_size);
     kept += kernel_of(table).kept(&table, call);

@@ -6,12 +6,13 @@
 
 namespace recemb {
 
-// Cuts a table's tree into parts, and these into slices of whole subtrees, of at most `most` rows where a subtree is not
-// larger itself; half as many in several parts, which two threads may work on at once. Depends on the ids alone.
+// Cuts a table's tree into parts where that is worth it, and these into slices of whole subtrees, of at most `most` rows
+// where a subtree is not larger itself; half as many in several parts, which two threads may work on at once. Depends on
+// the ids alone.
 void cut_slices(Table& table, int64_t most);
 
-// Threads of this region that may take slices or parts of a table alone; 1: none.
-int64_t workers(const Table& table);
+// Of so many threads, those that may take slices or parts of a table alone; 1: none.
+int64_t workers(const Table& table, int64_t threads);
 
 // Whether a backward gives parts to one thread each, or every part to all threads together: sums are the same, so it is
 // whatever has been faster of late.
@@ -28,7 +29,8 @@ class Alone {
  private:
   double took_[2] = {};  // seconds of an id, together and alone; 0: not seen
   int64_t steps_ = 0;
-  bool choice_ = false, alone_ = false;
+  int threads_ = 0;
+  bool choice_ = false, alone_ = false, changed_ = false;
 };
 
 }  // namespace recemb

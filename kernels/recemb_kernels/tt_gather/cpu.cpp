@@ -1,6 +1,6 @@
 // Rows and core gradients of one tensor-train table, compiled for its ranks and dimension shape; the train itself and
-// its forward are in recemb_train.h. Every node and every core slice has one owner and sums in one order: results
-// depend on neither the thread count nor, for the outputs, the slices.
+// its forward are in recemb_train.h. Every node has one owner, and every core slice one in each part of the table, and
+// sums in one order: results depend on neither the thread count nor, for the outputs, the slices and parts.
 #include "recemb_train.h"
 
 using namespace recemb;
