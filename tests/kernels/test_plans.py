@@ -152,8 +152,9 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
         (10**6, 4, TensorTrain(rank=3, num_cores=4)),
     ],
 )
-@pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("micro_batch_rows", [2**13, 2**14])
+@pytest.mark.parametrize(
+    ("longest", "weighted", "micro_batch_rows"), [(1, False, 2**13), (1, True, 2**14), (2, True, 2**13)]
+)
 def test_tables_in_parts_come_out_with_the_same_bits(
     rows_of: int, dim: int, train: TensorTrain, longest: int, weighted: bool, micro_batch_rows: int
 ) -> None:
