@@ -103,7 +103,8 @@ def _train(
     """Products of cores above the rows, kept where one slice holds all of these; what is sent back; rows."""
     micro = float(micro_batch_rows)
     # Of one first digit, or last one where the train is read from there: it is never cut.
-    fewest = distinct_rows / min(table_shapes(table)[0][:: len(train.ranks) - 2])
+    row_shape, _ = table_shapes(table)
+    fewest = distinct_rows / min(row_shape[0], row_shape[-1])
     subtree = min(distinct_rows, fewest + 3 * math.sqrt(fewest) + 1)
     whole = _slices(table, train, distinct_rows, max(micro, subtree), weighted, 1)
     if distinct_rows < 2 * _PART_ROWS or not max(_PART_ROWS, subtree) <= micro < distinct_rows:

@@ -13,7 +13,7 @@ constexpr double UNEVEN = 1.15;
 constexpr double OF_A_ROW = 2048, OF_AN_ID = 24;
 // Of a part for each number in the gradients of slices of cores that it has of its own: what is worth them.
 constexpr double OF_A_GRADIENT = 256;
-// Backwards between two trials of what has been slower, and of a trial.
+// Every so many backwards what has been slower is tried, so often: the first of these is not timed.
 constexpr int64_t BETWEEN_TRIALS = 32, TRIALS = 2;
 
 int64_t first_row(const Table& table, int64_t node) {
