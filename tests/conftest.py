@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,23 @@ def _compiled_step() -> None:
         step_module()
     except KernelUnavailableError:
         return
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """How many threads torch and the kernels take, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def set_alone() -> Iterator[Callable[[int], None]]:
+    """Whose parts of tables are in this test: one thread's each (1), all threads' (0), or as timed (-1)."""
+    from recemb_kernels.digit_tree.group import driver
+
+    yield driver().recemb_tree_alone
+    driver().recemb_tree_alone(-1)
 
 
 @pytest.fixture(scope="session")

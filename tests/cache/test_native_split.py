@@ -113,7 +113,7 @@ def test_the_same_as_in_torch(case: tuple[Collection, Bags]) -> None:
 @pytest.mark.parametrize("size", [16_384, 20_001])
 @pytest.mark.parametrize("kind", ["mixed", "all hits", "no hits", "one bag holds all"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_by_several_threads(size: int, kind: str, weighted: bool) -> None:
+def test_by_several_threads(size: int, kind: str, weighted: bool, set_threads: Callable[[int], None]) -> None:
     torch.manual_seed(0)
     made = collection([["a"], ["b", "c"], ["d"]], [list(range(15)), None, list(range(5, 20))])
     low, high = {"all hits": (5, 15), "no hits": (20, ROWS)}.get(kind, (0, ROWS))
@@ -126,12 +126,8 @@ def test_by_several_threads(size: int, kind: str, weighted: bool) -> None:
     total = int(offsets[-1])
     ids = torch.randint(low, high, (total,))
     bags = Bags(ids, offsets, 4, torch.rand(total) if weighted else None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert_same(*both(made, bags))
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    assert_same(*both(made, bags))
 
 
 def test_gradients_of_weights_go_back_to_their_places() -> None:
@@ -218,7 +214,9 @@ def test_kernels_add_streams_up_as_torch_does(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_an_array_that_also_serves_an_uncached_table_is_added_after_the_cache(threads: int) -> None:
+def test_an_array_that_also_serves_an_uncached_table_is_added_after_the_cache(
+    threads: int, set_threads: Callable[[int], None]
+) -> None:
     """Its kernel is the first of the call's and has to run last, when all threads are done with the cache's.
 
     Two threads share two features of the array, so that the second one adds to samples whose cached rows,
@@ -239,17 +237,13 @@ def test_an_array_that_also_serves_an_uncached_table_is_added_after_the_cache(th
     ids = torch.arange(int(lengths.sum())) % 10
     ids[lengths.flatten().cumsum(0) - 1] = torch.arange(2 * size) % 20 + 10
     bags = Bags(ids, torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)]), 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            with patch.object(Streams, "joins", ()):
-                expected = made(bags)
-            with patch.object(Merge, "apply", side_effect=AssertionError):
-                for _ in range(10):
-                    assert torch.equal(made(bags), expected)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    with torch.no_grad():
+        with patch.object(Streams, "joins", ()):
+            expected = made(bags)
+        with patch.object(Merge, "apply", side_effect=AssertionError):
+            for _ in range(10):
+                assert torch.equal(made(bags), expected)
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])

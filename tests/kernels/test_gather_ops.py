@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -174,20 +174,21 @@ def test_error_law_of_gradients_that_no_core_holds(longest: int, weighted: bool)
 
 @pytest.mark.parametrize("alone", [0, 1])
 @pytest.mark.parametrize(("longest", "weighted"), [(1, False), (1, True), (2, True)])
-def test_error_law_of_tables_in_parts(longest: int, weighted: bool, alone: int) -> None:
+def test_error_law_of_tables_in_parts(
+    longest: int,
+    weighted: bool,
+    alone: int,
+    set_threads: Callable[[int], None],
+    set_alone: Callable[[int], None],
+) -> None:
     """Of at least two, each one thread's, or all threads' one after the other."""
     names, batch = ["parts", "parts_of_prefixes", "parts_of_two_cores"], 40_000
     tables = _tables(names, "sum")
     bags = _bags(tables, batch, longest, weighted=weighted, seed=1)
     assert all(bags.feature(f).ids.unique().numel() > 2**14 for f in range(len(names)))
-    threads = torch.get_num_threads()
-    driver().recemb_tree_alone(alone)
-    try:
-        torch.set_num_threads(2)
-        _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=1, batch=batch)
-    finally:
-        torch.set_num_threads(threads)
-        driver().recemb_tree_alone(-1)
+    set_alone(alone)
+    set_threads(2)
+    _assert_error_law(names, pooling="sum", weighted=weighted, longest=longest, seed=1, batch=batch)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
@@ -249,18 +250,16 @@ def test_uninitialised_memory_never_shows(names: list[str], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("names", [["rank32", "wide", "two_cores"], ROWS, NARROW, ROBES])
-def test_bit_identical_between_runs_and_thread_counts(names: list[str]) -> None:
+def test_bit_identical_between_runs_and_thread_counts(
+    names: list[str], set_threads: Callable[[int], None]
+) -> None:
     torch.manual_seed(0)
     tables = _tables(names, "sum")
     bags = _bags(tables, 200, 5, weighted=True, seed=7)
-    threads = torch.get_num_threads()
     outcomes = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            outcomes.append(_outcome(tables, bags, None, native=True))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 2):
+        set_threads(count)
+        outcomes.append(_outcome(tables, bags, None, native=True))
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 

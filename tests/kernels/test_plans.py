@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_the_mirror_is_taken_when_suffixes_are_shared() -> None:
     ],
 )
 def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
-    ids_of: tuple[int, ...], rows_of: int, hot: float, tables_of: int
+    ids_of: tuple[int, ...], rows_of: int, hot: float, tables_of: int, set_threads: Callable[[int], None]
 ) -> None:
     """The largest of several, or by one each where they are many; one of several features; wide keys; an id
     that is all of a thread's share, or of the table's.
@@ -126,16 +126,12 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     ids = (torch.rand(sum(ids_of), dtype=torch.float64) ** 3 * rows_of).long()
     ids[torch.rand(len(ids)) < hot] = rows_of // 2
     bags = Bags(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), len(ids_of))
-    threads = torch.get_num_threads()
     outcomes = []
-    try:
-        for count in (1, 2, 3, 70):
-            torch.set_num_threads(count)
-            pooled = pooled_native(features, bags)
-            assert pooled is not None
-            outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), parameters)])
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 70):
+        set_threads(count)
+        pooled = pooled_native(features, bags)
+        assert pooled is not None
+        outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), parameters)])
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
     rows = tables[0].rows(tables[0].map_ids(ids[:100]))
@@ -156,7 +152,14 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     ("longest", "weighted", "micro_batch_rows"), [(1, False, 2**13), (1, True, 2**14), (2, True, 2**13)]
 )
 def test_tables_in_parts_come_out_with_the_same_bits(
-    rows_of: int, dim: int, train: TensorTrain, longest: int, weighted: bool, micro_batch_rows: int
+    rows_of: int,
+    dim: int,
+    train: TensorTrain,
+    longest: int,
+    weighted: bool,
+    micro_batch_rows: int,
+    set_threads: Callable[[int], None],
+    set_alone: Callable[[int], None],
 ) -> None:
     """Whether each is one thread's or all threads', by however many, in memory of anything."""
     spec = TableSpec(
@@ -172,11 +175,11 @@ def test_tables_in_parts_come_out_with_the_same_bits(
     assert ids.unique().numel() > 4 * 2**13, "several parts, four of them for some threads"
     weights = torch.rand(len(ids), requires_grad=True) if weighted else None
     wanted = [*table.parameters(), *([] if weights is None else [weights])]
-    threads, outcomes, held = torch.get_num_threads(), [], []
+    outcomes, held = [], []
     try:
         for count, alone, poison in ((1, 1, 0), (2, 0, 0), (2, 1, 1), (3, 1, 0), (4, 1, 1), (70, 1, 0)):
-            torch.set_num_threads(count)
-            driver().recemb_tree_alone(alone)
+            set_threads(count)
+            set_alone(alone)
             driver().recemb_tree_poison(poison)
             table.memo.clear()
             pooled = pooled_native([table], Bags(ids, offsets, 1, weights), micro_batch_rows)
@@ -184,8 +187,6 @@ def test_tables_in_parts_come_out_with_the_same_bits(
             outcomes.append([pooled.detach(), *torch.autograd.grad(pooled.square().sum(), wanted)])
             held.append(group_of(tables).workspace_bytes)
     finally:
-        torch.set_num_threads(threads)
-        driver().recemb_tree_alone(-1)
         driver().recemb_tree_poison(0)
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
@@ -194,7 +195,9 @@ def test_tables_in_parts_come_out_with_the_same_bits(
 
 
 @pytest.mark.parametrize("longest", [1, 2])
-def test_mirrored_trains_in_parts(longest: int) -> None:
+def test_mirrored_trains_in_parts(
+    longest: int, set_threads: Callable[[int], None], set_alone: Callable[[int], None]
+) -> None:
     shape = TrainShape((60, 50, 70), (2, 4, 2), (1, 8, 5, 1))
     kernel = tt_gather.kernel(shape)
     torch.manual_seed(0)
@@ -202,16 +205,12 @@ def test_mirrored_trains_in_parts(longest: int) -> None:
     lengths = torch.randint(int(longest == 1), longest + 1, (60_000,))
     ids = torch.randint(60 * 50 * 70, (int(lengths.sum()),))
     batch = Batch(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), None, 60_000)
-    grad, outcomes, threads = torch.randn(60_000, 16), [], torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for cost, alone in ((1e9, 1), (1e-9, 0), (1e-9, 1)):
-            driver().recemb_tree_alone(alone)
-            kernels = [replace(kernel, mirrored_cost=(cost,) * 3)]
-            outcomes.append(run_trains(kernels, cores, batch, grad, micro_batch_rows=2**13))
-    finally:
-        torch.set_num_threads(threads)
-        driver().recemb_tree_alone(-1)
+    grad, outcomes = torch.randn(60_000, 16), []
+    set_threads(2)
+    for cost, alone in ((1e9, 1), (1e-9, 0), (1e-9, 1)):
+        set_alone(alone)
+        kernels = [replace(kernel, mirrored_cost=(cost,) * 3)]
+        outcomes.append(run_trains(kernels, cores, batch, grad, micro_batch_rows=2**13))
     straight, together, apart = outcomes
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
     assert not torch.equal(straight[0], together[0]), "both were read from the same end"
@@ -221,29 +220,30 @@ def test_mirrored_trains_in_parts(longest: int) -> None:
 
 @pytest.mark.parametrize("row_shape", [(400, 50, 50), (3, 200, 50)])
 @pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adam])
-def test_fused_steps_of_parts(kind: type[torch.optim.Optimizer], row_shape: tuple[int, ...]) -> None:
+def test_fused_steps_of_parts(
+    kind: type[torch.optim.Optimizer],
+    row_shape: tuple[int, ...],
+    set_threads: Callable[[int], None],
+    set_alone: Callable[[int], None],
+) -> None:
     """Alone, together, and as the clock has it; also of three first digits, which are not cut in two."""
     rows = math.prod(row_shape)
     train = TensorTrain(rank=8, row_shape=row_shape)
     spec = TableSpec(name="t", num_embeddings=rows, embedding_dim=8, compression=train, feature_names=("f",))
-    threads, outcomes = torch.get_num_threads(), []
-    try:
-        torch.set_num_threads(2)
-        for alone in (0, 1, -1):
-            driver().recemb_tree_alone(alone)
-            torch.manual_seed(0)
-            tables = build([spec], torch.device("cpu"))
-            tables["t"].reset_parameters()
-            step_all(tables, kind, 0.01)
-            for _ in range(35):
-                ids = torch.randint(rows, (30_000,))
-                pooled = pooled_native([tables["t"]], Bags(ids, torch.arange(30_001), 1), 2**14)
-                assert pooled is not None
-                (pooled - 1).square().mean().backward()
-            outcomes.append([parameter.detach() for parameter in tables["t"].parameters()])
-    finally:
-        torch.set_num_threads(threads)
-        driver().recemb_tree_alone(-1)
+    outcomes = []
+    set_threads(2)
+    for alone in (0, 1, -1):
+        set_alone(alone)
+        torch.manual_seed(0)
+        tables = build([spec], torch.device("cpu"))
+        tables["t"].reset_parameters()
+        step_all(tables, kind, 0.01)
+        for _ in range(35):
+            ids = torch.randint(rows, (30_000,))
+            pooled = pooled_native([tables["t"]], Bags(ids, torch.arange(30_001), 1), 2**14)
+            assert pooled is not None
+            (pooled - 1).square().mean().backward()
+        outcomes.append([parameter.detach() for parameter in tables["t"].parameters()])
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -58,7 +59,9 @@ def test_weights_have_the_gradient_of_rows_that_have_not_moved(kind: type, longe
 
 
 @pytest.mark.parametrize("rank", [8, 32])
-def test_weights_have_that_gradient_where_all_threads_take_one_table(rank: int) -> None:
+def test_weights_have_that_gradient_where_all_threads_take_one_table(
+    rank: int, set_threads: Callable[[int], None]
+) -> None:
     """Many tables are one thread's each."""
     spec = TableSpec(
         name="t",
@@ -67,23 +70,20 @@ def test_weights_have_that_gradient_where_all_threads_take_one_table(rank: int) 
         feature_names=("t",),
         compression=TensorTrain(rank=rank),
     )
-    batch, threads = 4000, torch.get_num_threads()
+    batch = 4000
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20_000, (batch,), generator=generator)
     weights, grad = torch.rand(batch, generator=generator), torch.randn(batch, 16, generator=generator)
     found = []
-    try:
-        torch.set_num_threads(3)
-        for lr in (0.0, *(1e3,) * 4):
-            torch.manual_seed(0)
-            tables = build([spec], torch.device("cpu"))
-            tables["t"].reset_parameters()
-            apply_optimizer_in_backward(torch.optim.SGD, tables["t"].parameters(), {"lr": lr})
-            own = weights.clone().requires_grad_()
-            Engine([spec])(tables, Bags(ids, torch.arange(batch + 1), 1, own)).backward(grad)
-            found.append(own.grad)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    for lr in (0.0, *(1e3,) * 4):
+        torch.manual_seed(0)
+        tables = build([spec], torch.device("cpu"))
+        tables["t"].reset_parameters()
+        apply_optimizer_in_backward(torch.optim.SGD, tables["t"].parameters(), {"lr": lr})
+        own = weights.clone().requires_grad_()
+        Engine([spec])(tables, Bags(ids, torch.arange(batch + 1), 1, own)).backward(grad)
+        found.append(own.grad)
     for other in found[1:]:
         assert other is not None
         assert found[0] is not None
@@ -92,20 +92,19 @@ def test_weights_have_that_gradient_where_all_threads_take_one_table(rank: int) 
 
 @pytest.mark.parametrize("longest", [1, 5])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_steps_have_the_same_bits_in_any_number_of_threads(kind: type, longest: int) -> None:
-    threads, outcomes = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            engine, tables = make_engine()
-            for table in tables.values():
-                apply_optimizer_in_backward(kind, table.parameters(), {"lr": 0.1})
-            for seed in range(2):
-                pooled = engine(tables, make_bags(engine, 500, longest, seed))
-                pooled.backward(torch.randn(pooled.shape, generator=torch.Generator().manual_seed(seed)))
-            outcomes.append(state_of(tables))
-    finally:
-        torch.set_num_threads(threads)
+def test_steps_have_the_same_bits_in_any_number_of_threads(
+    kind: type, longest: int, set_threads: Callable[[int], None]
+) -> None:
+    outcomes = []
+    for count in (1, 2, 3, 2):
+        set_threads(count)
+        engine, tables = make_engine()
+        for table in tables.values():
+            apply_optimizer_in_backward(kind, table.parameters(), {"lr": 0.1})
+        for seed in range(2):
+            pooled = engine(tables, make_bags(engine, 500, longest, seed))
+            pooled.backward(torch.randn(pooled.shape, generator=torch.Generator().manual_seed(seed)))
+        outcomes.append(state_of(tables))
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -212,7 +213,7 @@ def test_default_dtype_and_device_change_nothing() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_the_backward_may_meet_more_threads_than_the_forward() -> None:
+def test_the_backward_may_meet_more_threads_than_the_forward(set_threads: Callable[[int], None]) -> None:
     specs = [
         TableSpec(name=name, num_embeddings=2**22, embedding_dim=4, compression=compression)
         for name, compression in (("t", TensorTrain(rank=4)), ("d", Dense()))
@@ -221,15 +222,11 @@ def test_the_backward_may_meet_more_threads_than_the_forward() -> None:
     step_all(tables, torch.optim.SGD, 0.1)
     served = list(tables.values())
     bags = Bags(torch.randint(0, 2**22, (80_000,)), torch.arange(80_001), 2)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        pooled = pooled_native(served, bags)
-        assert pooled is not None
-        torch.set_num_threads(4)
-        pooled.sum().backward()
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    pooled = pooled_native(served, bags)
+    assert pooled is not None
+    set_threads(4)
+    pooled.sum().backward()
 
 
 def test_a_collection_is_freed_without_the_collector() -> None:

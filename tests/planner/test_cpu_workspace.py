@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,7 +13,6 @@ from recemb.engine import Engine
 from recemb.planner.cpu_workspace import cpu_workspace
 from recemb.planner.work import Load
 from recemb.spec import ROBE, Compression, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
-from recemb_kernels.digit_tree.group import driver
 from tests.kernels.cases import group_of
 
 ROWS, BATCH = 200_000, 1000
@@ -72,7 +73,13 @@ def test_a_cpu_holds_no_more_than_is_counted(
 @pytest.mark.parametrize(("hots", "weighted"), [(1, False), (2, True)])
 @pytest.mark.parametrize("train", [TensorTrain(rank=16), TensorTrain(rank=6, dim_shape=(4, 2, 2))])
 def test_threads_that_take_parts_alone_hold_no_more(
-    train: TensorTrain, hots: int, weighted: bool, micro_batch_rows: int, threads: int
+    train: TensorTrain,
+    hots: int,
+    weighted: bool,
+    micro_batch_rows: int,
+    threads: int,
+    set_threads: Callable[[int], None],
+    set_alone: Callable[[int], None],
 ) -> None:
     """Eight parts, in a workspace of each thread's own."""
     spec = TableSpec(
@@ -84,15 +91,10 @@ def test_threads_that_take_parts_alone_hold_no_more(
     ids = torch.randint(10**7, (samples * hots,), generator=torch.Generator().manual_seed(0))
     weights = torch.ones(len(ids)) if weighted else None
     engine = Engine([spec], micro_batch_rows=micro_batch_rows)
-    before = torch.get_num_threads()
-    driver().recemb_tree_alone(1)
-    try:
-        torch.set_num_threads(threads)
-        bags = Bags(ids, torch.arange(0, len(ids) + 1, hots), 1, weights)
-        engine(tables, bags).sum().backward()
-    finally:
-        torch.set_num_threads(before)
-        driver().recemb_tree_alone(-1)
+    set_alone(1)
+    set_threads(threads)
+    bags = Bags(ids, torch.arange(0, len(ids) + 1, hots), 1, weights)
+    engine(tables, bags).sum().backward()
     held = group_of(tables).workspace_bytes
     counted = cpu_workspace([Load(spec, len(ids), samples)], 0, micro_batch_rows, weighted=weighted)
     assert held <= counted
@@ -110,7 +112,11 @@ def test_threads_that_take_parts_alone_hold_no_more(
     ],
 )
 def test_few_first_digits_hold_no_more(
-    compression: TensorTrain, size: int, micro_batch_rows: int, threads: int
+    compression: TensorTrain,
+    size: int,
+    micro_batch_rows: int,
+    threads: int,
+    set_threads: Callable[[int], None],
 ) -> None:
     specs = [
         TableSpec(
@@ -127,12 +133,8 @@ def test_few_first_digits_hold_no_more(
         table.reset_parameters()
     ids = torch.randint(10**6, (3 * size,), generator=torch.Generator().manual_seed(0))
     engine = Engine(specs, micro_batch_rows=micro_batch_rows)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        engine(tables, Bags(ids, torch.arange(3 * size + 1), 3)).sum().backward()
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    engine(tables, Bags(ids, torch.arange(3 * size + 1), 3)).sum().backward()
     held = group_of(tables).workspace_bytes
     counted = cpu_workspace([Load(spec, size, size) for spec in specs], 0, micro_batch_rows, weighted=False)
     assert held <= counted
