@@ -104,6 +104,25 @@ def test_shapes_whose_steps_overlap() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+def test_nothing_is_written_to_what_a_dropped_graph_has_held(groups_made: list[GraphedGroup]) -> None:
+    """As cuBLAS's workspace would be, were graphs of two shapes captured on one stream."""
+    gpu = made("adagrad")
+    for size in (64, 256):
+        for seed in range(6):
+            loss_of(gpu(batch(seed, size=size)).values()).backward()
+    (group,) = groups_made
+    first, _ = group._graphs
+    del group._graphs[first]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = torch.full((2**25,), 7.0, device="cuda")
+    for seed in range(4):
+        loss_of(gpu(batch(seed)).values()).backward()
+    torch.cuda.synchronize()
+    assert group.graphs == 1
+    assert bool((held == 7).all())
+
+
 def test_a_failed_capture_leaves_the_look_up_eager(
     monkeypatch: pytest.MonkeyPatch, groups_made: list[GraphedGroup]
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
 from recemb_kernels.triton_frame.captures import capturing, exclusive
-from recemb_kernels.triton_frame.streams import own_stream
+from recemb_kernels.triton_frame.streams import LentStream
 
 _T = TypeVar("_T")
 # Of a device's memory, what the graphs of one group of tables may hold.
@@ -36,13 +36,16 @@ class Recorder(Protocol):
 
 
 class GraphRecorder:
-    """Captures the graphs of one shape, which share a memory pool.
+    """Captures the graphs of one shape, which share a memory pool and a stream.
 
     A replay may overwrite what another graph of its pool holds for later: other shapes have their own pools.
+    They have their own streams, too: cuBLAS has one workspace a stream, in the memory of the graph that was
+    captured there first, and torch frees it with any of that stream's, whatever the others read and write.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._lent = LentStream(device)
         self.num_bytes = 0
         self.most_bytes = int(_MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
 
@@ -54,13 +57,13 @@ class GraphRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        # cuBLAS has one workspace a stream: graphs that may run at once are recorded on different ones.
-        stream = own_stream("capture", self._device, current)
         # Other threads may allocate pinned memory meanwhile, as data loaders do.
         mode = "thread_local"
         with exclusive:
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._lent.stream, capture_error_mode=mode
+                ):
                     before = torch.cuda.memory_reserved(self._device)
                     try:
                         result = run()
@@ -68,12 +71,13 @@ class GraphRecorder:
                         # Of all that is allocated meanwhile; there may be other threads.
                         self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
             except BaseException:
+                self._lent.spent = True  # cuBLAS's workspace may be in memory that is gone
                 self._give_up(graph)
                 raise
             finally:
                 # torch stays on the capture's stream when a capture fails.
                 torch.cuda.set_stream(current)
-        return result, _Replay(graph, stream, current)
+        return result, _Replay(graph, self._lent, current)
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
         """Tell torch's allocator of the device that a capture is over which the device has broken off.
@@ -93,12 +97,12 @@ class _Replay:
 
     Args:
         graph: the launches.
-        recorded: the stream that their memory belongs to.
+        recorded: has the stream that their memory belongs to, for as long as they may be replayed.
         replayed: the only stream that replays them.
     """
 
     def __init__(
-        self, graph: torch.cuda.CUDAGraph, recorded: torch.cuda.Stream, replayed: torch.cuda.Stream
+        self, graph: torch.cuda.CUDAGraph, recorded: LentStream, replayed: torch.cuda.Stream
     ) -> None:
         self._graph, self._recorded, self._replayed = graph, recorded, replayed
 
@@ -112,4 +116,4 @@ class _Replay:
             if not sys.is_finalizing() and not capturing():
                 with torch.cuda.stream(self._replayed):
                     if not capturing():
-                        self._recorded.wait_stream(self._replayed)
+                        self._recorded.stream.wait_stream(self._replayed)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
-_own: dict[tuple[str, torch.device, int], torch.cuda.Stream] = {}
+_own: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 _lock = Lock()  # of the above
+_free: dict[torch.device, list[torch.cuda.Stream]] = {}  # to be lent
 
 
-def own_stream(use: str, device: torch.device, beside: torch.cuda.Stream | None = None) -> torch.cuda.Stream:
+def own_stream(use: str, device: torch.device) -> torch.cuda.Stream:
     """The stream for one use on a device, the same one each time.
 
     torch has 32 streams a device, and hands the first out again after the last: who draws many comes to share
@@ -25,13 +26,37 @@ def own_stream(use: str, device: torch.device, beside: torch.cuda.Stream | None 
     Args:
         use: what for.
         device: where.
-        beside: each of these has a stream of that use for itself.
     """
-    key = use, device, 0 if beside is None else int(beside.cuda_stream)
+    key = use, device
     with _lock:
         if key not in _own:
             _own[key] = cast(Any, torch.cuda).Stream(device)  # untyped
         return _own[key]
+
+
+class LentStream:
+    """A stream that nothing else has for as long as this lives; then it is lent again.
+
+    Args:
+        device: where.
+
+    Attributes:
+        stream: what is lent.
+        spent: whether something may stay behind that no one must meet: it is not lent again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._free = _free.setdefault(device, [])
+        self.spent = False
+        # Without a lock: Python may let go of another one, and give its stream back, at any point of this.
+        try:
+            self.stream = self._free.pop()
+        except IndexError:
+            self.stream = cast(Any, torch.cuda).Stream(device)  # untyped
+
+    def __del__(self) -> None:
+        if not self.spent and hasattr(self, "stream"):
+            self._free.append(self.stream)
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,6 +112,7 @@ def test_the_index_of_cached_rows_is_taken_over(handed: Handed) -> None:
     assert {keys.data_ptr(), slots.data_ptr()} <= set(handed.taken)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks up on the CPU by the interpreter")
 def test_plans_go_with_their_step_though_marks_have_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host runs ahead of the GPU: it would hold the plan of every step between."""
     waiting: list[Callable[[], Exception]] = []
@@ -159,7 +160,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 def test_each_use_has_one_stream(drawn: list[torch.device]) -> None:
     first = own_stream("prepare", CUDA)
     assert own_stream("prepare", CUDA) is first
-    assert own_stream("capture", CUDA) is not first
+    assert own_stream("another", CUDA) is not first
     assert own_stream("prepare", torch.device("cuda", 1)) is not first
     assert len(drawn) == 3
 

@@ -37,28 +37,29 @@ class Torch:
         calls: what it has been asked, in order.
         breaks: whether the device breaks a capture off, so that torch cannot end it.
         drawn: how many streams of its pool it has handed out.
-        current: the current stream's name.
+        captured: the streams that it has captured on.
     """
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.breaks, self.drawn, self.current = False, 0, "user's"
+        self.breaks, self.drawn = False, 0
+        self.captured: list[str] = []
         self._recording = False
 
     def stream(self, name: str) -> Any:
         return SimpleNamespace(
             name=name,
-            cuda_stream=hash(name),
             wait_stream=lambda other: self.calls.append((name, "waits", other.name)),
         )
 
     def draw(self, _: torch.device) -> Any:
         self.drawn += 1
-        return self.stream("own")
+        return self.stream(f"own {self.drawn}")
 
     @contextmanager
-    def graph(self, graph: Any, *, pool: Any, **_: Any) -> Iterator[None]:
+    def graph(self, graph: Any, *, pool: Any, stream: Any, **_: Any) -> Iterator[None]:
         assert pool == POOL
+        self.captured.append(stream.name)
         self._recording = True
         try:
             yield
@@ -83,7 +84,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
     parts = {
         "graph_pool_handle": lambda: POOL,
         "Stream": made.draw,
-        "current_stream": lambda _: made.stream(made.current),
+        "current_stream": lambda _: made.stream("user's"),
         "set_stream": lambda stream: made.calls.append(("back on", stream.name)),
         "get_device_properties": lambda _: SimpleNamespace(total_memory=2**30),
         "memory_reserved": lambda _: 0,
@@ -96,7 +97,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
     monkeypatch.setattr(recorder, "_cuda_endAllocateToPool", made.end)
     monkeypatch.setattr(recorder, "_cuda_releasePool", made.release)
     monkeypatch.setattr(recorder, "_broken", [])
-    monkeypatch.setattr(streams, "_own", {})
+    monkeypatch.setattr(streams, "_free", {})
     return made
 
 
@@ -128,19 +129,37 @@ def test_memory_outlives_the_last_replay(fake: Torch) -> None:
     replay()
     del replay
     assert result == 5
-    assert fake.calls == ["replay", ("own", "waits", "user's"), "destroyed"]
+    assert fake.calls == ["replay", ("own 1", "waits", "user's"), "destroyed"]
 
 
-def test_captures_draw_a_stream_for_each_that_replays(fake: Torch) -> None:
-    """Of 32, which go round: a pipeline's own would come to be among them."""
-    for _ in range(3):
-        record = _record()
-        for _ in range(2):
-            record(lambda: 5)
-    assert fake.drawn == 1
-    fake.current = "another"  # a workspace of cuBLAS's belongs to a stream
+def test_graphs_that_live_at_once_are_captured_on_streams_of_their_own(fake: Torch) -> None:
+    """But for those of one recorder. torch has 32, which go round: those of dropped ones are used again."""
+    records = [_record() for _ in range(3)]
+    for record in records:
+        assert [record(lambda: 5)[0] for _ in range(2)] == [5, 5]
+    assert fake.captured == ["own 1", "own 1", "own 2", "own 2", "own 3", "own 3"]
+    _, replay = records[1](lambda: 5)
+    del record
+    records.clear()
     _record()(lambda: 5)
-    assert fake.drawn == 2
+    assert fake.captured[-1] in ("own 1", "own 3"), "a graph of the second's can still be replayed"
+    others = [_record(), _record()]
+    assert fake.drawn == 3
+    del replay, others
+    for _ in range(9):
+        _record()(lambda: 5)
+    assert fake.drawn == 3
+
+
+def test_nothing_is_captured_where_a_capture_has_failed(fake: Torch) -> None:
+    """cuBLAS's workspace may have been in the memory of that graph."""
+    failing = _record()
+    failing(lambda: 5)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing(_fails)
+    del failing
+    _record()(lambda: 5)
+    assert fake.captured == ["own 1", "own 1", "own 2"]
 
 
 def test_no_other_thread_tunes_or_captures_beside_a_capture(fake: Torch) -> None:
