@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from recemb_kernels.triton_frame.graphs import GraphedGroup
 
 # Where there is no GPU, kernels run in the interpreter of Triton. That is chosen as they are defined, and for
 # its own functions as it is imported: before any test.
@@ -53,6 +57,22 @@ def set_alone() -> Iterator[Callable[[int], None]]:
 
     yield driver().recemb_tree_alone
     driver().recemb_tree_alone(-1)
+
+
+@pytest.fixture
+def groups_made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedGroup]:
+    """The groups of tables whose look-ups on a GPU may be captured, as they are made in a test."""
+    from recemb_kernels.triton_frame.graphs import GraphedGroup
+
+    made: list[GraphedGroup] = []
+    begin = GraphedGroup.__init__
+
+    def watched(self: GraphedGroup, *args: Any) -> None:
+        begin(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(GraphedGroup, "__init__", watched)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,8 @@ from tests.kernels.triton.stream_order import (
 
 # Operations after which the host knows a value or a size.
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
+# Those that cuBLAS multiplies for.
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "addmv_"}
 
 
 class FakeGpu(Gpu):
@@ -107,6 +109,8 @@ class FakeGpu(Gpu):
         reads, writes = self._accesses(func, args, kwargs)
         if _waits(name, args) and any(not memory.pinned for memory in reads):
             self.host_waits(name)
+        if name in _PRODUCTS and (reads or writes):
+            self.take_workspace()
         mutated = [x for a, x in zip_arguments(func._schema, args, kwargs) if _is_write(a)]
         # What a capture holds is not run: the host cannot see it, and memory stays as it is.
         if capture is not None and writes:
@@ -373,6 +377,7 @@ def on_gpu() -> Iterator[FakeGpu]:
             (recorder, "_cuda_releasePool", lambda *_: None),
             (recorder, "_broken", []),
             (streams, "_own", {}),
+            (streams, "_free", {}),
             (verdict, "_pending", deque()),
             (interpreter.GridExecutor, "__call__", lambda grid, *a, **k: gpu.run_kernel(run, grid, a, k)),
         ):

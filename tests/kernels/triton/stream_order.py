@@ -81,6 +81,7 @@ class Pool:
     memories: list[Memory] = field(default_factory=list)
     graphs: WeakSet[Graph] = field(default_factory=WeakSet)
     recording: bool = False
+    gone: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -187,6 +188,7 @@ class Graph:
         self._pool = Pool()
         self._stream = 0
         self.launches: list[Callable[[], None]] = []
+        self.workspace: Pool | None = None
         self._reused: list[Memory] = []
 
     def capture_begin(self, pool: Pool | None = None, **_: Any) -> None:
@@ -215,6 +217,8 @@ class Graph:
         if self._gpu.capturing():
             raise RuntimeError("a graph is replayed within a capture")
         self._gpu.sweep()
+        if self.workspace is not None and self.workspace.gone:
+            self._gpu._fail("cuBLAS's workspace was in the memory of a graph that has been dropped")
         self._gpu.launch("memory of the pool's used again", [], self._reused)
         for memory in self._reused:
             memory.spoilt = "another graph of the pool has memory in its place"
@@ -223,6 +227,7 @@ class Graph:
 
     def __del__(self) -> None:
         self.launches.clear()
+        self._gpu.workspaces.pop(self._stream, None)
         if len(self._pool.graphs - {self}) == 0 and not self._pool.recording:
             self._gpu.release(self._pool, self._stream)
 
@@ -240,6 +245,7 @@ class Gpu:
         self.memories: dict[int, Memory] = {}
         self.freed: dict[int, list[Access]] = {}
         self.captures: dict[int, Capture] = {}
+        self.workspaces: dict[int, Pool | None] = {}  # of cuBLAS's
         self.errors: list[OrderError] = []
         self.num_launches = self.num_replays = 0
         self._lock = threading.RLock()
@@ -370,6 +376,14 @@ class Gpu:
                 self._fail(f"memory of a dropped graph is unmapped, still used by {late[0].what}", False)
             memory.pool = None
         pool.memories.clear()
+        pool.gone = True
+
+    def take_workspace(self) -> None:
+        """A product of cuBLAS's takes its stream's, which the first there allocates, maybe in a capture."""
+        capture = self.capture()
+        held = self.workspaces.setdefault(self.current().cuda_stream, capture.pool if capture else None)
+        if capture is not None:
+            capture.graph.workspace = held
 
     # Launches.
 

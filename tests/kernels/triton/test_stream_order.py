@@ -37,20 +37,6 @@ def gpu() -> Iterator[FakeGpu]:
         yield made
 
 
-@pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> list[GraphedGroup]:
-    """Those that are made in a test."""
-    made: list[GraphedGroup] = []
-    begin = GraphedGroup.__init__
-
-    def watched(self: GraphedGroup, *args: Any) -> None:
-        begin(self, *args)
-        made.append(self)
-
-    monkeypatch.setattr(GraphedGroup, "__init__", watched)
-    return made
-
-
 def collection(*names: str, weighted: bool = False) -> EmbeddingBagCollection:
     """Tables of these methods, with an optimizer of their own."""
     torch.manual_seed(0)
@@ -200,12 +186,12 @@ class Scripted:
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_whatever_comes_between(
-    script: tuple[str, list[bool]], gpu: FakeGpu, groups: list[GraphedGroup]
+    script: tuple[str, list[bool]], gpu: FakeGpu, groups_made: list[GraphedGroup]
 ) -> None:
     ebc = collection()
     train(ebc, gpu, "beside", 6)
     with brought() as seen:
-        follow(script[0], Scripted(ebc, gpu, groups), True)
+        follow(script[0], Scripted(ebc, gpu, groups_made), True)
     assert seen == script[1]
 
 
@@ -391,7 +377,7 @@ def test_a_capture_that_waits_for_what_is_outside_is_found(
 
 @pytest.mark.filterwarnings("ignore:recemb. look-ups sort")
 def test_a_capture_that_fails(
-    gpu: FakeGpu, groups: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch
+    gpu: FakeGpu, groups_made: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of it runs, and look-ups go on."""
     run = TritonGroup.run_forward
@@ -407,7 +393,7 @@ def test_a_capture_that_fails(
         with pytest.warns(UserWarning, match="stay eager"):
             failed = train(collection(), gpu, "beside", 9)
     whole = train(collection(), gpu, "beside", 9)
-    assert [group.graphs for group in groups] == [0, 1]
+    assert [group.graphs for group in groups_made] == [0, 1]
     assert gpu.current().cuda_stream == 0
     assert all(map(torch.equal, failed, whole))
 
@@ -421,12 +407,12 @@ def train_and_drop(groups: list[GraphedGroup]) -> None:
         gc.collect()
 
 
-def test_memory_of_a_dropped_graph(groups: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch) -> None:
-    train_and_drop(groups)
-    groups.clear()
+def test_memory_of_a_dropped_graph(groups_made: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch) -> None:
+    train_and_drop(groups_made)
+    groups_made.clear()
     monkeypatch.setattr(_Replay, "__del__", nothing)
     with pytest.raises(OrderError, match="dropped graph"):
-        train_and_drop(groups)
+        train_and_drop(groups_made)
 
 
 def train_once() -> None:

@@ -67,6 +67,16 @@ def use_a_pool_twice(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
         each.replay()
 
 
+def multiply_in_memory_that_is_gone(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    stream, first = gpu.draw(), torch.cuda.CUDAGraph()
+    for each in (first, graph):
+        with torch.cuda.graph(each, stream=stream):
+            torch.mm(x[None], x[:, None])
+    graph.replay()
+    del first, each
+    graph.replay()
+
+
 def read_a_value(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
     capture(gpu, graph, lambda: x.sum().item())
 
@@ -93,6 +103,7 @@ def wait_for_outside(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
         (replay_what_is_freed, "has been freed"),
         (read_before_a_replay, "no replay has filled"),
         (use_a_pool_twice, "in its place"),
+        (multiply_in_memory_that_is_gone, "workspace"),
         (read_a_value, "broken off"),
         (copy_a_list, "broken off"),
         (leave_a_stream, "has not come back"),
