@@ -13,8 +13,10 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 _own: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
+_drawn: set[int] = set()  # all that are recemb's
 _lock = Lock()  # of the above
 _free: dict[torch.device, list[torch.cuda.Stream]] = {}  # to be lent
+_MOST = 32  # that torch has of a device
 
 
 def own_stream(use: str, device: torch.device) -> torch.cuda.Stream:
@@ -30,7 +32,8 @@ def own_stream(use: str, device: torch.device) -> torch.cuda.Stream:
     key = use, device
     with _lock:
         if key not in _own:
-            _own[key] = cast(Any, torch.cuda).Stream(device)  # untyped
+            _own[key] = _draw(device)
+            _drawn.add(_own[key].cuda_stream)
         return _own[key]
 
 
@@ -43,20 +46,39 @@ class LentStream:
     Attributes:
         stream: what is lent.
         spent: whether something may stay behind that no one must meet: it is not lent again.
+
+    Raises:
+        RuntimeError: recemb has all that there are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._free = _free.setdefault(device, [])
         self.spent = False
-        # Without a lock: Python may let go of another one, and give its stream back, at any point of this.
+        # Without the lock: Python may let go of another one, and give its stream back, at any point of this.
         try:
             self.stream = self._free.pop()
         except IndexError:
-            self.stream = cast(Any, torch.cuda).Stream(device)  # untyped
+            self.stream = _draw_another(device)
 
     def __del__(self) -> None:
         if not self.spent and hasattr(self, "stream"):
             self._free.append(self.stream)
+
+
+def _draw(device: torch.device) -> torch.cuda.Stream:
+    made: torch.cuda.Stream = cast(Any, torch.cuda).Stream(device)  # untyped
+    return made
+
+
+def _draw_another(device: torch.device) -> torch.cuda.Stream:
+    """One that recemb does not have."""
+    with _lock:
+        for _ in range(_MOST):
+            found = _draw(device)
+            if found.cuda_stream not in _drawn:
+                _drawn.add(found.cuda_stream)
+                return found
+    raise RuntimeError(f"CUDA graphs have all {_MOST} streams that torch has of {device}")
 
 
 @dataclass(frozen=True, eq=False)

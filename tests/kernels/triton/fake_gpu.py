@@ -378,6 +378,7 @@ def on_gpu() -> Iterator[FakeGpu]:
             (recorder, "_broken", []),
             (streams, "_own", {}),
             (streams, "_free", {}),
+            (streams, "_drawn", set()),
             (verdict, "_pending", deque()),
             (interpreter.GridExecutor, "__call__", lambda grid, *a, **k: gpu.run_kernel(run, grid, a, k)),
         ):

@@ -153,7 +153,10 @@ def test_marks_arrive_in_pinned_memory_whatever_the_default_device(monkeypatch: 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     made: list[torch.device] = []
     monkeypatch.setattr(streams, "_own", {})
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or SimpleNamespace())
+    monkeypatch.setattr(streams, "_drawn", set())
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda device: made.append(device) or SimpleNamespace(cuda_stream=0)
+    )
     return made
 
 

@@ -12,6 +12,7 @@ import torch
 
 from recemb_kernels.triton_frame import recorder, streams
 from recemb_kernels.triton_frame.recorder import GraphRecorder
+from recemb_kernels.triton_frame.streams import own_stream
 from tests.kernels.triton.graph_cases import is_free_elsewhere
 
 POOL = (0, 7)
@@ -49,12 +50,13 @@ class Torch:
     def stream(self, name: str) -> Any:
         return SimpleNamespace(
             name=name,
+            cuda_stream=hash(name),
             wait_stream=lambda other: self.calls.append((name, "waits", other.name)),
         )
 
     def draw(self, _: torch.device) -> Any:
         self.drawn += 1
-        return self.stream(f"own {self.drawn}")
+        return self.stream(f"own {(self.drawn - 1) % 32 + 1}")
 
     @contextmanager
     def graph(self, graph: Any, *, pool: Any, stream: Any, **_: Any) -> Iterator[None]:
@@ -97,7 +99,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
     monkeypatch.setattr(recorder, "_cuda_endAllocateToPool", made.end)
     monkeypatch.setattr(recorder, "_cuda_releasePool", made.release)
     monkeypatch.setattr(recorder, "_broken", [])
+    monkeypatch.setattr(streams, "_own", {})
     monkeypatch.setattr(streams, "_free", {})
+    monkeypatch.setattr(streams, "_drawn", set())
     return made
 
 
@@ -149,6 +153,18 @@ def test_graphs_that_live_at_once_are_captured_on_streams_of_their_own(fake: Tor
     for _ in range(9):
         _record()(lambda: 5)
     assert fake.drawn == 3
+
+
+def test_a_stream_that_comes_round_is_not_taken_twice(fake: Torch) -> None:
+    first = own_stream("prepare", torch.device("cuda", 1))
+    kept = [_record() for _ in range(31)]
+    for record in kept:
+        record(lambda: 5)
+    assert len({first.name, *fake.captured}) == 32
+    with pytest.raises(RuntimeError, match="all 32 streams"):
+        _record()
+    del record, kept[:1]
+    _record()(lambda: 5)
 
 
 def test_nothing_is_captured_where_a_capture_has_failed(fake: Torch) -> None:
