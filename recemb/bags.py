@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from recemb_kernels.lookup import Ahead
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.streams import HandOver
 from recemb_kernels.triton_frame.verdict import note, poll
+
+if TYPE_CHECKING:
+    from recemb.cache.split import SplitAhead
 
 
 # Not frozen: torch.compile cannot hand a frozen dataclass over a graph break.
@@ -49,7 +52,7 @@ class Bags:
     checked: bool = False
     handed: HandOver | None = None
     ahead: Ahead | None = None
-    split: Any = None
+    split: SplitAhead | None = None
 
     @property
     def batch_size(self) -> int:

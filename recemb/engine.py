@@ -131,14 +131,20 @@ class Engine:
         served = [tables[target.table] for target in self.targets]
         self._check(served, bags)
         bags.checked = True
-        if self._streams is None:
-            prepare_native(served, bags, self.micro_batch_rows)
-        else:
-            streams = self._choose(self._streams, served, bags)
-            bags.split = streams.split(served, bags)
-            prepare_native(streams.served(served), bags.split.bags, self.micro_batch_rows, streams.joins)
+        if bags.batch_size:
+            self._begin(served, bags)
         bags.handed = HandOver.now(bags.ids.device)
         return True
+
+    def _begin(self, served: Sequence[Backend], bags: Bags) -> None:
+        """Begin to split a batch, to sort and to group it; the thread of the CPU does one after the other."""
+        if self._streams is None:
+            bags.ahead = prepare_native(served, lambda: bags, self.micro_batch_rows)
+            return
+        streams = self._choose(self._streams, served, bags)
+        split = bags.split = streams.split_ahead(served, bags)
+        both = streams.served(served)
+        split.ahead = prepare_native(both, split.bags, self.micro_batch_rows, streams.joins)
 
     def _check(self, served: Sequence[Backend], bags: Bags) -> None:
         """Check a batch; without waiting for the GPU when kernels that skip bad ids serve all of it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import compress
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from recemb_kernels.native import STEP, attempt
 from recemb_kernels.storage import Stored
 from recemb_kernels.update import Step, is_stepped
 
+_T = TypeVar("_T")
 # A batch's ids [L], offsets [F * B + 1], weights [L] as autograd knows them or ``None``, B, and on a GPU the
 # mark of a batch that no weight may change for (:class:`~recemb_kernels.digit_tree.group.Batch`).
 Given: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]
@@ -202,12 +203,15 @@ class Bound:
         call = _Call(self, stored, batch, changing, state, _kinds(stored))
         return _pool(call, anchor, weights, *compress(stored, self.wanted))
 
-    def prepare(self, stored: Sequence[Tensor], given: Given) -> Ahead:
+    def prepare(self, stored: Sequence[Tensor], given: Callable[[], Given]) -> Ahead:
         """Sort and group a batch beside what runs now: in a thread, or on a stream of the GPU's own."""
-        batch = make_batch(*given)
+
+        def prepare() -> Any:
+            return self.group.prepare(stored, make_batch(*given()))
+
         if stored[0].is_cpu:
-            return Ahead(self.group, _beside().submit(self.group.prepare, stored, batch).result)
-        made = self.group.prepare(stored, batch)
+            return Ahead(self.group, beside(prepare))
+        made = prepare()
         return Ahead(self.group, lambda: made)
 
 
@@ -242,6 +246,21 @@ class Ahead:
     def state_for(self, group: PooledGroup) -> Any:
         """What ``group`` needs of the batch, or ``None`` when the tables have changed device or type."""
         return self.wait() if group is self.group else None
+
+
+def beside(run: Callable[[], _T]) -> Callable[[], _T]:
+    """Have the thread that prepares batches run something after what it has been given before.
+
+    Returns:
+        What waits for its result.
+    """
+    training = torch.is_grad_enabled()
+
+    def as_here() -> _T:
+        with torch.set_grad_enabled(training):
+            return run()
+
+    return _beside().submit(as_here).result
 
 
 @cache

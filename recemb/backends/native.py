@@ -22,7 +22,7 @@ from recemb.optim.attachment import check_eps
 from recemb.optim.state import settings_of, version_of
 from recemb_kernels.check import check_address
 from recemb_kernels.digit_tree.group import ChangedError
-from recemb_kernels.lookup import Bound, Given, Lookup, TableShape, available
+from recemb_kernels.lookup import Ahead, Bound, Given, Lookup, TableShape, available
 from recemb_kernels.native import say_once
 from recemb_kernels.storage import DTYPES, StoredAs
 from recemb_kernels.triton_frame import ALIGNED
@@ -187,18 +187,20 @@ def whole_look_up(
 
 def prepare_native(
     tables: Sequence[Backend],
-    bags: Bags,
+    bags: Callable[[], Bags],
     micro_batch_rows: int | None = None,
     joins: tuple[int, ...] = (),
-) -> None:
+) -> Ahead | None:
     """Begin to sort and group the ids of a batch beside what runs now, when the kernels can serve all tables.
 
-    Sets ``bags.ahead``; :func:`pooled_native` of the same tables then finds it done.
+    Args:
+        tables: as of :func:`pooled_native`, which finds it done when that is in ``bags.ahead``.
+        bags: gives them, which what runs before it there may have to make first.
+        micro_batch_rows: as there.
+        joins: as there.
     """
     found, stored = _now(tables, _prepare(tables, micro_batch_rows, joins))
-    if found.bound is None or not bags.batch_size:
-        return
-    bags.ahead = found.bound.prepare(stored, _given(bags))
+    return None if found.bound is None else found.bound.prepare(stored, lambda: _given(bags()))
 
 
 def _given(bags: Bags) -> Given:

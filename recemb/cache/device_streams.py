@@ -11,9 +11,9 @@ A mean divides by the length of the whole bag in both streams, so their sum is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Step
-from recemb.cache.refresh import cache_of
-from recemb.cache.streams import NO_KEY, Split, Streams, replace_by_rows
+from recemb.cache.split import Split
+from recemb.cache.streams import NO_KEY, Streams, replace_by_rows
 from recemb.spec import TableSpec
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class DeviceStreams(Streams):
     def served(self, tables: Sequence[Backend]) -> list[Backend]:
         return [table if table.cache is None else table.cache for table in tables] + list(tables)
 
-    def split(self, tables: Sequence[Backend], bags: Bags) -> DeviceSplit:
-        keys, slots = self._index([cache_of(tables[f]) for f in self.firsts])
-        if isinstance(bags.split, DeviceSplit) and bags.split.index is self._keys:
-            return bags.split
+    def _splits(self, keys: Tensor, slots: Tensor, bags: Bags) -> Callable[[], DeviceSplit]:
+        return partial(self._split, keys, slots, bags)
+
+    def _split(self, keys: Tensor, slots: Tensor, bags: Bags) -> DeviceSplit:
         ids, count = bags.ids, bags.ids.numel()
         bag = _bags_of(bags.offsets, count)
         base, rows = self._constants_on(ids.device)[:, bag // max(1, bags.batch_size)]
@@ -83,7 +83,7 @@ class DeviceStreams(Streams):
             weights=None if bags.weights is None else torch.cat([bags.weights, bags.weights]),
             refused=bags.refused,
         )
-        return DeviceSplit(both, [], [], self._keys, bag, bags.offsets)
+        return DeviceSplit(both, [], [], bag, bags.offsets)
 
     @cached_property
     def columns(self) -> list[tuple[int, slice, slice]]:

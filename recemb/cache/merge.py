@@ -16,7 +16,8 @@ from recemb.errors import RecembError
 
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
-    from recemb.cache.streams import Split, Streams
+    from recemb.cache.split import Split
+    from recemb.cache.streams import Streams
 
 
 # Told apart by identity: slices cannot be hashed.

@@ -14,8 +14,7 @@ n_c / n times that of its cold part. Where all are cached, both are a plain tabl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
@@ -27,6 +26,7 @@ from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
+from recemb.cache.split import Split, SplitAhead
 from recemb.optim.attached import stepping
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
@@ -42,23 +42,6 @@ NO_KEY = torch.iinfo(torch.int64).max
 # An exchange that is kept back over as many times ``refresh_every`` steps will not come by itself. A period
 # counts as so many steps at least: a pipeline may hold a few.
 _MANY_TIMES, _FEW = 4, 16
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A batch split in two.
-
-    Attributes:
-        bags: F hot features, those of uncached tables as they were, then k cold ones.
-        hot_bounds: F + 1 positions of the hot features' ids in ``bags.ids``.
-        cold_bounds: k + 1 positions of the cold features' ids there.
-        index: the cached rows that it was split by.
-    """
-
-    bags: Bags
-    hot_bounds: list[int]
-    cold_bounds: list[int]
-    index: object
 
 
 class Streams:
@@ -191,12 +174,29 @@ class Streams:
         :class:`recemb.cache.device_streams.DeviceStreams` does without.
         """
         keys, slots = self._index([cache_of(tables[f]) for f in self.firsts])
-        if isinstance(bags.split, Split) and bags.split.index is self._keys:
-            return bags.split
+        ahead = bags.split
+        if ahead is not None and ahead.index is self._keys:
+            return ahead.take()
+        return self._splits(keys, slots, bags)()
+
+    def split_ahead(self, tables: Sequence[Backend], bags: Bags) -> SplitAhead:
+        """Begin to split a batch by the rows that are cached now."""
+        keys, slots = self._index([cache_of(tables[f]) for f in self.firsts])
+        return SplitAhead.begin(self._keys, self._splits(keys, slots, bags), in_thread=bags.ids.is_cpu)
+
+    def _splits(self, keys: Tensor, slots: Tensor, bags: Bags) -> Callable[[], Split]:
+        """What splits a batch; it reads nothing that an exchange of rows changes."""
         splitter = self._splitter_of(keys, slots) if bags.ids.is_cpu else None
-        both = self._split_in_torch(bags) if splitter is None else self._split_natively(splitter, bags)
-        edges = both.feature_bounds
-        return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :], self._keys)
+
+        def split() -> Split:
+            if splitter is None:
+                both = self._split_in_torch(keys, slots, bags)
+            else:
+                both = self._split_natively(splitter, bags)
+            edges = both.feature_bounds
+            return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :])
+
+        return split
 
     def _splitter_of(self, keys: Tensor, slots: Tensor) -> Splitter | None:
         if self._splitter is None or self._splitter[0] is not keys:
@@ -219,9 +219,7 @@ class Streams:
         both.feature_bounds = parts.bounds
         return both
 
-    def _split_in_torch(self, bags: Bags) -> Bags:
-        assert self._keys is not None
-        _, keys, slots, _ = self._keys
+    def _split_in_torch(self, keys: Tensor, slots: Tensor, bags: Bags) -> Bags:
         bounds, mask, ids = bags.feature_bounds, None, bags.ids
         segments = self._segments
         parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]

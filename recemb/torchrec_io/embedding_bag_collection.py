@@ -158,11 +158,12 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         )
 
     def prefetch(self, features: KeyedJaggedTensor) -> None:
-        """Prepare the next batch beside what runs now: check it, sort and group its ids, find cached rows.
+        """Prepare the next batch beside what runs now: find cached rows, sort and group its ids.
 
-        In a thread on the CPU; on a GPU on a stream of its own, by a CUDA graph once look-ups of as many
-        prepared ids are replayed as one. The :meth:`forward` that is given this very object then finds that
-        done; its results do not depend on it, and a batch that has been written to since is prepared anew.
+        It is checked at once. The rest is done in a thread on the CPU; on a GPU on a stream of its own, by a
+        CUDA graph once look-ups of as many prepared ids are replayed as one. The :meth:`forward` that is
+        given this very object then finds that done; its results do not depend on it, and a batch that has
+        been written to since is prepared anew.
         Two batches can be under way; of more, the :meth:`forward` of the first ones finds nothing done.
 
         Example::

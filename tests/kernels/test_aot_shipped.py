@@ -170,6 +170,11 @@ def test_no_tensor_core_touches_float32(rows: list[dict[str, Any]]) -> None:
     assert any(row["instructions"]["tensor_core"] for row in rows if row["dtype"] == "bfloat16")
 
 
+def test_no_kernel_adds_up_by_atomics(rows: list[dict[str, Any]]) -> None:
+    """Their order would be another in every run, and so would be the bits."""
+    assert _named([row for row in rows if row["instructions"]["atomic"]]) == []
+
+
 def test_the_readme_shows_these_kernels(renewed: tuple[str, str]) -> None:
     renew = "recemb kernels --write kernels/README.md renews it"
     assert renewed[1] == README.read_text(encoding="utf-8"), renew

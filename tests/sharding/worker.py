@@ -346,7 +346,7 @@ def prefetch_without_streams(context: Any, modules: list[Any], *_: Any) -> None:
 
 def noted(taken: Callable[..., Bags | None], prepared: list[str], features: KeyedJaggedTensor) -> Bags | None:
     bags = taken(features)
-    if bags is not None and bags.ahead is not None:
+    if bags is not None and (bags.ahead or (bags.split and bags.split.ahead)):
         prepared.append("")
     return bags
 

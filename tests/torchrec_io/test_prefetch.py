@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from threading import current_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,8 @@ from recemb import (
 )
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io.kjt import state_of
+from recemb_kernels.cache_split import Splitter
+from recemb_kernels.digit_tree.group import Group
 
 ROWS = 3000
 HOT = HotRows(rows=40, refresh_every=3, warmup=1)
@@ -103,6 +106,36 @@ def test_what_was_prepared_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     ebc(features)
     with pytest.raises(TypeError):
         ebc(features)
+
+
+@torch.no_grad()  # no rows are exchanged
+@pytest.mark.parametrize("methods", METHODS)
+def test_a_thread_beside_prepares_what_is_used(methods: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached rows are told from others there, too, and no more at the look-up."""
+    seen: list[str] = []
+
+    def watch(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(self: Any, *args: Any) -> Any:
+            seen.append(f"{owner.__name__} in {current_thread().name.partition('_')[0]}")
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Group, "prepare")
+    watch(Splitter, "__call__")
+    ebc, given = make(methods), batches(methods, 2)
+    for features in given:
+        ebc.prefetch(features)
+    for features in given:
+        ebc(features)
+    once = ["Group in recemb-prefetch"]
+    if methods == "cached":
+        once.insert(0, "Splitter in recemb-prefetch")
+    assert seen == 2 * once
+    ebc(given[0])
+    assert seen == 2 * once + (["Splitter in MainThread"] if methods == "cached" else [])
 
 
 def test_a_bad_batch_is_named_when_it_is_prepared() -> None:

@@ -79,7 +79,8 @@ def _trained(name: str, *, ahead: bool = False) -> Tables:
     for step in range(2):
         bags = _bags(engine, step)
         if ahead:
-            prepare_native([tables[target.table] for target in engine.targets], bags)
+            served = [tables[target.table] for target in engine.targets]
+            bags.ahead = prepare_native(served, lambda bags=bags: bags)
             assert bags.ahead is not None
         assert len(_step(engine, tables, bags)) == 1
     return tables
