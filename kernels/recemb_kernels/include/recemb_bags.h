@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "recemb_share.h"
 #include "recemb_tree.h"
@@ -144,17 +145,59 @@ void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, D
   }
 }
 
-// One finished row of parameter k: its gradient is written out, or the optimizer steps on it at once.
+template <int64_t KIND, int W>
+void step_rows(const Table* table, int k, const int64_t* rows, int64_t count, const float* grads) {
+  constexpr int64_t OWN = KIND == ROWWISE_ADAGRAD ? 1 : W;
+  const Hyper rates = table->hyper[k];
+  float *const param = table->param[k], *const state = KIND == SGD ? nullptr : table->state[k];
+  float* const state2 = KIND == ADAM ? table->state2[k] : nullptr;
+  for (int64_t i = 0; i < count; i++)
+    step_row<KIND, W>(rates, param + rows[i] * W, grads + i * W, KIND == SGD ? nullptr : state + rows[i] * OWN,
+                      KIND == ADAM ? state2 + rows[i] * OWN : nullptr);
+}
+
+// Finished rows of parameter k, their gradients side by side: written out, or the optimizer steps on them at once.
 template <int W>
-void finish_row(const Table* table, int k, int64_t row, const float* grad) {
+void finish_rows(const Table* table, int k, const int64_t* rows, int64_t count, const float* grads) {
   if (table->optimizer == GRADIENT || (table->left >> k & 1)) {
-    if (table->grad[k]) std::copy(grad, grad + W, table->grad[k] + row * W);
+    for (int64_t i = 0; i < count && table->grad[k]; i++)
+      std::copy(grads + i * W, grads + (i + 1) * W, table->grad[k] + rows[i] * W);
     return;
   }
-  const int64_t width = table->optimizer == ROWWISE_ADAGRAD ? 1 : W;
-  update_row(table->optimizer, table->hyper[k], W, table->param[k] + row * W, grad,
-             table->state[k] ? table->state[k] + row * width : nullptr,
-             table->state2[k] ? table->state2[k] + row * width : nullptr);
+  switch (table->optimizer) {
+    case SGD: return step_rows<SGD, W>(table, k, rows, count, grads);
+    case ADAGRAD: return step_rows<ADAGRAD, W>(table, k, rows, count, grads);
+    case ROWWISE_ADAGRAD: return step_rows<ROWWISE_ADAGRAD, W>(table, k, rows, count, grads);
+    default: return step_rows<ADAM, W>(table, k, rows, count, grads);
+  }
 }
+
+template <int W>
+void finish_row(const Table* table, int k, int64_t row, const float* grad) {
+  finish_rows<W>(table, k, &row, 1, grad);
+}
+
+// Finishes rows some at a time. One by one, what calls save on the stack fills a processor's store buffer, and it waits
+// for the cache line of one row after another, where these are another core's.
+template <int W>
+class Finished {
+ public:
+  Finished(const Table* table, int k) : table_(table), k_(k) {}
+  Finished(const Finished&) = delete;
+  ~Finished() { finish_rows<W>(table_, k_, rows_, count_, grads_); }
+  // Where the whole gradient of a row goes, before the next one is asked for.
+  float* add(int64_t row) {
+    if (count_ == AT_ONCE) finish_rows<W>(table_, k_, rows_, std::exchange(count_, 0), grads_);
+    rows_[count_] = row;
+    return grads_ + W * count_++;
+  }
+
+ private:
+  static constexpr int64_t AT_ONCE = std::max(1, 1024 / W);
+  const Table* const table_;
+  const int k_;
+  int64_t count_ = 0, rows_[AT_ONCE];
+  alignas(64) float grads_[AT_ONCE * W];
+};
 
 }  // namespace recemb

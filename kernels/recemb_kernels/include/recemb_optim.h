@@ -23,37 +23,29 @@ inline Hyper hyper_at(int64_t kind, double step, double lr, double eps, double b
           static_cast<float>(root), static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
 }
 
-// w[n] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise).
-static inline void update_row(int64_t kind, const Hyper& h, int64_t n, float* w, const float* g, float* state,
-                              float* state2) {
-  switch (kind) {
-    case SGD:
-      for (int64_t i = 0; i < n; i++) w[i] -= h.lr * g[i];
-      break;
-    case ADAGRAD:
-      for (int64_t i = 0; i < n; i++) {
-        state[i] += g[i] * g[i];
-        w[i] -= h.lr * g[i] / (std::sqrt(state[i]) + h.eps);
-      }
-      break;
-    case ROWWISE_ADAGRAD: {
-      float square = 0;
-#pragma omp simd reduction(+ : square)
-      for (int64_t i = 0; i < n; i++) square += g[i] * g[i];
-      state[0] += square / static_cast<float>(n);
-      const float scale = h.lr / (std::sqrt(state[0]) + h.eps);
-      for (int64_t i = 0; i < n; i++) w[i] -= scale * g[i];
-      break;
+// w[W] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise).
+template <int64_t KIND, int W>
+static inline void step_row(const Hyper& h, float* w, const float* g, float* state, float* state2) {
+  if constexpr (KIND == SGD) {
+    for (int i = 0; i < W; i++) w[i] -= h.lr * g[i];
+  } else if constexpr (KIND == ADAGRAD) {
+    for (int i = 0; i < W; i++) {
+      state[i] += g[i] * g[i];
+      w[i] -= h.lr * g[i] / (std::sqrt(state[i]) + h.eps);
     }
-    case ADAM:
-      for (int64_t i = 0; i < n; i++) {
-        state[i] = h.beta1 * state[i] + h.rest1 * g[i];
-        state2[i] = h.beta2 * state2[i] + h.rest2 * g[i] * g[i];
-        w[i] -= h.lr * state[i] / (std::sqrt(state2[i]) / h.root + h.eps);
-      }
-      break;
-    default:
-      break;
+  } else if constexpr (KIND == ROWWISE_ADAGRAD) {
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int i = 0; i < W; i++) square += g[i] * g[i];
+    state[0] += square / static_cast<float>(W);
+    const float scale = h.lr / (std::sqrt(state[0]) + h.eps);
+    for (int i = 0; i < W; i++) w[i] -= scale * g[i];
+  } else {
+    for (int i = 0; i < W; i++) {
+      state[i] = h.beta1 * state[i] + h.rest1 * g[i];
+      state2[i] = h.beta2 * state2[i] + h.rest2 * g[i] * g[i];
+      w[i] -= h.lr * state[i] / (std::sqrt(state2[i]) / h.root + h.eps);
+    }
   }
 }
 

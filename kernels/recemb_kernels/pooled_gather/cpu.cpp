@@ -120,6 +120,7 @@ void backward_pair(const Table* table, const Call* call) {
   const int64_t pieces = rows.slice_piece[1];
   float* const sums = table->spare + rows.nodes * RIGHT;  // of pieces
   const auto cost = [&](int64_t node) { return int64_t{top.first[node]} + rows.first[top.first[node]]; };
+  Finished<LEFT> quotients(table, 0);
   share_tasks(0, top.nodes, cost, [&](int64_t node) {
     // Not for its state, which takes as long to ask for as to wait for.
     if (node + AHEAD < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD]), LEFT);
@@ -130,9 +131,10 @@ void backward_pair(const Table* table, const Call* call) {
       row_gradient<W>(table, call, u, g);
       split_row(g, quotient, row_of(table, 1, rows.digit[rows.group[u]]), grad, sent_row(table, u));
     }
-    finish_row<LEFT>(table, 0, top.digit[node], grad);
+    std::copy(grad, grad + LEFT, quotients.add(top.digit[node]));
   });
 #pragma omp barrier
+  Finished<RIGHT> remainders(table, 1);
   const auto is_whole = [&](int64_t run) { return rows.run_start[run + 1] - rows.run_start[run] <= PIECE; };
 #pragma omp for schedule(static)
   for (int64_t p = 0; p < pieces; p++) {
@@ -143,10 +145,7 @@ void backward_pair(const Table* table, const Call* call) {
       const float* sent = sent_row(table, rows.by_digit[k]);
       for (int j = 0; j < RIGHT; j++) sum[j] += sent[j];
     }
-    if (is_whole(run))
-      finish_row<RIGHT>(table, 1, rows.digit[run], sum);
-    else
-      std::copy(sum, sum + RIGHT, sums + p * RIGHT);
+    std::copy(sum, sum + RIGHT, is_whole(run) ? remainders.add(rows.digit[run]) : sums + p * RIGHT);
   }
 #pragma omp for schedule(static) nowait
   for (int64_t run = 0; run < rows.slice_run[1]; run++) {
@@ -155,12 +154,13 @@ void backward_pair(const Table* table, const Call* call) {
     const int32_t* const first = std::lower_bound(rows.piece_start, rows.piece_start + pieces, rows.run_start[run]);
     for (int64_t p = first - rows.piece_start; rows.piece_start[p] < rows.run_start[run + 1]; p++)
       for (int j = 0; j < RIGHT; j++) grad[j] += sums[p * RIGHT + j];
-    finish_row<RIGHT>(table, 1, rows.digit[run], grad);
+    std::copy(grad, grad + RIGHT, remainders.add(rows.digit[run]));
   }
 }
 
 void backward_rows(const Table* table, const Call* call) {
   const int64_t rows = table->rows();
+  Finished<LEFT> finished(table, 0);
   share_rows(table, [&](int64_t u) {
     if (u + AHEAD < rows) {
       const int64_t row = table->keys[u + AHEAD];
@@ -168,9 +168,7 @@ void backward_rows(const Table* table, const Call* call) {
       if (table->optimizer >= ADAGRAD && table->state[0])
         __builtin_prefetch(table->state[0] + row * (table->optimizer == ROWWISE_ADAGRAD ? 1 : LEFT), 1);
     }
-    float grad[LEFT];
-    row_gradient<LEFT>(table, call, u, grad);
-    finish_row<LEFT>(table, 0, table->keys[u], grad);
+    row_gradient<LEFT>(table, call, u, finished.add(table->keys[u]));
   });
 }
 

@@ -187,8 +187,10 @@ void add_rows(const Table* table, const Call* call, const Blocks<Record>& blocks
   rows[0] = -1;
   bool goes_on = false;
   const auto finish = [&](int64_t slots) {
-    for (int64_t s = 0; s < slots; s++)
-      if (rows[s] >= share->first && rows[s] < share->past) finish_row<Z>(table, 0, rows[s], sums + s * Z);
+    // Rows rise from slot to slot: before the share's and beyond there may be others'.
+    const int64_t begin = std::lower_bound(rows, rows + slots, share->first) - rows;
+    const int64_t end = std::lower_bound(rows, rows + slots, share->past) - rows;
+    finish_rows<Z>(table, 0, rows + begin, end - begin, sums + begin * Z);
   };
   // Blocks [begin, end) of `sorted`, whose starts count from row `first`.
   const auto add = [&](const Record* sorted, int64_t begin, int64_t end, int64_t first) {

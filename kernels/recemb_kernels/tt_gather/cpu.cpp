@@ -222,14 +222,19 @@ struct TrainBackward : Train<MIRRORED> {
       level_gradients<l>();
       levels_below<l - 1>();
     } else {
-      float *const room = scratch(call, SLICE), *const grad = scratch(call, GRADIENTS);
-      Turned turned;
-#pragma omp for schedule(static)
-      for (int64_t node = begin(0); node < end(0); node++) {
-        forget(call);
-        node_gradient<0>(node, grad, turned);
-        finish<0>(node, grad, room);
+      {
+        float* const grad = scratch(call, GRADIENTS);
+        Turned turned;
+        Finished<S::WIDTH(0)> finished(&table, S::core(0));
+#pragma omp for schedule(static) nowait
+        for (int64_t node = begin(0); node < end(0); node++) {
+          forget(call);
+          float* const row = finished.add(table.level[0].digit[node]);
+          node_gradient<0>(node, S::AS_STORED(0) ? row : grad, turned);
+          if constexpr (!S::AS_STORED(0)) Base::template repack<0>(grad, row);
+        }
       }
+#pragma omp barrier
     }
   }
 
