@@ -59,7 +59,9 @@ class DeviceStreams(Streams):
     def served(self, tables: Sequence[Backend]) -> list[Backend]:
         return [table if table.cache is None else table.cache for table in tables] + list(tables)
 
-    def _splits(self, keys: Tensor, slots: Tensor, bags: Bags) -> Callable[[], DeviceSplit]:
+    def _splits(
+        self, keys: Tensor, slots: Tensor, bags: Bags, threads: int | None = None
+    ) -> Callable[[], DeviceSplit]:
         return partial(self._split, keys, slots, bags)
 
     def _split(self, keys: Tensor, slots: Tensor, bags: Bags) -> DeviceSplit:

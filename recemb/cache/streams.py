@@ -182,9 +182,13 @@ class Streams:
     def split_ahead(self, tables: Sequence[Backend], bags: Bags) -> SplitAhead:
         """Begin to split a batch by the rows that are cached now."""
         keys, slots = self._index([cache_of(tables[f]) for f in self.firsts])
-        return SplitAhead.begin(self._keys, self._splits(keys, slots, bags), in_thread=bags.ids.is_cpu)
+        # In a thread of its own, beside those of the step.
+        splits = self._splits(keys, slots, bags, threads=1)
+        return SplitAhead.begin(self._keys, splits, in_thread=bags.ids.is_cpu)
 
-    def _splits(self, keys: Tensor, slots: Tensor, bags: Bags) -> Callable[[], Split]:
+    def _splits(
+        self, keys: Tensor, slots: Tensor, bags: Bags, threads: int | None = None
+    ) -> Callable[[], Split]:
         """What splits a batch; it reads nothing that an exchange of rows changes."""
         splitter = self._splitter_of(keys, slots) if bags.ids.is_cpu else None
 
@@ -192,7 +196,7 @@ class Streams:
             if splitter is None:
                 both = self._split_in_torch(keys, slots, bags)
             else:
-                both = self._split_natively(splitter, bags)
+                both = self._split_natively(splitter, bags, threads)
             edges = both.feature_bounds
             return Split(both, edges[: bags.num_features + 1], edges[bags.num_features :])
 
@@ -207,9 +211,9 @@ class Streams:
             self._splitter = keys, Splitter.of(keys[:-1], slots[:-1], bases)
         return self._splitter[1]
 
-    def _split_natively(self, splitter: Splitter, bags: Bags) -> Bags:
+    def _split_natively(self, splitter: Splitter, bags: Bags, threads: int | None) -> Bags:
         weights = bags.weights
-        parts = splitter(bags.ids, bags.offsets, bags.batch_size, weights is not None)
+        parts = splitter(bags.ids, bags.offsets, bags.batch_size, weights is not None, threads)
         both = Bags(
             ids=parts.ids,
             offsets=parts.offsets,

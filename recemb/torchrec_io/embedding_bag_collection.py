@@ -163,7 +163,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         It is checked at once. The rest is done in a thread on the CPU; on a GPU on a stream of its own, by a
         CUDA graph once look-ups of as many prepared ids are replayed as one. The :meth:`forward` that is
         given this very object then finds that done; its results do not depend on it, and a batch that has
-        been written to since is prepared anew.
+        been written to since is prepared anew. On the CPU do not write to it before that: the thread may
+        still read it. What goes wrong in it is raised by the :meth:`forward`.
         Two batches can be under way; of more, the :meth:`forward` of the first ones finds nothing done.
 
         Example::

@@ -30,6 +30,7 @@ from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io.kjt import state_of
 from recemb_kernels.cache_split import Splitter
 from recemb_kernels.digit_tree.group import Group
+from recemb_kernels.lookup import Ahead
 
 ROWS = 3000
 HOT = HotRows(rows=40, refresh_every=3, warmup=1)
@@ -123,6 +124,11 @@ def test_a_thread_beside_prepares_what_is_used(methods: str, monkeypatch: pytest
 
         monkeypatch.setattr(owner, name, watched)
 
+    plans: list[Any] = []
+    state_for = Ahead.state_for
+    monkeypatch.setattr(
+        Ahead, "state_for", lambda self, group: plans.append(state_for(self, group)) or plans[-1]
+    )
     watch(Group, "prepare")
     watch(Splitter, "__call__")
     ebc, given = make(methods), batches(methods, 2)
@@ -134,7 +140,10 @@ def test_a_thread_beside_prepares_what_is_used(methods: str, monkeypatch: pytest
     if methods == "cached":
         once.insert(0, "Splitter in recemb-prefetch")
     assert seen == 2 * once
+    assert len(plans) == 2
+    assert None not in plans
     ebc(given[0])
+    assert len(plans) == 2
     assert seen == 2 * once + (["Splitter in MainThread"] if methods == "cached" else [])
 
 

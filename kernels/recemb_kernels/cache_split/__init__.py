@@ -92,7 +92,9 @@ class Splitter:
             return None
         return attempt("cache_split", lambda: Splitter(library(), keys, slots, bases))
 
-    def __call__(self, ids: Tensor, offsets: Tensor, batch_size: int, want_order: bool) -> Parts:
+    def __call__(
+        self, ids: Tensor, offsets: Tensor, batch_size: int, want_order: bool, threads: int | None = None
+    ) -> Parts:
         """Split a batch that has been checked.
 
         Args:
@@ -100,6 +102,7 @@ class Splitter:
             offsets: [F * B + 1] int64.
             batch_size: B.
             want_order: whether to make ``Parts.order``, to bring other numbers of the batch into its order.
+            threads: how many; torch's number when ``None``.
         """
         ids, offsets = ids.contiguous(), offsets.contiguous()
         features = self._template.num_features + self._num_cached
@@ -108,7 +111,8 @@ class Splitter:
         out_offsets = offsets.new_empty(features * batch_size + 1)
         order = torch.empty_like(ids) if want_order else None
         call = _Call.from_buffer_copy(self._template)
-        call.batch, call.num_ids, call.threads = batch_size, ids.numel(), torch.get_num_threads()
+        call.batch, call.num_ids = batch_size, ids.numel()
+        call.threads = torch.get_num_threads() if threads is None else threads
         call.ids, call.offsets = ids.data_ptr(), offsets.data_ptr()
         call.out_ids, call.out_offsets = out_ids.data_ptr(), out_offsets.data_ptr()
         call.order = None if order is None else order.data_ptr()

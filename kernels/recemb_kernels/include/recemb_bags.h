@@ -189,7 +189,9 @@ class Finished {
   float* add(int64_t row) {
     if (count_ == AT_ONCE) finish_rows<W>(table_, k_, rows_, std::exchange(count_, 0), grads_);
     rows_[count_] = row;
-    return grads_ + W * count_++;
+    float* const grad = grads_ + W * count_++;
+    if (POISON) std::fill_n(grad, W, NAN);
+    return grad;
   }
 
  private:

@@ -120,19 +120,21 @@ void backward_pair(const Table* table, const Call* call) {
   const int64_t pieces = rows.slice_piece[1];
   float* const sums = table->spare + rows.nodes * RIGHT;  // of pieces
   const auto cost = [&](int64_t node) { return int64_t{top.first[node]} + rows.first[top.first[node]]; };
-  Finished<LEFT> quotients(table, 0);
-  share_tasks(0, top.nodes, cost, [&](int64_t node) {
-    // Not for its state, which takes as long to ask for as to wait for.
-    if (node + AHEAD < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD]), LEFT);
-    const float* quotient = row_of(table, 0, top.digit[node]);
-    float grad[LEFT] = {};
-    for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) {
-      float g[W];
-      row_gradient<W>(table, call, u, g);
-      split_row(g, quotient, row_of(table, 1, rows.digit[rows.group[u]]), grad, sent_row(table, u));
-    }
-    std::copy(grad, grad + LEFT, quotients.add(top.digit[node]));
-  });
+  {
+    Finished<LEFT> quotients(table, 0);
+    share_tasks(0, top.nodes, cost, [&](int64_t node) {
+      // Not for its state, which takes as long to ask for as to wait for.
+      if (node + AHEAD < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD]), LEFT);
+      const float* quotient = row_of(table, 0, top.digit[node]);
+      float grad[LEFT] = {};
+      for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) {
+        float g[W];
+        row_gradient<W>(table, call, u, g);
+        split_row(g, quotient, row_of(table, 1, rows.digit[rows.group[u]]), grad, sent_row(table, u));
+      }
+      std::copy(grad, grad + LEFT, quotients.add(top.digit[node]));
+    });
+  }
 #pragma omp barrier
   Finished<RIGHT> remainders(table, 1);
   const auto is_whole = [&](int64_t run) { return rows.run_start[run + 1] - rows.run_start[run] <= PIECE; };

@@ -28,6 +28,7 @@ from recemb_kernels.triton_frame.graph_keys import kind_of, shape_of, step_of, w
 from recemb_kernels.triton_frame.graph_plans import PlanGraph, Planned, PlannedAhead, PlannedWithin, Source
 from recemb_kernels.triton_frame.group import Asked, TritonGroup
 from recemb_kernels.triton_frame.recorder import Recorder
+from recemb_kernels.triton_frame.streams import NoStreamError
 from recemb_kernels.triton_frame.verdict import poll
 from recemb_kernels.update import Update
 
@@ -358,9 +359,14 @@ class GraphedGroup:
             self._let_go()
         # The graphs' memory serves look-ups in inference mode and others.
         with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
-            plans = self._plans(kind) or self._plan_graph(kind, batch) if ahead else None
             try:
-                made = _Graph(self._group, self._recorder(), self._failures, parameters, batch, keep, plans)
+                plans = self._plans(kind) or self._plan_graph(kind, batch) if ahead else None
+                recorder = self._recorder()
+            except NoStreamError:
+                self._patience = _PATIENCE  # others' graphs may be gone by then
+                return None
+            try:
+                made = _Graph(self._group, recorder, self._failures, parameters, batch, keep, plans)
             except RuntimeError as error:
                 made = None
                 if plans is None:
@@ -404,6 +410,8 @@ class GraphedGroup:
     def _plan_graph(self, kind: Any, batch: Batch) -> PlanGraph | None:
         try:
             return PlanGraph(self._group, self._recorder(), batch)
+        except NoStreamError:
+            raise
         except RuntimeError as error:
             self._plan_within(kind, error)
             return None

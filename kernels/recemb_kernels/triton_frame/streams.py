@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, is_dataclass
@@ -15,15 +16,22 @@ _T = TypeVar("_T")
 _own: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 _drawn: set[int] = set()  # all that are recemb's
 _lock = Lock()  # of the above
-_free: dict[torch.device, list[torch.cuda.Stream]] = {}  # to be lent
-_MOST = 32  # that torch has of a device
+_free: dict[torch.device, list[torch.cuda.Stream]] = {}  # to be lent, and of how many
+_lent: Counter[torch.device] = Counter()
+# Streams that torch has of a device, handed out in turns, and how many of these may be lent: a caller's own
+# ones, pipelines' and data loaders' are drawn from the same.
+_TORCHS, _MOST_LENT = 32, 16
+
+
+class NoStreamError(RuntimeError):
+    """As many streams are lent as may be."""
 
 
 def own_stream(use: str, device: torch.device) -> torch.cuda.Stream:
     """The stream for one use on a device, the same one each time.
 
-    torch has 32 streams a device, and hands the first out again after the last: who draws many comes to share
-    them with pipelines and data loaders, whose launches a capture would record in place of running them.
+    Who draws many comes to share them with pipelines and data loaders, whose launches a capture would record
+    in place of running them.
 
     Args:
         use: what for.
@@ -33,12 +41,11 @@ def own_stream(use: str, device: torch.device) -> torch.cuda.Stream:
     with _lock:
         if key not in _own:
             _own[key] = _draw(device)
-            _drawn.add(_own[key].cuda_stream)
         return _own[key]
 
 
 class LentStream:
-    """A stream that nothing else has for as long as this lives; then it is lent again.
+    """A stream that recemb has for nothing else as long as this lives; then it is lent again.
 
     Args:
         device: where.
@@ -48,7 +55,7 @@ class LentStream:
         spent: whether something may stay behind that no one must meet: it is not lent again.
 
     Raises:
-        RuntimeError: recemb has all that there are.
+        NoStreamError: as many are lent as may be.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,7 +65,7 @@ class LentStream:
         try:
             self.stream = self._free.pop()
         except IndexError:
-            self.stream = _draw_another(device)
+            self.stream = _draw_to_lend(device)
 
     def __del__(self) -> None:
         if not self.spent and hasattr(self, "stream"):
@@ -66,19 +73,21 @@ class LentStream:
 
 
 def _draw(device: torch.device) -> torch.cuda.Stream:
-    made: torch.cuda.Stream = cast(Any, torch.cuda).Stream(device)  # untyped
-    return made
+    """One that recemb does not have yet, where there is one."""
+    for _ in range(_TORCHS):
+        found: torch.cuda.Stream = cast(Any, torch.cuda).Stream(device)  # untyped
+        if found.cuda_stream not in _drawn:
+            break
+    _drawn.add(found.cuda_stream)
+    return found
 
 
-def _draw_another(device: torch.device) -> torch.cuda.Stream:
-    """One that recemb does not have."""
+def _draw_to_lend(device: torch.device) -> torch.cuda.Stream:
     with _lock:
-        for _ in range(_MOST):
-            found = _draw(device)
-            if found.cuda_stream not in _drawn:
-                _drawn.add(found.cuda_stream)
-                return found
-    raise RuntimeError(f"CUDA graphs have all {_MOST} streams that torch has of {device}")
+        if _lent[device] == _MOST_LENT:
+            raise NoStreamError(f"CUDA graphs have {_MOST_LENT} streams already, half of torch's")
+        _lent[device] += 1
+        return _draw(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ operations are their arguments.
 from __future__ import annotations
 
 import gc
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -379,6 +379,7 @@ def on_gpu() -> Iterator[FakeGpu]:
             (streams, "_own", {}),
             (streams, "_free", {}),
             (streams, "_drawn", set()),
+            (streams, "_lent", Counter()),
             (verdict, "_pending", deque()),
             (interpreter.GridExecutor, "__call__", lambda grid, *a, **k: gpu.run_kernel(run, grid, a, k)),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -51,3 +52,25 @@ def test_graphs_of_one_stream_do_not(
     monkeypatch.setattr(recorder, "LentStream", same)
     with pytest.raises(OrderError, match="workspace"):
         _drop_one_of_two(groups_made, 0)
+
+
+def test_without_a_stream_look_ups_are_eager_until_there_is_one(
+    groups_made: list[GraphedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is given up for that: neither graphs that there are nor later ones."""
+    monkeypatch.setattr("recemb_kernels.triton_frame.graphs._PATIENCE", 5)
+    with on_gpu(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ebc = collection("md")
+
+        def steps(size: int) -> int:
+            for k in range(12):
+                step(ebc(batch(ebc, k, size)).values())
+            return groups_made[0].graphs
+
+        assert steps(2) == 1
+        others = [LentStream(CUDA) for _ in range(15)]
+        assert [steps(size) for size in (3, 4, 5, 6)] == [1, 1, 1, 1]
+        assert steps(2) == 1
+        others.clear()
+        assert [steps(size) for size in (3, 4)] == [2, 3]

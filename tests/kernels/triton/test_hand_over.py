@@ -154,9 +154,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     made: list[torch.device] = []
     monkeypatch.setattr(streams, "_own", {})
     monkeypatch.setattr(streams, "_drawn", set())
-    monkeypatch.setattr(
-        torch.cuda, "Stream", lambda device: made.append(device) or SimpleNamespace(cuda_stream=0)
-    )
+
+    def draw(device: torch.device) -> Any:
+        made.append(device)
+        return SimpleNamespace(cuda_stream=len(made))
+
+    monkeypatch.setattr(torch.cuda, "Stream", draw)
     return made
 
 

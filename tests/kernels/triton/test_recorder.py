@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 
 from recemb_kernels.triton_frame import recorder, streams
 from recemb_kernels.triton_frame.recorder import GraphRecorder
-from recemb_kernels.triton_frame.streams import own_stream
+from recemb_kernels.triton_frame.streams import NoStreamError, own_stream
 from tests.kernels.triton.graph_cases import is_free_elsewhere
 
 POOL = (0, 7)
@@ -102,6 +103,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
     monkeypatch.setattr(streams, "_own", {})
     monkeypatch.setattr(streams, "_free", {})
     monkeypatch.setattr(streams, "_drawn", set())
+    monkeypatch.setattr(streams, "_lent", Counter())
     return made
 
 
@@ -155,15 +157,22 @@ def test_graphs_that_live_at_once_are_captured_on_streams_of_their_own(fake: Tor
     assert fake.drawn == 3
 
 
-def test_a_stream_that_comes_round_is_not_taken_twice(fake: Torch) -> None:
-    first = own_stream("prepare", torch.device("cuda", 1))
-    kept = [_record() for _ in range(31)]
-    for record in kept:
-        record(lambda: 5)
-    assert len({first.name, *fake.captured}) == 32
-    with pytest.raises(RuntimeError, match="all 32 streams"):
+@pytest.mark.parametrize("early", [True, False])
+def test_no_stream_that_comes_round_is_taken_twice(early: bool, fake: Torch) -> None:
+    """Of torch's 32; half of them are the caller's, pipelines' and data loaders'."""
+    device, kept, names = torch.device("cuda", 1), [], set()
+    if early:
+        names.add(own_stream("prepare", device).name)
+    for _ in range(16):
+        kept.append(_record())
+        kept[-1](lambda: 5)
+        fake.drawn += 5  # by others
+    if not early:
+        names.add(own_stream("prepare", device).name)
+    assert len(names | set(fake.captured)) == 17
+    with pytest.raises(NoStreamError, match="16 streams already"):
         _record()
-    del record, kept[:1]
+    del kept[0]
     _record()(lambda: 5)
 
 
