@@ -360,11 +360,11 @@ class GraphedGroup:
         # The graphs' memory serves look-ups in inference mode and others.
         with self._group.on_device(), torch.inference_mode(False), torch.no_grad():
             try:
-                plans = self._plans(kind) or self._plan_graph(kind, batch) if ahead else None
                 recorder = self._recorder()
             except NoStreamError:
                 self._patience = _PATIENCE  # others' graphs may be gone by then
                 return None
+            plans = self._plans(kind) or self._plan_graph(kind, batch) if ahead else None
             try:
                 made = _Graph(self._group, recorder, self._failures, parameters, batch, keep, plans)
             except RuntimeError as error:
@@ -411,10 +411,10 @@ class GraphedGroup:
         try:
             return PlanGraph(self._group, self._recorder(), batch)
         except NoStreamError:
-            raise
+            self._patience = _PATIENCE  # look-ups sort their batches until then
         except RuntimeError as error:
             self._plan_within(kind, error)
-            return None
+        return None
 
     def _plan_within(self, kind: Any, error: RuntimeError) -> None:
         message = "recemb: look-ups sort their batches, as no CUDA graph could be captured that does it ahead"

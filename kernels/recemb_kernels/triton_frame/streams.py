@@ -16,8 +16,8 @@ _T = TypeVar("_T")
 _own: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 _drawn: set[int] = set()  # all that are recemb's
 _lock = Lock()  # of the above
-_free: dict[torch.device, list[torch.cuda.Stream]] = {}  # to be lent, and of how many
-_lent: Counter[torch.device] = Counter()
+_free: dict[torch.device, list[torch.cuda.Stream]] = {}  # to be lent
+_lent: Counter[torch.device] = Counter()  # how many there are of these, lent or free
 # Streams that torch has of a device, handed out in turns, and how many of these may be lent: a caller's own
 # ones, pipelines' and data loaders' are drawn from the same.
 _TORCHS, _MOST_LENT = 32, 16
@@ -86,8 +86,9 @@ def _draw_to_lend(device: torch.device) -> torch.cuda.Stream:
     with _lock:
         if _lent[device] == _MOST_LENT:
             raise NoStreamError(f"CUDA graphs have {_MOST_LENT} streams already, half of torch's")
+        found = _draw(device)
         _lent[device] += 1
-        return _draw(device)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

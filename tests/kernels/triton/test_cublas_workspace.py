@@ -63,14 +63,22 @@ def test_without_a_stream_look_ups_are_eager_until_there_is_one(
         warnings.simplefilter("error")
         ebc = collection("md")
 
-        def steps(size: int) -> int:
+        def steps(size: int, ahead: bool = False) -> int:
             for k in range(12):
-                step(ebc(batch(ebc, k, size)).values())
+                given = batch(ebc, k, size)
+                if ahead:
+                    ebc.prefetch(given)
+                step(ebc(given).values())
             return groups_made[0].graphs
 
         assert steps(2) == 1
         others = [LentStream(CUDA) for _ in range(15)]
         assert [steps(size) for size in (3, 4, 5, 6)] == [1, 1, 1, 1]
-        assert steps(2) == 1
+        # Nor to one that would plan ahead, for which there is no second stream.
+        assert [steps(2), steps(2, ahead=True), steps(2)] == [1, 1, 1]
+        (graph,) = groups_made[0]._graphs.values()
+        assert graph.source.plans is None
         others.clear()
         assert [steps(size) for size in (3, 4)] == [2, 3]
+        assert steps(2, ahead=True) == 3
+        assert sum(graph.source.plans is not None for graph in groups_made[0]._graphs.values()) == 1

@@ -215,8 +215,8 @@ def test_batches_that_no_graph_prepares_ahead(why: str) -> None:
         made += 1
         recorder = FakeRecorder(model.persistent)
         recorder.num_bytes, recorder.most_bytes = 2, 3
-        # The first one is to record what is done ahead.
-        return Refuses(model.persistent) if why == "no capture" and made == 1 else recorder
+        # The second one is to record what is done ahead.
+        return Refuses(model.persistent) if why == "no capture" and made == 2 else recorder
 
     with by_triton():
         expected = steps(plain, [plain.bags(seed) for seed in range(9)])
