@@ -20,11 +20,14 @@ constexpr bool POISON = true;
 constexpr bool POISON = false;
 #endif
 
-constexpr int64_t AHEAD = 12;  // positions between asking for a row and reading it
+// Positions between asking for a row of W floats and reading it: about 4 kB of rows.
+template <int W>
+constexpr int64_t AHEAD = std::min(64, std::max(12, 1024 / W));
 constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
 
+// To compilers a function that only asks does nothing, and calls of it are left out unless it is inlined at once.
 template <bool WRITE = false, int64_t LINES = 8>
-static inline void prefetch_row(const float* row, int64_t width) {
+[[gnu::always_inline]] static inline void prefetch_row(const float* row, int64_t width) {
   for (int64_t j = 0; j < std::min<int64_t>(width, LINES * LINE); j += LINE) __builtin_prefetch(row + j, WRITE);
 }
 
@@ -64,15 +67,15 @@ void pool_bags(const Call* call, int64_t f, int64_t begin, int64_t end, Ask ask,
   const FeatureCode& feature = call->features[f];
   const int64_t* offsets = call->offsets + f * call->batch;
   const int64_t last = offsets[end];
-  for (int64_t i = offsets[begin]; i < std::min(last, offsets[begin] + AHEAD); i++)
+  for (int64_t i = offsets[begin]; i < std::min(last, offsets[begin] + AHEAD<W>); i++)
     ask(call->ids[i] + feature.key_base);
   // Where other tables' columns lie between them, processors do not see which bag comes next.
   const float* out = call->columns > OUT ? call->out + feature.column : nullptr;
   for (int64_t b = begin; b < end; b++) {
     float sum[W] = {};
-    if (out && b + AHEAD < end) prefetch_row<true>(out + (b + AHEAD) * call->columns, OUT);
+    if (out && b + AHEAD<OUT> < end) prefetch_row<true>(out + (b + AHEAD<OUT>) * call->columns, OUT);
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
-      if (i + AHEAD < last) ask(call->ids[i + AHEAD] + feature.key_base);
+      if (i + AHEAD<W> < last) ask(call->ids[i + AHEAD<W>] + feature.key_base);
       add(call->ids[i] + feature.key_base, call->weights ? call->weights[i] : 1.0f, sum);
     }
     // Summed, then divided, as torch does: the same bits.
@@ -94,35 +97,62 @@ void each_feature(const Table* table, const Call* call, Pool pool) {
   }
 }
 
-// What position i of the batch sends to its row: its bag's gradient, times its weight or share of the bag.
+// What a position of the batch sends to its row: its bag's gradient, times its weight or share of the bag.
 struct Sender {
   const float* grad;
   float weight;
 };
 
-static inline Sender sender_of(const Table* table, const Call* call, int64_t i) {
-  if (!call->bag) {  // one id a bag: the position is the bag
-    const int64_t f = table->num_features == 1 ? table->features[0] : i / call->batch;
-    const Gradient& g = call->gradient[f];
-    return {g.at + (i - f * call->batch) * g.stride, call->weights ? call->weights[i] : 1.0f};
+// The ids of a table's rows, and what their positions send. Each pass has its own, a value that nothing points to: what
+// it read through a table or a call, or of an object that a call is given, it would read again after every store.
+struct Senders {
+  const int32_t *first, *perm;  // of each row its first id, and of each id its position
+  int64_t ids;
+  // Of one feature, without weights, what position i sends is at + (i - before) * stride, or its bag is; else at is null.
+  const float* at = nullptr;
+  const int32_t* bag = nullptr;
+  int64_t stride = 0, before = 0;
+  const Call* call;
+
+  Senders(const Table* table, const Call* c)
+      : first(table->level[table->order - 1].first), perm(table->perm), ids(table->ids), call(c) {
+    if (table->num_features != 1 || call->weights) return;
+    const int64_t f = table->features[0];
+    if (call->bag && call->features[f].mean) return;
+    at = call->gradient[f].at, stride = call->gradient[f].stride;
+    bag = call->bag, before = f * call->batch;
   }
-  const int64_t bag = call->bag[i], f = bag / call->batch;
-  const Gradient& g = call->gradient[f];
-  return {g.at + (bag - f * call->batch) * g.stride,
-          share_of(call, f, bag - f * call->batch, i)};
-}
+  const float* plain(int64_t i) const { return at + ((bag ? bag[i] : i) - before) * stride; }
+  Sender operator()(int64_t i) const { return at ? Sender{plain(i), 1.0f} : any(call, i); }
+
+ private:
+  [[gnu::noinline]] static Sender any(const Call* call, int64_t i) {
+    const int64_t bag = call->bag ? call->bag[i] : i, f = bag / call->batch, b = bag - f * call->batch;
+    const Gradient& g = call->gradient[f];
+    const float weight = call->bag ? share_of(call, f, b, i) : call->weights ? call->weights[i] : 1.0f;
+    return {g.at + b * g.stride, weight};
+  }
+};
 
 // grad[W] = the gradient of distinct row u: the sum over the bags that hold it, in the order of the batch. What comes
 // next is asked for: beyond the row's own, where rows are taken IN_ORDER, that of the next rows.
 template <int W, bool IN_ORDER = true>
-void row_gradient(const Table* table, const Call* call, int64_t u, float* grad) {
-  const int32_t* first = table->level[table->order - 1].first;
-  const int64_t last = IN_ORDER ? table->ids : first[u + 1];
+[[gnu::always_inline]] inline void row_gradient(const Senders& from, int64_t u, float* grad) {
+  const int32_t past = from.first[u + 1];
+  const int64_t last = IN_ORDER ? from.ids : past;
   float sum[W] = {};
-  for (int32_t k = first[u]; k < first[u + 1]; k++) {
-    if (k + AHEAD < last) prefetch_row(sender_of(table, call, table->perm[k + AHEAD]).grad, W);
-    const Sender from = sender_of(table, call, table->perm[k]);
-    for (int j = 0; j < W; j++) sum[j] += from.weight * from.grad[j];
+  if (from.at) {
+    for (int32_t k = from.first[u]; k < past; k++) {
+      if (k + AHEAD<W> < last) prefetch_row(from.plain(from.perm[k + AHEAD<W>]), W);
+      const float* sent = from.plain(from.perm[k]);
+      for (int j = 0; j < W; j++) sum[j] += sent[j];
+    }
+  } else {
+    for (int32_t k = from.first[u]; k < past; k++) {
+      if (k + AHEAD<W> < last) prefetch_row(from(from.perm[k + AHEAD<W>]).grad, W);
+      const Sender sent = from(from.perm[k]);
+      for (int j = 0; j < W; j++) sum[j] += sent.weight * sent.grad[j];
+    }
   }
   std::copy(sum, sum + W, grad);
 }

@@ -31,10 +31,15 @@ void share_tasks(int64_t first, int64_t last, Cost cost, Act act) {
     }
     return low;
   };
-  for (int64_t i = cut(me), own = cut(me + 1); i < own; i++) act(i);
+  // One place that calls it, and a copy that nothing points to: a loop that holds in registers what tasks read.
+  const auto take = [&act](int64_t begin, int64_t end) __attribute__((noinline)) {
+    const Act own = act;
+    for (int64_t i = begin; i < end; i++) own(i);
+  };
+  take(cut(me), cut(me + 1));
   const int64_t rest = cut(threads), at_once = tasks_at_once(last - rest);
-#pragma omp for schedule(dynamic, at_once) nowait
-  for (int64_t i = rest; i < last; i++) act(i);
+#pragma omp for schedule(dynamic) nowait
+  for (int64_t i = rest; i < last; i += at_once) take(i, std::min(i + at_once, last));
 }
 
 }  // namespace recemb

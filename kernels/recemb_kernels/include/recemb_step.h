@@ -4,10 +4,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include "recemb_front.h"
 #include "recemb_object.h"
+#include "recemb_outputs.h"
 #include "recemb_tree.h"
 #include "recemb_watch.h"
 
@@ -68,8 +68,6 @@ Tensor room(const Lookup* lookup, const Batch& batch, Make make) {
   }
   raise(lookup, NO_TENSOR, batch);
 }
-
-inline Tensor floats(at::IntArrayRef size) { return at::empty(size, at::TensorOptions(at::kCPU).dtype(at::kFloat)); }
 
 // Memory of the driver for one look-up and its backward.
 class State {

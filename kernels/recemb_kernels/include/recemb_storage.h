@@ -42,7 +42,7 @@ const uint8_t* stored_row(const float* base, int k, int64_t width, int64_t row) 
 }
 
 // Asks for the first bytes of a row ahead of its use.
-void prefetch_stored(const float* base, int k, int64_t width, int64_t row) {
+[[gnu::always_inline]] inline void prefetch_stored(const float* base, int k, int64_t width, int64_t row) {
   const uint8_t* at = stored_row(base, k, width, row);
   for (int64_t j = 0; j < std::min<int64_t>(row_bytes(k, width), 512); j += 64) __builtin_prefetch(at + j);
 }

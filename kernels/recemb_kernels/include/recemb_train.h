@@ -99,9 +99,9 @@ constexpr int64_t CACHE = 1 << 20;
 constexpr int64_t FEW = 3;
 // Rows computed at once: about 16 kB of them.
 constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
-// Nodes and slices ahead of which what they read is asked for, cache lines of a slice, and ids of a row.
-constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2, SLICE_LINES = 64;
-constexpr int32_t IDS_AHEAD = 4;
+// Nodes and slices ahead of which what they read is asked for, cache lines of a slice, ids of a row, and bags that a row
+// is written to.
+constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2, SLICE_LINES = 64, IDS_AHEAD = 4, BAGS_AHEAD = 12;
 
 // Nodes of level l whose gradients are held at once: 16 kB of them, in whole chains of rows, and one chain at least.
 template <class S>
@@ -319,11 +319,25 @@ struct Train : Sizes<MIRRORED> {
     }
   }
 
-  // Where position i is pooled to when every bag holds one id.
-  float* out_of(int64_t i) const {
-    const int64_t f = table.features[0], g = table.num_features == 1 ? f : i / call.batch;
-    return call.out + (i - g * call.batch) * call.columns + call.features[g].column;
-  }
+  // Where positions are pooled to when every bag holds one id: a value, like Senders.
+  class Places {
+   public:
+    Places(const Table& table, const Call* call) : call_(call), stride_(call->columns) {
+      if (table.num_features != 1) return;
+      const int64_t f = table.features[0];
+      out_ = call->out + call->features[f].column, before_ = f * call->batch;
+    }
+    float* operator()(int64_t i) const { return out_ ? out_ + (i - before_) * stride_ : any(call_, i); }
+
+   private:
+    [[gnu::noinline]] static float* any(const Call* call, int64_t i) {
+      const int64_t f = i / call->batch;
+      return call->out + (i - f * call->batch) * call->columns + call->features[f].column;
+    }
+    const Call* call_;
+    float* out_ = nullptr;  // of one feature
+    int64_t stride_, before_ = 0;
+  };
 
   // What the runs of level l before this one cost, without what lies below their nodes.
   template <int l>
@@ -381,24 +395,32 @@ struct Train : Sizes<MIRRORED> {
   }
 
   void forward_rows() const {
-    const Level& last = table.level[LAST];
-    const auto where = [&](int64_t u) -> float* {
-      // Straight to where it belongs, or to its first id.
-      return call.bag ? rows + u * D : call.weights ? nullptr : out_of(table.perm[last.first[u]]);
+    const int32_t *const first = table.level[LAST].first, *const perm = table.perm;
+    float* const list = call.bag ? rows : nullptr;
+    int32_t* const slot = call.slot;
+    const float* const weights = call.weights;
+    const Places place(table, &call);
+    const auto where = [=](int64_t u) -> float* {
+      if (list) return list + u * D;
+      if (weights) return nullptr;
+      // Straight to where its first id belongs.
+      const int64_t k = first[u], some = std::min<int64_t>(k + BAGS_AHEAD, first[u + 1]);
+      for (int64_t other = k + 1; other < some; other++) prefetch_row<true>(place(perm[other]), D);
+      return place(perm[k]);
     };
-    each_row(where, [&](int64_t u, const float* row) {
-      const int64_t past = last.first[u + 1];
-      for (int64_t k = last.first[u]; k < past; k++) {
-        const int64_t i = table.perm[k];
-        if (call.bag) {
-          call.slot[i] = static_cast<int32_t>(u);
-          continue;
-        }
-        if (k + AHEAD < past) prefetch_row<true>(out_of(table.perm[k + AHEAD]), D);
-        float* out = out_of(i);
-        if (call.weights)
-          for (int j = 0; j < D; j++) out[j] = call.weights[i] * row[j];
-        else if (out != row)
+    each_row(where, [=](int64_t u, const float* row) {
+      const int64_t past = first[u + 1];
+      int64_t k = first[u];
+      if (list) {
+        for (; k < past; k++) slot[perm[k]] = static_cast<int32_t>(u);
+        return;
+      }
+      for (k += !weights; k < past; k++) {
+        if (k + BAGS_AHEAD < past) prefetch_row<true>(place(perm[k + BAGS_AHEAD]), D);
+        float* const out = place(perm[k]);
+        if (weights)
+          for (int j = 0; j < D; j++) out[j] = weights[perm[k]] * row[j];
+        else
           std::copy(row, row + D, out);
       }
     });

@@ -120,16 +120,17 @@ void backward_pair(const Table* table, const Call* call) {
   const int64_t pieces = rows.slice_piece[1];
   float* const sums = table->spare + rows.nodes * RIGHT;  // of pieces
   const auto cost = [&](int64_t node) { return int64_t{top.first[node]} + rows.first[top.first[node]]; };
+  const Senders from(table, call);
   {
     Finished<LEFT> quotients(table, 0);
-    share_tasks(0, top.nodes, cost, [&](int64_t node) {
+    share_tasks(0, top.nodes, cost, [&, from](int64_t node) {
       // Not for its state, which takes as long to ask for as to wait for.
-      if (node + AHEAD < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD]), LEFT);
+      if (node + AHEAD<LEFT> < top.nodes) prefetch_row(row_of(table, 0, top.digit[node + AHEAD<LEFT>]), LEFT);
       const float* quotient = row_of(table, 0, top.digit[node]);
       float grad[LEFT] = {};
       for (int64_t u = top.first[node]; u < top.first[node + 1]; u++) {
         float g[W];
-        row_gradient<W>(table, call, u, g);
+        row_gradient<W>(from, u, g);
         split_row(g, quotient, row_of(table, 1, rows.digit[rows.group[u]]), grad, sent_row(table, u));
       }
       std::copy(grad, grad + LEFT, quotients.add(top.digit[node]));
@@ -143,7 +144,7 @@ void backward_pair(const Table* table, const Call* call) {
     const int64_t from = rows.piece_start[p], to = rows.piece_start[p + 1], run = rows.group[rows.by_digit[from]];
     float sum[RIGHT] = {};
     for (int64_t k = from; k < to; k++) {
-      if (k + AHEAD < rows.nodes) prefetch_row(sent_row(table, rows.by_digit[k + AHEAD]), RIGHT);
+      if (k + AHEAD<RIGHT> < rows.nodes) prefetch_row(sent_row(table, rows.by_digit[k + AHEAD<RIGHT>]), RIGHT);
       const float* sent = sent_row(table, rows.by_digit[k]);
       for (int j = 0; j < RIGHT; j++) sum[j] += sent[j];
     }
@@ -162,15 +163,16 @@ void backward_pair(const Table* table, const Call* call) {
 
 void backward_rows(const Table* table, const Call* call) {
   const int64_t rows = table->rows();
+  const Senders from(table, call);
   Finished<LEFT> finished(table, 0);
-  share_rows(table, [&](int64_t u) {
-    if (u + AHEAD < rows) {
-      const int64_t row = table->keys[u + AHEAD];
+  share_rows(table, [&, from](int64_t u) {
+    if (u + AHEAD<LEFT> < rows) {
+      const int64_t row = table->keys[u + AHEAD<LEFT>];
       prefetch_row(row_of(table, 0, row), LEFT);
       if (table->optimizer >= ADAGRAD && table->state[0])
         __builtin_prefetch(table->state[0] + row * (table->optimizer == ROWWISE_ADAGRAD ? 1 : LEFT), 1);
     }
-    row_gradient<LEFT>(table, call, u, finished.add(table->keys[u]));
+    row_gradient<LEFT>(from, u, finished.add(table->keys[u]));
   });
 }
 

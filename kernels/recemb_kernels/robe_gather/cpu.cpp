@@ -181,6 +181,7 @@ void add_rows(const Table* table, const Call* call, const Blocks<Record>& blocks
   constexpr int64_t AT_ONCE = std::max<int64_t>(2, 2048 / Z);
   const auto* const share = blocks.shares + omp_get_thread_num();
   if (share->first == share->past) return;
+  const Senders from(table, call);
   // A slot is a row that is touched; the row after the last slot's has the next one, where a block goes on in it.
   alignas(64) float sums[(AT_ONCE + 3) * Z] = {};
   int64_t rows[AT_ONCE + 3], slot = 0;
@@ -201,13 +202,13 @@ void add_rows(const Table* table, const Call* call, const Blocks<Record>& blocks
         std::fill(sums + 2 * Z, sums + (slot + 2) * Z, 0.0f);
         rows[0] = rows[slot], rows[1] = rows[slot + 1], slot = 0;
       }
-      if (DIRECT && k + AHEAD < end)
-        prefetch_row(sender_of(table, call, Blocks<Record>::piece_of(sorted[k + AHEAD])).grad, Z);
+      if (DIRECT && k + AHEAD<Z> < end)
+        prefetch_row(from(Blocks<Record>::piece_of(sorted[k + AHEAD<Z>])).grad, Z);
       const int64_t start = static_cast<int64_t>(sorted[k].key()), row = first + start / Z, at = start % Z;
       const int64_t piece = Blocks<Record>::piece_of(sorted[k]);
       const int b = static_cast<int>(piece % BLOCKS);
       const Sender sender =
-          DIRECT ? sender_of(table, call, piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
+          DIRECT ? from(piece) : Sender{table->spare + piece / BLOCKS * D + b * Z, 1};
       const float* g = sender.grad;
       const float factor = Blocks<Record>::sign_of(sorted[k]) * sender.weight;
       const int64_t further = row - rows[slot];
@@ -298,13 +299,14 @@ void backward_array(const Table* table, const Call* call, const Hash& hash) {
       before += end - begin;
     }
   } else {
+    const Senders from(table, call);
     share_rows(table, [&](int64_t u) {
       int64_t start[BLOCKS];
       float sign[BLOCKS];
       hash.place(hash.table_of(table->keys[u]), table->keys[u], start, sign);
       for (int b = 0; b < BLOCKS; b++)
         blocks.placed[u * BLOCKS + b] = Blocks<Record>::placed_at(start[b], u * BLOCKS + b, sign[b]);
-      row_gradient<D>(table, call, u, table->spare + u * D);
+      row_gradient<D>(from, u, table->spare + u * D);
     });
   }
 #pragma omp barrier

@@ -60,13 +60,13 @@ struct TrainBackward : Train<MIRRORED> {
 
   // The gradient of row u, in the order of the cores.
   template <bool IN_ORDER>
-  void gradient_of_row(int64_t u, float* to) const {
+  [[gnu::always_inline]] static void gradient_of_row(const Senders& from, int64_t u, float* to) {
     if constexpr (MIRRORED) {
       float straight[D];
-      row_gradient<D, IN_ORDER>(&table, &call, u, straight);
+      row_gradient<D, IN_ORDER>(from, u, straight);
       for (int j = 0; j < D; j++) to[j] = straight[COLUMN[j]];
     } else {
-      row_gradient<D, IN_ORDER>(&table, &call, u, to);
+      row_gradient<D, IN_ORDER>(from, u, to);
     }
   }
 
@@ -106,12 +106,12 @@ struct TrainBackward : Train<MIRRORED> {
 
   // The same, or the gradient of a row.
   template <int l>
-  void node_gradient(int64_t node, float* to, Turned& turned) const {
+  void node_gradient(const Senders& from, int64_t node, float* to, Turned& turned) const {
     if constexpr (l == LAST) {
       if (summed)
         std::copy(grad_row(node), grad_row(node) + D, to);
       else
-        gradient_of_row<false>(node, to);
+        gradient_of_row<false>(from, node, to);
     } else if constexpr (l < S::SENDER) {
       gradient_of_children<l>(node, to);
     } else if constexpr (ORDER == 2) {
@@ -123,14 +123,14 @@ struct TrainBackward : Train<MIRRORED> {
 
   // Asks for what a node of level l, or the first below it, has been sent or sends, and for the product above a row.
   template <int l>
-  void ask(int64_t node) const {
+  [[gnu::always_inline]] void ask(const Senders& from, int64_t node) const {
     if constexpr (l <= S::SENDER) prefetch_row<true>(sent_at<l>(node), S::SENT());
     if constexpr (l == LAST) {
       prefetch_row(product(l - 1, table.level[l].parent[node]), S::PRODUCT(l - 1));
       if (!S::ROWS_SEND) prefetch_row(grad_row(node), D);
       if (summed) return;
-      const int32_t *id = table.level[l].first + node, past = std::min(id[0] + IDS_AHEAD, id[1]);
-      for (int32_t k = id[0]; k < past; k++) prefetch_row(sender_of(&table, &call, table.perm[k]).grad, D);
+      const int64_t begin = from.first[node], past = std::min<int64_t>(begin + IDS_AHEAD, from.first[node + 1]);
+      for (int64_t k = begin; k < past; k++) prefetch_row(from(from.perm[k]).grad, D);
     }
   }
 
@@ -138,10 +138,11 @@ struct TrainBackward : Train<MIRRORED> {
   // skips about in. Where the batch's gradient lies in a core's own cache, that costs less than one pass more. What that
   // pass reads is asked for: rows of one prefix stand together here.
   void sum_rows() const {
-    const auto cost = [&](int64_t u) { return u + table.level[LAST].first[u]; };
-    share_tasks(begin(LAST), end(LAST), cost, [&](int64_t u) {
-      if (u + NODES_AHEAD < end(LAST)) ask<LAST>(u + NODES_AHEAD);
-      gradient_of_row<true>(u, grad_row(u));
+    const Senders from(&table, &call);
+    const auto cost = [&](int64_t u) { return u + from.first[u]; };
+    share_tasks(begin(LAST), end(LAST), cost, [=](int64_t u) {
+      if (u + NODES_AHEAD < end(LAST)) ask<LAST>(from, u + NODES_AHEAD);
+      gradient_of_row<true>(from, u, grad_row(u));
     });
 #pragma omp barrier
   }
@@ -157,12 +158,13 @@ struct TrainBackward : Train<MIRRORED> {
     const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1], nodes = level.run_start[last];
     float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     float* const grads = scratch(call, GRADIENTS);
+    const Senders senders(&table, &call);
     Turned turned;
     const auto cost = [&](int64_t run) {
       const int64_t of_child = l == LAST && summed ? 0 : l < LAST && l == S::SENDER ? ROW_COST : 1;
       return Base::template cost_of_runs<l>(run) + of_child * level.run_below[run];
     };
-    share_tasks(first, last, cost, [&](int64_t run) {
+    share_tasks(first, last, cost, [&, senders](int64_t run) {
       const int64_t group = level.run_group[run], start = level.run_start[run], past = level.run_start[run + 1];
       forget(call);
       if (l == LAST && table.slices == 1 && table.optimizer != GRADIENT && run + SLICES_AHEAD < last)
@@ -185,9 +187,9 @@ struct TrainBackward : Train<MIRRORED> {
         int64_t rows = 0;
         for (int64_t k = from; k < to; k++) {
           const int64_t node = level.by_digit[k];
-          if (k + NODES_AHEAD < nodes) ask<l>(level.by_digit[k + NODES_AHEAD]);
+          if (k + NODES_AHEAD < nodes) ask<l>(senders, level.by_digit[k + NODES_AHEAD]);
           float* grad = grads + (k - from) * (M * N);
-          node_gradient<l>(node, grad, turned);
+          node_gradient<l>(senders, node, grad, turned);
           const float* product_above = product(l - 1, level.parent[node]);
           for (int m = 0; m < M; m++) above[rows + m] = product_above + m * KP, own[rows + m] = grad + m * N;
           if constexpr (SENDS)
@@ -224,13 +226,14 @@ struct TrainBackward : Train<MIRRORED> {
     } else {
       {
         float* const grad = scratch(call, GRADIENTS);
+        const Senders from(&table, &call);
         Turned turned;
         Finished<S::WIDTH(0)> finished(&table, S::core(0));
 #pragma omp for schedule(static) nowait
         for (int64_t node = begin(0); node < end(0); node++) {
           forget(call);
           float* const row = finished.add(table.level[0].digit[node]);
-          node_gradient<0>(node, S::AS_STORED(0) ? row : grad, turned);
+          node_gradient<0>(from, node, S::AS_STORED(0) ? row : grad, turned);
           if constexpr (!S::AS_STORED(0)) Base::template repack<0>(grad, row);
         }
       }
@@ -288,13 +291,13 @@ struct TrainBackward : Train<MIRRORED> {
 
   // One id a bag has written its row to no list: out = w * row was all. Rows are dotted once more instead.
   void one_hot_weight_gradient() const {
-    const Level& last = table.level[LAST];
+    const Senders from(&table, &call);
     Base::each_row([](int64_t) -> float* { return nullptr; }, [&](int64_t u, const float* row) {
-      for (int64_t k = last.first[u]; k < last.first[u + 1]; k++) {
-        const float* grad = sender_of(&table, &call, table.perm[k]).grad;
+      for (int32_t k = from.first[u]; k < from.first[u + 1]; k++) {
+        const float* grad = from(from.perm[k]).grad;
         float dot = 0;
         for (int j = 0; j < D; j++) dot += row[j] * grad[j];
-        call.grad_weights[table.perm[k]] = dot;
+        call.grad_weights[from.perm[k]] = dot;
       }
     });
 #pragma omp barrier  // before slices are stepped on
