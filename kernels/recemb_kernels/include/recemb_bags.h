@@ -38,10 +38,9 @@ static inline int64_t length_of(const Call* call, int64_t f, int64_t b) {
   return other < 0 ? part(f) : part(f) + part(other);
 }
 
-// What the id at a position of sample b's bag counts for.
-static inline float share_of(const Call* call, int64_t f, int64_t b, int64_t position) {
-  const float share = call->features[f].mean ? 1.0f / static_cast<float>(length_of(call, f, b)) : 1.0f;
-  return call->weights ? call->weights[position] * share : share;
+// What an id of sample b's bag counts for, beside its weight.
+static inline float share_of(const Call* call, int64_t f, int64_t b) {
+  return call->features[f].mean ? 1.0f / static_cast<float>(length_of(call, f, b)) : 1.0f;
 }
 
 // Whether sample b has no id in feature f, and another feature has written its columns.
@@ -97,14 +96,34 @@ void each_feature(const Table* table, const Call* call, Pool pool) {
   }
 }
 
+// Where positions are pooled to when every bag holds one id. Each pass has its own, a value that nothing points to: what
+// it read through a table or a call, or of an object that a call is given, it would read again after every store.
+class Places {
+ public:
+  Places(const Table* table, const Call* call) : call_(call), stride_(call->columns) {
+    if (table->num_features != 1) return;
+    const int64_t f = table->features[0];
+    out_ = call->out + call->features[f].column, before_ = f * call->batch;
+  }
+  float* operator()(int64_t i) const { return out_ ? out_ + (i - before_) * stride_ : any(call_, i); }
+
+ private:
+  [[gnu::noinline]] static float* any(const Call* call, int64_t i) {
+    const int64_t f = i / call->batch;
+    return call->out + (i - f * call->batch) * call->columns + call->features[f].column;
+  }
+  const Call* call_;
+  float* out_ = nullptr;  // of one feature
+  int64_t stride_, before_ = 0;
+};
+
 // What a position of the batch sends to its row: its bag's gradient, times its weight or share of the bag.
 struct Sender {
   const float* grad;
   float weight;
 };
 
-// The ids of a table's rows, and what their positions send. Each pass has its own, a value that nothing points to: what
-// it read through a table or a call, or of an object that a call is given, it would read again after every store.
+// The ids of a table's rows, and what their positions send: a value, like Places.
 struct Senders {
   const int32_t *first, *perm;  // of each row its first id, and of each id its position
   int64_t ids;
@@ -129,8 +148,8 @@ struct Senders {
   [[gnu::noinline]] static Sender any(const Call* call, int64_t i) {
     const int64_t bag = call->bag ? call->bag[i] : i, f = bag / call->batch, b = bag - f * call->batch;
     const Gradient& g = call->gradient[f];
-    const float weight = call->bag ? share_of(call, f, b, i) : call->weights ? call->weights[i] : 1.0f;
-    return {g.at + b * g.stride, weight};
+    const float share = call->bag ? share_of(call, f, b) : 1.0f;
+    return {g.at + b * g.stride, call->weights ? call->weights[i] * share : share};
   }
 };
 
@@ -170,7 +189,7 @@ void weight_gradients(const Call* call, int64_t f, int64_t begin, int64_t end, D
   const int64_t* offsets = call->offsets + f * call->batch;
   for (int64_t b = begin; b < end; b++) {
     const float* grad = call->gradient[f].at + b * call->gradient[f].stride;
-    const float share = call->features[f].mean ? 1.0f / static_cast<float>(length_of(call, f, b)) : 1.0f;
+    const float share = share_of(call, f, b);
     for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) call->grad_weights[i] = share * dot(i, grad);
   }
 }

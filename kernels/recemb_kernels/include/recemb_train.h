@@ -319,26 +319,6 @@ struct Train : Sizes<MIRRORED> {
     }
   }
 
-  // Where positions are pooled to when every bag holds one id: a value, like Senders.
-  class Places {
-   public:
-    Places(const Table& table, const Call* call) : call_(call), stride_(call->columns) {
-      if (table.num_features != 1) return;
-      const int64_t f = table.features[0];
-      out_ = call->out + call->features[f].column, before_ = f * call->batch;
-    }
-    float* operator()(int64_t i) const { return out_ ? out_ + (i - before_) * stride_ : any(call_, i); }
-
-   private:
-    [[gnu::noinline]] static float* any(const Call* call, int64_t i) {
-      const int64_t f = i / call->batch;
-      return call->out + (i - f * call->batch) * call->columns + call->features[f].column;
-    }
-    const Call* call_;
-    float* out_ = nullptr;  // of one feature
-    int64_t stride_, before_ = 0;
-  };
-
   // What the runs of level l before this one cost, without what lies below their nodes.
   template <int l>
   int64_t cost_of_runs(int64_t run) const {
@@ -399,7 +379,7 @@ struct Train : Sizes<MIRRORED> {
     float* const list = call.bag ? rows : nullptr;
     int32_t* const slot = call.slot;
     const float* const weights = call.weights;
-    const Places place(table, &call);
+    const Places place(&table, &call);
     const auto where = [=](int64_t u) -> float* {
       if (list) return list + u * D;
       if (weights) return nullptr;
@@ -438,13 +418,17 @@ struct Train : Sizes<MIRRORED> {
     });
     if (!call.bag) return;
     each_feature(&table, &call, [&](int64_t f, int64_t first, int64_t last) {
-      const int64_t* offsets = call.offsets + f * call.batch;
+      const int64_t *const offsets = call.offsets + f * call.batch, past = offsets[last];
+      const int32_t* const slot = call.slot;
+      const float *const list = rows, *const weights = call.weights;
       for (int64_t b = first; b < last; b++) {
         if (adds_nothing(&call, f, b)) continue;
+        const float share = share_of(&call, f, b);
         float sum[D] = {};
-        for (int64_t i = offsets[b]; i < offsets[b + 1]; i++) {
-          const float w = share_of(&call, f, b, i);
-          const float* row = rows + int64_t{call.slot[i]} * D;
+        for (int64_t i = offsets[b], end = offsets[b + 1]; i < end; i++) {
+          if (i + AHEAD<D> < past) prefetch_row(list + int64_t{slot[i + AHEAD<D>]} * D, D);
+          const float w = weights ? weights[i] * share : share;
+          const float* row = list + int64_t{slot[i]} * D;
           for (int j = 0; j < D; j++) sum[j] += w * row[j];
         }
         put_bag<D>(&call, f, b, sum);
