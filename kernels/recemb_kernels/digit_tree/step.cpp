@@ -111,6 +111,7 @@ class Pooled : public autograd::Node {
     call.rules = updates.rules.data(), call.grad = written.data();
     call.state = updates.state.data(), call.state2 = updates.state2.data(), call.steps = updates.steps.data();
     const int64_t lacks = fixed.driver.backward(&call, state_.at(), at::get_num_threads());
+    if (lacks > 0) made.clear(), Outputs::shared().release();
     if (lacks) raise(lookup_, lacks < 0 ? NOT_FINITE : lacks, batch_);
     for (size_t k = 0; k < stored_.size(); k++)
       if (fixed.stepped[k]) stored_[k].unsafeGetTensorImpl()->bump_version();

@@ -20,7 +20,7 @@ constexpr bool POISON = true;
 constexpr bool POISON = false;
 #endif
 
-// Positions between asking for a row of W floats and reading it: about 4 kB of rows.
+// Positions between asking for a row of W floats and reading it: 4 kB of rows, where that is 12 and no more than 64.
 template <int W>
 constexpr int64_t AHEAD = std::min(64, std::max(12, 1024 / W));
 constexpr int64_t ROWS = 32;   // distinct rows that a thread takes at once: hot rows, which many bags send to, come first
@@ -96,8 +96,8 @@ void each_feature(const Table* table, const Call* call, Pool pool) {
   }
 }
 
-// Where positions are pooled to when every bag holds one id. Each pass has its own, a value that nothing points to: what
-// it read through a table or a call, or of an object that a call is given, it would read again after every store.
+// Where positions are pooled to when every bag holds one id. Each pass has its own, a value that nothing points to:
+// what it read through a table or a call, or of an object that a call is given, it would read again after every store.
 class Places {
  public:
   Places(const Table* table, const Call* call) : call_(call), stride_(call->columns) {
@@ -127,7 +127,8 @@ struct Sender {
 struct Senders {
   const int32_t *first, *perm;  // of each row its first id, and of each id its position
   int64_t ids;
-  // Of one feature, without weights, what position i sends is at + (i - before) * stride, or its bag is; else at is null.
+  // Of one feature, without weights and means of several ids, what position i sends is at + (i - before) * stride, or
+  // what its bag does; else at is null.
   const float* at = nullptr;
   const int32_t* bag = nullptr;
   int64_t stride = 0, before = 0;

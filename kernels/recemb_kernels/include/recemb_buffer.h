@@ -42,8 +42,8 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Asks for huge pages in a caller's new block, if it is so large that its pages are new as well: pages of 4 kB took as
-// long to come as the rows that are written to them.
+// Asks for huge pages in a caller's new block, if it is so large that its pages are new as well (but for those of
+// recemb_outputs.h): pages of 4 kB took as long to come as the rows that are written to them.
 void ask_for_huge_pages(void* memory, int64_t bytes);
 
 // 0 once `act` is done, or the bytes that it has found no room for.

@@ -62,9 +62,13 @@ struct Batch {
 // A tensor for the caller, of rows or of gradients.
 template <class Make>
 Tensor room(const Lookup* lookup, const Batch& batch, Make make) {
-  try {
-    return make();
-  } catch (const c10::Error&) {  // torch's allocator has no other
+  // Memory is short where torch's allocator throws, which has no other error.
+  for (const bool again : {false, true}) {
+    try {
+      return make();
+    } catch (const c10::Error&) {
+      if (!again) Outputs::shared().release();
+    }
   }
   raise(lookup, NO_TENSOR, batch);
 }
@@ -113,8 +117,12 @@ inline Tensor forward(const Lookup* lookup, const std::vector<Tensor>& stored, c
   const std::vector<float*> parameters = pointers(stored);
   Call call = call_of(fixed, batch, parameters);
   call.out = out.mutable_data_ptr<float>(), call.keep = keep;
-  if (const int64_t lacks = fixed.driver.forward(&call, state, at::get_num_threads(), prepared))
+  if (const int64_t lacks = fixed.driver.forward(&call, state, at::get_num_threads(), prepared)) {
+    // A smaller batch may have its memory.
+    out.reset();
+    Outputs::shared().release();
     raise(lookup, lacks, batch);
+  }
   return out;
 }
 

@@ -99,7 +99,7 @@ constexpr int64_t CACHE = 1 << 20;
 constexpr int64_t FEW = 3;
 // Rows computed at once: about 16 kB of them.
 constexpr int64_t ROWS_AT_ONCE = std::max<int64_t>(8, std::min<int64_t>(PIECE, 4096 / D));
-// Nodes and slices ahead of which what they read is asked for, cache lines of a slice, ids of a row, and bags that a row
+// Nodes and slices ahead of which what they read is asked for, cache lines of a slice, ids of a row, and bags that it
 // is written to.
 constexpr int64_t NODES_AHEAD = 8, SLICES_AHEAD = 2, SLICE_LINES = 64, IDS_AHEAD = 4, BAGS_AHEAD = 12;
 
@@ -354,6 +354,8 @@ struct Train : Sizes<MIRRORED> {
     Turned turned;
     const auto cost = [&](int64_t run) { return cost_of_runs<LAST>(run) + last.run_below[run]; };
     share_tasks(first, past, cost, [&](int64_t run) {
+      const Where place = where;  // as in share_tasks
+      const Act use = act;
       const float* matrix = last_matrix(last.run_group[run], turned);
       for (int64_t from = last.run_start[run]; from < last.run_start[run + 1]; from += ROWS_AT_ONCE) {
         const int32_t* u = last.by_digit + from;
@@ -361,7 +363,7 @@ struct Train : Sizes<MIRRORED> {
         const float* above[ROWS_AT_ONCE];
         float *to[ROWS_AT_ONCE], room[ROWS_AT_ONCE * D];
         for (int64_t i = 0; i < n; i++) {
-          above[i] = product(LAST - 1, last.parent[u[i]]), to[i] = where(u[i]);
+          above[i] = product(LAST - 1, last.parent[u[i]]), to[i] = place(u[i]);
           prefetch_row(above[i], S::PRODUCT(LAST - 1));
           if (to[i])
             prefetch_row<true>(to[i], D);
@@ -369,7 +371,7 @@ struct Train : Sizes<MIRRORED> {
             to[i] = room + i * D;
         }
         multiply_last(n, above, matrix, to);
-        for (int64_t i = 0; i < n; i++) act(u[i], to[i]);
+        for (int64_t i = 0; i < n; i++) use(u[i], to[i]);
       }
     });
   }

@@ -26,7 +26,7 @@ const float* row_of(const Table* table, int k, int64_t row) {
   return table->param[k] + row * (k == 0 ? LEFT : OPERATION == PROJECT ? LEFT : RIGHT);
 }
 
-void ask(const Table* table, int64_t key) {
+[[gnu::always_inline]] inline void ask(const Table* table, int64_t key) {
   prefetch_stored(table->param[0], 0, LEFT, PAIR ? key / table->code->radix[1] : key);
 }
 
