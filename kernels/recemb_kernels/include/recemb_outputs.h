@@ -11,7 +11,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <mutex>
+#include <new>
 #include <utility>
 
 namespace recemb {
