@@ -146,7 +146,7 @@ struct Senders {
   Sender operator()(int64_t i) const { return at ? Sender{plain(i), 1.0f} : any(call, i); }
 
  private:
-  [[gnu::noinline]] static Sender any(const Call* call, int64_t i) {
+  static Sender any(const Call* call, int64_t i) {
     const int64_t bag = call->bag ? call->bag[i] : i, f = bag / call->batch, b = bag - f * call->batch;
     const Gradient& g = call->gradient[f];
     const float share = call->bag ? share_of(call, f, b) : 1.0f;
@@ -206,9 +206,10 @@ void step_rows(const Table* table, int k, const int64_t* rows, int64_t count, co
                       KIND == ADAM ? state2 + rows[i] * OWN : nullptr);
 }
 
-// Finished rows of parameter k, their gradients side by side: written out, or the optimizer steps on them at once.
+// Finished rows of parameter k, their gradients side by side: written out, or the optimizer steps on them at once. A
+// call, rare enough: loops that it were part of would run short of registers.
 template <int W>
-void finish_rows(const Table* table, int k, const int64_t* rows, int64_t count, const float* grads) {
+[[gnu::noinline]] void finish_rows(const Table* table, int k, const int64_t* rows, int64_t count, const float* grads) {
   if (table->optimizer == GRADIENT || (table->left >> k & 1)) {
     for (int64_t i = 0; i < count && table->grad[k]; i++)
       std::copy(grads + i * W, grads + (i + 1) * W, table->grad[k] + rows[i] * W);

@@ -23,9 +23,11 @@ inline Hyper hyper_at(int64_t kind, double step, double lr, double eps, double b
           static_cast<float>(root), static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
 }
 
-// w[W] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise).
+// w[W] is updated in place; `state` and `state2` are the row's own optimizer state (one float for row-wise). None of
+// them overlap: else a row's step is no vectors.
 template <int64_t KIND, int W>
-static inline void step_row(const Hyper& h, float* w, const float* g, float* state, float* state2) {
+static inline void step_row(const Hyper& h, float* __restrict w, const float* __restrict g, float* __restrict state,
+                            float* __restrict state2) {
   if constexpr (KIND == SGD) {
     for (int i = 0; i < W; i++) w[i] -= h.lr * g[i];
   } else if constexpr (KIND == ADAGRAD) {
