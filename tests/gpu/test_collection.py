@@ -46,12 +46,12 @@ OPTIMIZERS = {
 }
 
 
-def collection(device: str, weighted: bool = False) -> EmbeddingBagCollection:
+def collection(device: str, weighted: bool = False, rows: int = 5000) -> EmbeddingBagCollection:
     torch.manual_seed(0)
     tables = [
         EmbeddingBagConfig(
             name=f"t_{name}",
-            num_embeddings=5000,
+            num_embeddings=rows,
             embedding_dim=32,
             feature_names=[name],
             compression=compression,
@@ -63,10 +63,10 @@ def collection(device: str, weighted: bool = False) -> EmbeddingBagCollection:
     return made.to(device)
 
 
-def features(seed: int, batch: int = 256, weighted: bool = False) -> KeyedJaggedTensor:
+def features(seed: int, batch: int = 256, weighted: bool = False, rows: int = 5000) -> KeyedJaggedTensor:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 5, (len(METHODS) * batch,), generator=generator)
-    values = (torch.rand(int(lengths.sum()), generator=generator) ** 2 * 5000).long()
+    values = (torch.rand(int(lengths.sum()), generator=generator) ** 2 * rows).long()
     weights = torch.rand(values.numel(), generator=generator) if weighted else None
     return KeyedJaggedTensor(keys=list(METHODS), values=values, lengths=lengths, weights=weights)
 

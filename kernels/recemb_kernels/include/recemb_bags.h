@@ -161,6 +161,7 @@ template <int W, bool IN_ORDER = true>
   const int32_t past = from.first[u + 1];
   const int64_t last = IN_ORDER ? from.ids : past;
   float sum[W] = {};
+  // Two loops: what finding any sender needs would take the registers of the plain one.
   if (from.at) {
     for (int32_t k = from.first[u]; k < past; k++) {
       if (k + AHEAD<W> < last) prefetch_row(from.plain(from.perm[k + AHEAD<W>]), W);
