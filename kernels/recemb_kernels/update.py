@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 
 class Kind(IntEnum):
@@ -53,10 +55,12 @@ class Step:
     Args:
         make: gives the update, with the rates and states of that moment.
         left: as of the update.
+        sources: what it is made of: of each parameter that is stepped its optimizer and itself.
     """
 
     make: Callable[[], Update]
     left: frozenset[int] = frozenset()
+    sources: tuple[tuple[Optimizer, Parameter], ...] = ()
 
 
 def is_stepped(update: Update | Step | None, k: int) -> bool:

@@ -78,7 +78,9 @@ class FusedUpdate:
             attached = [optimizer for optimizer in optimizers if optimizer is not None]
             rule = _resolve(attached)
             left = frozenset(k for k, optimizer in enumerate(optimizers) if optimizer is None)
-            step = None if rule is None else Step(partial(self._make, rule, attached, own, left), left)
+            sources = tuple(zip(attached, own, strict=True))
+            make = None if rule is None else partial(self._make, rule, attached, own, left)
+            step = None if make is None else Step(make, left, sources)
             self._seen = own, optimizers, [[settings_of(group) for group in settings], written], step
         return step
 

@@ -81,7 +81,8 @@ class Pooled : public autograd::Node {
   autograd::variable_list step(const Tensor& given) {
     const Fixed& fixed = *lookup_->fixed;
     if (kinds_ != kinds()) raise(lookup_, CHANGED, batch_);
-    const Updates updates = with_python([&] { return Updates(lookup_, stored_); });
+    const Updates updates = with_python(
+        [&] { return Updates(fixed.parameters, fixed.stepped, lookup_->steps, &lookup_->fixed->made, stored_); });
     if (!updates.readable) raise(lookup_, CHANGED, batch_);
     if (versions_ != versions())  // A step has been taken since: its products belong to weights that are gone.
       forward(lookup_, stored_, batch_, state_.at(), true, false);
@@ -366,6 +367,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   for (Py_ssize_t t = 0; t < PyList_GET_SIZE(parameters); t++)
     fixed->parameters.push_back(PyLong_AsLongLong(PyList_GET_ITEM(parameters, t)));
   fixed->stepped = flags_of(stepped), fixed->wanted = flags_of(wanted);
+  fixed->made.resize(fixed->parameters.size());
   Lookup* lookup = reinterpret_cast<Lookup*>(type->tp_alloc(type, 0));
   if (!lookup) return nullptr;
   lookup->fixed = fixed.release();
@@ -384,6 +386,8 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
   Lookup* lookup = reinterpret_cast<Lookup*>(self);
   Py_VISIT(Py_TYPE(self));
   for (PyObject* held : held_by(lookup)) Py_VISIT(held);
+  for (const auto& made : lookup->fixed->made)
+    if (const int stop = made ? made->visit(visit, arg) : 0) return stop;
   return 0;
 }
 

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from recemb_kernels.build import QUICK, KernelUnavailableError, load
 from recemb_kernels.digit_tree.group import Group
-from recemb_kernels.update import Step, Update
+from recemb_kernels.update import Step
 
 _SOURCE = Path(__file__).parent / "step.cpp"
 # The module, once something trains: what can do without does not wait for its compilation.
@@ -114,9 +114,7 @@ def compiled_lookup(
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    makes: tuple[Callable[[], Update] | None, ...] = tuple(
-        None if step is None else step.make for step in steps
-    )
+    makes = tuple(None if step is None else (step.make, step.sources) for step in steps)
     made: CompiledLookup = step_module().Lookup(
         group.driver_addresses, group.parameters, list(stepped), list(wanted), group, makes, error, once
     )

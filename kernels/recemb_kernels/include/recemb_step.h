@@ -9,6 +9,7 @@
 #include "recemb_object.h"
 #include "recemb_outputs.h"
 #include "recemb_tree.h"
+#include "recemb_updates.h"
 #include "recemb_watch.h"
 
 namespace recemb {
@@ -31,10 +32,11 @@ struct Fixed {
   std::vector<int64_t> parameters;    // of each table
   std::vector<char> stepped, wanted;  // per parameter
   Watch watch;
+  LastMade made;
 };
 
 // The Python object. `error` makes what is raised from (what lacks, ids, samples); `steps` gives, per table, what
-// makes its update, or None; `once` guards gradients that no one may differentiate; `group` keeps pool and tables,
+// its update is made of, as Made has it, or None; `once` guards gradients that no one may differentiate; `group` keeps pool and tables,
 // and `seen`, none at first, what is watched.
 struct Lookup {
   PyObject_HEAD
@@ -125,68 +127,5 @@ inline Tensor forward(const Lookup* lookup, const std::vector<Tensor>& stored, c
   }
   return out;
 }
-
-// The updates of one backward: rules, and pointers to the states of every parameter. Their objects are held, as the
-// kernels write to the tensors in them.
-struct Updates {
-  std::vector<Rule> rules;
-  std::vector<float*> state, state2, steps;
-  std::vector<Object> held;
-  bool readable = true;  // all of them
-
-  Updates(Updates&&) = default;
-  ~Updates() {
-    pybind11::gil_scoped_acquire gil;
-    held.clear();
-  }
-
-  // With the GIL.
-  Updates(const Lookup* lookup, const std::vector<Tensor>& stored) {
-    const Fixed& fixed = *lookup->fixed;
-    const size_t all = fixed.wanted.size();
-    rules.resize(fixed.parameters.size()), state.resize(all), state2.resize(all), steps.resize(all);
-    size_t at = 0;
-    for (size_t t = 0; t < rules.size(); at += fixed.parameters[t++]) {
-      PyObject* make = PyTuple_GET_ITEM(lookup->steps, t);
-      if (Py_IsNone(make)) continue;
-      held.emplace_back(PyObject_CallNoArgs(make));
-      PyObject* update = held.back().at;
-      Rule& rule = rules[t];
-      rule.optimizer = static_cast<int64_t>(number(update, "kind"));
-      rule.lr = number(update, "lr"), rule.eps = number(update, "eps"), rule.lr_decay = number(update, "lr_decay");
-      rule.beta1 = number(update, "beta1"), rule.beta2 = number(update, "beta2");
-      for (int64_t k = 0; k < fixed.parameters[t]; k++)
-        if (!fixed.stepped[at + k]) rule.left |= int64_t{1} << k;
-      const Tensor* own = &stored[at];
-      const bool row_wise = rule.optimizer == ROWWISE_ADAGRAD;
-      const auto numbers = [&](Py_ssize_t k) { return row_wise ? own[k].size(0) : own[k].numel(); };
-      place(update, "state", &state[at], numbers), place(update, "state2", &state2[at], numbers);
-      place(update, "steps", &steps[at], [](Py_ssize_t) { return 1; });
-    }
-  }
-
- private:
-  PyObject* attribute(PyObject* of, const char* name) {
-    held.emplace_back(PyObject_GetAttrString(of, name));
-    return held.back().at;
-  }
-  double number(PyObject* of, const char* name) {
-    const double found = PyFloat_AsDouble(attribute(of, name));
-    if (PyErr_Occurred()) throw python_error();
-    return found;
-  }
-  // Their sizes too: whoever made the update has looked at these very tensors before, but not at what is in them now.
-  template <class Numbers>
-  void place(PyObject* update, const char* name, float** to, Numbers numbers) {
-    const Object tensors(PySequence_Fast(attribute(update, name), "an update's states are sequences"));
-    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(tensors.at); k++) {
-      PyObject* tensor = PySequence_Fast_GET_ITEM(tensors.at, k);
-      if (Py_IsNone(tensor)) continue;
-      const Tensor& found = THPVariable_Unpack(tensor);
-      readable = readable && found.scalar_type() == at::kFloat && found.is_contiguous() && found.numel() == numbers(k);
-      if (readable) to[k] = found.mutable_data_ptr<float>();
-    }
-  }
-};
 
 }  // namespace recemb

@@ -75,13 +75,13 @@ inline PyObject* rate_of(PyObject* settings) {  // borrowed, or null
 // Whether settings are as they were but for the learning rate, which a step reads anew.
 inline bool same_settings(PyObject* before, PyObject* now) {
   if (!PyDict_CheckExact(now) || PyDict_GET_SIZE(now) != PyDict_GET_SIZE(before)) return false;
-  Py_ssize_t at = 0;
-  PyObject *key, *value;
+  Py_ssize_t at = 0, there = 0;
+  PyObject *key, *value, *other, *found;
   while (PyDict_Next(before, &at, &key, &value)) {
-    PyObject* found = PyDict_GetItemWithError(now, key);
+    // In the same order, unless somebody has put them in another: to look each up takes longer than to see that.
+    if (!PyDict_Next(now, &there, &other, &found) || other != key) found = PyDict_GetItemWithError(now, key);
     if (!found) return false;
-    if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "lr") == 0) continue;
-    if (found == value) continue;
+    if (found == value || (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "lr") == 0)) continue;
     const Object held(Py_NewRef(found));
     if (PyObject_RichCompareBool(value, found, Py_EQ) != 1) return false;
   }
