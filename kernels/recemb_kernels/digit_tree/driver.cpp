@@ -5,7 +5,6 @@
 #include <strings.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <mutex>
 
@@ -13,7 +12,6 @@
 #include "recemb_parts.h"
 #include "recemb_plan.h"
 #include "recemb_share.h"
-#include "recemb_sort.h"
 #include "recemb_tree.h"
 
 using namespace recemb;
@@ -24,7 +22,7 @@ namespace {
 // most that it costs where cores are far apart is a tenth then, it saves a fifth where they are near.
 constexpr int64_t SERIAL = 512;
 constexpr double PRODUCTS = 1 << 16;
-// Ids of a table from which all threads sort it together.
+// Ids of a table from which all threads plan it together.
 constexpr int64_t TOGETHER = 1 << 13;
 
 // Everything a call holds from its forward to its backward; kept for the next call of the same tables.
@@ -158,33 +156,39 @@ void reserve_plan(const Call* call, State* state, int threads) {
   if (!state->reserved) state->plan.reserve(call);
   state->reserved = true;
   // The backward may meet more threads than the forward did.
-  state->plan.reserve_threads(call->num_tables, threads);
+  state->plan.reserve_threads(threads);
 }
 
 // Plans the tables whose kernels ask for it in this pass; every thread of the region calls it.
 void plan_tables(const Call* call, State* state, Plan pass) {
-  const auto now = [&](int64_t t) { return call->codes[t].plan == pass; };
+  const auto planned_now = [&](int64_t t) { return call->codes[t].plan == pass; };
   const auto base = [&](int64_t t) {
     int64_t ids = 0;
     for (int64_t before = 0; before < t; before++) ids += call->tables[before].ids;
     return ids;
   };
   if (state->owners.whole()) {
-    state->owners.each_own(PLANNED, now, [&](int64_t t) {
+    state->owners.each_own(PLANNED, planned_now, [&](int64_t t) {
       plan_table(call, t, base(t), state->plan, omp_get_thread_num());
       for (int64_t level = 1; level < call->tables[t].order; level++) plan_level(call, t, base(t), level, state->plan);
     });
 #pragma omp barrier
     return;
   }
-  // Tables larger than a thread's share are sorted by all threads together, the others by one thread each.
+  // Tables larger than a thread's share are planned by all threads together, the others by one thread each.
   const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  int64_t all = 0;
-  for (int64_t t = 0; t < call->num_tables; t++) all += now(t) ? call->tables[t].ids : 0;
-  for (int64_t t = 0; t < call->num_tables && threads > 1; t++)
-    if (now(t) && call->tables[t].ids >= TOGETHER && call->tables[t].ids * threads > all)
-      sort_table(call, t, base(t), state->plan);
-#pragma omp barrier
+  int64_t all = 0, few = 0;
+  for (int64_t t = 0; t < call->num_tables; t++) all += planned_now(t) ? call->tables[t].ids : 0;
+  const auto together = [&](int64_t t) {
+    return threads > 1 && call->tables[t].ids >= TOGETHER && call->tables[t].ids * threads > all;
+  };
+  for (int64_t t = 0; t < call->num_tables; t++)
+    if (planned_now(t) && together(t))
+      plan_together(call, t, base(t), state->plan);
+    else
+      few += planned_now(t);
+  if (few == 0) return;
+  const auto now = [&](int64_t t) { return planned_now(t) && !together(t); };
   // Round after round over the tables, each of which takes part in `rounds` of them: ids that go before a task.
   const auto ids_before = [&](int64_t task, auto rounds) {
     int64_t ids = 0;
@@ -328,34 +332,6 @@ int64_t recemb_tree_threads(const Call* call, int64_t threads) { return threads_
 void recemb_tree_alone(int64_t always) { Alone::always = always; }
 void recemb_tree_poison(int64_t on) { Buffer::poison = on != 0; }
 void recemb_tree_fail(int64_t at) { Buffer::failing = at; }
-
-// 0 when offsets rise from 0 to `num_ids`, every feature's ids are in [0, limits[f]) and weights are finite.
-int64_t recemb_tree_check(const int64_t* ids, const int64_t* offsets, const float* weights, int64_t num_ids,
-                          int64_t num_features, int64_t batch, const int64_t* limits, int64_t threads) {
-  const int64_t bags = num_features * batch;  // `limits` null: ids are not looked at
-  if (offsets[0] != 0 || offsets[bags] != num_ids) return 1;
-  int64_t bad = 0;
-#pragma omp parallel num_threads(num_ids + bags < 32 * SERIAL ? 1 : threads) reduction(| : bad)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < bags; i++) bad |= offsets[i + 1] < offsets[i];
-  }
-  if (bad) return 1;
-#pragma omp parallel num_threads(num_ids < 32 * SERIAL ? 1 : threads) reduction(| : bad)
-  {
-    for (int64_t f = 0; limits && f < num_features; f++) {
-      const uint64_t limit = static_cast<uint64_t>(limits[f]);
-#pragma omp for schedule(static) nowait
-      for (int64_t i = offsets[f * batch]; i < offsets[(f + 1) * batch]; i++)
-        bad |= static_cast<uint64_t>(ids[i]) >= limit;
-    }
-    if (weights) {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < num_ids; i++) bad |= !std::isfinite(weights[i]);
-    }
-  }
-  return bad;
-}
 
 // The three below return 0, or how many bytes there is no room for: nothing of the caller's has been written then, and
 // the state serves the next batch, or the same call again.

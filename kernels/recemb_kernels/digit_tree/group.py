@@ -17,6 +17,7 @@ from recemb_kernels.build import load
 from recemb_kernels.update import Kind, Update, is_stepped
 
 _HERE = Path(__file__).parent
+_DRIVER = ("driver", "check", "plan", "levels", "together", "owners", "parts", "buffer")
 MAX_ORDER = 8
 # A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, or one
 # of each thread's (parts.cpp), and its products of cores are computed once more in the backward instead of
@@ -415,7 +416,7 @@ def driver() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: it cannot be compiled here.
     """
-    sources = [_HERE / f"{name}.cpp" for name in ("driver", "plan", "owners", "parts", "buffer")]
+    sources = [_HERE / f"{name}.cpp" for name in _DRIVER]
     library = load("tree_driver", sources, {})
     for name, structure in (("call", _Call), ("code", _Code)):
         size = getattr(library, f"recemb_tree_{name}_size")

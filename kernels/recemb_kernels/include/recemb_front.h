@@ -14,7 +14,7 @@ namespace recemb {
 
 using at::Tensor;
 
-// driver.cpp's.
+// check.cpp's.
 using Check = int64_t (*)(const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, const int64_t*,
                           int64_t);
 

@@ -299,7 +299,7 @@ struct Train : Sizes<MIRRORED> {
   void multiply_level() const {
     if constexpr (l < LAST) {
       const Level& level = table.level[l];
-      const int64_t first = level.slice_piece[slice], last = level.slice_piece[slice + 1];
+      const int64_t first = begin(l), last = level.past_piece[slice];
       const auto cost = [&](int64_t p) { return PRODUCT_COST * S::M(l) * level.piece_start[p] + SLICE_COST * p; };
       share_tasks(first, last, cost, [&](int64_t p) {
         const float* a[PIECE * S::M(l)];
@@ -310,6 +310,8 @@ struct Train : Sizes<MIRRORED> {
           const int64_t node = level.by_digit[k];
           const float* above = product(l - 1, level.parent[node]);
           float* own = products[l] + product_at(l, node);
+          prefetch_row(above, S::PRODUCT(l - 1));
+          prefetch_row<true>(own, S::PRODUCT(l));
           for (int m = 0; m < S::M(l); m++, rows++) a[rows] = above + m * S::KP(l), c[rows] = own + m * S::N(l);
         }
         multiply_rows<S::K(l), S::N(l), false>(rows, a, matrix(l, level.group[level.by_digit[from]]), c);
@@ -350,7 +352,7 @@ struct Train : Sizes<MIRRORED> {
   template <class Where, class Act>
   void each_row(Where where, Act act) const {
     const Level& last = table.level[LAST];
-    const int64_t first = last.slice_run[slice], past = last.slice_run[slice + 1];
+    const int64_t first = begin(LAST), past = last.past_run[slice];
     Turned turned;
     const auto cost = [&](int64_t run) { return cost_of_runs<LAST>(run) + last.run_below[run]; };
     share_tasks(first, past, cost, [&](int64_t run) {

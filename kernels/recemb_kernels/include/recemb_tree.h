@@ -18,7 +18,8 @@ constexpr int64_t LINE = 16;  // floats of a cache line
 
 // One level of one table's tree. Nodes are cut into slices, whole subtrees of level 0, that share a workspace.
 // Within a slice they are grouped by digit: a run is one digit of one slice, a piece is at most PIECE nodes of one
-// run. Level 0 holds each digit once and in order, and has `digit` alone.
+// run. Runs and pieces of a slice are numbered from its first node on: no slice waits for how many others have. Level 0
+// holds each digit once and in order, and has `digit` alone.
 struct Level {
   int64_t nodes, touched;       // distinct prefixes, distinct digits
   const int32_t* parent;        // [nodes] node of the level above
@@ -26,13 +27,13 @@ struct Level {
   const int32_t* digit;         // [touched]
   const int32_t* group;         // [nodes] index of the node's digit in `digit`
   const int32_t* by_digit;      // [nodes] nodes in order of slice and digit
-  const int32_t* run_start;     // [runs + 1] into by_digit
-  const int32_t* run_group;     // [runs] index into `digit`
-  const int32_t* run_below;     // [runs + 1] children of the nodes of the runs before
-  const int32_t* piece_start;   // [pieces + 1] into by_digit
-  const int32_t* slice_node;    // [slices + 1] first node of each slice
-  const int32_t* slice_run;     // [slices + 1] first run
-  const int32_t* slice_piece;   // [slices + 1] first piece
+  const int32_t* run_start;     // into by_digit; behind a slice's last run, where that ends
+  const int32_t* run_group;     // index into `digit`
+  const int32_t* run_below;     // children of the nodes before
+  const int32_t* piece_start;   // into by_digit; behind a slice's last piece, where that ends
+  const int32_t* slice_node;    // [slices + 1] first node, first run and first piece of each slice
+  const int32_t* past_run;      // [slices] behind its last run
+  const int32_t* past_piece;    // [slices] behind its last piece
 };
 
 constexpr int PIECE = 64;
@@ -83,7 +84,6 @@ struct Table {
   const TableCode* code;
   int64_t order, optimizer, left, mirrored, ids, slices;
   uint64_t most;             // no key is larger
-  void* sorted;              // the ids' records in order of their keys; null until sorted
   float* const* param;       // [radix_k, width_k] each
   float* const* grad;        // zeroed, same shapes, where written out; null where nobody asks for it
   float* const* state;       // first optimizer state of each parameter

@@ -76,7 +76,7 @@ int64_t kept(const Table* table, const Call* call) {
 int64_t spare(const Table* table, const Call* call) {
   if (!call->grad_out) return 0;
   if (OPERATION == PROJECT) return table->num_features * call->batch * LEFT + chunks_of(table, call) * LEFT * RIGHT;
-  return PAIR ? (table->rows() + table->level[1].slice_piece[1]) * RIGHT : 0;
+  return PAIR ? (table->rows() + table->level[1].past_piece[0]) * RIGHT : 0;
 }
 
 void forward(const Table* table, const Call* call) {
@@ -117,7 +117,7 @@ void split_row(const float* g, const float* quotient, const float* remainder, fl
 // have sent what they send, the remainders move last.
 void backward_pair(const Table* table, const Call* call) {
   const Level &top = table->level[0], &rows = table->level[1];
-  const int64_t pieces = rows.slice_piece[1];
+  const int64_t pieces = rows.past_piece[0];
   float* const sums = table->spare + rows.nodes * RIGHT;  // of pieces
   const auto cost = [&](int64_t node) { return int64_t{top.first[node]} + rows.first[top.first[node]]; };
   const Senders from(table, call);
@@ -151,7 +151,7 @@ void backward_pair(const Table* table, const Call* call) {
     std::copy(sum, sum + RIGHT, is_whole(run) ? remainders.add(rows.digit[run]) : sums + p * RIGHT);
   }
 #pragma omp for schedule(static) nowait
-  for (int64_t run = 0; run < rows.slice_run[1]; run++) {
+  for (int64_t run = 0; run < rows.past_run[0]; run++) {
     if (is_whole(run)) continue;
     float grad[RIGHT] = {};
     const int32_t* const first = std::lower_bound(rows.piece_start, rows.piece_start + pieces, rows.run_start[run]);

@@ -155,7 +155,7 @@ struct TrainBackward : Train<MIRRORED> {
     constexpr bool TRANSPOSED = l == LAST && !S::BY_ROWS;  // the slices already are
     constexpr bool SENDS = l <= S::SENDER;
     const Level& level = table.level[l];
-    const int64_t first = level.slice_run[slice], last = level.slice_run[slice + 1], nodes = level.run_start[last];
+    const int64_t first = begin(l), last = level.past_run[slice], nodes = end(l);
     float *const tile_room = scratch(call, TILE), *const slice_room = scratch(call, SLICE);
     float* const grads = scratch(call, GRADIENTS);
     const Senders senders(&table, &call);
