@@ -107,9 +107,14 @@ class Made {
   }
 
   static std::optional<Object> state_of(PyObject* optimizer, PyObject* parameter) {
-    const Object states(PyObject_GetAttrString(optimizer, "state"));
+    static PyObject* const name = PyUnicode_InternFromString("state");
+    const Object states(PyObject_GetAttr(optimizer, name));
     if (!PyDict_Check(states.at)) return {};
-    PyObject* found = PyDict_GetItemWithError(states.at, parameter);
+    Py_ssize_t at = 0;
+    PyObject *first, *found;
+    // An optimizer in the backward mostly has one parameter, and to look a tensor up is to call Python.
+    if (!PyDict_Next(states.at, &at, &first, &found) || first != parameter)
+      found = PyDict_GetItemWithError(states.at, parameter);
     if (PyErr_Occurred()) throw python_error();
     if (!found || !PyDict_CheckExact(found)) return {};
     return Object(Py_NewRef(found));

@@ -51,7 +51,10 @@ inline Object item_of(const Object& list, size_t k) {
 }
 
 // Its list of settings.
-inline Object groups_of(PyObject* optimizer) { return Object(PyObject_GetAttrString(optimizer, "param_groups")); }
+inline Object groups_of(PyObject* optimizer) {
+  static PyObject* const name = PyUnicode_InternFromString("param_groups");
+  return Object(PyObject_GetAttr(optimizer, name));
+}
 
 // Settings as they are now, as `settings_of` in optim/state.py copies them: lists are changed in place.
 inline Object copy_of(const Object& settings) {
