@@ -38,7 +38,9 @@ ROW = Row("s", "10", 16, 64, 1, "zipf", "sgd", 60.0, "TT R=16", OP, 640, 5, 1000
 
 def test_a_missed_target_is_held_against_what_the_machine_can_do() -> None:
     # 10 MFLOP: 100 us as a matrix product.
-    ours = replace(ROW, p50_us=500.0, gflop_s=20.0, gemm_gflop_s=100.0, memory_us=250.0)
+    # 1.2 MB of weights at 5 GB/s and 0.4 MB of others at 40: 30 us as a copy, these.
+    speeds = {"gemm_gflop_s": 100.0, "copy_gbyte_s": 40.0, "gather_gbyte_s": 5.0}
+    ours = replace(ROW, p50_us=500.0, gflop_s=20.0, gbyte_s=3.2, memory_us=250.0, **speeds)
     missed = replace(ours, ratio_tbe=1.25, target="<=1", met=False)
     peer = replace(ROW, case=f"{TLTORCH}16", ratio_like=8.0, target=">=20", met=False)
     machine = "at the machine's own speed its arithmetic takes 100, its bytes 250"
@@ -57,9 +59,16 @@ def test_a_missed_target_is_held_against_what_the_machine_can_do() -> None:
             (AT_HAND, OP, "s", 97.0),
         )
     ]
-    at_hand = "; a step on its rows at hand, uncompressed, took 97"
+    at_hand = (
+        "; a step on its rows at hand, uncompressed, took 97, with that arithmetic and these weights "
+        "copied in one block 227"
+    )
     assert missed_lines([peer, ours, *others]) == [of_peer[0], of_peer[1] + at_hand]
     assert missed_lines([peer, ours, *others[:-1]]) == of_peer
+    # Of weights that are fetched no slower than copied, all bytes are; of unknown ones none.
+    fast, unknown = replace(ours, gather_gbyte_s=40.0), replace(ours, copy_gbyte_s=None)
+    for other, together in ((fast, 237), (unknown, 197)):
+        assert missed_lines([peer, other, *others])[1].endswith(f" in one block {together}")
     # A billion rows' work is not counted, nor is ours where it was not run.
     assert missed_lines([replace(ROW, ratio_tbe=2.0, target="<=1", met=False)]) == of_ours[:1]
     assert missed_lines([peer]) == of_peer[:1]

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "recemb_bags.h"
 #include "recemb_owners.h"
 #include "recemb_parts.h"
 #include "recemb_plan.h"
@@ -29,9 +30,9 @@ constexpr int64_t TOGETHER = 1 << 13;
 struct State {
   PlanRoom plan;
   Owners owners;
-  Buffer bags, slots, kept{true}, spare{true}, own;
+  Buffer bags, shares, slots, kept{true}, spare{true}, own;
   Buffer tables, features, gradient;  // of the group
-  bool known = false, reserved = false, one_hot = false;
+  bool known = false, means = false, reserved = false, one_hot = false;
   bool complete = false;  // the backward's plans are there too
   Alone alone;
   State* next = nullptr;  // at rest
@@ -93,15 +94,16 @@ void know(const Call* call, State* state) {
     for (int64_t k = 0; k < tables[t].num_features; k++)
       tables[t].adds = tables[t].adds || call->features[tables[t].features[k]].adds;
   }
+  for (int64_t f = 0; f < call->num_features; f++) state->means = state->means || call->features[f].mean;
   state->known = true;
 }
 
 // Points the call and its tables at the state and at this call's parameters.
 void attach(Call* call, State* state, int threads) {
-  if (!state->known) know(call, state);
   call->tables = state->tables.at<Table>(), call->gradient = state->gradient.at<Gradient>();
   call->bag = state->one_hot ? nullptr : state->bags.at<int32_t>();
   call->slot = state->one_hot ? nullptr : state->slots.at<int32_t>();
+  call->share = state->one_hot || !state->means ? nullptr : state->shares.at<float>();
   call->own_stride = 0;
   int64_t at = 0;
   for (int64_t t = 0; t < call->num_tables; t++) {
@@ -141,10 +143,17 @@ bool holds_one_id_a_bag(const Call* call) {
   return wrong == 0;
 }
 
-void fill_bags(const Call* call, int32_t* bags) {
+void fill_bags(const Call* call, const State* state) {
+  int32_t* const bags = state->bags.at<int32_t>();
 #pragma omp for schedule(static) nowait
   for (int64_t bag = 0; bag < call->num_features * call->batch; bag++)
     for (int64_t i = call->offsets[bag]; i < call->offsets[bag + 1]; i++) bags[i] = static_cast<int32_t>(bag);
+  if (!state->means) return;
+  for (int64_t f = 0; f < call->num_features; f++) {
+    if (!call->features[f].mean) continue;
+#pragma omp for schedule(static) nowait
+    for (int64_t b = 0; b < call->batch; b++) state->shares.at<float>()[f * call->batch + b] = count_share(call, f, b);
+  }
 }
 
 bool plans(const Call* call, Plan pass) {
@@ -214,11 +223,13 @@ void plan_tables(const Call* call, State* state, Plan pass) {
 
 // Looks at a new batch, and makes room for what is known of its bags.
 void begin(Call* call, State* state, int threads) {
+  if (!state->known) know(call, state);
   state->reserved = state->complete = false;
   state->one_hot = holds_one_id_a_bag(call);
   if (!state->one_hot) {
     // At least one: null means one id a bag.
     state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
+    if (state->means) state->shares.room<float>(call->num_features * call->batch);
   }
   attach(call, state, threads);
   count_ids(call);
@@ -348,7 +359,7 @@ int64_t recemb_tree_prepare(Call* call, void* holder, int64_t threads) {
   if (lacks) return lacks;
 #pragma omp parallel num_threads(team)
   {
-    if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
+    if (!state->one_hot) fill_bags(call, state);
     for (const Plan pass : {FORWARD, BACKWARD})
       if (plans(call, pass)) plan_tables(call, state, pass);
   }
@@ -373,7 +384,7 @@ int64_t recemb_tree_forward(Call* call, void* holder, int64_t threads, int64_t p
 #pragma omp parallel num_threads(team)
   {
     if (plan) {
-      if (!state->one_hot) fill_bags(call, state->bags.at<int32_t>());
+      if (!state->one_hot) fill_bags(call, state);
       plan_tables(call, state, FORWARD);
     }
 #pragma omp single
@@ -404,7 +415,7 @@ int64_t recemb_tree_backward(Call* call, void* holder, int64_t threads) {
 #pragma omp parallel num_threads(team)
   {
     if (bags && !state->one_hot) {
-      fill_bags(call, state->bags.at<int32_t>());
+      fill_bags(call, state);
 #pragma omp barrier
     }
     if (plan) plan_tables(call, state, BACKWARD);

@@ -62,7 +62,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "offsets", "weights", "codes", "features")),
         *((name, ctypes.c_void_p) for name in ("param", "out", "grad_out", "grad_weights")),
         *((name, ctypes.c_void_p) for name in ("rules", "grad", "state", "state2", "steps")),
-        *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "slot", "own")),
+        *((name, ctypes.c_void_p) for name in ("tables", "gradient", "bag", "share", "slot", "own")),
         ("own_stride", ctypes.c_int64),
     )
 

@@ -40,7 +40,12 @@ static inline int64_t length_of(const Call* call, int64_t f, int64_t b) {
 
 // What an id of sample b's bag counts for, beside its weight.
 static inline float share_of(const Call* call, int64_t f, int64_t b) {
-  return call->features[f].mean ? 1.0f / static_cast<float>(length_of(call, f, b)) : 1.0f;
+  return call->share && call->features[f].mean ? call->share[f * call->batch + b] : 1.0f;
+}
+
+// The same, for the driver to note.
+static inline float count_share(const Call* call, int64_t f, int64_t b) {
+  return 1.0f / static_cast<float>(length_of(call, f, b));
 }
 
 // Whether sample b has no id in feature f, and another feature has written its columns.
@@ -127,29 +132,36 @@ struct Sender {
 struct Senders {
   const int32_t *first, *perm;  // of each row its first id, and of each id its position
   int64_t ids;
-  // Of one feature, without weights and means of several ids, what position i sends is at + (i - before) * stride, or
-  // what its bag does; else at is null.
+  // Of one feature what position i sends is at + (i - before) * stride, or what its bag does; of several at is null.
   const float* at = nullptr;
   const int32_t* bag = nullptr;
   int64_t stride = 0, before = 0;
+  const float *weights = nullptr, *share = nullptr;  // of positions, and of bags whose mean counts: null where all are 1
   const Call* call;
 
   Senders(const Table* table, const Call* c)
       : first(table->level[table->order - 1].first), perm(table->perm), ids(table->ids), call(c) {
-    if (table->num_features != 1 || call->weights) return;
+    if (table->num_features != 1) return;
     const int64_t f = table->features[0];
-    if (call->bag && call->features[f].mean) return;
     at = call->gradient[f].at, stride = call->gradient[f].stride;
     bag = call->bag, before = f * call->batch;
+    weights = call->weights, share = call->features[f].mean ? call->share : nullptr;
   }
-  const float* plain(int64_t i) const { return at + ((bag ? bag[i] : i) - before) * stride; }
-  Sender operator()(int64_t i) const { return at ? Sender{plain(i), 1.0f} : any(call, i); }
+  const float* of_one(int64_t i) const { return at + ((bag ? bag[i] : i) - before) * stride; }
+  const float* grad(int64_t i) const { return at ? of_one(i) : any(call, i).grad; }
+  float weight(int64_t i) const {
+    const float of_bag = share ? share[bag[i]] : 1.0f;
+    return weights ? weights[i] * of_bag : of_bag;
+  }
+  Sender operator()(int64_t i) const {
+    return at ? Sender{of_one(i), weight(i)} : any(call, i);
+  }
 
  private:
   static Sender any(const Call* call, int64_t i) {
     const int64_t bag = call->bag ? call->bag[i] : i, f = bag / call->batch, b = bag - f * call->batch;
     const Gradient& g = call->gradient[f];
-    const float share = call->bag ? share_of(call, f, b) : 1.0f;
+    const float share = share_of(call, f, b);
     return {g.at + b * g.stride, call->weights ? call->weights[i] * share : share};
   }
 };
@@ -161,16 +173,17 @@ template <int W, bool IN_ORDER = true>
   const int32_t past = from.first[u + 1];
   const int64_t last = IN_ORDER ? from.ids : past;
   float sum[W] = {};
-  // Two loops: what finding any sender needs would take the registers of the plain one.
+  // Two loops: what finding any sender needs would take the registers of the other one.
   if (from.at) {
     for (int32_t k = from.first[u]; k < past; k++) {
-      if (k + AHEAD<W> < last) prefetch_row(from.plain(from.perm[k + AHEAD<W>]), W);
-      const float* sent = from.plain(from.perm[k]);
-      for (int j = 0; j < W; j++) sum[j] += sent[j];
+      if (k + AHEAD<W> < last) prefetch_row(from.of_one(from.perm[k + AHEAD<W>]), W);
+      const int64_t i = from.perm[k];
+      const float *const sent = from.of_one(i), weight = from.weight(i);
+      for (int j = 0; j < W; j++) sum[j] += weight * sent[j];
     }
   } else {
     for (int32_t k = from.first[u]; k < past; k++) {
-      if (k + AHEAD<W> < last) prefetch_row(from(from.perm[k + AHEAD<W>]).grad, W);
+      if (k + AHEAD<W> < last) prefetch_row(from.grad(from.perm[k + AHEAD<W>]), W);
       const Sender sent = from(from.perm[k]);
       for (int j = 0; j < W; j++) sum[j] += sent.weight * sent.grad[j];
     }

@@ -132,6 +132,7 @@ struct Call {
   Table* tables;
   Gradient* gradient;    // per feature
   const int32_t* bag;    // [ids] bag of each position; null when every bag holds one id
+  const float* share;    // [bags] what an id of a mean counts for; null when every bag holds one id, or none is a mean
   int32_t* slot;         // [ids] distinct row of each position; null unless rows are pooled from a list
   float* own;            // [threads, own_stride] of the kernel at work
   int64_t own_stride;

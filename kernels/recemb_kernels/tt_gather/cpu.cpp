@@ -130,7 +130,7 @@ struct TrainBackward : Train<MIRRORED> {
       if (!S::ROWS_SEND) prefetch_row(grad_row(node), D);
       if (summed) return;
       const int64_t begin = from.first[node], past = std::min<int64_t>(begin + IDS_AHEAD, from.first[node + 1]);
-      for (int64_t k = begin; k < past; k++) prefetch_row(from(from.perm[k]).grad, D);
+      for (int64_t k = begin; k < past; k++) prefetch_row(from.grad(from.perm[k]), D);
     }
   }
 
