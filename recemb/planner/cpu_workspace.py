@@ -35,7 +35,7 @@ _CHUNK = 256
 # one may be: ``digit_tree/parts.cpp``.
 _PART_ROWS, _MOST_PARTS, _UNEVEN = 2**13, 8, 1.15
 # Ids of a table up to which a thread may take it whole; there are two such tables a thread, or more.
-_MOST_IDS = 2**13
+_MOST_IDS = 2**14
 
 
 @dataclass(frozen=True)

@@ -268,16 +268,19 @@ def test_keys_that_no_double_holds() -> None:
     torch.testing.assert_close(pooled, table.rows(table.map_ids(ids)), rtol=1e-5, atol=1e-6)
 
 
-def _trained(threads: Sequence[int], ahead: bool = False) -> tuple[list[Tensor], int]:
+def _trained(
+    threads: Sequence[int], ahead: bool = False, batch: int = 300, rows: int | None = None
+) -> tuple[list[Tensor], int]:
     """What tables of all methods put out, and are after steps by these threads in turn; their workspace."""
     before = torch.get_num_threads()
     engine, tables = make_engine()
+    engine.micro_batch_rows = rows
     step_all(tables, torch.optim.Adagrad, 0.1)
     outs = []
     try:
         for k, (forward, backward) in enumerate(pairwise(threads)):
             torch.set_num_threads(forward)
-            bags = make_bags(engine, 300, 1 + k % 3, seed=k)
+            bags = make_bags(engine, batch, 1 + k % 3, seed=k)
             if ahead:
                 engine.prefetch(tables, bags)
             out = engine(tables, bags)
@@ -301,6 +304,16 @@ def test_tables_that_one_thread_each_takes_come_out_with_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     # The first batch is shared out by its ids, later ones by the clock: each thread has a workspace then.
     assert len(set(threads)) > 1 or bytes_shared > bytes_alone, "no table was taken whole"
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(300, 100), (10_000, None), (10_000, 1000)])
+def test_tables_that_one_thread_each_takes_may_be_large_and_come_in_slices(
+    batch: int, rows: int | None
+) -> None:
+    alone, bytes_alone = _trained((1,) * 5, batch=batch, rows=rows)
+    shared, bytes_shared = _trained((2,) * 5, batch=batch, rows=rows)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    assert bytes_shared > bytes_alone, "no table was taken whole"
 
 
 def test_a_region_of_fewer_threads_than_asked_for_leaves_no_table_out() -> None:

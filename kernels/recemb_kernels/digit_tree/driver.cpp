@@ -242,16 +242,16 @@ const Functions& kernel_of(const Table& table) { return table.mirrored ? table.c
 // or all of a thread.
 void place(const Call* call, State* state, bool forward) {
   int64_t kept = 0, spare = 0;
+  const bool whole = state->owners.whole(), shared = !whole && (forward || state->alone.now());
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
-    table.workers = forward || state->alone.now() ? workers(table, omp_get_num_threads()) : 1;
+    table.workers = shared ? workers(table, omp_get_num_threads()) : 1;
     table.spare_size = kernel_of(table).spare(&table, call);
     spare = std::max(spare, table.spare_size);
     kept += kernel_of(table).kept(&table, call);
   }
   float* at = forward ? state->kept.room<float>(kept) : state->kept.at<float>();
   spare = (spare + LINE - 1) / LINE * LINE;
-  const bool whole = state->owners.whole();
   float* room = state->spare.room<float>(whole ? spare * omp_get_num_threads() : spare);
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];

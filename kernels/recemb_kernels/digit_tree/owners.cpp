@@ -11,7 +11,7 @@ namespace {
 // whom has had them, who has their weights in its cache.
 constexpr double UNEVEN = 1.1, EVEN = 1.05;
 // Ids of a table up to which it is one thread's: each has a workspace then, and of more ids a pass has work for all.
-constexpr int64_t MOST_IDS = 1 << 13;
+constexpr int64_t MOST_IDS = 1 << 14;
 // What an id of a table is taken to cost before it has been seen to, in seconds.
 constexpr double OF_AN_ID = 5e-8;
 // A stage that has not been seen to. The first time does not count: memory comes page by page then.
@@ -50,9 +50,8 @@ void Owners::share_out(const Call* call, int threads) {
   double* cost = cost_.at<double>();
   for (int64_t t = 0; t < tables_; t++) {
     const Table& table = call->tables[t];
-    // The sums of columns that two features share have an order; trains of more rows come in slices.
+    // The sums of columns that two features share have an order.
     if (table.adds || table.ids > MOST_IDS) return;
-    if (table.code->plan == FORWARD && table.ids > call->slice_rows) return;
     cost[t] = 0;
     for (int stage = 0; stage < STAGES; stage++) cost[t] += std::max(took_.at<double>()[stage * tables_ + t], 0.0);
     if (cost[t] == 0) cost[t] = OF_AN_ID * static_cast<double>(table.ids + 1);
