@@ -155,11 +155,13 @@ features = [FeatureCode(t, mean) for t, mean in ((0, False), (1, True), (2, Fals
 kernels = [tt_gather._kernel(shape) for shape in shapes]
 # A free mirror, so that the batches below are read from either end.
 eager = [replace(kernel, mirrored_cost=(1e-9,) * len(kernel.cost)) for kernel in kernels]
-of_trains = [
-    torch.randn(p, r * q * s)
-    for shape in shapes
-    for p, q, r, s in zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:])
-]
+def cores_of(*shapes):
+    return [
+        torch.randn(p, r * q * s)
+        for shape in shapes
+        for p, q, r, s in zip(shape.row_shape, shape.dim_shape, shape.ranks, shape.ranks[1:])
+    ]
+of_trains = cores_of(*shapes)
 stores = [
     RowShape(Operation.MULT, (56, 9), (5, 5)),
     RowShape(Operation.ROW, (77,), (3,)),
@@ -175,19 +177,26 @@ robes = [
     RobeShape(6, 4, 9, True, (11, 13), (17, 19), starts, tuple(range(5, 17)), 662),
     RobeShape(4, 4, 9, False, (11, 13), (17, 19), starts, tuple(range(5, 11)), 662),
 ]
+# A fifth feature reads the trains' fourth table.
 groups = (
-    *((Group(k, features, micro_batch_rows=m), of_trains) for k in (kernels, eager) for m in (4, 2**18)),
-    (rows, tables),
-    *((Group([robe_gather._kernel(shape)], arrays), [torch.randn(9, 4)]) for shape in robes),
+    *((Group(k, features, micro_batch_rows=m), of_trains, 5) for k in (kernels, eager) for m in (4, 2**18)),
+    (rows, tables, 4),
+    *((Group([robe_gather._kernel(shape)], arrays), [torch.randn(9, 4)], 4) for shape in robes),
 )
 sizes_of_batches = ((0, 1), (1, 1), (33, 4), (600, 1))
-for group, cores, (batch_size, longest) in ((g, p, b) for g, p in groups for b in sizes_of_batches):
-    # A fifth feature reads the trains' fourth table.
-    of_features = torch.tensor([504, 77, 81, 81, 210][: 5 if cores is of_trains else 4])
+runs = [(g, p, [504, 77, 81, 81, 210][:n], b) for g, p, n in groups for b in sizes_of_batches]
+# Of one table, which all threads plan: sorted, counted, and of keys wider than 32 bits.
+for shape, of_table in (((40, 30, 20), 24000), ((40, 30, 20), 900), ((3, 2000, 2000, 1000), 12 * 10**9)):
+    ends = [1] * (len(shape) - 2)
+    shape = TrainShape(shape, (2, *ends, 2), (1, *(2 * end for end in ends), 2, 1))
+    alone = Group([tt_gather._kernel(shape)], features[:1], micro_batch_rows=2**12)
+    runs.append((alone, cores_of(shape), [of_table], (9000, 1)))
+for group, cores, of_features, (batch_size, longest) in runs:
+    of_features = torch.tensor(of_features)
     lengths = torch.randint(0, longest + 1, (len(of_features) * batch_size,))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     rows = of_features.repeat_interleave(batch_size).repeat_interleave(lengths)
-    ids = (torch.rand(rows.numel()) * rows).long()
+    ids = (torch.rand(rows.numel(), dtype=torch.float64) * rows).long()
     ids[-1:] = rows[-1:] - 1
     for w in (None, torch.rand(ids.numel())):
         batch = Batch(ids, offsets, w, batch_size)
