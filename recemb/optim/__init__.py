@@ -41,7 +41,7 @@ _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Upda
 
 
 class FusedUpdate:
-    """What update one storage's in-backward optimizers ask for; asked anew every step, so remembered."""
+    """What update one storage's in-backward optimizers ask for; asked anew in Python's steps, so remembered."""
 
     def __init__(self) -> None:
         # In one piece, as threads may ask side by side.
@@ -49,7 +49,9 @@ class FusedUpdate:
         self._made: tuple[object, Update, list[dict[str, Any]], list[object]] | None = None
 
     def of(self, parameters: Sequence[nn.Parameter]) -> Step | None:
-        """What makes the update, once per backward, with the learning rate of that moment.
+        """What makes the update, in a backward, with the learning rate of that moment.
+
+        In C++ it is asked once more where a setting or a state is another object than at the last one.
 
         Args:
             parameters: those of the storage, which are updated together.

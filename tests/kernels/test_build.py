@@ -184,16 +184,24 @@ groups = (
     *((Group([robe_gather._kernel(shape)], arrays), [torch.randn(9, 4)], 4) for shape in robes),
 )
 sizes_of_batches = ((0, 1), (1, 1), (33, 4), (600, 1))
-runs = [(g, p, [504, 77, 81, 81, 210][:n], b) for g, p, n in groups for b in sizes_of_batches]
-# Of one table, which all threads plan: sorted, counted, and of keys wider than 32 bits.
-for shape, of_table in (((40, 30, 20), 24000), ((40, 30, 20), 900), ((3, 2000, 2000, 1000), 12 * 10**9)):
-    ends = [1] * (len(shape) - 2)
-    shape = TrainShape(shape, (2, *ends, 2), (1, *(2 * end for end in ends), 2, 1))
-    alone = Group([tt_gather._kernel(shape)], features[:1], micro_batch_rows=2**12)
-    runs.append((alone, cores_of(shape), [of_table], (9000, 1)))
-for group, cores, of_features, (batch_size, longest) in runs:
+runs = [(g, p, [504, 77, 81, 81, 210][:n], b, 0) for g, p, n in groups for b in sizes_of_batches]
+# Of one table, which all threads plan: sorted, counted, from the other end, and of keys wider than 32 bits.
+torch.set_num_threads(3)
+for sizes, of_table, cost in (
+    ((40, 30, 20), 24000, 1e9),
+    ((40, 30, 20), 900, 1e9),
+    ((40, 30, 20), 24000, 1e-9),
+    ((3, 2000, 2000, 1000), 12 * 10**9, 1e9),
+):
+    ends = [1] * (len(sizes) - 2)
+    shape = TrainShape(sizes, (2, *ends, 2), (1, *(2 * end for end in ends), 2, 1))
+    kernel = replace(tt_gather._kernel(shape), mirrored_cost=(cost,) * len(sizes))
+    alone = Group([kernel], features[:1], micro_batch_rows=2**12)
+    runs.append((alone, cores_of(shape), [of_table], (9000, 1), 1))
+for group, cores, of_features, (batch_size, longest), shortest in runs:
     of_features = torch.tensor(of_features)
-    lengths = torch.randint(0, longest + 1, (len(of_features) * batch_size,))
+    lengths = torch.randint(shortest, longest + 1, (len(of_features) * batch_size,))
+    assert not shortest or lengths.sum() >= 2**13
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     rows = of_features.repeat_interleave(batch_size).repeat_interleave(lengths)
     ids = (torch.rand(rows.numel(), dtype=torch.float64) * rows).long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ def train(
     kind: type[torch.optim.Optimizer],
     made: list[int] | None,
     settings: Mapping[str, Any] | None = None,
+    *,
+    left: bool = False,
 ) -> list[Tensor]:
     """All that training changes; ``change`` acts between the forward and the backward of the fourth step.
 
@@ -63,10 +66,15 @@ def train(
         kind: of the optimizers.
         made: takes how many updates have been made, step by step.
         settings: of each optimizer's group, in copies.
+        left: whether some parameters of tables take no step.
     """
     engine, tables = make_engine(methods=METHODS)
     step_all(tables, kind, 0.1)
-    parameters = [parameter for table in tables.values() for parameter in table.parameters()]
+    if left:
+        list(tables["tt"].parameters())[1].requires_grad_(False)
+        next(tables["qr"].parameters())._in_backward_optimizers = []
+    every = [parameter for table in tables.values() for parameter in table.parameters()]
+    parameters = [p for p in every if p.requires_grad and p._in_backward_optimizers]
     for parameter in parameters:
         parameter._in_backward_optimizers[0].param_groups[0].update(deepcopy(settings or {}))
     count = 0
@@ -93,25 +101,38 @@ def train(
         for value in parameter._in_backward_optimizers[0].state[parameter].values()
         if isinstance(value, Tensor)
     ]
-    return [tensor.detach().clone() for tensor in (*parameters, *states)]
+    return [tensor.detach().clone() for tensor in (*every, *states)]
 
 
-@pytest.mark.parametrize("change", [None, rate, reload, other_groups, other_tensor, other_entry, other_state])
-@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torchrec.optim.RowWiseAdagrad])
+OF_SETTINGS: tuple[Change | None, ...] = (None, rate, reload, other_groups)
+OF_STATES: tuple[Change, ...] = (other_tensor, other_entry, other_state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *product((torch.optim.Adagrad, torchrec.optim.RowWiseAdagrad), (*OF_SETTINGS, *OF_STATES)),
+        *product((torch.optim.SGD,), OF_SETTINGS),  # has no state
+    ],
+)
+@pytest.mark.parametrize("left", [False, True])
 def test_an_update_is_made_again_where_what_it_is_made_of_has_changed(
-    change: Change | None, kind: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+    change: Change | None,
+    kind: type[torch.optim.Optimizer],
+    left: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     step_or_skip()
     made: list[int] = []
-    ours = train(change, kind, made)
+    ours = train(change, kind, made, left=left)
     each = len(METHODS)
     before, after = made[2:4]
     assert before == each, "steps of which nothing has changed asked for updates"
     assert after - before == (0 if change is None else each), "the change was not seen in its own backward"
-    unseen = train(None, kind, None)
+    unseen = train(None, kind, None, left=left)
     with monkeypatch.context() as patch:
         from_python(patch)
-        truth = train(change, kind, None)
+        truth = train(change, kind, None, left=left)
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
     assert (change is None) == all(torch.equal(a, b) for a, b in zip(ours, unseen, strict=True))
 

@@ -1,4 +1,4 @@
-"""Plans of a batch: slices, mirrors, tables that all threads sort, and those that are one thread's."""
+"""Plans of a batch: slices, mirrors, tables that all threads plan, and those that are one thread's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recemb.backends import build
 from recemb.backends.native import pooled_native
 from recemb.backends.tt_shapes import table_shapes
 from recemb.bags import Bags
-from recemb.spec import TableSpec, TensorTrain
+from recemb.spec import ROBE, Compression, Dense, QuotientRemainder, TableSpec, TensorTrain
 from recemb_kernels.digit_tree.group import Batch, FeatureCode, Group, driver
 from recemb_kernels.tt_gather import TrainShape, tt_gather
 from tests.kernels.cases import (
@@ -106,7 +106,7 @@ def test_the_mirror_is_taken_when_suffixes_are_shared() -> None:
         ((40_000,), 10**6, 1.0, 1),
     ],
 )
-def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
+def test_large_tables_are_planned_by_all_threads_to_the_same_bits(
     ids_of: tuple[int, ...], rows_of: int, hot: float, tables_of: int, set_threads: Callable[[int], None]
 ) -> None:
     """The largest of several, or by one each where they are many; one of several features; wide keys; an id
@@ -137,6 +137,49 @@ def test_large_tables_are_sorted_by_all_threads_to_the_same_bits(
     rows = tables[0].rows(tables[0].map_ids(ids[:100]))
     torch.testing.assert_close(outcomes[0][0][:100, :16], rows, rtol=1e-5, atol=1e-6)
     assert math.prod(table_shapes(spec)[0]) >= rows_of
+
+
+@pytest.mark.parametrize(
+    ("rows", "compression"),
+    [
+        (2**20, Dense()),
+        # More values of a digit than are counted.
+        (10**8, TensorTrain(rank=2, row_shape=(200, 50_000, 10), dim_shape=(1, 1, 2))),
+        (10**6, QuotientRemainder(collisions=5000)),
+        (2**60 - 1, ROBE(compress_rate=2**56, block_size=1)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["any", "hot", "two"])
+def test_all_threads_plan_as_one_does(
+    rows: int, compression: Compression, kind: str, set_threads: Callable[[int], None]
+) -> None:
+    """Of any number of digits; also of ids that ranges are hard to cut between: doubles do not hold them."""
+    spec = TableSpec(
+        name="t",
+        num_embeddings=rows,
+        embedding_dim=2,
+        compression=compression,
+        feature_names=("f",),
+        init_std=1.0,
+    )
+    torch.manual_seed(1)
+    ids = (torch.rand(8256, dtype=torch.float64) ** (9 if kind == "hot" else 1) * rows).long()
+    ids.clamp_(max=rows - 1)
+    if kind == "two":
+        ids = torch.cat([torch.full((903,), (rows + 1) // 2), torch.full((8256 - 903,), rows - 1)])
+    outcomes = []
+    for count in (1, 2, 6, 7):
+        set_threads(count)
+        torch.manual_seed(0)
+        tables = build([spec], torch.device("cpu"))
+        tables["t"].reset_parameters()
+        step_all(tables, torch.optim.SGD, 0.1)
+        pooled = pooled_native([tables["t"]], Bags(ids, torch.arange(len(ids) + 1), 1))
+        assert pooled is not None
+        pooled.square().sum().backward()
+        outcomes.append([tensor.detach() for tensor in (pooled, *tables["t"].parameters())])
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -206,13 +249,14 @@ def test_mirrored_trains_in_parts(
     ids = torch.randint(60 * 50 * 70, (int(lengths.sum()),))
     batch = Batch(ids, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), None, 60_000)
     grad, outcomes = torch.randn(60_000, 16), []
-    set_threads(2)
-    for cost, alone in ((1e9, 1), (1e-9, 0), (1e-9, 1)):
+    for count, cost, alone in ((2, 1e9, 1), (2, 1e-9, 0), (2, 1e-9, 1), (1, 1e-9, 1)):
+        set_threads(count)
         set_alone(alone)
         kernels = [replace(kernel, mirrored_cost=(cost,) * 3)]
         outcomes.append(run_trains(kernels, cores, batch, grad, micro_batch_rows=2**13))
-    straight, together, apart = outcomes
-    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+    straight, together, *others = outcomes
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(together, other, strict=True))
     assert not torch.equal(straight[0], together[0]), "both were read from the same end"
     for first, second in zip(straight, together, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-3 * float(first.abs().max()))

@@ -1,4 +1,4 @@
-// The table-independent part of a look-up: checks the batch, plans it, opens one parallel region for all tables,
+// The table-independent part of a look-up: plans the batch, opens one parallel region for all tables,
 // and hands each to the kernel compiled for it, on all threads or within its owner's own region.
 #include <omp.h>
 #include <pthread.h>

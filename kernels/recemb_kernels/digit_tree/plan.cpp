@@ -16,7 +16,6 @@ int64_t arrays_of(int64_t order) { return 1 + ARRAYS_PER_LEVEL * order; }
 // Each with room for every id, and for one number more in each of the ranges that threads take.
 int64_t array_size(const Table& table) { return table.ids + table.ids / RANGE + 2; }
 
-
 // Number of an id with its digits in reverse: the last digit becomes the most significant.
 struct Mirror {
   const TableCode& code;

@@ -381,7 +381,7 @@ std::array<PyObject*, 5> held_by(const Lookup* lookup) {
   return {lookup->group, lookup->steps, lookup->error, lookup->once, lookup->seen};
 }
 
-// No tp_clear: what it holds is fixed, so that in any circle there is something else to clear.
+// No tp_clear: what it holds is fixed, or dicts that can be cleared: in any circle there is something else to clear.
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Lookup* lookup = reinterpret_cast<Lookup*>(self);
   Py_VISIT(Py_TYPE(self));

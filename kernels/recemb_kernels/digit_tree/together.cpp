@@ -41,7 +41,9 @@ class Cuts {
     const int64_t k = std::lower_bound(cost_, cost_ + SAMPLES, goal) - cost_;
     const uint64_t from = k ? key_[k - 1] : 0, keys = (k < SAMPLES ? key_[k] : most_) - from;
     const double before = k ? cost_[k - 1] : 0, share = (goal - before) / (cost_[k] - before);
-    const uint64_t low = (from + static_cast<uint64_t>(share * static_cast<double>(keys))) / span_ * span_;
+    // A double rounds above 2^53: no begin may pass the next one's.
+    const uint64_t below = std::min(keys, static_cast<uint64_t>(share * static_cast<double>(keys)));
+    const uint64_t low = (from + below) / span_ * span_;
     if (most_ - low < span_) return goal - cost(low) < cost_[SAMPLES] - goal ? low : most_ + 1;
     return goal - cost(low) < cost(low + span_) - goal ? low : low + span_;
   }
@@ -52,7 +54,9 @@ class Cuts {
     const int64_t k = std::lower_bound(key_, key_ + SAMPLES, key) - key_;
     const uint64_t from = k ? key_[k - 1] : 0, to = k < SAMPLES ? key_[k] : most_;
     const double before = k ? cost_[k - 1] : 0;
-    return before + (cost_[k] - before) * static_cast<double>(key - from) / static_cast<double>(std::max(to - from, key - from));
+    if (key == from) return before;
+    const double share = static_cast<double>(key - from) / static_cast<double>(std::max(to - from, key - from));
+    return before + share * (cost_[k] - before);
   }
 
   const uint64_t most_;
@@ -82,7 +86,8 @@ void grow_range(const Call* call, const Table& table, uint64_t low, uint64_t wid
   }
 }
 
-void note_digits(const int32_t* digit, int64_t n, char* there) {
+void note_digits(const int32_t* digit, int64_t n, int64_t radix, char* there) {
+  std::fill_n(there, radix, 0);
   for (int64_t i = 0; i < n; i++) there[digit[i]] = 1;
 }
 
@@ -149,8 +154,8 @@ void plan_together(const Call* call, int64_t index, int64_t base, const PlanRoom
   const int64_t last = table.order - 1;
   Range& own = ranges[me];
   uint64_t low = 0, width = 0;
-  own = {};
   if (me < all) {
+    own.ids = 0;
     const Cuts cuts(call, table);
     low = cuts.begin(me, all), width = cuts.begin(me + 1, all) - low;
     each_feature_of<Wide>(call, table, straight, [&](auto read, int64_t begin, int64_t end) {
@@ -162,9 +167,9 @@ void plan_together(const Call* call, int64_t index, int64_t base, const PlanRoom
   if (me == 0) lay_out(call, index, base, room);
 #pragma omp barrier
   Nodes grown{};
-  int64_t before = 0;
-  for (int64_t t = 0; t < me; t++) before += ranges[t].ids;
   if (me < all) {
+    int64_t before = 0;
+    for (int64_t t = 0; t < me; t++) before += ranges[t].ids;
     // In arrays that have no use yet, each with room for one number more in every range.
     for (int64_t l = 0; l <= last; l++) {
       const Level& level = table.level[l];
@@ -180,7 +185,8 @@ void plan_together(const Call* call, int64_t index, int64_t base, const PlanRoom
       grow_range<Narrow>(call, table, low, width, own.ids, slab, grown);
     std::copy_n(grown.count, table.order, own.nodes);
     for (int64_t l = 1; l <= last; l++)
-      if (radix_of(table, l) <= COUNTED) note_digits(grown.digit[l], grown.count[l], own.digits[l]);
+      if (const int64_t radix = radix_of(table, l); radix <= COUNTED)
+        note_digits(grown.digit[l], grown.count[l], radix, own.digits[l]);
   }
 #pragma omp barrier
   if (me < all) move_range(table, ranges, me, all, grown);

@@ -136,7 +136,7 @@ struct Senders {
   const float* at = nullptr;
   const int32_t* bag = nullptr;
   int64_t stride = 0, before = 0;
-  const float *weights = nullptr, *share = nullptr;  // of positions, and of bags whose mean counts: null where all are 1
+  const float *weights = nullptr, *share = nullptr;  // of positions, and of bags of a mean: null where all are 1
   const Call* call;
 
   Senders(const Table* table, const Call* c)

@@ -41,9 +41,10 @@ inline bool counts(int64_t values, int64_t nodes) { return values <= std::min(CO
 // The nodes of each level of a tree, or of a range of its keys, as numbered there.
 struct Nodes {
   int64_t count[MAX_ORDER];
-  int32_t *first[MAX_ORDER], *parent[MAX_ORDER], *digit[MAX_ORDER];  // digits of level 0 may not fit, with no other level
-  uint64_t* keys;                                                    // [rows]
-  int32_t* perm;                                                     // [ids]
+  int32_t *first[MAX_ORDER], *parent[MAX_ORDER];
+  int32_t* digit[MAX_ORDER];  // none where there is one level: they may not fit
+  uint64_t* keys;             // [rows]
+  int32_t* perm;              // [ids]
 };
 
 // Those of a whole tree, where a plan has them: Level.group is for digits first.
@@ -60,7 +61,8 @@ inline Nodes nodes_of(const Table& table) {
 
 // What is above the last digit of each number, which may take the numbers' place, and that digit.
 template <class Quotient>
-void split_digits(const uint64_t* numbers, int64_t n, Quotient above_of, uint64_t radix, uint64_t* upper, int32_t* digit) {
+void split_digits(const uint64_t* numbers, int64_t n, Quotient above_of, uint64_t radix, uint64_t* upper,
+                  int32_t* digit) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const uint64_t number = numbers[i], above = above_of(number);
@@ -97,7 +99,8 @@ void grow(const Table& table, Record* sorted, int64_t n, Nodes& to) {
 // The same of records in any order, whose keys are [low, low + width): counted, where there are about as many keys as
 // records. `next` has room for `width` numbers, `to.keys` for one more than there are rows.
 template <class Record>
-void count_and_grow(const Table& table, Record* records, int64_t n, uint64_t low, int64_t width, int32_t* next, Nodes& to) {
+void count_and_grow(const Table& table, Record* records, int64_t n, uint64_t low, int64_t width, int32_t* next,
+                    Nodes& to) {
   const int64_t last = table.order - 1;
   std::fill_n(next, width, 0);
   for (int64_t i = 0; i < n; i++) next[records[i].key() - low]++;

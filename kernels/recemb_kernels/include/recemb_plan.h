@@ -9,7 +9,7 @@
 namespace recemb {
 
 // Ids that a thread's range of keys has at least, on average.
-constexpr int64_t RANGE = 128;
+constexpr int64_t RANGE = 1024;
 
 // What threads that plan a table together tell each other of their ranges: ids, nodes of each level, and, where its
 // digits are counted, which of them are there.

@@ -35,9 +35,9 @@ struct Fixed {
   LastMade made;
 };
 
-// The Python object. `error` makes what is raised from (what lacks, ids, samples); `steps` gives, per table, what
-// its update is made of, as Made has it, or None; `once` guards gradients that no one may differentiate; `group` keeps pool and tables,
-// and `seen`, none at first, what is watched.
+// The Python object. `error` makes what is raised from (what lacks, ids, samples); `steps` gives, per table, what its
+// update is made of, as Made has it, or None; `once` guards gradients that no one may differentiate; `group` keeps pool
+// and tables, and `seen`, none at first, what is watched.
 struct Lookup {
   PyObject_HEAD
   Fixed* fixed;

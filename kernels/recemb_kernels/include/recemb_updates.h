@@ -21,6 +21,10 @@ class Made {
  public:
   // `step` is (make, sources): what makes the update, and of each parameter that is stepped its optimizer and itself.
   explicit Made(PyObject* step) {
+    PyObject* sources = PyTuple_GET_ITEM(step, 1);
+    lasts_ = PyTuple_GET_SIZE(sources) > 0;
+    // Before they are read: a thread may change them meanwhile.
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(sources) && lasts_; k++) note_settings(PyTuple_GET_ITEM(sources, k));
     const Object update(PyObject_CallNoArgs(PyTuple_GET_ITEM(step, 0)));
     rule_.optimizer = static_cast<int64_t>(number(update, "kind"));
     rule_.lr = number(update, "lr"), rule_.eps = number(update, "eps"), rule_.lr_decay = number(update, "lr_decay");
@@ -29,8 +33,12 @@ class Made {
       const Object given(PyObject_GetAttrString(update.at, name));
       tensors_.emplace_back(PySequence_Tuple(given.at));
     }
-    PyObject* sources = PyTuple_GET_ITEM(step, 1);
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(sources) && lasts_; k++) note(PyTuple_GET_ITEM(sources, k));
+    // Once they are there, which that sees to.
+    for (Source& source : sources_) {
+      const std::optional<Object> state = state_of(source.optimizer.at, source.parameter.at);
+      if (state) source.state.emplace(state->at);
+      lasts_ = lasts_ && state;
+    }
     if (!lasts_) sources_.clear();
   }
 
@@ -45,7 +53,7 @@ class Made {
       const std::optional<Object> group = group_of(source.optimizer.at);
       if (!group || !source.settings.same(group->at)) return false;
       const std::optional<Object> state = state_of(source.optimizer.at, source.parameter.at);
-      if (!state || !source.state.same(state->at)) return false;
+      if (!state || !source.state->same(state->at)) return false;
     }
     return true;
   }
@@ -55,7 +63,8 @@ class Made {
     for (const Source& source : sources_) {
       Py_VISIT(source.optimizer.at);
       Py_VISIT(source.parameter.at);
-      for (const Entries* entries : {&source.settings, &source.state}) {
+      for (const Entries* entries : {&source.settings, source.state ? &*source.state : nullptr}) {
+        if (!entries) continue;
         Py_VISIT(entries->dict.at);
         for (const auto& [key, value] : entries->each) {
           Py_VISIT(key.at);
@@ -87,7 +96,8 @@ class Made {
   };
   struct Source {
     Object optimizer, parameter;
-    Entries settings, state;
+    Entries settings;
+    std::optional<Entries> state;  // none before the update is made
   };
 
   static double number(const Object& of, const char* name) {
@@ -131,13 +141,12 @@ class Made {
            PyUnicode_CheckExact(value);
   }
 
-  void note(PyObject* source) {
+  void note_settings(PyObject* source) {
     PyObject *const optimizer = PyTuple_GET_ITEM(source, 0), *const parameter = PyTuple_GET_ITEM(source, 1);
-    const std::optional<Object> group = group_of(optimizer), state = state_of(optimizer, parameter);
-    lasts_ = group && state;
+    const std::optional<Object> group = group_of(optimizer);
+    lasts_ = group.has_value();
     if (!lasts_) return;
-    sources_.push_back(
-        {Object(Py_NewRef(optimizer)), Object(Py_NewRef(parameter)), Entries(group->at), Entries(state->at)});
+    sources_.push_back({Object(Py_NewRef(optimizer)), Object(Py_NewRef(parameter)), Entries(group->at), {}});
     for (const auto& [key, value] : sources_.back().settings.each) {
       const bool parameters = PyUnicode_Check(key.at) && PyUnicode_CompareWithASCIIString(key.at, "params") == 0;
       lasts_ = lasts_ && (parameters || is_fixed(value.at));
@@ -147,7 +156,7 @@ class Made {
   Rule rule_{};
   std::vector<Object> tensors_;
   std::vector<Source> sources_;
-  bool lasts_ = true;
+  bool lasts_ = false;
 };
 
 // Per table what was made last, or null. Read and written with the GIL.
