@@ -64,8 +64,8 @@ class Cuts {
   double cost_[SAMPLES + 1];  // up to a key of the sample, and up to the last key
 };
 
-// The nodes of `n` keys of a range, [low, low + width), from their records in `read`: in `slab`, which has room for two
-// wide records of each. `to` has all but its keys.
+// The nodes of the `n` ids whose keys are [low, low + width), in `slab`, which has room for two wide records of each.
+// `to` has all but its keys.
 template <class Record>
 void grow_range(const Call* call, const Table& table, uint64_t low, uint64_t width, int64_t n, Wide* slab, Nodes& to) {
   Record *const a = reinterpret_cast<Record*>(slab), *const b = reinterpret_cast<Record*>(slab + 2 * n) - n;
