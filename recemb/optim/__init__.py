@@ -41,7 +41,7 @@ _Rule = Callable[[Sequence[torch.optim.Optimizer], Sequence[nn.Parameter]], Upda
 
 
 class FusedUpdate:
-    """What update one storage's in-backward optimizers ask for; asked anew in Python's steps, so remembered."""
+    """What update one storage's in-backward optimizers ask for; remembered, as Python's steps ask anew."""
 
     def __init__(self) -> None:
         # In one piece, as threads may ask side by side.
