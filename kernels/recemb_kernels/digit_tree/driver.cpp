@@ -23,8 +23,6 @@ namespace {
 // most that it costs where cores are far apart is a tenth then, it saves a fifth where they are near.
 constexpr int64_t SERIAL = 512;
 constexpr double PRODUCTS = 1 << 16;
-// Ids of a table from which all threads plan it together.
-constexpr int64_t TOGETHER = 1 << 13;
 
 // Everything a call holds from its forward to its backward; kept for the next call of the same tables.
 struct State {

@@ -73,19 +73,18 @@ void number_digits(const Call* call, int64_t index, int64_t base, int64_t l, con
   const int64_t radix = radix_of(table, l);
   int32_t* group = const_cast<int32_t*>(level.group);
   int32_t* digit = const_cast<int32_t*>(level.digit);
-  level.touched = 0;
   if (counts(radix, level.nodes)) {
     int32_t number[COUNTED];
     std::fill_n(number, radix, 0);
     for (int64_t i = 0; i < level.nodes; i++) number[group[i]] = 1;
-    for (int64_t d = 0; d < radix; d++)
-      if (number[d]) digit[level.touched] = static_cast<int32_t>(d), number[d] = static_cast<int32_t>(level.touched++);
+    level.touched = number_values(radix, [&](int64_t d) { return number[d] != 0; }, number, digit);
     for (int64_t i = 0; i < level.nodes; i++) group[i] = number[group[i]];
     return;
   }
   const auto read = [group](int64_t i) { return Narrow(static_cast<uint32_t>(group[i]), i); };
   const Rooms rooms = rooms_of(table, l, room, index, base);
   const Narrow* sorted = radix_sort(read, rooms.a, rooms.b, level.nodes, bits_of(radix - 1));
+  level.touched = 0;
   uint64_t before = ~uint64_t{0};
   for (int64_t i = 0; i < level.nodes; i++) {
     const uint64_t key = sorted[i].key();

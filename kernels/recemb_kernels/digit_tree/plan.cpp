@@ -112,7 +112,7 @@ void sort_and_grow(const Call* call, int64_t index, int64_t base, const PlanRoom
 
 void PlanRoom::reserve(const Call* call) {
   int64_t ids = 0, total = 0;
-  each = 2, words = 0;
+  each = 2, words = 0, large = false;
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
     const int64_t room = table.ids + 2;
@@ -120,7 +120,7 @@ void PlanRoom::reserve(const Call* call) {
     // Sorted, they make room for two narrow ones of every node of each level but the first.
     each = std::max(each, table.order - 1);
     if (table.order > 2) words = MOST / 64;  // of what tells whether a mirror is cheaper
-    table.most = largest_key(call, table);
+    table.most = largest_key(call, table), large = large || table.ids >= TOGETHER;
   }
   keys.room<int64_t>(ids);
   arrays.room<int32_t>(total);
@@ -128,7 +128,7 @@ void PlanRoom::reserve(const Call* call) {
 }
 
 void PlanRoom::reserve_threads(int64_t threads) {
-  ranges.room<Range>(threads);
+  if (large) ranges.room<Range>(threads);
   scratch.room<uint64_t>(threads * words);
 }
 

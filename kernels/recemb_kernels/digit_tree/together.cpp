@@ -103,19 +103,6 @@ struct Moves {
   }
 };
 
-// Numbers of the distinct digits of a level in their order; returns how many there are. `digit` may be null.
-int64_t number_counted(const Range* ranges, int64_t all, int64_t l, int64_t radix, int32_t* number, int32_t* digit) {
-  int32_t touched = 0;
-  for (int64_t d = 0; d < radix; d++) {
-    bool there = false;
-    for (int64_t t = 0; t < all; t++) there = there || ranges[t].digits[l][d];
-    if (!there) continue;
-    if (digit) digit[touched] = static_cast<int32_t>(d);
-    number[d] = touched++;
-  }
-  return touched;
-}
-
 // Moves the nodes of one range to their places.
 void move_range(Table& table, const Range* ranges, int64_t me, int64_t all, const Nodes& from) {
   const int64_t last = table.order - 1;
@@ -134,7 +121,10 @@ void move_range(Table& table, const Range* ranges, int64_t me, int64_t all, cons
     if (const int64_t radix = radix_of(table, l); l > 0 && counts(radix, moves.total[l])) {
       int32_t number[COUNTED];
       int32_t* const digit = me == 0 ? const_cast<int32_t*>(table.level[l].digit) : nullptr;
-      touched = number_counted(ranges, all, l, radix, number, digit);
+      const auto there = [&](int64_t d) {
+        return std::any_of(ranges, ranges + all, [&](const Range& range) { return range.digits[l][d] != 0; });
+      };
+      touched = number_values(radix, there, number, digit);
       for (int64_t i = 0; i < n; i++) to.digit[l][at + i] = number[from.digit[l][i]];
     } else if (last > 0) {
       std::copy_n(from.digit[l], n, to.digit[l] + at);

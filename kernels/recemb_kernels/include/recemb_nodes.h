@@ -38,6 +38,19 @@ void each_feature_of(const Call* call, const Table& table, Number number, Act ac
 constexpr int64_t COUNTED = int64_t{1} << SORT_BITS;
 inline bool counts(int64_t values, int64_t nodes) { return values <= std::min(COUNTED, 4 * nodes + 64); }
 
+// Numbers the values below `values` that are there(value), in their order: number[value]; returns how many there are.
+// `found`, unless null, is these values.
+template <class There>
+int64_t number_values(int64_t values, There there, int32_t* number, int32_t* found) {
+  int32_t count = 0;
+  for (int64_t value = 0; value < values; value++) {
+    if (!there(value)) continue;
+    if (found) found[count] = static_cast<int32_t>(value);
+    number[value] = count++;
+  }
+  return count;
+}
+
 // The nodes of each level of a tree, or of a range of its keys, as numbered there.
 struct Nodes {
   int64_t count[MAX_ORDER];

@@ -8,6 +8,8 @@
 
 namespace recemb {
 
+// Ids of a table from which all threads plan it together.
+constexpr int64_t TOGETHER = 1 << 13;
 // Ids that a thread's range of keys has at least, on average.
 constexpr int64_t RANGE = 1024;
 
@@ -22,8 +24,9 @@ struct Range {
 // table and a few more; pages that are not reached are not touched.
 struct PlanRoom {
   Buffer keys, arrays, records, ranges, scratch;
-  int64_t each = 0;   // records of an id
-  int64_t words = 0;  // of `scratch`, a thread's own
+  int64_t each = 0;    // records of an id
+  int64_t words = 0;   // of `scratch`, a thread's own
+  bool large = false;  // whether a table may be planned by all threads
   void reserve(const Call* call);
   void reserve_threads(int64_t threads);
   uint64_t* scratch_of(int thread) const { return scratch.at<uint64_t>() + thread * words; }

@@ -6,7 +6,6 @@
 
 #include <memory>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "recemb_object.h"
