@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from bench.program import RESULTS, add_output, make_parser, positive, require_gpu, run_program
 
 if TYPE_CHECKING:
+    from torchrec import KeyedJaggedTensor
+
     from bench.ids import Batch
     from bench.settings import Setting
 
@@ -19,13 +21,14 @@ Time a training step (forward, backward, fused row-wise Adagrad) of the 26 Crite
 200 rows and more as tensor trains, with products of cores computed for so many distinct rows at once: of a
 table on a CPU, of all tables of one shape on a GPU. The workspace is what the native kernels hold for these
 products and rows; with --device cuda, the most memory that an eager step takes above what is held before it
-(tables, ids, the gradient), pooled rows included, and a prepared batch's plan. Steps take turns, round by
-round; ratios are medians of the round-by-round ratios to the whole batch at once.
+(tables, ids, the gradient) and its pooled rows, which are the caller's: plans are part of it, a prepared
+batch's too. Steps take turns, round by round; ratios are medians of the round-by-round ratios to the whole
+batch at once.
 """
 _WHOLE = 2**30
 _THRESHOLD = 200
 # Smaller than what a device takes by default, and larger.
-_SLICES = {"cpu": [2**14, 2**13, 2**12, 2**11], "cuda": [2**19, 2**18, 2**17, 2**16]}
+_SLICES = {"cpu": [2**14, 2**13, 2**12, 2**11], "cuda": [2**18, 2**17, 2**16, 2**15]}
 # Steps of a shape that stay eager on a GPU: the last one's memory is measured.
 _EAGER = 3
 _PREPARED = 6
@@ -68,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="M",
-        help="default 2**14 to 2**11, on a GPU 2**19 to 2**16",
+        help="default 2**14 to 2**11, on a GPU 2**18 to 2**15",
     )
     parser.add_argument("--rows", type=positive, metavar="N", help="26 tables of N rows in place of Kaggle's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -181,7 +184,7 @@ class Steps:
         )
         kind = torchrec.optim.RowWiseAdagrad
         apply_optimizer_in_backward(kind, self.collection.parameters(), {"lr": 0.01})
-        self._features: dict[int, object] = {}
+        self._features: dict[int, KeyedJaggedTensor] = {}
         self._peak = 0
 
     def step(self, batches: Sequence[Batch], batch: Batch) -> None:
@@ -201,7 +204,7 @@ class Steps:
         import torch
 
         for batch in batches[: _EAGER + 1]:
-            self._kjt(batch)
+            self._kjt(batch).offsets()
         ahead, self.ahead = self.ahead, False
         for batch in batches[: _EAGER - 2]:
             self.step(batches, batch)
@@ -211,7 +214,7 @@ class Steps:
         self.ahead = ahead
         for batch in batches[_EAGER - 2 : _EAGER]:
             self.step(batches, batch)
-        self._peak = torch.cuda.max_memory_allocated() - before
+        self._peak = torch.cuda.max_memory_allocated() - before - batches[0].grad.nbytes
         # The graphs of batches that are prepared are there once five of them have been looked up.
         for k in range(_PREPARED if ahead else 0):
             self.step(batches, batches[(_EAGER + k) % len(batches)])
@@ -225,7 +228,7 @@ class Steps:
                     total += sum(group.workspace_bytes for group in prepared.lookup._groups.values())
         return total
 
-    def _kjt(self, batch: Batch) -> object:
+    def _kjt(self, batch: Batch) -> KeyedJaggedTensor:
         from torchrec import KeyedJaggedTensor
 
         if id(batch) not in self._features:

@@ -21,6 +21,8 @@ from recemb.backends.tt_shapes import core_sizes, table_shapes
 from recemb.id_maps.radix import ceil_div
 from recemb.planner.work import Load, parameter_shapes
 from recemb.spec import DTYPE_BYTES, ROBE, Dense, MixedDimension, QuotientRemainder, TableSpec, TensorTrain
+from recemb_kernels.triton_frame import slice_rows, turn_rows
+from recemb_kernels.tt_gather import TrainShape
 
 _FLOAT = 4
 _INT64 = 8
@@ -28,16 +30,14 @@ _INT32 = 4
 # Rows of a tile of the products, positions of a piece of a row; the kernels' modules would import Triton.
 _TILE_ROWS = 32
 _PIECE = 64
-# Of each id: its bag, the order, the row and key of the plan, and two starts of runs.
-_PLAN = 5 * _INT32 + _INT64
+# Of each id: its bag, the order and the row of the plan, and where the row's ids start; the row has a key.
+_PLAN = 4 * _INT32
 # cub sorts pairs from one pair of buffers to another, besides what goes in and comes out.
 _SORT = 3 * _INT64
-# What goes in, and what comes out: keys, and an order, which is narrowed then.
-_SORTED = 3 * _INT64 + _INT32
 # Of each run of equal keys: its number, its key, and three starts.
 _RUNS = _INT64 + 4 * _INT32
-# Of each position: where its bag's gradient starts, and its scale.
-_PLACES = _INT64 + _FLOAT
+# Of each position: where its bag's gradient starts (in less than 2**31 elements), and its scale.
+_PLACES = _INT32 + _FLOAT
 # Of each row that is stepped: its table, its row and whether it is touched.
 _ENTRIES = 2 * _INT64 + _INT32
 # Pooled rows [B, sum of D]: the graph's, its copy of their gradient, and that with a refused batch's out.
@@ -54,12 +54,14 @@ class _Rank:
         micro_batch_rows: distinct rows of a family at once.
         world: ranks over which tables are spread.
         weighted: whether ids have weights, and those gradients.
+        key: bytes of a key, which tells all rows apart.
     """
 
     ids: float
     micro_batch_rows: int
     world: int
     weighted: bool
+    key: int
 
     def share(self, sizes: Sequence[float]) -> float:
         """The most on a rank of sizes that are dealt out to the rank that has least."""
@@ -92,14 +94,27 @@ def gpu_workspace(loads: Sequence[Load], world: int, micro_batch_rows: int, *, w
         return 0
     streams = [*loads, *filter(None, map(_cached, loads))]
     ids = _share([load.ids for load in streams], world)
-    rank = _Rank(ids, micro_batch_rows, world, weighted)
+    # Trains have some rows more than their tables.
+    key = _key(2 * sum(load.table.num_embeddings for load in streams))
+    rank = _Rank(ids, micro_batch_rows, world, weighted, key)
     needs = [_family(own, rank) for own in _families(streams)]
     pooled = _share([load.bags * load.table.embedding_dim * _FLOAT for load in streams], world)
     batch = ids * (_INT64 + (2 * _FLOAT if weighted else 0)) + _INT64 * _share(
         [x.bags for x in streams], world
     )
-    within = max((_SORT + _SORTED) * ids, *(max(need.forward, need.backward) for need in needs))
-    return math.ceil(_PLAN * ids + batch + _POOLED * pooled + sum(need.held for need in needs) + within)
+    within = max(_sorting(key) * ids, *(max(need.forward, need.backward) for need in needs))
+    held = (_PLAN + key) * ids + batch + sum(need.held for need in needs)
+    return math.ceil(held + _POOLED * pooled + within)
+
+
+def _key(most: float) -> int:
+    """Bytes of each of so many keys: 32 bits where they will do."""
+    return _INT32 if most < 2**31 else _INT64
+
+
+def _sorting(key: int) -> int:
+    """Of each key that is sorted: it and its place as they come in, go out and move; the place, narrowed."""
+    return 3 * key + 2 * _INT64 + _INT32
 
 
 def _share(sizes: Sequence[float], world: int) -> float:
@@ -179,37 +194,45 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     order, widths = len(dims), core_sizes(dims, ranks)
     columns = [math.prod(dims[:k]) for k in range(order)]
     slices = [rank.share([p[k] for p in rows]) for k in range(order)]
-    micro_batches = max(1, math.ceil(ids / rank.micro_batch_rows))
-    whole, capacity = micro_batches == 1, min(ids, float(rank.micro_batch_rows))
+    count, stored = math.ceil(ids), TrainShape(rows[0], dims, ranks).stores_shares
+    micro = slice_rows(count, rank.micro_batch_rows)
+    micro_batches = max(1, math.ceil(ids / micro))
+    whole, capacity = micro_batches == 1, min(ids, float(micro))
     prefixes = [float(sum(math.prod(p[: k + 1]) for p in rows)) for k in range(order - 1)]
     # Of a batch, and of a micro-batch; one that begins within a prefix makes a node more of it.
     every = [*(min(ids, most + micro_batches - 1) for most in prefixes), ids]
     nodes = [*(min(capacity, most) for most in prefixes), capacity]
 
     # Of each node, by level: its parent and first child, its place in the order by slice, and tiles of that;
-    # slices of the first level and of rows.
-    levels = _INT32 * (every[0] + ids + 2 * sum(every[1:]) + sum(every[:-1]))
+    # slices of the first level, and of rows whose shares are not stored.
+    levels = _INT32 * (every[0] + (0 if stored else ids) + 2 * sum(every[1:]) + sum(every[:-1]))
     levels += _INT32 * sum(
         n * (1 + width / _TILE_ROWS) for n, width in zip(every[1:], columns[1:], strict=True)
     )
     groups = 3 * _INT64 * micro_batches * sum(slices[1:])
-    products = sum(nodes[k] * columns[k + 1] * ranks[k + 1] for k in range(order - 1)) * element
-    pooled = ids * dim * _FLOAT
+    # Those of the first level are there for all micro-batches.
+    first = every[0] * ranks[1] * columns[1]
+    products = (first + sum(nodes[k] * columns[k + 1] * ranks[k + 1] for k in range(1, order - 1))) * element
+    # Bags take rows in turns, but for the gradients of weights.
+    turn = ids if rank.weighted else min(ids, float(max(turn_rows(count), micro)))
+    pooled = turn * dim * _FLOAT
     # Digits, whether they open a node, and keys of the groups; rows are sorted last.
-    planning = ids * (_INT32 + 1) * (order - 1) + _INT64 * sum(every[1:])
-    planning = max(planning, _INT64 * sum(every[1:]) + ids * (_SORT + _SORTED))
+    key = _key(micro_batches * max(slices))
+    planning = key * sum(every[1:]) + ids * max((_INT32 + 1) * (order - 1), _sorting(key))
 
     # On the way back: the gradients of a micro-batch's rows, with long rows' pieces; those of the nodes
-    # above; and by level each child's share of its parent's gradient, and that.
-    own = capacity * dim * _FLOAT + _pieces(rank, dim)
-    above = [nodes[k - 1] * columns[k] * ranks[k] * _FLOAT for k in range(1, order)]
+    # above, which all micro-batches share in the first level; and by level each child's share of its parent's
+    # gradient, and that.
+    own, width = capacity * dim * _FLOAT, columns[-1] * ranks[order - 1] * _FLOAT
+    above = [0.0, *(nodes[k - 1] * columns[k] * ranks[k] * _FLOAT for k in range(2, order))]
     shares = [nodes[k] * columns[k] * ranks[k] * _FLOAT for k in range(1, order - 1)]
     # Nodes with many rows are summed in pieces.
-    sums = (capacity / _PIECE + 1) * columns[-1] * ranks[order - 1] * _FLOAT
-    steps = [own + above[-1] + sums]
+    sums = (capacity / _PIECE + 1) * width
+    then = capacity * width + max(own, sums) if stored else own + sums
+    steps = [above[-1] + max(own + _pieces(rank, dim), then)]
     steps += [above[k] + shares[k - 1] + above[k - 1] for k in range(1, order - 1)]
     gradients = sum(share * width for share, width in zip(slices, widths, strict=True)) * _FLOAT
-    back = (0 if whole else products) + max(steps)
+    back = (0 if whole else products) + first * _FLOAT + max(steps)
     return _Needs(
         held=levels + groups + (products if whole else 0) + (pooled if rank.weighted else 0),
         forward=max(planning, pooled + (0 if whole else products)),

@@ -77,7 +77,7 @@ def test_trains_of_the_default_shapes_are_shipped(num_cores: int) -> None:
         for split in {tt_shapes(int(100 * 1.9**k), dim, method)[1] for k in range(20)}:
             shape = TrainShape((1,) * num_cores, split, (1, *[rank] * (num_cores - 1), 1))
             for k, dtype in product(range(1, num_cores), (torch.float32, torch.bfloat16)):
-                for forward in (True, False) if k < num_cores - 1 else (True,):
+                for forward in (True, False) if k < num_cores - 1 or shape.stores_shares else (True,):
                     assert ("multiply", repr(multiply_constants(shape, k, dtype, forward))) in found
                 assert ("slice_gradient", repr(gradient_constants(shape, k, dtype))) in found
                 children = children_constants(shape, dtype)
@@ -109,7 +109,7 @@ def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
                 assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
             for width in (math.prod(split[:k]) * rank for k in range(1, num_cores - 1)):
                 assert compiled("segment_sum", segment_constants(width, True))
-            assert compiled("sum_places", place_constants(dim, True))
+            assert all(compiled("sum_places", place_constants(dim, scaled, True)) for scaled in (False, True))
             assert compiled("join_places", frame_join_constants(dim, True))
 
 

@@ -22,7 +22,7 @@ from recemb_kernels.triton_frame.family import Backward, Call, Family, FamilyFea
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.launches import PIECE
 from recemb_kernels.triton_frame.plan import runs_of
-from recemb_kernels.triton_frame.pooling import pool, weigh
+from recemb_kernels.triton_frame.pooling import Rows, pool, weigh
 from recemb_kernels.triton_frame.steps import Entries, TableKeys, finish, located
 
 # Runs that cannot be longer are summed by one program each, without the round through memory of pieces.
@@ -105,7 +105,10 @@ class RowFamily(Family[RowShape]):
     # Stored rows
 
     def _pool_rows(self, call: Call, parameters: Sequence[Tensor], out: Tensor) -> None:
-        pool(self, call, out, self._sources(parameters, 0), self._rows(call), self._limits, self._widths[0])
+        pool(self, call, out, self._stored(call, parameters))
+
+    def _stored(self, call: Call, parameters: Sequence[Tensor]) -> Rows:
+        return Rows(self._sources(parameters, 0), self._rows(call), self._limits, self._widths[0])
 
     def _back_rows(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
         entries, grad = self._row_entries(call, parameters, asked)
@@ -117,8 +120,7 @@ class RowFamily(Family[RowShape]):
         """The rows of parameter 0 with their gradients; gradients of weights on the way."""
         width, plan = self._widths[0], call.plan
         if asked.grad_weights is not None:
-            source = self._sources(parameters, 0)
-            weigh(self, call, asked, source, self._rows(call), self._limits, width)
+            weigh(self, call, asked, self._stored(call, parameters))
         grad = row_gradients(self, call, asked.grad_out, width)
         cuts, base = plan.cuts[self.index : self.index + 2], call.keys.bounds[self.index :]
         return located(self, self._keys[0], plan.row_key, cuts, base), grad
@@ -212,8 +214,8 @@ class RowFamily(Family[RowShape]):
         width, cuts = self.shapes[0].dim, call.plan.cuts[self.index :]
         split = self._split(call, parameters)
         if asked.grad_weights is not None:
-            rows = self._pair_rows(call, split)
-            weigh(self, call, asked, rows, call.plan.inverse, cuts, width)
+            rows = Rows(self._pair_rows(call, split), call.plan.inverse, cuts, width)
+            weigh(self, call, asked, rows)
         grad_rows = row_gradients(self, call, asked.grad_out, width)
         # A product's sides read each other: both gradients are complete before either side moves.
         sides = [self._side(split, grad_rows, which) for which in (0, 1)]
@@ -292,7 +294,7 @@ class RowFamily(Family[RowShape]):
         grad = sums
         if longest > _WHOLE:
             grad = torch.empty(min(count, most + 1), width, dtype=torch.float32, device=self.device)
-            sum_segments(grad, sums, runs.run_piece, runs.cuts, most, relative=False)
+            sum_segments(grad, sums, runs.run_piece, runs.cuts, most)
         return located(self, keys, runs.key, runs.cuts), grad
 
     @cached_property

@@ -32,7 +32,7 @@ from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import row_gradients, sum_segments
 from recemb_kernels.triton_frame.launches import PIECE
 from recemb_kernels.triton_frame.plan import Runs, runs_of
-from recemb_kernels.triton_frame.pooling import weigh
+from recemb_kernels.triton_frame.pooling import Rows, weigh
 from recemb_kernels.triton_frame.steps import Entries, finish
 
 
@@ -92,8 +92,8 @@ class BlockFamily(Family[RobeShape]):
         cuts = call.plan.cuts[self.index :]
         placed = self._place(call)
         if asked.grad_weights is not None:
-            rows = self._read(call, parameters, placed)
-            weigh(self, call, asked, rows, call.plan.inverse, cuts, self._dim)
+            rows = Rows(self._read(call, parameters, placed), call.plan.inverse, cuts, self._dim)
+            weigh(self, call, asked, rows)
         grad_rows = row_gradients(self, call, asked.grad_out, self._dim)
         entries, grad = self._gather(placed, grad_rows)
         return finish(self, entries, grad, parameters, asked, 0)
@@ -166,7 +166,7 @@ class BlockFamily(Family[RobeShape]):
             **constants,
         )
         sums = torch.empty(most, width, dtype=torch.float32, device=self.device)
-        sum_segments(sums, parts, runs.run_piece, runs.cuts, most, relative=False)
+        sum_segments(sums, parts, runs.run_piece, runs.cuts, most)
         last = order % self._blocks == self._blocks - 1
         length = torch.where(last, self._dim - (self._blocks - 1) * self._block, self._block)
         return self._join(runs, sums, start % self._block + length > self._block)

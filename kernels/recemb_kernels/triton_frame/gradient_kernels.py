@@ -25,10 +25,12 @@ def find_gradients(
     batch_size,
     columns,
     count,
+    SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """Of the position at each place of ``order``: where its bag's gradient starts, and what multiplies it.
+    """Of the position at each place of ``order``: where its bag's gradient starts, and what multiplies it,
+    which is written with SCALED.
 
     Grid (count / BL). ``features`` [F, 3] holds first column and whether averaged of *every* feature of the
     batch.
@@ -39,21 +41,22 @@ def find_gradients(
     own = tl.load(bag + position, mask=here, other=0).to(tl.int64)
     feature = own // batch_size
     column = tl.load(features + 3 * feature, mask=here, other=0)
-    mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
-    begin = tl.load(offsets + own, mask=here, other=0)
-    length = tl.load(offsets + own + 1, mask=here, other=1) - begin
-    # A refused batch may have ids outside of every bag, and weights that are no numbers: its gradients are 0.
-    divisor = tl.maximum(tl.where(mean != 0, length, 1), 1).to(tl.float32)
-    by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), divisor)
-    if WEIGHTED:
-        weight = tl.load(weights + position, mask=here, other=0.0).to(tl.float32)
-        by *= tl.where(is_infinite(weight), 0.0, weight)
     tl.store(start + at, own % batch_size * columns + column, mask=here)
-    tl.store(scale + at, by, mask=here)
+    if SCALED:
+        mean = tl.load(features + 3 * feature + 1, mask=here, other=0)
+        begin = tl.load(offsets + own, mask=here, other=0)
+        length = tl.load(offsets + own + 1, mask=here, other=1) - begin
+        # A refused batch may have ids outside of every bag, and weights that are no numbers: gradients are 0.
+        divisor = tl.maximum(tl.where(mean != 0, length, 1), 1).to(tl.float32)
+        by = tl.div_rn(tl.full((BL,), 1.0, tl.float32), divisor)
+        if WEIGHTED:
+            weight = tl.load(weights + position, mask=here, other=0.0).to(tl.float32)
+            by *= tl.where(is_infinite(weight), 0.0, weight)
+        tl.store(scale + at, by, mask=here)
 
 
 @triton.jit
-def cuts_of(order, inverse, piece_first, row_piece, cuts, count, cut, PIECE: tl.constexpr):
+def cuts_of(order, inverse, run_first, cuts, count, cut, PIECE: tl.constexpr):
     """Whether cuts, by number, are in a row from ``cuts[0]`` to ``cuts[1]``; that row, the first place of its
     run, its own, and the one after the run."""
     place = cut * PIECE
@@ -61,10 +64,8 @@ def cuts_of(order, inverse, piece_first, row_piece, cuts, count, cut, PIECE: tl.
     position = tl.load(order + place, mask=here, other=0).to(tl.int64)
     row = tl.load(inverse + position, mask=here, other=0).to(tl.int64)
     here = here & (row >= tl.load(cuts)) & (row < tl.load(cuts + 1))
-    piece = tl.load(row_piece + row, mask=here, other=0).to(tl.int64)
-    begin = tl.load(piece_first + piece, mask=here, other=0).to(tl.int64)
-    piece = tl.load(row_piece + row + 1, mask=here, other=0).to(tl.int64)
-    end = tl.load(piece_first + piece, mask=here, other=0).to(tl.int64)
+    begin = tl.load(run_first + row, mask=here, other=0).to(tl.int64)
+    end = tl.load(run_first + row + 1, mask=here, other=0).to(tl.int64)
     # Where a run begins at a multiple of PIECE, none is cut.
     return here & (begin < place), row, begin, place, end
 
@@ -78,11 +79,11 @@ def sum_places(
     scale,
     order,
     inverse,
-    piece_first,
-    row_piece,
+    run_first,
     cuts,
     count,
     row_programs,
+    SCALED: tl.constexpr,
     RELATIVE: tl.constexpr,
     PIECE: tl.constexpr,
     D: tl.constexpr,
@@ -90,8 +91,8 @@ def sum_places(
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out[row] = sum over the row's places up to its first cut of ``scale`` * the gradient from ``start`` on;
-    parts[c] = the same from the c-th cut, of the whole batch, to the next.
+    """out[row] = sum over the row's places up to its first cut of ``scale``, or 1 without SCALED, times the
+    gradient from ``start`` on; parts[c] = the same from the c-th cut, of the whole batch, to the next.
 
     Of the rows from ``cuts[0]`` to ``cuts[1]``; with RELATIVE, ``out`` starts at the first. Grid
     (``row_programs`` + cuts / BP, D / BD), BP rows a program. The loads of BI places are under way at once.
@@ -103,21 +104,23 @@ def sum_places(
     cut = (program - row_programs) * BP + tl.arange(0, BP)
     if of_rows:
         here = row < tl.load(cuts + 1)
-        piece = tl.load(row_piece + row, mask=here, other=0).to(tl.int64)
-        first = tl.load(piece_first + piece, mask=here, other=0).to(tl.int64)
-        length = tl.load(piece_first + piece + 1, mask=here, other=0).to(tl.int64) - first
+        first = tl.load(run_first + row, mask=here, other=0).to(tl.int64)
+        end = tl.load(run_first + row + 1, mask=here, other=0).to(tl.int64)
+        length = tl.minimum(end, (first // PIECE + 1) * PIECE) - first
     else:
-        here, _, _, first, end = cuts_of(order, inverse, piece_first, row_piece, cuts, count, cut, PIECE)
+        here, _, _, first, end = cuts_of(order, inverse, run_first, cuts, count, cut, PIECE)
         length = tl.where(here, tl.minimum(end - first, PIECE), 0)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BP, BD), dtype=tl.float32)
     for begin in range(0, tl.max(length, 0), BI):
         for i in tl.static_range(BI):
             inside = begin + i < length
-            address = grad_out + tl.load(start + (first + begin + i), mask=inside, other=0)
-            by = tl.load(scale + (first + begin + i), mask=inside, other=0.0)
+            address = grad_out + tl.load(start + (first + begin + i), mask=inside, other=0).to(tl.int64)
             mask = inside[:, None] & (d < D)[None, :]
-            total += tl.load(address[:, None] + d[None, :], mask=mask, other=0.0) * by[:, None]
+            value = tl.load(address[:, None] + d[None, :], mask=mask, other=0.0)
+            if SCALED:
+                value *= tl.load(scale + (first + begin + i), mask=inside, other=0.0)[:, None]
+            total += value
     if RELATIVE:
         row -= low
     mask = here[:, None] & (d < D)[None, :]
@@ -131,8 +134,7 @@ def join_places(
     parts,
     order,
     inverse,
-    piece_first,
-    row_piece,
+    run_first,
     cuts,
     count,
     RELATIVE: tl.constexpr,
@@ -147,7 +149,7 @@ def join_places(
     By the program of its first cut; the loads of BC parts are under way at once. Grid (cuts / BN, D / BD).
     """
     cut = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    here, row, begin, place, end = cuts_of(order, inverse, piece_first, row_piece, cuts, count, cut, PIECE)
+    here, row, begin, place, end = cuts_of(order, inverse, run_first, cuts, count, cut, PIECE)
     here = here & (begin >= place - PIECE)
     length = tl.where(here, (end - place + (PIECE - 1)) // PIECE, 0)
     most = tl.max(length, 0)

@@ -33,25 +33,27 @@ class Places:
         call: the look-up.
         grad_out: [B, columns] float32.
         start: [L] where in it the gradient of the place's bag starts.
-        scale: [L] float32, what multiplies that.
+        scale: [L] float32, what multiplies that; ``None`` where bags are sums without weights.
     """
 
     call: Call
     grad_out: Tensor
     start: Tensor
-    scale: Tensor
+    scale: Tensor | None
 
     @classmethod
     def of(cls, family: Family[Any], call: Call, grad_out: Tensor) -> Places:
         """The places of the family's features; the others mean nothing."""
         batch, count = call.batch, call.batch.ids.numel()
-        start = torch.empty(count, dtype=torch.int64, device=family.device)
-        scale = torch.empty(count, dtype=torch.float32, device=family.device)
+        kind = torch.int32 if grad_out.numel() < 2**31 else torch.int64
+        start, scale = torch.empty(count, dtype=kind, device=family.device), None
         weights = batch.weights
-        constants = find_constants(weights is not None)
+        if weights is not None or any(f.mean for f in family.own_features):
+            scale = torch.empty(count, dtype=torch.float32, device=family.device)
+        constants = find_constants(scale is not None, weights is not None)
         find_gradients[(cdiv(count, constants["BL"]),)](
             start,
-            scale,
+            start if scale is None else scale,
             call.plan.order,
             call.bag,
             batch.offsets if weights is None else weights,
@@ -75,13 +77,13 @@ class Places:
         out, parts = (
             torch.empty(numel, dim, dtype=torch.float32, device=self.start.device) for numel in (rows, pieces)
         )
-        runs = plan.order, plan.inverse, plan.piece_first, plan.row_piece, cuts, count
-        constants, joining = place_constants(dim, relative), join_constants(dim, relative)
+        runs = plan.order, plan.inverse, plan.first, cuts, count
+        scale = self.start if self.scale is None else self.scale
+        constants = place_constants(dim, self.scale is not None, relative)
+        joining = join_constants(dim, relative)
         row_programs = cdiv(rows, constants["BP"])
         programs = row_programs + cdiv(pieces, constants["BP"]), cdiv(dim, constants["BD"])
-        sum_places[programs](
-            out, parts, self.grad_out, self.start, self.scale, *runs, row_programs, **constants
-        )
+        sum_places[programs](out, parts, self.grad_out, self.start, scale, *runs, row_programs, **constants)
         join_places[cdiv(pieces, joining["BN"]), cdiv(dim, joining["BD"])](out, parts, *runs, **joining)
         return out
 
@@ -92,19 +94,20 @@ def row_gradients(family: Family[Any], call: Call, grad_out: Tensor, dim: int) -
 
 
 def sum_segments(
-    out: Tensor, source: Tensor, first: Tensor, cuts: Tensor, most: int, *, relative: bool
+    out: Tensor, source: Tensor, first: Tensor, cuts: Tensor, most: int, base: Tensor | None = None
 ) -> None:
     """``out[n]`` = sum of ``source[first[n] : first[n + 1]]`` for n in ``cuts``, at most ``most`` of them.
 
-    ``relative``: both are workspaces of one micro-batch: ``out`` starts at row ``cuts[0]`` and ``source`` at
-    that one's first.
+    With a ``base``, both are workspaces: ``out`` starts at row ``base[0]``, ``source`` at the first of row
+    ``cuts[0]``.
     """
     width = out.shape[1]
-    constants = segment_constants(width, relative)
+    constants = segment_constants(width, base is not None)
     segment_sum[(cdiv(most, constants["BN"]), cdiv(width, constants["BW"]))](
         out,
         source,
         first,
         cuts,
+        cuts if base is None else base,
         **constants,
     )

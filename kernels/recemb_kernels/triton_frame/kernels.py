@@ -103,7 +103,7 @@ def scatter_rows(out, grad, entry_table, entry_row, touched, cuts, first, W: tl.
     tl.store(out + to * W + w, tl.load(grad + e * W + w, mask=w < W), mask=w < W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("turn", "turns"))
 def pool_rows(
     out,
     sources,
@@ -112,11 +112,15 @@ def pool_rows(
     offsets,
     features,
     limits,
+    base,
     batch_size,
     columns,
     num_ids,
+    turn,
+    turns,
     LIMITS: tl.constexpr,
     INDIRECT: tl.constexpr,
+    TURNS: tl.constexpr,
     D: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -129,6 +133,9 @@ def pool_rows(
     arrays of ELEMENT when INDIRECT, else it is the one array of all. ``features`` [F, 3] holds the feature's
     number in the batch, its first column, and whether it is averaged. Indices outside
     ``limits[f * LIMITS]`` .. ``limits[f * LIMITS + 1]`` - 1 are skipped.
+
+    With TURNS, ``sources`` begins at row ``base[0]``, and this is turn number ``turn``, from 0, of ``turns``:
+    each adds the bags' rows within its limits to what the turns before it have left in ``out``.
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -144,15 +151,27 @@ def pool_rows(
     here = bags < batch_size
     first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
     total = tl.zeros((BB, BD), dtype=tl.float32)
+    if TURNS:
+        origin = tl.load(base)
+        # The first turn writes every bag, the last divides the averaged ones.
+        taken = here & ((turn == 0) | ((mean != 0) & (turn + 1 == turns)))
     for i in range(tl.max(length, 0)):
         at = first + i
         row = tl.load(index + at, mask=i < length, other=-1).to(tl.int64)
         stored = (i < length) & (row >= low) & (row < high)
+        if TURNS:
+            taken = taken | stored
+            row -= origin
         mask = stored[:, None] & (d < D)[None, :]
         value = tl.load(source + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + at, mask=stored, other=0.0)[:, None]
         total += value
+    if TURNS:
+        here = taken
+        mask = (here & (turn != 0))[:, None] & (d < D)[None, :]
+        total += tl.load(out + bags[:, None] * columns + column + d[None, :], mask=mask, other=0.0)
+        mean = tl.where(turn + 1 == turns, mean, 0)
     if mean != 0:
         count = tl.maximum(length, 1).to(tl.float32)
         total = tl.div_rn(total, tl.zeros_like(total) + count[:, None])
@@ -166,6 +185,7 @@ def segment_sum(
     source,
     first,
     cuts,
+    base,
     RELATIVE: tl.constexpr,
     W: tl.constexpr,
     BN: tl.constexpr,
@@ -175,7 +195,7 @@ def segment_sum(
     """out[n] = sum of source[first[n] : first[n + 1]], for n from ``cuts[0]`` to ``cuts[1]``.
 
     Grid (segments / BN, W / BW). The loads of BC rows are under way at once. With RELATIVE, ``out`` starts at
-    row ``cuts[0]`` and ``source`` at that one's first: the workspaces of one micro-batch.
+    row ``base[0]``, and ``source`` at the first of row ``cuts[0]``: the workspaces of one micro-batch.
     """
     low = tl.load(cuts)
     high = tl.load(cuts + 1)
@@ -188,7 +208,7 @@ def segment_sum(
     length = tl.load(first + n + 1, mask=here, other=0).to(tl.int64) - begin
     if RELATIVE:
         begin -= tl.load(first + low)
-        n -= low
+        n -= tl.load(base)
     total = tl.zeros((BN, BW), dtype=tl.float32)
     for start in range(0, tl.max(length, 0), BC):
         for i in tl.static_range(BC):

@@ -47,11 +47,13 @@ def run_constants(whole: bool, inverse: bool) -> dict[str, Any]:
     return {"WHOLE": whole, "INVERSE": inverse, **blocks, "num_warps": 16}
 
 
-def pool_constants(width: int, weighted: bool, dtype: torch.dtype | None) -> dict[str, Any]:
+def pool_constants(
+    width: int, weighted: bool, dtype: torch.dtype | None, turns: bool = False
+) -> dict[str, Any]:
     """Of ``pool_rows``; ``dtype`` is that of sources given by address."""
     bags, block = tile_of(width, *POOL_TILE)
-    source = _source(dtype)
-    return {**source, "D": width, "WEIGHTED": weighted, "BB": bags, "BD": block, "num_warps": 4}
+    tiles = {"D": width, "WEIGHTED": weighted, "BB": bags, "BD": block}
+    return {**_source(dtype), "TURNS": turns, **tiles, "num_warps": 4}
 
 
 def weigh_constants(width: int, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -66,16 +68,17 @@ def _source(dtype: torch.dtype | None) -> dict[str, Any]:
     return {"LIMITS": 2 if indirect else 0, "INDIRECT": indirect, "ELEMENT": element}
 
 
-def find_constants(weighted: bool) -> dict[str, Any]:
+def find_constants(scaled: bool, weighted: bool) -> dict[str, Any]:
     """Of ``find_gradients``."""
-    return {"WEIGHTED": weighted, "BL": 256, "num_warps": 4}
+    return {"SCALED": scaled, "WEIGHTED": weighted, "BL": 256, "num_warps": 4}
 
 
-def place_constants(dim: int, relative: bool) -> dict[str, Any]:
+def place_constants(dim: int, scaled: bool, relative: bool) -> dict[str, Any]:
     """Of ``sum_places``."""
     rows, block = tile_of(dim, *PIECE_TILE)
     tiles = {"BP": rows, "BI": _AT_ONCE, "BD": block}
-    return {"RELATIVE": relative, "PIECE": PIECE, "D": dim, **tiles, "num_warps": 4}
+    own = {"SCALED": scaled, "RELATIVE": relative, "PIECE": PIECE, "D": dim}
+    return {**own, **tiles, "num_warps": 4}
 
 
 def join_constants(dim: int, relative: bool) -> dict[str, Any]:

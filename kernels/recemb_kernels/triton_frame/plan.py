@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +34,21 @@ from recemb_kernels.triton_frame.plan_kernels import (
 class BatchPlan:
     """Ids sorted by key; equal keys are one row, and rows are numbered in the order of their keys.
 
-    L ids give U <= L rows. What belongs to no row is padding: keys ``total``, starts L. Numbers of positions,
-    rows and pieces are int32, as a batch has fewer than 2**31 positions.
+    L ids give U <= L rows. What belongs to no row is padding: keys ``total``, starts L. Numbers of positions
+    and rows are int32, as a batch has fewer than 2**31 positions.
 
     Attributes:
         order: [L] positions, sorted by key.
         inverse: [L] row of each position.
         row_key: [L] key of each row, in the type of the batch's keys.
-        piece_first: [L + 1] where each piece of a run starts.
-        row_piece: [L + 1] first piece of each row.
+        first: [L + 1] the place in ``order`` where each row's positions start.
         cuts: rows at which the key reaches each of the bounds asked for, int64.
     """
 
     order: Tensor
     inverse: Tensor
     row_key: Tensor
-    piece_first: Tensor
-    row_piece: Tensor
+    first: Tensor
     cuts: Tensor
 
 
@@ -60,9 +59,9 @@ class Runs:
     Numbers are int32, or int64 of 2**31 keys and more, which blocks of rows may be.
 
     Attributes:
-        number: [L] run of each place, or of each position where the order is known.
+        number: [L] run of each place.
         key: [L] key of each run.
-        first: [L + 1] where each run starts; not of runs by position, where nobody asks.
+        first: [L + 1] where each run starts.
         piece_first: [L + 1] where each piece of a run starts.
         run_piece: [L + 1] first piece of each run.
         cuts: runs at which the key reaches each of the bounds asked for.
@@ -70,7 +69,7 @@ class Runs:
 
     number: Tensor
     key: Tensor
-    first: Tensor | None
+    first: Tensor
     piece_first: Tensor
     run_piece: Tensor
     cuts: Tensor
@@ -167,62 +166,43 @@ def plan_batch(keys: Tensor, bounds: Tensor) -> BatchPlan:
     sorted_keys, order = torch.sort(keys, stable=True)
     places = order.to(torch.int32)
     del order
-    runs = runs_of(sorted_keys, bounds, order=places)
-    return BatchPlan(
-        order=places,
-        inverse=runs.number,
-        row_key=runs.key,
-        piece_first=runs.piece_first,
-        row_piece=runs.run_piece,
-        cuts=runs.cuts,
-    )
+    inverse, first = (_numbers(keys, len(keys) + more) for more in (0, 1))
+    row_key, cuts = torch.empty_like(sorted_keys), torch.empty_like(bounds)
+    arrays = inverse, inverse, row_key, first, first, first, cuts
+    _number(arrays, sorted_keys, bounds, run_constants(True, True), places)
+    return BatchPlan(order=places, inverse=inverse, row_key=row_key, first=first, cuts=cuts)
 
 
-def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False, order: Tensor | None = None) -> Runs:
+def runs_of(sorted_keys: Tensor, bounds: Tensor, *, whole: bool = False) -> Runs:
     """The runs of rising keys [L], L > 0.
 
     Args:
         bounds: [K] int64, rising; the last is the key of padding.
         whole: every run is one piece, because none is long.
-        order: [L] the position of each place: runs are then numbered by position.
     """
-    assert not (whole and order is not None), "runs by position have pieces"
-    count, device = sorted_keys.numel(), sorted_keys.device
-    constants = run_constants(whole, order is not None)
-    blocks = cdiv(count + 1, constants["BL"])
-    counts = torch.empty(2 * blocks, dtype=torch.int32, device=device)
-    kind = torch.int32 if count < 2**31 else torch.int64
-    number, key = torch.empty(count, dtype=kind, device=device), torch.empty_like(sorted_keys)
-    piece_first, run_piece = (torch.empty(count + 1, dtype=kind, device=device) for _ in range(2))
-    # Of whole runs, pieces are runs.
-    first = piece_first if whole else None
-    if order is None and not whole:
-        first = torch.empty_like(piece_first)
+    number, key = _numbers(sorted_keys, len(sorted_keys)), torch.empty_like(sorted_keys)
+    first, run_piece = (_numbers(sorted_keys, len(sorted_keys) + 1) for _ in range(2))
+    piece_first = first if whole else torch.empty_like(first)
     cuts = torch.empty_like(bounds)
-    counted = {name: constants[name] for name in ("PIECE", "BL", "num_warps")}
-    count_runs[(blocks,)](counts, sorted_keys, count, **counted)
-    number_runs[(blocks,)](
-        number,
-        number,
-        key,
-        piece_first if first is None else first,
-        piece_first,
-        run_piece,
-        cuts,
-        counts,
-        sorted_keys,
-        number if order is None else order,
-        bounds,
-        bounds.numel(),
-        count,
-        blocks,
-        **constants,
+    arrays = number, number, key, first, piece_first, run_piece, cuts
+    _number(arrays, sorted_keys, bounds, run_constants(whole, False), number)
+    return Runs(number=number, key=key, first=first, piece_first=piece_first, run_piece=run_piece, cuts=cuts)
+
+
+def _numbers(keys: Tensor, count: int) -> Tensor:
+    """Memory for so many numbers of places, of which there are as many as keys."""
+    kind = torch.int32 if len(keys) < 2**31 else torch.int64
+    return torch.empty(count, dtype=kind, device=keys.device)
+
+
+def _number(
+    arrays: tuple[Tensor, ...], keys: Tensor, bounds: Tensor, constants: dict[str, Any], order: Tensor
+) -> None:
+    """Fill the arrays of ``number_runs``, in its order."""
+    count = keys.numel()
+    blocks = cdiv(count + 1, constants["BL"])
+    counts = torch.empty(2 * blocks, dtype=torch.int32, device=keys.device)
+    count_runs[(blocks,)](
+        counts, keys, count, **{name: constants[name] for name in ("PIECE", "BL", "num_warps")}
     )
-    return Runs(
-        number=number,
-        key=key,
-        first=first,
-        piece_first=piece_first,
-        run_piece=run_piece,
-        cuts=cuts,
-    )
+    number_runs[(blocks,)](*arrays, counts, keys, order, bounds, bounds.numel(), count, blocks, **constants)

@@ -153,7 +153,7 @@ def number_runs(
     """What :class:`~recemb_kernels.triton_frame.plan.Runs` holds, of rising ``keys`` [L]. Grid (P, P BL > L).
 
     With WHOLE, every run is one piece and ``piece_first`` is not written. With INVERSE, ``inverse`` takes the
-    run of each position ``order`` names; ``number`` and ``first`` are written without.
+    run of each position ``order`` names; ``number`` and pieces are written without.
     """
     block = tl.program_id(0).to(tl.int64)
     at = block * BL + tl.arange(0, BL)
@@ -167,14 +167,13 @@ def number_runs(
         tl.store(number + at, run, mask=here)
     tl.store(run_key + run, key, mask=new)
     rest = (at >= runs) & (at <= count)
-    if not INVERSE:
-        tl.store(first + run, at, mask=new)
-        tl.store(first + at, tl.zeros_like(at) + count, mask=rest)
+    tl.store(first + run, at, mask=new)
+    tl.store(first + at, tl.zeros_like(at) + count, mask=rest)
     nothing = tl.load(bounds + num_bounds - 1)
     tl.store(run_key + at, tl.zeros_like(at) + nothing, mask=rest & here)
-    if WHOLE:
+    if WHOLE and not INVERSE:
         tl.store(run_piece + at, at, mask=at <= count)
-    else:
+    if not WHOLE:
         pieces_before, pieces = totals(counts, 2, 1, block, blocks, BB)
         place = pieces_before + tl.cumsum(piece.to(tl.int64), 0) - 1
         tl.store(piece_first + place, at, mask=piece)

@@ -44,9 +44,9 @@ def shipped() -> list[Configuration]:
         counted = {name: value for name, value in run_constants(False, False).items() if name in _COUNTED}
         found.append(_of(place_ids, key_constants(_BAGS), 12.0 + size, note, keys))
         found.append(_of(count_runs, counted, float(size), note, keys))
-        for whole, inverse in ((False, True), (False, False), (True, False)):
-            kind = note + ", by position" * inverse + ", whole" * whole
-            moved = 2.0 * size + 4.0 * (2 + inverse + (not inverse) + (not whole))
+        for whole, inverse in ((True, True), (False, False), (True, False)):
+            kind = note + (", by position" if inverse else ", whole" * whole)
+            moved = 2.0 * size + 4.0 * (3 + (not whole))
             found.append(_of(number_runs, run_constants(whole, inverse), moved, kind, keys))
     return found
 

@@ -40,8 +40,9 @@ _TYPES = {
         ("out", "parts", "weights", "grad_out", "source", "sources", "grad", "rates", "scale"), "*fp32"
     ),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count", "row_programs"), "i32"),
+    **dict.fromkeys(("turn", "turns"), "i32"),
     **dict.fromkeys(("touched", "refused"), "*i32"),
-    **dict.fromkeys(("index", "order", "inverse", "bag", "piece_first", "row_piece"), "*i32"),
+    **dict.fromkeys(("index", "order", "inverse", "bag", "run_first", "start"), "*i32"),
 }
 # Rows of a table are numbered by ids.
 _ADDRESSES = {**_TYPES, "sources": "*i64", "index": "*i64"}
@@ -56,14 +57,18 @@ def shipped() -> list[Configuration]:
     found = []
     for width in _WIDTHS:
         found += [own for relative in (False, True) for own in _places(width, relative)]
-        found += [_pool(width, None, weighted) for weighted in (False, True)]
+        found += [
+            _pool(width, None, weighted, turns) for turns in (False, True) for weighted in (False, True)
+        ]
         found += [_pool(width, dtype, False) for dtype in (_FLOAT, _HALF)]
         found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
         found.append(_segments(width, relative=False))
     # D = 32 of a train.
-    found += [_pool(32, None, weighted) for weighted in (False, True)]
+    found += [_pool(32, None, weighted, turns) for turns in (False, True) for weighted in (False, True)]
     found += [_weigh(32, None), *_places(32, relative=True)]
-    found += [_sources(weighted) for weighted in (False, True)]
+    found += [
+        _sources(scaled, weighted) for scaled, weighted in ((False, False), (True, False), (True, True))
+    ]
     found += [_pool(64, torch.float16, False), _pool(64, _FLOAT, True), _weigh(64, torch.float16)]
     # Nodes of trains.
     found += [_segments(width, relative=True) for width in (16, 32, 64, 128)]
@@ -87,17 +92,17 @@ def _other_widths() -> Iterator[Configuration]:
             yield _update(kind, width, _FLOAT, None)
 
 
-def _pool(width: int, dtype: torch.dtype | None, weighted: bool) -> Configuration:
-    size = 4 if dtype is None else dtype.itemsize
+def _pool(width: int, dtype: torch.dtype | None, weighted: bool, turns: bool = False) -> Configuration:
+    size, constants = 4 if dtype is None else dtype.itemsize, pool_constants(width, weighted, dtype, turns)
     return Configuration(
         kernel="frame.pool_rows",
         dtype=NAMES[dtype or _FLOAT][0],
-        **as_compiled(pool_rows, pool_constants(width, weighted, dtype), _ADDRESSES if dtype else _TYPES),
+        **as_compiled(pool_rows, constants, _ADDRESSES if dtype else _TYPES),
         flops_per_lookup=(1.0 + weighted) * width,
         bytes_per_lookup=width * (size + 4.0) + 16 + 4 * weighted,
         min_occupancy=0.5,
-        note=_note(width, dtype) + (", weighted" if weighted else ""),
-        small=("features", "limits", *(() if dtype is None else ("sources",))),
+        note=_note(width, dtype) + ", weighted" * weighted + ", in turns" * turns,
+        small=("features", "limits", "base", *(() if dtype is None else ("sources",))),
     )
 
 
@@ -115,37 +120,38 @@ def _weigh(width: int, dtype: torch.dtype | None) -> Configuration:
     )
 
 
-def _sources(weighted: bool) -> Configuration:
+def _sources(scaled: bool, weighted: bool) -> Configuration:
     return Configuration(
         kernel="frame.find_gradients",
         dtype="float32",
-        **as_compiled(find_gradients, find_constants(weighted), _TYPES),
-        flops_per_lookup=1.0 + weighted,
-        bytes_per_lookup=36.0 + 4 * weighted,
+        **as_compiled(find_gradients, find_constants(scaled, weighted), _TYPES),
+        flops_per_lookup=0.0 + scaled + weighted,
+        bytes_per_lookup=12.0 + 20 * scaled + 4 * weighted,
         min_occupancy=0.5,
-        note="weighted" * weighted,
+        note="weighted" if weighted else "means" if scaled else "sums",
         small=("features",),
     )
 
 
 def _places(width: int, relative: bool) -> Iterator[Configuration]:
     note = f"D={width}" + ", micro-batch" * relative
-    yield Configuration(
-        kernel="frame.sum_places",
-        dtype="float32",
-        **as_compiled(sum_places, place_constants(width, relative), _TYPES),
-        flops_per_lookup=2.0 * width,
-        bytes_per_lookup=8.0 * width + 24,
-        min_occupancy=0.5,
-        note=note,
-        small=("cuts",),
-    )
+    for scaled in (False, True):
+        yield Configuration(
+            kernel="frame.sum_places",
+            dtype="float32",
+            **as_compiled(sum_places, place_constants(width, scaled, relative), _TYPES),
+            flops_per_lookup=(1.0 + scaled) * width,
+            bytes_per_lookup=8.0 * width + 8 + 4 * scaled,
+            min_occupancy=0.5,
+            note=note + ", scaled" * scaled,
+            small=("cuts",),
+        )
     yield Configuration(
         kernel="frame.join_places",
         dtype="float32",
         **as_compiled(join_places, join_constants(width, relative), _TYPES),
         flops_per_lookup=width / PIECE,
-        bytes_per_lookup=(4.0 * width + 24) / PIECE,
+        bytes_per_lookup=(4.0 * width + 16) / PIECE,
         min_occupancy=0.5,
         note=note,
         small=("cuts",),
@@ -161,7 +167,7 @@ def _segments(width: int, relative: bool) -> Configuration:
         bytes_per_lookup=8.0 * width + 4,
         min_occupancy=0.5,
         note=f"W={width}" + ", micro-batch" * relative,
-        small=("cuts",),
+        small=("cuts", "base"),
     )
 
 

@@ -36,6 +36,15 @@ class TrainShape:
         """D."""
         return math.prod(self.dim_shape)
 
+    @property
+    def stores_shares(self) -> bool:
+        """Whether a GPU stores rows' shares of their parents' gradients on the way back, made slice by slice.
+
+        Else a share, [q_1 .. q_(d-1), R_(d-1)], is computed as it is added up, which reads the row's slice,
+        [R_(d-1), q_d], for every row; a share that is written and read again is less than that here.
+        """
+        return 2 * math.prod(self.dim_shape[:-1]) < self.dim_shape[-1]
+
 
 def encode(shapes: Sequence[TrainShape]) -> tuple[int, ...]:
     """The op's flat code of its tables."""

@@ -1,7 +1,8 @@
 """Triton kernels of tensor-train tables: the way back from rows to the products that they are made of.
 
 A row's gradient is [Q, N], Q = q_1 .. q_(d-1) and N = q_d; its share of the gradient of its parent's product
-is that times the transpose of its slice, [Q, K], K = R_(d-1).
+is that times the transpose of its slice, [Q, K], K = R_(d-1). Where a share is narrow, :func:`multiply` makes
+those of a micro-batch, slice by slice; else they are computed as they are added up, and never stored.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def sum_children(
     entry_row,
     cuts,
     node_cuts,
+    SHARES: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -32,13 +34,12 @@ def sum_children(
     BQ: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The way back from rows: out[node] [Q, K] = the sum over a node's rows of source[row] [Q, N] times the
-    transpose [N, K] of the row's slice, ``entry[row]``.
+    """The way back from rows: out[node] [Q, K] = the sum over a node's rows of their shares: source[row] with
+    SHARES, else source[row] [Q, N] times the transpose [N, K] of the row's slice, ``entry[row]``.
 
     Of the rows from ``cuts[0]`` to ``cuts[1]``, the first of which ``source`` starts at; ``out`` starts at
-    node ``node_cuts[0]``, and has the sum of a node's rows before these, if it has such. A row's share of its
-    node, K / N times as large as its gradient, is added up as it is computed. The loads of BC rows are under
-    way at once.
+    node ``node_cuts[0]``, and has the sum of a node's rows before these, if it has such. The loads of BC rows
+    are under way at once.
 
     Every PIECE rows a node that goes on is cut: ``parts[p]`` gets the sum of its rows from the p-th cut to
     the next, which ``join_children`` adds. Grid (any, K / BK): programs share nodes and cuts out among them,
@@ -69,24 +70,28 @@ def sum_children(
         # A cut where a node begins cuts none.
         end = tl.where(whole | (begin < cut), end, first)
         stored = mask & (first < end)
-        to_source = (first - base) * (Q * N)
+        stride: tl.constexpr = Q * (K if SHARES else N)
+        to_source = (first - base) * stride
         total = tl.zeros((BQ, BK), dtype=tl.float32)
         while first < end:
             for i in tl.static_range(BC):
                 inside = first + i < end
-                of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
-                core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
-                core += tl.load(entry_row + of) * (K * N)
-                share = tl.zeros((BQ, BK), dtype=tl.float32)
-                for n in tl.static_range(N):
-                    left = source + (to_source + i * (Q * N)) + (q * N + n)
-                    left = tl.load(left, mask=inside & (q < Q), other=0.0)
-                    right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
-                    left, right = tl.broadcast(left[:, None], right[None, :])
-                    share = tl.fma(left, right, share)
-                total += share
+                if SHARES:
+                    total += tl.load(source + (to_source + i * stride + to), mask=inside & mask, other=0.0)
+                else:
+                    of = tl.load(entry + first + i, mask=inside, other=0).to(tl.int64)
+                    core = tl.load(cores + tl.load(entry_table + of)).to(tl.pointer_type(ELEMENT))
+                    core += tl.load(entry_row + of) * (K * N)
+                    share = tl.zeros((BQ, BK), dtype=tl.float32)
+                    for n in tl.static_range(N):
+                        left = source + (to_source + i * stride) + (q * N + n)
+                        left = tl.load(left, mask=inside & (q < Q), other=0.0)
+                        right = tl.load(core + (k * N + n), mask=inside & (k < K), other=0.0).to(tl.float32)
+                        left, right = tl.broadcast(left[:, None], right[None, :])
+                        share = tl.fma(left, right, share)
+                    total += share
             first += BC
-            to_source += BC * Q * N
+            to_source += BC * stride
         at = out + ((node - of_out) * (Q * K) + to)
         total += tl.load(at, mask=stored & whole & (opened < base), other=0.0)
         tl.store(at, total, mask=stored & whole)

@@ -224,35 +224,51 @@ def mark_touched(touched, group_first, num_entries, num_parts, BE: tl.constexpr)
 
 @triton.jit
 def copy_slices(
-    out, cores, digit, entry_table, entry_row, cuts, W: tl.constexpr, ELEMENT: tl.constexpr, BW: tl.constexpr
+    out,
+    cores,
+    digit,
+    entry_table,
+    entry_row,
+    cuts,
+    parts,
+    W: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BW: tl.constexpr,
 ):
-    """out[n] = the slice of node n of level 1, rows from ``cuts[0]`` on. Grid (nodes, W / BW)."""
-    low = tl.load(cuts)
-    n = low + tl.program_id(0)
-    if n >= tl.load(cuts + 1):
+    """out[n] = the slice of node n of level 1, of which ``cuts[parts]`` says how many there are.
+
+    Grid (nodes, W / BW).
+    """
+    n = tl.program_id(0).to(tl.int64)
+    if n >= tl.load(cuts + parts):
         return
     w = tl.program_id(1) * BW + tl.arange(0, BW)
     entry = tl.load(digit + n).to(tl.int64)
     core = tl.load(cores + tl.load(entry_table + entry)).to(tl.pointer_type(ELEMENT))
     value = tl.load(core + tl.load(entry_row + entry) * W + w, mask=w < W)
-    tl.store(out + (n - low) * W + w, value, mask=w < W)
+    tl.store(out + n * W + w, value, mask=w < W)
 
 
 @triton.jit
-def add_slices(grad, touched, source, digit, cuts, W: tl.constexpr, BW: tl.constexpr):
-    """grad[digit of node n] += source[n], of level 1, whose nodes in one part have distinct slices.
+def add_slices(grad, touched, source, digit, cuts, parts, W: tl.constexpr, BW: tl.constexpr):
+    """grad[digit of node n] = source[n], of the ``cuts[parts]`` nodes of level 1.
 
-    Grid (nodes, W / BW).
+    They rise by slice: one that parts cut has several, which are added up. Grid (nodes, W / BW).
     """
-    low = tl.load(cuts)
-    n = low + tl.program_id(0)
-    if n >= tl.load(cuts + 1):
+    n = tl.program_id(0).to(tl.int64)
+    num_nodes = tl.load(cuts + parts)
+    if n >= num_nodes:
+        return
+    entry = tl.load(digit + n).to(tl.int64)
+    if tl.load(digit + n - 1, mask=n > 0, other=-1).to(tl.int64) == entry:
         return
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    entry = tl.load(digit + n).to(tl.int64)
     tl.store(touched + entry, 1)
-    total = tl.load(grad + entry * W + w, mask=w < W, other=0.0)
-    total += tl.load(source + (n - low) * W + w, mask=w < W, other=0.0)
+    total = tl.load(source + n * W + w, mask=w < W, other=0.0)
+    more = n + 1
+    while tl.load(digit + more, mask=more < num_nodes, other=-1).to(tl.int64) == entry:
+        total += tl.load(source + more * W + w, mask=w < W, other=0.0)
+        more += 1
     tl.store(grad + entry * W + w, total, mask=w < W)
 
 

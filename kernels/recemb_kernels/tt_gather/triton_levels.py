@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recemb_kernels.triton_frame import slice_rows
 from recemb_kernels.triton_frame.elements import cdiv
 from recemb_kernels.triton_frame.family import Call, Family
 from recemb_kernels.tt_gather.triton_kernel import (
@@ -54,7 +55,8 @@ class Level:
     S is how many parts they are computed in: micro-batches of rows; of nodes above them :func:`tree_parts`.
 
     Attributes:
-        entry: [N] int32, the core slice of each node; ``None`` between the first level and the rows.
+        entry: [N] int32, the core slice of each node; ``None`` between the first level and the rows, and of
+            rows whose shares are stored on their way back.
         parent: [N] int32, its node of the level before; ``None`` of the first level's.
         child: [N + 1 and more] int32, its first child in the next level; ``None`` of rows, which have none.
         cuts: [S + 1] first node of each part.
@@ -101,14 +103,14 @@ def tree_parts(family: Family[Any], count: int, tables: TrainTables) -> int:
     One where all the prefixes that there are take no more room than those of a micro-batch of rows may;
     else as many as there are micro-batches, which then have nodes of their own.
     """
-    micro_batch_rows = family.micro_batch_rows
-    return 1 if tables.num_prefixes[-1] <= micro_batch_rows else cdiv(count, micro_batch_rows)
+    micro = slice_rows(count, family.micro_batch_rows)
+    return 1 if tables.num_prefixes[-1] <= micro else cdiv(count, micro)
 
 
 def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Level]:
     """Levels 1 .. d of a batch with ids."""
     plan, count = call.plan, call.batch.ids.numel()
-    order, micro, device = len(tables.entry_row), family.micro_batch_rows, family.device
+    order, micro, device = len(tables.entry_row), slice_rows(count, family.micro_batch_rows), family.device
     blocks, slices = cdiv(count + 1, count_constants(order)["BL"]), cdiv(count, micro)
     trees = tree_parts(family, count, tables)
     part_rows = micro if trees > 1 else count
@@ -150,11 +152,13 @@ def make_levels(family: Family[Any], call: Call, tables: TrainTables) -> list[Le
     )
     # Given back before the sorts take theirs.
     del digits, new
+    of_rows = None if family.shapes[0].stores_shares else last
+    del last
     parents, keys = torch.split(parent, sizes[1:]), torch.split(group_key, sizes[1:])
     children = torch.split(child, of_child)
     return [
         Level(
-            entry=entry if k == 0 else last if k == order - 1 else None,
+            entry=entry if k == 0 else of_rows if k == order - 1 else None,
             parent=parents[k - 1] if k else None,
             child=children[k] if k < order - 1 else None,
             cuts=node_cuts[k, : parts[k] + 1],

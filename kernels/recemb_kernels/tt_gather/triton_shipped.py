@@ -135,8 +135,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
     last = len(shape.dim_shape) - 1
     for k in range(1, last + 1):
         q, inner, outer = product_of(shape, k)
-        # Rows come back by a kernel of their own.
-        for forward in (True, False) if k < last else (True,):
+        for forward in (True, False) if k < last or shape.stores_shares else (True,):
             constants = multiply_constants(shape, k, dtype, forward)
             source, out = (size, 4 if k == last else size) if forward else (4, 4)
             types = {4: "*fp32", 2: element}
@@ -199,7 +198,8 @@ def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Conf
         **dict.fromkeys(("out", "parts", "source"), "*fp32"),
         **dict.fromkeys(("child", "parent", "entry"), _NUMBER),
     }
-    q, k, n = (constants[name] for name in "QKN")
+    q, k, n = product_of(shape, len(shape.dim_shape) - 1)
+    stored = constants["SHARES"]
     if dtype is torch.float32:
         yield Configuration(
             kernel="tt_gather.join_children",
@@ -215,8 +215,8 @@ def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Conf
         kernel="tt_gather.sum_children",
         dtype=NAMES[dtype][0],
         **as_compiled(sum_children, constants, types),
-        flops_per_lookup=2.0 * q * k * n,
-        bytes_per_lookup=4.0 * q * (n + k) + 12,
+        flops_per_lookup=q * k * (1.0 if stored else 2.0 * n),
+        bytes_per_lookup=4.0 * q * k * 2 + 8 if stored else 4.0 * q * (n + k) + 12,
         min_occupancy=0.5,
         note=note,
         small=("cores", "entry_table", "entry_row", "cuts", "node_cuts"),
@@ -236,6 +236,7 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
             "out": element,
             **dict.fromkeys(("cores", "entry_table", "entry_row", "cuts"), _INDEX),
             "digit": _NUMBER,
+            "parts": "i32",
         },
         constants={"W": width, "ELEMENT": ELEMENTS[dtype], "BW": block["BW"]},
         flops_per_lookup=0.0,
@@ -254,10 +255,11 @@ def _slices(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Config
                 "source": "*fp32",
                 "digit": _NUMBER,
                 "cuts": _INDEX,
+                "parts": "i32",
             },
             constants={"W": width, "BW": block["BW"]},
             flops_per_lookup=float(width),
-            bytes_per_lookup=12.0 * width + 8,
+            bytes_per_lookup=8.0 * width + 8,
             min_occupancy=0.5,
             small=("cuts",),
             **common,

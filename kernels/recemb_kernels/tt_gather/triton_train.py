@@ -10,16 +10,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from recemb_kernels.triton_frame import slice_rows
 from recemb_kernels.triton_frame.elements import ELEMENTS, cdiv
 from recemb_kernels.triton_frame.family import Backward, Call, Family
 from recemb_kernels.triton_frame.gradients import Places, sum_segments
 from recemb_kernels.triton_frame.launches import PIECE
-from recemb_kernels.triton_frame.pooling import pool, weigh
+from recemb_kernels.triton_frame.pooling import Rows, weigh
 from recemb_kernels.triton_frame.steps import Entries, step
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_children import join_children, sum_children
 from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched
 from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
+from recemb_kernels.tt_gather.triton_parts import Part, Turns
 from recemb_kernels.tt_gather.triton_variants import (
     MOST_PROGRAMS,
     TILE_ROWS,
@@ -41,43 +43,6 @@ class _Kept:
     levels: list[Level]
     rows: Tensor | None = None
     products: list[Tensor] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A micro-batch of rows, and the part of the tree above them.
-
-    Attributes:
-        levels: of the whole batch.
-        parameters: of the family.
-        count: L, ids of the whole batch.
-        number: of the part, from 0.
-        micro_batch: from 0; a part has one, but for a tree of one part, which has all.
-    """
-
-    levels: Sequence[Level]
-    parameters: Sequence[Tensor]
-    count: int
-    number: int
-    micro_batch: int
-
-    @property
-    def last(self) -> int:
-        """The level of the rows."""
-        return len(self.levels) - 1
-
-    @property
-    def whole(self) -> bool:
-        """Whether its tree has one part."""
-        return self.levels[0].cuts.numel() == 2
-
-    def at(self, k: int) -> int:
-        """Its number among the parts of level k."""
-        return self.micro_batch if k == self.last else self.number
-
-    def cuts(self, k: int) -> Tensor:
-        """Its first node of level k, then the one after its last."""
-        return self.levels[k].cuts[self.at(k) :]
 
 
 class TrainFamily(Family[TrainShape]):
@@ -104,46 +69,48 @@ class TrainFamily(Family[TrainShape]):
         count = call.batch.ids.numel()
         kept: _Kept | None = call.kept.get(self.index)
         levels = kept.levels if kept else make_levels(self, call, self._tables)
-        rows = torch.empty(count, self._dim, dtype=torch.float32, device=self.device)
-        products: list[Tensor] = []
+        weighs = keep and call.batch.weights is not None
+        turns = Turns(self, call, self._dim, weighs)
+        first, products = self._first_products(levels, parameters), list[Tensor]()
         for parts in self._parts(levels, parameters, count):
             products.clear()  # before the next ones are made
-            products += self._products(parts[0])
+            products += self._products(parts[0], first)
             for part in parts:
-                self._multiply(part, part.last, products[-1], rows)
-        pool(self, call, out, rows, call.plan.inverse, self._row_cuts(call), self._dim)
+                self._multiply(part, part.last, products[-1], turns.rows, turns.base(part))
+                turns.take(part, out)
         if keep:
-            weighted = call.batch.weights is not None
             # All families keep theirs: the workspace would grow with them if larger batches did, too.
-            whole = count <= self.micro_batch_rows
-            call.kept[self.index] = _Kept(levels, rows if weighted else None, products if whole else None)
+            whole = count <= slice_rows(count, self.micro_batch_rows)
+            call.kept[self.index] = _Kept(levels, turns.rows if weighs else None, products if whole else None)
 
     def backward(self, call: Call, parameters: Sequence[Tensor], asked: Backward) -> list[Tensor | None]:
         kept: _Kept = call.kept[self.index]
         if asked.grad_weights is not None:
             assert kept.rows is not None
-            weigh(self, call, asked, kept.rows, call.plan.inverse, self._row_cuts(call), self._dim)
+            limits = call.plan.cuts[self.index :]
+            weigh(self, call, asked, Rows(kept.rows, call.plan.inverse, limits, self._dim))
         places = Places.of(self, call, asked.grad_out)
         grads = [
             torch.zeros(table.numel(), width, dtype=torch.float32, device=self.device)
             for table, width in zip(self._tables.entry_table, self._widths, strict=True)
         ]
-        first_touched = torch.zeros(len(grads[0]), dtype=torch.int32, device=self.device)
-        for parts in self._parts(kept.levels, parameters, call.batch.ids.numel()):
-            self._back(parts, kept.products, places, grads, first_touched)
-        touched = [first_touched]
+        levels, products = kept.levels, kept.products or [self._first_products(kept.levels, parameters)]
+        grad_first = torch.empty(products[0].shape, dtype=torch.float32, device=self.device)
+        for parts in self._parts(levels, parameters, call.batch.ids.numel()):
+            self._back(parts, products, places, [grad_first, *grads[1:]])
+        touched = [self._add_first(levels[0], grad_first, grads[0])]
         for level, grad in zip(kept.levels[1:], grads[1:], strict=True):
             touched.append(self._touched(level, len(grad)))
         return self._finish(parameters, asked, grads, touched)
 
     def _parts(
         self, levels: Sequence[Level], parameters: Sequence[Tensor], count: int
-    ) -> Iterator[list[_Part]]:
+    ) -> Iterator[list[Part]]:
         """The micro-batches of each part of the tree."""
-        micro_batches, parts = range(cdiv(count, self.micro_batch_rows)), levels[0].cuts.numel() - 1
+        rows, parts = slice_rows(count, self.micro_batch_rows), levels[0].cuts.numel() - 1
         for number in range(parts):
-            own = micro_batches if parts == 1 else (number,)
-            yield [_Part(levels, parameters, count, number, micro_batch) for micro_batch in own]
+            own = range(cdiv(count, rows)) if parts == 1 else (number,)
+            yield [Part(levels, parameters, count, rows, number, micro_batch) for micro_batch in own]
 
     def _touched(self, level: Level, entries: int) -> Tensor:
         """[G] int32: the slices of a level that the batch has."""
@@ -155,43 +122,53 @@ class TrainFamily(Family[TrainShape]):
         )
         return touched
 
-    def _products(self, part: _Part) -> list[Tensor]:
-        """The products of its prefixes, level by level; those of its rows are left out."""
-        products = [
-            torch.empty(self._most_nodes(k, part), columns * rank, dtype=self.dtype, device=self.device)
-            for k, (columns, rank) in enumerate(
-                zip(self._tables.prefix_columns[1:], self._ranks[1:-1], strict=True)
-            )
-        ]
-        width = products[0].shape[1]
+    def _first_products(self, levels: Sequence[Level], parameters: Sequence[Tensor]) -> Tensor:
+        """[nodes, q_1 R_1]: the slices of the first level's nodes, those of all parts."""
+        first, width = levels[0], self._widths[0]
+        assert first.entry is not None
         block = slice_block(width)
-        copy_slices[(len(products[0]), cdiv(width, block["BW"]))](
-            products[0],
-            self._cores(part, 0),
-            part.levels[0].entry,
+        out = torch.empty(first.entry.numel(), width, dtype=self.dtype, device=self.device)
+        copy_slices[(len(out), cdiv(width, block["BW"]))](
+            out,
+            self.addresses(parameters[:: len(self._dims)]),
+            first.entry,
             self._tables.entry_table[0],
             self._tables.entry_row[0],
-            part.cuts(0),
+            first.cuts,
+            first.cuts.numel() - 1,
             W=width,
             ELEMENT=ELEMENTS[self.dtype],
             **block,
         )
+        return out
+
+    def _products(self, part: Part, first: Tensor) -> list[Tensor]:
+        """The products of its prefixes, level by level; those of its rows are left out."""
+        products = [first]
         for k in range(1, part.last):
-            self._multiply(part, k, products[k - 1], products[k])
+            width = self._tables.prefix_columns[k + 1] * self._ranks[k + 1]
+            own = torch.empty(self._most_nodes(k, part), width, dtype=self.dtype, device=self.device)
+            self._multiply(part, k, products[-1], own, part.base(k))
+            products.append(own)
         return products
 
-    def _most_nodes(self, k: int, part: _Part) -> int:
+    def _most_nodes(self, k: int, part: Part) -> int:
         """How many nodes of level k a part has at most."""
-        rows = part.count if part.whole and k < part.last else min(part.count, self.micro_batch_rows)
+        rows = part.count if part.whole and k < part.last else min(part.count, part.rows)
         return rows if k == part.last else min(rows, self._tables.num_prefixes[k])
 
-    def _multiply(self, part: _Part, k: int, source: Tensor, out: Tensor, *, forward: bool = True) -> None:
-        """Multiply the nodes of level k by their slices of core k, or on the way back by their transposes."""
+    def _multiply(
+        self, part: Part, k: int, source: Tensor, out: Tensor, base: Tensor, *, forward: bool = True
+    ) -> None:
+        """Multiply the nodes of level k by their slices of core k, or on the way back by their transposes.
+
+        ``out`` begins with node ``base[0]``.
+        """
         level, tables = part.levels[k], self._tables
         groups, entries = level.groups, tables.entry_table[k].numel()
         assert groups is not None
         constants = multiply_constants(self.shapes[0], k, self.dtype, forward)
-        nodes, own = self._most_nodes(k, part), part.cuts(k)
+        nodes = self._most_nodes(k, part)
         tiles = min(entries, nodes) + cdiv(nodes * constants["Q"], TILE_ROWS)
         multiply_tuned[(tiles, cdiv(constants["N"], constants["BN"]))](
             out,
@@ -204,9 +181,8 @@ class TrainFamily(Family[TrainShape]):
             groups.tile_group,
             tables.entry_table[k],
             tables.entry_row[k],
-            part.cuts(k - 1) if forward else own,
-            # Rows are counted from the first of the batch, nodes from the first of the part.
-            self._zero if k == part.last else own,
+            part.base(k - 1 if forward else k),
+            base,
             entries,
             part.at(k),
             **constants,
@@ -214,22 +190,35 @@ class TrainFamily(Family[TrainShape]):
 
     def _back(
         self,
-        parts: Sequence[_Part],
-        products: Sequence[Tensor] | None,
+        parts: Sequence[Part],
+        products: Sequence[Tensor],
         places: Places,
         grads: Sequence[Tensor],
-        first_touched: Tensor,
     ) -> None:
-        """Add the share of a part of the tree to the gradients of the cores' slices."""
-        part = parts[0]
-        products = products or self._products(part)
-        grad_node = self._rows_back(parts, products[-1], places, grads[-1])
-        for k in range(part.last - 1, 0, -1):
-            self._add_products(part, k, products[k - 1], grad_node, grads[k])
-            grad_node = self._nodes_back(part, k, grad_node)
-        self._add(part, grad_node, grads[0], first_touched)
+        """Add the share of a part of the tree to the gradients of the cores' slices; of the first core, give
+        those of its nodes.
 
-    def _add_products(self, part: _Part, k: int, products: Tensor, grad_node: Tensor, grad: Tensor) -> None:
+        Args:
+            products: those of the first level, or of all.
+        """
+        part = parts[0]
+        own = list(products) if len(products) == part.last else self._products(part, products[0])
+        grad_node = self._node_gradients(part, part.last - 1, grads[0])
+        self._rows_back(parts, own, places, grad_node, grads[-1])
+        for k in range(part.last - 1, 0, -1):
+            self._add_products(part, k, own[k - 1], grad_node, grads[k])
+            above = self._node_gradients(part, k - 1, grads[0])
+            self._nodes_back(part, k, grad_node, above)
+            grad_node = above
+
+    def _node_gradients(self, part: Part, k: int, first: Tensor) -> Tensor:
+        """Memory for the gradients of the products of level k; ``first`` has the first level's."""
+        width = self._tables.prefix_columns[k + 1] * self._ranks[k + 1]
+        if k == 0:
+            return first
+        return torch.empty(self._most_nodes(k, part), width, dtype=torch.float32, device=self.device)
+
+    def _add_products(self, part: Part, k: int, products: Tensor, grad_node: Tensor, grad: Tensor) -> None:
         """Add to the gradients of core k's slices: the products above, times the gradients of their nodes."""
         level, entries = part.levels[k], len(grad)
         assert level.groups is not None
@@ -241,44 +230,57 @@ class TrainFamily(Family[TrainShape]):
             level.groups.nodes,
             level.parent,
             level.groups.first,
-            part.cuts(k - 1),
+            part.base(k - 1),
             part.cuts(k),
             entries,
             part.at(k),
             **constants,
         )
 
-    def _rows_back(self, parts: Sequence[_Part], products: Tensor, places: Places, grad: Tensor) -> Tensor:
-        """The gradients of the rows' parents; ``grad`` gets those of their slices. By micro-batch both."""
-        last, rows = parts[0].last, self._most_nodes(parts[0].last, parts[0])
-        nodes, width = self._most_nodes(last - 1, parts[0]), join_constants(self.shapes[0])["W"]
-        out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
-        for part in parts:
-            grad_rows = places.rows(part.cuts(last), self._dim, rows)
-            self._add_products(part, last, products, grad_rows, grad)
-            self._sum_children(part, out, grad_rows)
-            del grad_rows  # before the next ones are made
-        return out
+    def _rows_back(
+        self, parts: Sequence[Part], products: list[Tensor], places: Places, out: Tensor, grad: Tensor
+    ) -> None:
+        """The gradients of the rows' parents; ``grad`` gets those of their slices. By micro-batch both.
 
-    def _sum_children(self, part: _Part, out: Tensor, grad_rows: Tensor) -> None:
-        """Add the gradients of a micro-batch's rows, each of which has a slice, to their parents'."""
+        The parents' products are taken from ``products``, which gives them back once they have been used.
+        """
+        last, width = parts[0].last, join_constants(self.shapes[0])["W"]
+        rows = self._most_nodes(last, parts[0])
+        for part in parts:
+            source = places.rows(part.cuts(last), self._dim, rows)
+            self._add_products(part, last, products[-1], source, grad)
+            if part is parts[-1]:
+                products.pop()
+            if self.shapes[0].stores_shares:
+                shares = torch.empty(rows, width, dtype=torch.float32, device=self.device)
+                self._multiply(part, last, source, shares, part.cuts(last), forward=False)
+                source = shares
+                del shares
+            self._sum_children(part, out, source)
+            del source  # before the next ones are made
+
+    def _sum_children(self, part: Part, out: Tensor, source: Tensor) -> None:
+        """Add the shares of a micro-batch's rows to the gradients of their parents.
+
+        ``source`` [rows, ...] has the shares, or the rows' own gradients.
+        """
         tables, level, above = self._tables, part.levels[part.last], part.levels[part.last - 1]
         constants, joining = children_constants(self.shapes[0], self.dtype), join_constants(self.shapes[0])
-        pieces, width = cdiv(len(grad_rows), PIECE), joining["W"]
+        pieces, width = cdiv(len(source), PIECE), joining["W"]
         parts = torch.empty(pieces, width, dtype=torch.float32, device=self.device)
-        programs = min(len(out) + pieces, MOST_PROGRAMS)
+        programs = min(self._most_nodes(part.last - 1, part) + pieces, MOST_PROGRAMS)
         sum_children[(programs, cdiv(constants["K"], constants["BK"]))](
             out,
             parts,
-            grad_rows,
+            source,
             self._cores(part, part.last),
             above.child,
             level.parent,
-            level.entry,
+            level.parent if level.entry is None else level.entry,
             tables.entry_table[part.last],
             tables.entry_row[part.last],
             part.cuts(part.last),
-            part.cuts(part.last - 1),
+            part.base(part.last - 1),
             **constants,
         )
         join_children[(pieces, cdiv(width, joining["BW"]))](
@@ -287,34 +289,35 @@ class TrainFamily(Family[TrainShape]):
             above.child,
             level.parent,
             part.cuts(part.last),
-            part.cuts(part.last - 1),
+            part.base(part.last - 1),
             **joining,
         )
 
-    def _nodes_back(self, part: _Part, k: int, grad_node: Tensor) -> Tensor:
+    def _nodes_back(self, part: Part, k: int, grad_node: Tensor, out: Tensor) -> None:
         """The gradients of level k - 1 from those of level k, which share slices: products, then sums."""
         child = part.levels[k - 1].child
         assert child is not None
-        constants = multiply_constants(self.shapes[0], k, self.dtype, False)
-        nodes, width = self._most_nodes(k - 1, part), constants["Q"] * constants["N"]
-        shares = torch.empty(self._most_nodes(k, part), width, dtype=torch.float32, device=self.device)
-        self._multiply(part, k, grad_node, shares, forward=False)
-        out = torch.empty(nodes, width, dtype=torch.float32, device=self.device)
-        sum_segments(out, shares, child, part.cuts(k - 1), nodes, relative=True)
-        return out
+        shares = torch.empty(self._most_nodes(k, part), out.shape[1], dtype=torch.float32, device=self.device)
+        self._multiply(part, k, grad_node, shares, part.cuts(k), forward=False)
+        nodes = self._most_nodes(k - 1, part)
+        sum_segments(out, shares, child, part.cuts(k - 1), nodes, part.base(k - 1))
 
-    def _add(self, part: _Part, grad_node: Tensor, grad: Tensor, touched: Tensor) -> None:
+    def _add_first(self, level: Level, source: Tensor, grad: Tensor) -> Tensor:
+        """Add the nodes of the first level up by slice; [G] int32, which of these the batch has."""
         width = grad.shape[1]
         block = slice_block(width)
-        add_slices[(len(grad_node), cdiv(width, block["BW"]))](
+        touched = torch.zeros(len(grad), dtype=torch.int32, device=self.device)
+        add_slices[(len(source), cdiv(width, block["BW"]))](
             grad,
             touched,
-            grad_node,
-            part.levels[0].entry,
-            part.cuts(0),
+            source,
+            level.entry,
+            level.cuts,
+            level.cuts.numel() - 1,
             W=width,
             **block,
         )
+        return touched
 
     def _finish(
         self,
@@ -343,15 +346,8 @@ class TrainFamily(Family[TrainShape]):
                 found.append(own.to(self.dtype) if asked.writes(t, k, order) else None)
         return found
 
-    def _cores(self, part: _Part, k: int) -> Tensor:
+    def _cores(self, part: Part, k: int) -> Tensor:
         return self.addresses(part.parameters[k :: len(self._dims)])
-
-    def _row_cuts(self, call: Call) -> Tensor:
-        return call.plan.cuts[self.index :]
-
-    @cached_property
-    def _zero(self) -> Tensor:
-        return self.constant([0])
 
     @property
     def _dims(self) -> tuple[int, ...]:

@@ -129,17 +129,20 @@ def children_constants(shape: TrainShape, dtype: torch.dtype) -> dict[str, Any]:
     block = tile(inner, max(8, _CHILDREN_TILE // columns))
     # Sixteen loads a row, or a short row's, take more than half of a place's registers in fewer warps.
     least = 2 if inner < 8 and (outer < 4 or columns >= 32) else 1
+    stored = shape.stores_shares
     return {
+        "SHARES": stored,
         "Q": q,
         "K": inner,
-        "N": outer,
-        "ELEMENT": ELEMENTS[dtype],
+        # Shares are sums of float32, whatever the slices are.
+        "N": 1 if stored else outer,
+        "ELEMENT": tl.float32 if stored else ELEMENTS[dtype],
         "PIECE": PIECE,
         # Up to 16 loads of each factor under way at once; rows of 8 columns and more are loads enough.
-        "BC": 16 // outer if outer < 8 else 1,
+        "BC": 8 if stored else 16 // outer if outer < 8 else 1,
         "BQ": columns,
         "BK": block,
-        "num_warps": min(4, max(least, columns * block // (64 if outer > 8 else 128))),
+        "num_warps": min(4, max(least, columns * block // (128 if stored or outer <= 8 else 64))),
     }
 
 

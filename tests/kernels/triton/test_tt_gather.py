@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recemb.id_maps.radix import mixed_radix
+from recemb_kernels import triton_frame
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
+from recemb_kernels.triton_frame import slice_rows, turn_rows
 from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
 from recemb_kernels.tt_gather import TrainShape, triton_train, tt_gather
 from recemb_kernels.tt_gather.triton_variants import MOST_PROGRAMS, Tiles, product_of
@@ -70,12 +72,25 @@ def _tables(shapes: Sequence[TrainShape], features: Sequence[FeatureCode] | None
 
 
 ALL = _tables(SHAPES)
+# The same with narrow products: rows' shares of their gradients are stored on the way back.
+STORED = _tables(
+    [replace(s, dim_shape=(*[1] * (len(s.dim_shape) - 1), s.dim_shape[-1])) for s in SHAPES],
+)
+BOTH = pytest.mark.parametrize("tables", [ALL, STORED], ids=["computed shares", "stored shares"])
+
+
+def test_shares_of_both_kinds() -> None:
+    assert not any(shape.stores_shares for shape in ALL.shapes)
+    assert all(shape.stores_shares for shape in STORED.shapes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_outputs_and_gradients_are_those_of_plain_torch(dtype: torch.dtype, weighted: bool) -> None:
-    assert_near(ALL, make_batch(ALL, 5, 3, weighted=weighted), dtype)
+@BOTH
+def test_outputs_and_gradients_are_those_of_plain_torch(
+    tables: Tables, dtype: torch.dtype, weighted: bool
+) -> None:
+    assert_near(tables, make_batch(tables, 5, 3, weighted=weighted), dtype)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +184,10 @@ def test_every_table_steps_as_on_cpu(kind: Kind, micro_batch_rows: int) -> None:
     assert_same_steps(ALL, batch, [kind] * 3, micro_batch_rows=micro_batch_rows)
 
 
+def test_narrow_trains_step_as_on_cpu() -> None:
+    assert_same_steps(STORED, make_batch(STORED, 6, 3), [Kind.ADAGRAD] * 3, micro_batch_rows=5)
+
+
 def test_tables_with_their_own_rules_and_without() -> None:
     """Different rules in one family: each table takes its own, and the last gives gradients."""
     assert_same_steps(ALL, make_batch(ALL, 6, 3), [Kind.ADAGRAD, Kind.ADAM, None])
@@ -195,13 +214,16 @@ def test_half_precision_steps_in_float32(dtype: torch.dtype, kinds: list[Kind]) 
 
 
 @pytest.mark.parametrize(("size", "micro_batch_rows"), [(4, (2, 7)), (70, (100,))], ids=["parts", "one part"])
-def test_micro_batches_give_the_bits_of_the_whole(size: int, micro_batch_rows: Sequence[int]) -> None:
+@BOTH
+def test_micro_batches_give_the_bits_of_the_whole(
+    tables: Tables, size: int, micro_batch_rows: Sequence[int]
+) -> None:
     """The families have 92 and 21 prefixes: with fewer rows at once micro-batches have nodes of their own."""
-    batch = make_batch(ALL, size, 3, weighted=True)
-    parameters, grad = ALL.parameters(), upstream(ALL, batch)
-    whole = run(ALL.triton(), parameters, batch, grad)
+    batch = make_batch(tables, size, 3, weighted=True)
+    parameters, grad = tables.parameters(), upstream(tables, batch)
+    whole = run(tables.triton(), parameters, batch, grad)
     for rows in micro_batch_rows:
-        sliced = run(ALL.triton(micro_batch_rows=rows), parameters, batch, grad)
+        sliced = run(tables.triton(micro_batch_rows=rows), parameters, batch, grad)
         assert torch.equal(whole[0], sliced[0])
         assert torch.equal(whole[-1], sliced[-1]), "gradients of the weights"
         # A core slice sums over the same nodes, and a node over its rows, in another order.
@@ -209,35 +231,68 @@ def test_micro_batches_give_the_bits_of_the_whole(size: int, micro_batch_rows: S
             torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@BOTH
+def test_bags_take_rows_in_turns(tables: Tables, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 distinct rows each. Sums, and means, which the last one divides, have the same bits whatever the
+    micro-batches; where these are no powers of two, fewer rows are computed at once.
+    """
+    monkeypatch.setattr(triton_frame, "TURN_ROWS", 4)
+    batch = make_batch(tables, 14, 2, weighted=weighted)
+    count = batch.ids.numel()
+    assert turn_rows(count) == 16
+    assert count > 2 * 16
+    parameters, grad = tables.parameters(), upstream(tables, batch)
+    whole = run(tables.triton(), parameters, batch, grad)
+    for rows in (2, 7, 16, 40):
+        assert torch.equal(assert_near(tables, batch, micro_batch_rows=rows)[0], whole[0])
+    monkeypatch.setattr(triton_frame, "TURN_ROWS", 64)
+    torch.testing.assert_close(run(tables.triton(), parameters, batch, grad)[0], whole[0])
+
+
+def test_turns_are_of_a_batch_and_slices_end_with_them() -> None:
+    for count in (1, 2**17, 2**17 + 1, 2**19, 2**19 + 1, 26 * 65_536, 2**30):
+        rows = turn_rows(count)
+        assert -(-count // rows) <= 4
+        for own in (1, 1000, 2**16, 300_000, 2**31 - 1):
+            computed = slice_rows(count, own)
+            assert own // 2 < computed <= own
+            assert count <= rows or rows % computed == 0 or computed % rows == 0
+
+
 def test_every_table_steps_where_one_part_has_several_micro_batches() -> None:
     assert_same_steps(ALL, make_batch(ALL, 70, 3), [Kind.ADAGRAD] * 3, micro_batch_rows=100)
 
 
 @pytest.mark.parametrize(("micro_batch_rows", "programs"), [(100, 3), (MICRO_BATCH_ROWS, MOST_PROGRAMS)])
+@pytest.mark.parametrize("last", [2, 3])
 def test_nodes_with_more_rows_than_a_piece(
-    micro_batch_rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    last: int, micro_batch_rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row of three tables: nodes of 180 and 70 rows, and of 64, which begin and end at a cut.
 
     Three programs take turns; nodes have rows in several micro-batches.
     """
     monkeypatch.setattr(triton_train, "MOST_PROGRAMS", programs)
-    split, ranks = (2, 1, 2), (1, 2, 3, 1)
+    first = 4 - last  # a row of 3 columns stores its share
+    split, ranks = (first, 1, last), (1, 2, 3, 1)
     shapes = [TrainShape((1, 1, 180), split, ranks), TrainShape((1, 2, 70), split, ranks)]
-    tables = _tables([*shapes, TrainShape((2, 64), (2, 2), (1, 3, 1))])
+    tables = _tables([*shapes, TrainShape((2, 64), (first, last), (1, 3, 1))])
+    assert {shape.stores_shares for shape in tables.shapes} == {last == 3}
     ids = torch.arange(180)
     batch = Batch(torch.cat((ids, ids % 140, ids % 128)), torch.arange(541), None, 180)
     assert_near(tables, batch, micro_batch_rows=micro_batch_rows)
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 2, 3])
-def test_micro_batches_that_begin_within_a_prefix(micro_batch_rows: int) -> None:
+@pytest.mark.parametrize("split", [(2, 1, 2), (1, 1, 3)], ids=str)
+def test_micro_batches_that_begin_within_a_prefix(split: tuple[int, ...], micro_batch_rows: int) -> None:
     """A node more for each of one or two rows: of trains with one prefix and with two, behind another
     family's rows. Three can have all prefixes: nodes then have rows in several."""
     shapes = [
         SHAPES[1],
-        TrainShape((1, 1, 9), (2, 1, 2), (1, 2, 3, 1)),
-        TrainShape((2, 1, 5), (2, 1, 2), (1, 2, 3, 1)),
+        TrainShape((1, 1, 9), split, (1, 2, 3, 1)),
+        TrainShape((2, 1, 5), split, (1, 2, 3, 1)),
     ]
     tables = _tables(shapes)
     ids = torch.tensor([3, 40, 3, -1, 8, 2, 0, 1, 7, 6, 8, 5, 9, 4, 0, 1, 2, 3])
