@@ -28,7 +28,7 @@ batch at once.
 _WHOLE = 2**30
 _THRESHOLD = 200
 # Smaller than what a device takes by default, and larger.
-_SLICES = {"cpu": [2**14, 2**13, 2**12, 2**11], "cuda": [2**18, 2**17, 2**16, 2**15]}
+_SLICES = {"cpu": [2**14, 2**13, 2**12, 2**11], "cuda": [2**19, 2**18, 2**17, 2**16]}
 # Steps of a shape that stay eager on a GPU: the last one's memory is measured.
 _EAGER = 3
 _PREPARED = 6
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="M",
-        help="default 2**14 to 2**11, on a GPU 2**18 to 2**15",
+        help="default 2**14 to 2**11, on a GPU 2**19 to 2**16",
     )
     parser.add_argument("--rows", type=positive, metavar="N", help="26 tables of N rows in place of Kaggle's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -113,6 +113,7 @@ def pool_rows(
     features,
     limits,
     base,
+    spans,
     batch_size,
     columns,
     num_ids,
@@ -135,7 +136,8 @@ def pool_rows(
     ``limits[f * LIMITS]`` .. ``limits[f * LIMITS + 1]`` - 1 are skipped.
 
     With TURNS, ``sources`` begins at row ``base[0]``, and this is turn number ``turn``, from 0, of ``turns``:
-    each adds the bags' rows within its limits to what the turns before it have left in ``out``.
+    each adds the bags' rows within its limits to what the turns before it have left in ``out``. Rows of f are
+    from ``spans[2 f]`` to ``spans[2 f + 1]``: turns without any of them leave it alone.
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -149,12 +151,18 @@ def pool_rows(
     low = tl.load(limits + f * LIMITS)
     high = tl.load(limits + f * LIMITS + 1)
     here = bags < batch_size
+    if TURNS:
+        # The turn in which its rows begin writes every bag, that in which they end divides the averaged ones.
+        begin = tl.load(spans + 2 * f)
+        end = tl.load(spans + 2 * f + 1)
+        opens = (begin >= low) & ((begin < high) | (turn + 1 == turns))
+        if (opens == 0) & ((begin >= high) | (end <= low)):
+            return
+        mean = tl.where(end <= high, mean, 0)
+        origin = tl.load(base)
+        taken = here & (opens | (mean != 0))
     first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
     total = tl.zeros((BB, BD), dtype=tl.float32)
-    if TURNS:
-        origin = tl.load(base)
-        # The first turn writes every bag, the last divides the averaged ones.
-        taken = here & ((turn == 0) | ((mean != 0) & (turn + 1 == turns)))
     for i in range(tl.max(length, 0)):
         at = first + i
         row = tl.load(index + at, mask=i < length, other=-1).to(tl.int64)
@@ -169,9 +177,8 @@ def pool_rows(
         total += value
     if TURNS:
         here = taken
-        mask = (here & (turn != 0))[:, None] & (d < D)[None, :]
+        mask = (here & (opens == 0))[:, None] & (d < D)[None, :]
         total += tl.load(out + bags[:, None] * columns + column + d[None, :], mask=mask, other=0.0)
-        mean = tl.where(turn + 1 == turns, mean, 0)
     if mean != 0:
         count = tl.maximum(length, 1).to(tl.float32)
         total = tl.div_rn(total, tl.zeros_like(total) + count[:, None])

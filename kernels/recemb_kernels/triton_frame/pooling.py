@@ -44,11 +44,13 @@ class Turn:
         number: from 0.
         turns: how many there are.
         base: [1] the row that the source begins with.
+        spans: [F, 2] of each feature's table the first row, and the one after its last.
     """
 
     number: int
     turns: int
     base: Tensor
+    spans: Tensor
 
 
 def turn_cuts(family: Family[Any], call: Call) -> Tensor:
@@ -58,6 +60,15 @@ def turn_cuts(family: Family[Any], call: Call) -> Tensor:
         return cuts[:2]
     steps = family.remembered(tuple(range(0, count + turn_rows(count), turn_rows(count))))
     return torch.minimum(cuts[:1] + steps, cuts[1:2])
+
+
+def table_spans(family: Family[Any], call: Call, keys: Tensor) -> Tensor:
+    """[F, 2] the first row of each feature's table, and the one after its last, given their ``keys`` [F, 2].
+
+    These are counted from the family's first.
+    """
+    own = (keys + call.keys.bounds[family.index]).to(call.plan.row_key.dtype)
+    return torch.searchsorted(call.plan.row_key, own)
 
 
 def pool(family: Family[Any], call: Call, out: Tensor, rows: Rows, turn: Turn | None = None) -> None:
@@ -74,6 +85,7 @@ def pool(family: Family[Any], call: Call, out: Tensor, rows: Rows, turn: Turn | 
         family.features,
         rows.limits,
         rows.limits if turn is None else turn.base,
+        rows.limits if turn is None else turn.spans,
         batch.size,
         out.shape[1],
         batch.ids.numel(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recemb_kernels.triton_frame import slice_rows, turn_rows
 from recemb_kernels.triton_frame.family import Call, Family
-from recemb_kernels.triton_frame.pooling import Rows, Turn, pool, turn_cuts
+from recemb_kernels.triton_frame.pooling import Rows, Turn, pool, table_spans, turn_cuts
 from recemb_kernels.tt_gather.triton_levels import Level
 
 
@@ -64,21 +64,22 @@ class Turns:
     Args:
         family: that they are of.
         call: the look-up.
-        dim: D.
+        keys: [F, 2] of each feature's table the first key, and the one after its last.
         kept: whether all rows are, for the gradients of weights.
 
     Attributes:
         rows: [most, D] float32 memory for them.
     """
 
-    def __init__(self, family: Family[Any], call: Call, dim: int, kept: bool) -> None:
+    def __init__(self, family: Family[Any], call: Call, keys: Tensor, kept: bool) -> None:
         self._family, self._call = family, call
         self._count, self._cuts = call.batch.ids.numel(), turn_cuts(family, call)
         self._each, self._turns, self._done = turn_rows(self._count), self._cuts.numel() - 1, 0
+        self._spans = table_spans(family, call, keys) if self._turns > 1 else None
         self._all = kept or self._turns == 1
         own = max(self._each, slice_rows(self._count, family.micro_batch_rows))
         most = self._count if self._all else min(self._count, own)
-        self.rows = torch.empty(most, dim, dtype=torch.float32, device=family.device)
+        self.rows = torch.empty(most, family.shapes[0].dim, dtype=torch.float32, device=family.device)
 
     def base(self, part: Part) -> Tensor:
         """The row that :attr:`rows` begins with while it gets those of a micro-batch."""
@@ -90,7 +91,7 @@ class Turns:
         """Have bags take the turns that end with a micro-batch."""
         end, base = (part.micro_batch + 1) * part.rows, self.base(part)
         while self._done < self._turns and min((self._done + 1) * self._each, self._count) <= end:
-            turn = Turn(self._done, self._turns, base) if self._turns > 1 else None
+            turn = None if self._spans is None else Turn(self._done, self._turns, base, self._spans)
             limits, width = self._cuts[self._done :], self.rows.shape[1]
             rows = Rows(self.rows, self._call.plan.inverse, limits, width)
             pool(self._family, self._call, out, rows, turn)

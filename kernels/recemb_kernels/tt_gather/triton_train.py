@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class TrainFamily(Family[TrainShape]):
         kept: _Kept | None = call.kept.get(self.index)
         levels = kept.levels if kept else make_levels(self, call, self._tables)
         weighs = keep and call.batch.weights is not None
-        turns = Turns(self, call, self._dim, weighs)
+        turns = Turns(self, call, self._feature_keys, weighs)
         first, products = self._first_products(levels, parameters), list[Tensor]()
         for parts in self._parts(levels, parameters, count):
             products.clear()  # before the next ones are made
@@ -367,6 +368,12 @@ class TrainFamily(Family[TrainShape]):
         return [r * q * s for r, q, s in zip(self._ranks, self._dims, self._ranks[1:], strict=False)]
 
     @cached_property
+    def _feature_keys(self) -> Tensor:
+        """[F, 2] of each feature's table the first key, and the one after its last."""
+        keys = [0, *accumulate(self.num_keys(shape) for shape in self.shapes)]
+        return self.constant([[keys[f.table], keys[f.table + 1]] for f in self.own_features])
+
+    @cached_property
     def _entry_base(self) -> list[list[int]]:
         """Per table and core, its first slice among those of all tables."""
         rows = [shape.row_shape for shape in self.shapes]
@@ -374,9 +381,7 @@ class TrainFamily(Family[TrainShape]):
 
     @cached_property
     def _tables(self) -> TrainTables:
-        keys = [0]
-        for shape in self.shapes:
-            keys.append(keys[-1] + self.num_keys(shape))
+        keys = [0, *accumulate(self.num_keys(shape) for shape in self.shapes)]
         cores = range(len(self._dims))
         prefixes = [sum(math.prod(s.row_shape[: k + 1]) for s in self.shapes) for k in cores[:-1]]
         each = [[(t, row) for t, s in enumerate(self.shapes) for row in range(s.row_shape[k])] for k in cores]

@@ -250,6 +250,19 @@ def test_bags_take_rows_in_turns(tables: Tables, weighted: bool, monkeypatch: py
     torch.testing.assert_close(run(tables.triton(), parameters, batch, grad)[0], whole[0])
 
 
+@pytest.mark.parametrize("without", [(0,), (2,), (1,), (0, 1, 2)], ids=str)
+def test_turns_of_tables_without_rows(without: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last of a family, a family that has nothing, and all: their bags are zero."""
+    monkeypatch.setattr(triton_frame, "TURN_ROWS", 4)
+    batch = make_batch(ALL, 14, 2)
+    for f in without:
+        batch.ids[batch.offsets[14 * f] : batch.offsets[14 * (f + 1)]] = -1
+    for rows in (4, MICRO_BATCH_ROWS):
+        out = assert_near(ALL, batch, micro_batch_rows=rows)[0]
+        columns = [out[:, :16], out[:, 16:24], out[:, 24:]]
+        assert [bool(own.any()) for own in columns] == [f not in without for f in range(3)]
+
+
 def test_turns_are_of_a_batch_and_slices_end_with_them() -> None:
     for count in (1, 2**17, 2**17 + 1, 2**19, 2**19 + 1, 26 * 65_536, 2**30):
         rows = turn_rows(count)

@@ -193,7 +193,7 @@ EVEN, CHOSEN = TensorTrain(rank=32, dim_shape=(2, 2, 4)), TensorTrain(rank=32)
 
 
 @pytest.mark.parametrize("train", [EVEN, CHOSEN], ids=["even", "chosen"])
-@pytest.mark.parametrize("micro_batch_rows", [2**30, 2**19, MICRO_BATCH_ROWS, 2**16])
+@pytest.mark.parametrize("micro_batch_rows", [2**30, 2**19, MICRO_BATCH_ROWS, 2**17, 2**16])
 def test_a_large_step_takes_a_fraction_of_what_it_took(
     micro_batch_rows: int, train: TensorTrain, no_kernels: Callable[[], None]
 ) -> None:
@@ -217,11 +217,11 @@ def test_a_large_step_takes_a_fraction_of_what_it_took(
     else:
         # Of four times the prefixes, and a quarter of the columns; rows' shares are stored.
         assert 1 <= estimate / most <= 1.65
-        part = {2**30: 2.3, 2**19: 3.6, MICRO_BATCH_ROWS: 6.5, 2**16: 7}[micro_batch_rows]
+        part = {2**30: 2.3, 2**19: 3.6, MICRO_BATCH_ROWS: 5.5, 2**17: 6.5, 2**16: 7}[micro_batch_rows]
         assert step <= AT_ONCE_BEFORE / part
 
 
-@pytest.mark.parametrize("micro_batch_rows", [MICRO_BATCH_ROWS, 2**16])
+@pytest.mark.parametrize("micro_batch_rows", [2**17, 2**16])
 def test_slices_take_a_quarter_of_the_workspace(
     micro_batch_rows: int, no_kernels: Callable[[], None]
 ) -> None:
