@@ -58,7 +58,10 @@ def compile_one(configuration: Configuration, arch: str) -> Binary:
             f"{configuration.kernel} cannot be compiled: it was defined under TRITON_INTERPRET=1; unset it"
         )
     names = configuration.function.arg_names
-    aligned = configuration.pointers if configuration.aligned is None else configuration.aligned
+    aligned = configuration.aligned
+    if aligned is None:
+        left = set(configuration.function.do_not_specialize_on_alignment)
+        aligned = tuple(name for name in configuration.pointers if name not in left)
     source = ASTSource(
         fn=configuration.function,
         signature={name: configuration.signature.get(name, "constexpr") for name in names},

@@ -30,8 +30,8 @@ class Configuration:
         note: the shape, ``"R=32, q=(2,2,4)"``.
         small: pointer arguments of tensors that can never hold 2**31 elements (descriptors of tables), whose
             offsets may be 32-bit.
-        aligned: pointer arguments that are multiples of 16 bytes, as torch's allocations are; all when
-            ``None``.
+        aligned: pointer arguments that are multiples of 16 bytes, as torch's allocations are; when ``None``
+            all but those that the kernel is not compiled by.
         rounds: it multiplies float32 in TF32 because the user has allowed that.
         listed: a README's table has a line for it; the laws hold for all, and the command prints all.
     """

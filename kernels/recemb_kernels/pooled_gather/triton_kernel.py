@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
 from recemb_kernels.triton_frame.kernels import pieces_of, span_of, upper_bound
 
 MULT, ADD, CONCAT = (tl.constexpr(operation) for operation in (1, 2, 3))
@@ -45,7 +46,7 @@ def combine(
     return a + b
 
 
-@triton.jit
+@launched
 def pool_pairs(
     out,
     lefts,
@@ -104,7 +105,7 @@ def pool_pairs(
     tl.store(out + bags[:, None] * columns + column + d[None, :], total, mask=mask)
 
 
-@triton.jit
+@launched
 def split_rows(
     left,
     right,
@@ -149,7 +150,7 @@ def split_rows(
     tl.store(right_key + u, tl.where(inside, tl.load(right_keys + t) + r, outside), mask=here)
 
 
-@triton.jit
+@launched
 def pair_rows(
     out,
     lefts,
@@ -176,7 +177,7 @@ def pair_rows(
     tl.store(out + u[:, None] * W + d[None, :], value, mask=inside[:, None] & (d < W)[None, :])
 
 
-@triton.jit
+@launched
 def sum_sides(
     out,
     grad_rows,

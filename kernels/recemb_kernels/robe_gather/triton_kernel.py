@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
 from recemb_kernels.triton_frame.kernels import pieces_of, span_of, upper_bound
 
 HEAD = tl.constexpr(9)
@@ -48,7 +49,7 @@ def place(hashed, offset, size, reciprocal):
     return tl.where(rest >= size.to(tl.uint64), rest - size.to(tl.uint64), rest).to(tl.int64)
 
 
-@triton.jit
+@launched
 def pool_blocks(
     out,
     arrays,
@@ -125,7 +126,7 @@ def pool_blocks(
     tl.store(out + to, total, mask=here[:, None, None] & within[None, :, :])
 
 
-@triton.jit
+@launched
 def place_blocks(
     start,
     negative,
@@ -171,7 +172,7 @@ def place_blocks(
         tl.store(negative + to, odd.to(tl.int8), mask=mask)
 
 
-@triton.jit
+@launched
 def read_rows(
     out,
     arrays,
@@ -210,7 +211,7 @@ def read_rows(
     tl.store(out + u[:, None] * D + d[None, :], value, mask=mask)
 
 
-@triton.jit
+@launched
 def sum_blocks(
     out,
     grad_rows,
@@ -261,7 +262,7 @@ def find(rows, cuts, row, STEPS: tl.constexpr):
     return tl.where(known == row, low + at, -1)
 
 
-@triton.jit
+@launched
 def match_rows(
     table,
     row,
@@ -316,7 +317,7 @@ def match_rows(
     tl.store(table + 2 * run + 1, tl.zeros_like(run), mask=rest)
 
 
-@triton.jit
+@launched
 def join_halves(out, sums, touched, own, before, cuts, Z: tl.constexpr, BZ: tl.constexpr):
     """out[e] [Z] = the gradient of each touched entry, from sums of runs [., 2 Z]. Grid (entries, Z / BZ)."""
     e = tl.load(cuts) + tl.program_id(0)

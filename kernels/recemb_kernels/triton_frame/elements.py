@@ -27,6 +27,18 @@ NAMES = {
 }
 
 
+# Arguments that say where a launch reads or writes: views of small arrays, which begin at any number, and
+# parts and turns by number. Triton would compile a kernel again where they are aligned, or 1.
+_BASES = ("base", "out_base", "source_base", "grad_base")
+_PLACES = (*_BASES, "cuts", "node_cuts", "limits", "first_key", "rates")
+_NUMBERS = ("part", "turn", "turns")
+
+
+def launched(function: Any) -> Any:
+    """A Triton kernel that is launched: compiled once for all slices of a batch, and all families."""
+    return triton.jit(function, do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_PLACES)
+
+
 def tuned(
     kernel: Any,
     key: Sequence[str],

@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
 from recemb_kernels.triton_frame.kernels import is_infinite
 
 
-@triton.jit
+@launched
 def find_gradients(
     start,
     scale,
@@ -70,7 +71,7 @@ def cuts_of(order, inverse, run_first, cuts, count, cut, PIECE: tl.constexpr):
     return here & (begin < place), row, begin, place, end
 
 
-@triton.jit
+@launched
 def sum_places(
     out,
     parts,
@@ -128,7 +129,7 @@ def sum_places(
     tl.store(parts + cut[:, None] * D + d[None, :], total, mask=mask & (of_rows == 0))
 
 
-@triton.jit
+@launched
 def join_places(
     out,
     parts,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
+
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = (tl.constexpr(kind) for kind in (1, 2, 3, 4))
 
 
@@ -57,7 +59,7 @@ def pieces_of(pieces, piece_first, cuts, BP: tl.constexpr):
     return piece, here, first, tl.load(piece_first + piece + 1, mask=here, other=0).to(tl.int64) - first
 
 
-@triton.jit
+@launched
 def locate(
     table,
     row,
@@ -86,7 +88,7 @@ def locate(
     tl.store(touched + at, inside.to(tl.int32), mask=here)
 
 
-@triton.jit
+@launched
 def scatter_rows(out, grad, entry_table, entry_row, touched, cuts, first, W: tl.constexpr, BW: tl.constexpr):
     """out[first[table] + row] = grad[e], in the type of ``out``, of touched entries; -1 leaves a table out.
 
@@ -103,7 +105,7 @@ def scatter_rows(out, grad, entry_table, entry_row, touched, cuts, first, W: tl.
     tl.store(out + to * W + w, tl.load(grad + e * W + w, mask=w < W), mask=w < W)
 
 
-@triton.jit(do_not_specialize=("turn", "turns"))
+@launched
 def pool_rows(
     out,
     sources,
@@ -186,7 +188,7 @@ def pool_rows(
     tl.store(out + bags[:, None] * columns + column + d[None, :], total, mask=mask)
 
 
-@triton.jit
+@launched
 def segment_sum(
     out,
     source,
@@ -225,7 +227,7 @@ def segment_sum(
     tl.store(out + n[:, None] * W + w[None, :], total, mask=here[:, None] & (w < W)[None, :])
 
 
-@triton.jit
+@launched
 def weight_gradients(
     out,
     sources,
@@ -279,7 +281,7 @@ def weight_gradients(
     tl.store(out + position, total, mask=ours)
 
 
-@triton.jit
+@launched
 def update_rows(
     grad,
     entry_table,

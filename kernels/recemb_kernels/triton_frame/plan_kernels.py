@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
 from recemb_kernels.triton_frame.kernels import is_infinite, upper_bound
 
 
@@ -22,7 +23,7 @@ def bag_at(offsets, num_bags, at, STEPS: tl.constexpr):
     return tl.minimum(tl.maximum(bag, 0), tl.maximum(last - 1, 0))
 
 
-@triton.jit
+@launched
 def check_batch(
     refused,
     ids,
@@ -56,7 +57,7 @@ def check_batch(
         tl.store(refused, 1)
 
 
-@triton.jit
+@launched
 def mark_infinite(mark, values, count, BL: tl.constexpr):
     """mark[0] = 1 when one of ``values`` [count] is NaN or infinite. Grid (count / BL)."""
     at = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
@@ -65,7 +66,7 @@ def mark_infinite(mark, values, count, BL: tl.constexpr):
         tl.store(mark, 1)
 
 
-@triton.jit
+@launched
 def place_ids(
     keys,
     bag,
@@ -105,7 +106,7 @@ def begins(keys, at, count, PIECE: tl.constexpr):
     return key, before, new, new | (here & (at % PIECE == 0))
 
 
-@triton.jit
+@launched
 def count_runs(counts, keys, count, PIECE: tl.constexpr, BL: tl.constexpr):
     """counts[p] = runs and pieces that begin in block p. Grid (P)."""
     block = tl.program_id(0).to(tl.int64)
@@ -128,7 +129,7 @@ def totals(counts, width, column, block, blocks, BB: tl.constexpr):
     return tl.sum(before, 0), tl.sum(every, 0)
 
 
-@triton.jit
+@launched
 def number_runs(
     number,
     inverse,

@@ -7,11 +7,12 @@ those of a micro-batch, slice by slice; else they are computed as they are added
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
 
-@triton.jit
+
+@launched
 def sum_children(
     out,
     parts,
@@ -99,7 +100,7 @@ def sum_children(
         work += tl.num_programs(0)
 
 
-@triton.jit
+@launched
 def join_children(
     out,
     parts,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recemb_kernels.triton_frame.elements import launched
 from recemb_kernels.triton_frame.kernels import upper_bound
 from recemb_kernels.triton_frame.plan_kernels import totals
 
@@ -29,7 +30,7 @@ def product(a, b, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
     return total + tl.sum(tl.fma(left, right, tl.zeros_like(left)), 1)
 
 
-@triton.jit
+@launched
 def split_digits(
     digits,
     last,
@@ -81,7 +82,7 @@ def split_digits(
     tl.store(digits + row, tl.load(entry_base + table * ORDER) + key, mask=row < total)
 
 
-@triton.jit
+@launched
 def count_nodes(counts, new, count, ORDER: tl.constexpr, BL: tl.constexpr):
     """counts[p, k] = nodes of level k + 1 that begin in block p of BL rows. Grid (P)."""
     block = tl.program_id(0).to(tl.int64)
@@ -92,7 +93,7 @@ def count_nodes(counts, new, count, ORDER: tl.constexpr, BL: tl.constexpr):
         tl.store(counts + block * (ORDER - 1) + k, tl.sum(begins, 0))
 
 
-@triton.jit
+@launched
 def place_nodes(
     entry,
     parent,
@@ -186,7 +187,7 @@ def place_nodes(
         above_end = end
 
 
-@triton.jit
+@launched
 def group_bounds(
     first, tiles, keys, count, num_groups, wide, STEPS: tl.constexpr, TILE: tl.constexpr, BG: tl.constexpr
 ):
@@ -202,7 +203,7 @@ def group_bounds(
     tl.store(tiles + g, tl.zeros_like(g), mask=g == 0)
 
 
-@triton.jit
+@launched
 def find_groups(group, tile_first, num_groups, count, STEPS: tl.constexpr, BT: tl.constexpr):
     """The group of each tile of ``count``. Grid (tiles / BT)."""
     tile = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -210,7 +211,7 @@ def find_groups(group, tile_first, num_groups, count, STEPS: tl.constexpr, BT: t
     tl.store(group + tile, of, mask=tile < count)
 
 
-@triton.jit
+@launched
 def mark_touched(touched, group_first, num_entries, num_parts, BE: tl.constexpr):
     """touched[slice] = whether any part has a node with it. Grid (slices / BE)."""
     entry = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
@@ -222,7 +223,7 @@ def mark_touched(touched, group_first, num_entries, num_parts, BE: tl.constexpr)
     tl.store(touched + entry, (found != 0).to(tl.int32), mask=here)
 
 
-@triton.jit
+@launched
 def copy_slices(
     out,
     cores,
@@ -249,7 +250,7 @@ def copy_slices(
     tl.store(out + n * W + w, value, mask=w < W)
 
 
-@triton.jit
+@launched
 def add_slices(grad, touched, source, digit, cuts, parts, W: tl.constexpr, BW: tl.constexpr):
     """grad[digit of node n] = source[n], of the ``cuts[parts]`` nodes of level 1.
 
@@ -272,7 +273,7 @@ def add_slices(grad, touched, source, digit, cuts, parts, W: tl.constexpr, BW: t
     tl.store(grad + entry * W + w, total, mask=w < W)
 
 
-@triton.jit
+@launched
 def multiply(
     out,
     source,
@@ -338,7 +339,7 @@ def multiply(
     tl.store(out + to[:, None] + n[None, :], total, mask=(m < size)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@launched
 def slice_gradient(
     grad,
     source,

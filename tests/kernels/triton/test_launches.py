@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from triton.runtime.interpreter import GridExecutor
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+from triton.runtime.jit import native_specialize_impl
 
-from recemb_kernels.digit_tree.group import FeatureCode
+from recemb_kernels import triton_frame
+from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.pooled_gather import Operation, RowShape
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.update import Kind
@@ -78,3 +81,56 @@ def test_launches_do_not_depend_on_the_number_of_tables(op: str, kind: Kind | No
     )
     assert three == one
     assert two.total() > one.total()
+
+
+class Compiled:
+    """What a GPU would compile of a ``with`` block's launches: by kernel and constants, Triton's keys."""
+
+    def __init__(self) -> None:
+        self.found: defaultdict[object, set[object]] = defaultdict(set)
+
+    def __enter__(self) -> Compiled:
+        self._patch = patch.object(InterpretedFunction, "run", self._seen_by(InterpretedFunction.run))
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
+
+    def _seen_by(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def seen(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+            fixed = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
+            plain, unaligned = (
+                kernel.kwargs.get(f"do_not_specialize{what}") or () for what in ("", "_on_alignment")
+            )
+            key = tuple(
+                native_specialize_impl(
+                    CUDABackend, given[name], False, name not in plain, name not in unaligned
+                )
+                for name in kernel.arg_names
+                if name not in fixed
+            )
+            constants = tuple((name, repr(given[name])) for name in sorted(fixed))
+            self.found[kernel.fn.__module__, kernel.fn.__name__, constants].add(key)
+            return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+        return seen
+
+
+def test_slices_and_turns_compile_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel is compiled once for one set of constants, whatever part, turn or view it is launched for."""
+    monkeypatch.setattr(triton_frame, "TURN_ROWS", 4)
+    shapes = [
+        TrainShape((50, 4, 7), (1, 1, 16), (1, 8, 8, 1)),
+        TrainShape((60, 5, 8), (1, 1, 16), (1, 8, 8, 1)),
+    ]
+    tables = test_tt_gather._tables(shapes, [FeatureCode(0, False), FeatureCode(1, False)])
+    # A number of ids that is a multiple of 16, as sizes may be, and arrays that torch aligns.
+    batch = Batch(torch.arange(64) * 7 % 1400, torch.arange(65), None, 32)
+    parameters, grad = tables.parameters(), upstream(tables, batch)
+    updates = make_updates(tables, parameters, [Kind.ADAGRAD] * 2)
+    with Compiled() as sliced:
+        run(tables.triton(micro_batch_rows=4), parameters, batch, grad, updates)
+    assert len(sliced.found) > 20
+    assert [kernel for kernel, keys in sliced.found.items() if len(keys) > 1] == []
