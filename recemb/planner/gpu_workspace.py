@@ -217,8 +217,8 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     turn = ids if rank.weighted else min(ids, float(max(turn_rows(count), micro)))
     pooled = turn * dim * _FLOAT
     # Digits, whether they open a node, and keys of the groups; rows are sorted last.
-    key = _key(micro_batches * max(slices))
-    planning = key * sum(every[1:]) + ids * max((_INT32 + 1) * (order - 1), _sorting(key))
+    key, digits = _key(micro_batches * max(slices)), _INT32 * order + order - 1
+    planning = key * sum(every[1:]) + ids * max(digits, _sorting(key))
 
     # On the way back: the gradients of a micro-batch's rows, with long rows' pieces; those of the nodes
     # above, which all micro-batches share in the first level; and by level each child's share of its parent's

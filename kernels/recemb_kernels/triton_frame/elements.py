@@ -31,7 +31,7 @@ NAMES = {
 # parts and turns by number. Triton would compile a kernel again where they are aligned, or 1.
 _BASES = ("base", "out_base", "source_base", "grad_base")
 _PLACES = (*_BASES, "cuts", "node_cuts", "limits", "first_key", "rates")
-_NUMBERS = ("part", "turn", "turns")
+_NUMBERS = ("part", "turn", "past", "turns")
 
 
 def launched(function: Any) -> Any:

@@ -105,6 +105,36 @@ def scatter_rows(out, grad, entry_table, entry_row, touched, cuts, first, W: tl.
     tl.store(out + to * W + w, tl.load(grad + e * W + w, mask=w < W), mask=w < W)
 
 
+@triton.jit
+def sum_bags(
+    source,
+    index,
+    weights,
+    first,
+    length,
+    low,
+    high,
+    d,
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """[BB, BD]: of bags, the sum of their rows from ``low`` to ``high``."""
+    total = tl.zeros((BB, BD), dtype=tl.float32)
+    for i in range(tl.max(length, 0)):
+        at = first + i
+        row = tl.load(index + at, mask=i < length, other=-1).to(tl.int64)
+        stored = (i < length) & (row >= low) & (row < high)
+        mask = stored[:, None] & (d < D)[None, :]
+        address = source + row[:, None] * D + d[None, :]
+        value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + at, mask=stored, other=0.0)[:, None]
+        total += value
+    return total
+
+
 @launched
 def pool_rows(
     out,
@@ -120,6 +150,7 @@ def pool_rows(
     columns,
     num_ids,
     turn,
+    past,
     turns,
     LIMITS: tl.constexpr,
     INDIRECT: tl.constexpr,
@@ -137,9 +168,11 @@ def pool_rows(
     number in the batch, its first column, and whether it is averaged. Indices outside
     ``limits[f * LIMITS]`` .. ``limits[f * LIMITS + 1]`` - 1 are skipped.
 
-    With TURNS, ``sources`` begins at row ``base[0]``, and this is turn number ``turn``, from 0, of ``turns``:
-    each adds the bags' rows within its limits to what the turns before it have left in ``out``. Rows of f are
-    from ``spans[2 f]`` to ``spans[2 f + 1]``: turns without any of them leave it alone.
+    With TURNS, ``sources`` begins at row ``base[0]``, and these are the turns from ``turn`` to ``past`` of
+    ``turns``, at rows ``limits[turn]`` .. ``limits[past]``: the sum of a bag in each is added to what earlier
+    ones have left in ``out``. The rows of f's table are from ``spans[2 f]`` to ``spans[2 f + 1]``: nothing is
+    there before the turn in which they begin, the one in which they end divides the averaged bags, and those
+    without any of them leave f alone.
     """
     f = tl.program_id(1)
     bags = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -150,37 +183,30 @@ def pool_rows(
     source = sources
     if INDIRECT:
         source = tl.multiple_of(tl.load(sources + f).to(tl.pointer_type(ELEMENT)), 16)
-    low = tl.load(limits + f * LIMITS)
-    high = tl.load(limits + f * LIMITS + 1)
     here = bags < batch_size
     if TURNS:
-        # The turn in which its rows begin writes every bag, that in which they end divides the averaged ones.
         begin = tl.load(spans + 2 * f)
         end = tl.load(spans + 2 * f + 1)
-        opens = (begin >= low) & ((begin < high) | (turn + 1 == turns))
+        low = tl.load(limits + turn)
+        high = tl.load(limits + past)
+        opens = (begin >= low) & ((begin < high) | (past == turns))
         if (opens == 0) & ((begin >= high) | (end <= low)):
             return
         mean = tl.where(end <= high, mean, 0)
-        origin = tl.load(base)
-        taken = here & (opens | (mean != 0))
-    first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
-    total = tl.zeros((BB, BD), dtype=tl.float32)
-    for i in range(tl.max(length, 0)):
-        at = first + i
-        row = tl.load(index + at, mask=i < length, other=-1).to(tl.int64)
-        stored = (i < length) & (row >= low) & (row < high)
-        if TURNS:
-            taken = taken | stored
-            row -= origin
-        mask = stored[:, None] & (d < D)[None, :]
-        value = tl.load(source + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            value *= tl.load(weights + at, mask=stored, other=0.0)[:, None]
-        total += value
-    if TURNS:
-        here = taken
+        source -= tl.load(base) * D
+        first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
         mask = (here & (opens == 0))[:, None] & (d < D)[None, :]
-        total += tl.load(out + bags[:, None] * columns + column + d[None, :], mask=mask, other=0.0)
+        total = tl.load(out + bags[:, None] * columns + column + d[None, :], mask=mask, other=0.0)
+        for t in range(turn, past):
+            low = tl.load(limits + t)
+            high = tl.load(limits + t + 1)
+            if (begin < high) & (end > low):
+                total += sum_bags(source, index, weights, first, length, low, high, d, D, WEIGHTED, BB, BD)
+    else:
+        low = tl.load(limits + f * LIMITS)
+        high = tl.load(limits + f * LIMITS + 1)
+        first, length = span_of(offsets, feature * batch_size + bags, here, num_ids)
+        total = sum_bags(source, index, weights, first, length, low, high, d, D, WEIGHTED, BB, BD)
     if mean != 0:
         count = tl.maximum(length, 1).to(tl.float32)
         total = tl.div_rn(total, tl.zeros_like(total) + count[:, None])

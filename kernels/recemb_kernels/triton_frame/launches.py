@@ -51,9 +51,11 @@ def pool_constants(
     width: int, weighted: bool, dtype: torch.dtype | None, turns: bool = False
 ) -> dict[str, Any]:
     """Of ``pool_rows``; ``dtype`` is that of sources given by address."""
-    bags, block = tile_of(width, *POOL_TILE)
+    most, area = POOL_TILE
+    # As many elements a thread; with turns four warps spill registers.
+    bags, block = tile_of(width, most, area // 2 if turns else area)
     tiles = {"D": width, "WEIGHTED": weighted, "BB": bags, "BD": block}
-    return {**_source(dtype), "TURNS": turns, **tiles, "num_warps": 4}
+    return {**_source(dtype), "TURNS": turns, **tiles, "num_warps": 2 if turns else 4}
 
 
 def weigh_constants(width: int, dtype: torch.dtype | None) -> dict[str, Any]:

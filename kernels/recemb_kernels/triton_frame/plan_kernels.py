@@ -153,8 +153,8 @@ def number_runs(
 ):
     """What :class:`~recemb_kernels.triton_frame.plan.Runs` holds, of rising ``keys`` [L]. Grid (P, P BL > L).
 
-    With WHOLE, every run is one piece and ``piece_first`` is not written. With INVERSE, ``inverse`` takes the
-    run of each position ``order`` names; ``number`` and pieces are written without.
+    With WHOLE, every run is one piece and ``piece_first`` is not written. With INVERSE too, ``inverse`` takes
+    the run of each position ``order`` names; ``number`` and ``run_piece`` are written without.
     """
     block = tl.program_id(0).to(tl.int64)
     at = block * BL + tl.arange(0, BL)

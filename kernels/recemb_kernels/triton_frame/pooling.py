@@ -23,7 +23,7 @@ class Rows:
         source: [rows, width] in any float dtype; or [F] int64, the address of each feature's
             such array in the family's dtype.
         index: [L] row of each position.
-        limits: [2], or [F, 2] with addresses: indices outside are skipped.
+        limits: [2], or [F, 2] with addresses: indices outside are skipped; or [turns + 1], of each turn.
         width: columns of a row.
     """
 
@@ -34,20 +34,22 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
-    """One of the turns in which bags take rows that are computed, so that not all need memory at once.
+class Turns:
+    """Some of the turns in which bags take rows that are computed, so that not all need memory at once.
 
     A bag adds its rows up turn by turn, those of a turn by position. Turns depend on the batch alone, so a
     bag's rows come in one order however many are computed at once.
 
     Attributes:
-        number: from 0.
-        turns: how many there are.
+        first: number of the first of them.
+        past: one more than the last's.
+        turns: how many there are in all.
         base: [1] the row that the source begins with.
         spans: [F, 2] of each feature's table the first row, and the one after its last.
     """
 
-    number: int
+    first: int
+    past: int
     turns: int
     base: Tensor
     spans: Tensor
@@ -63,19 +65,20 @@ def turn_cuts(family: Family[Any], call: Call) -> Tensor:
 
 
 def table_spans(family: Family[Any], call: Call, keys: Tensor) -> Tensor:
-    """[F, 2] the first row of each feature's table, and the one after its last, given their ``keys`` [F, 2].
+    """[F, 2] the first row of each feature's table, and the one after its last.
 
-    These are counted from the family's first.
+    Args:
+        keys: [F, 2] int64, theirs; counted from the family's first key.
     """
     own = (keys + call.keys.bounds[family.index]).to(call.plan.row_key.dtype)
     return torch.searchsorted(call.plan.row_key, own)
 
 
-def pool(family: Family[Any], call: Call, out: Tensor, rows: Rows, turn: Turn | None = None) -> None:
-    """Fill the family's columns of ``out``; with a ``turn``, add to what those before it have left there."""
+def pool(family: Family[Any], call: Call, out: Tensor, rows: Rows, turns: Turns | None = None) -> None:
+    """Fill the family's columns of ``out``; with ``turns``, add to what those before them have left there."""
     batch, features = call.batch, family.own_features
     dtype = None if rows.source.is_floating_point() else family.dtype
-    constants = pool_constants(rows.width, batch.weights is not None, dtype, turn is not None)
+    constants = pool_constants(rows.width, batch.weights is not None, dtype, turns is not None)
     pool_rows[cdiv(batch.size, constants["BB"]), len(features), cdiv(rows.width, constants["BD"])](
         out,
         rows.source,
@@ -84,13 +87,14 @@ def pool(family: Family[Any], call: Call, out: Tensor, rows: Rows, turn: Turn | 
         batch.offsets,
         family.features,
         rows.limits,
-        rows.limits if turn is None else turn.base,
-        rows.limits if turn is None else turn.spans,
+        rows.limits if turns is None else turns.base,
+        rows.limits if turns is None else turns.spans,
         batch.size,
         out.shape[1],
         batch.ids.numel(),
-        0 if turn is None else turn.number,
-        1 if turn is None else turn.turns,
+        0 if turns is None else turns.first,
+        1 if turns is None else turns.past,
+        1 if turns is None else turns.turns,
         **constants,
     )
 

@@ -40,7 +40,7 @@ _TYPES = {
         ("out", "parts", "weights", "grad_out", "source", "sources", "grad", "rates", "scale"), "*fp32"
     ),
     **dict.fromkeys(("batch_size", "columns", "num_ids", "num_tables", "count", "row_programs"), "i32"),
-    **dict.fromkeys(("turn", "turns"), "i32"),
+    **dict.fromkeys(("turn", "past", "turns"), "i32"),
     **dict.fromkeys(("touched", "refused"), "*i32"),
     **dict.fromkeys(("index", "order", "inverse", "bag", "run_first", "start"), "*i32"),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recemb_kernels.triton_frame import slice_rows, turn_rows
 from recemb_kernels.triton_frame.family import Call, Family
-from recemb_kernels.triton_frame.pooling import Rows, Turn, pool, table_spans, turn_cuts
+from recemb_kernels.triton_frame.pooling import Rows, Turns, pool, table_spans, turn_cuts
 from recemb_kernels.tt_gather.triton_levels import Level
 
 
@@ -58,8 +58,8 @@ class Part:
         return self.cuts(k) if k else self.levels[0].cuts
 
 
-class Turns:
-    """The rows of a look-up, of one turn of its bags after the other (:class:`Turn`).
+class RowsInTurns:
+    """The rows of a look-up, of one turn of its bags after the other (:class:`Turns`).
 
     Args:
         family: that they are of.
@@ -89,10 +89,15 @@ class Turns:
 
     def take(self, part: Part, out: Tensor) -> None:
         """Have bags take the turns that end with a micro-batch."""
-        end, base = (part.micro_batch + 1) * part.rows, self.base(part)
-        while self._done < self._turns and min((self._done + 1) * self._each, self._count) <= end:
-            turn = None if self._spans is None else Turn(self._done, self._turns, base, self._spans)
-            limits, width = self._cuts[self._done :], self.rows.shape[1]
-            rows = Rows(self.rows, self._call.plan.inverse, limits, width)
-            pool(self._family, self._call, out, rows, turn)
-            self._done += 1
+        end = (part.micro_batch + 1) * part.rows
+        if self._all and end < self._count:
+            return  # all at once, when the last are there
+        past = self._turns if end >= self._count else end // self._each
+        if past == self._done:
+            return
+        turns = None
+        if self._spans is not None:
+            turns = Turns(self._done, past, self._turns, self.base(part), self._spans)
+        rows = Rows(self.rows, self._call.plan.inverse, self._cuts, self.rows.shape[1])
+        pool(self._family, self._call, out, rows, turns)
+        self._done = past

@@ -22,7 +22,7 @@ from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.tt_gather.triton_children import join_children, sum_children
 from recemb_kernels.tt_gather.triton_kernel import add_slices, copy_slices, mark_touched
 from recemb_kernels.tt_gather.triton_levels import Level, TrainTables, make_levels
-from recemb_kernels.tt_gather.triton_parts import Part, Turns
+from recemb_kernels.tt_gather.triton_parts import Part, RowsInTurns
 from recemb_kernels.tt_gather.triton_variants import (
     MOST_PROGRAMS,
     TILE_ROWS,
@@ -71,7 +71,7 @@ class TrainFamily(Family[TrainShape]):
         kept: _Kept | None = call.kept.get(self.index)
         levels = kept.levels if kept else make_levels(self, call, self._tables)
         weighs = keep and call.batch.weights is not None
-        turns = Turns(self, call, self._feature_keys, weighs)
+        turns = RowsInTurns(self, call, self._feature_keys, weighs)
         first, products = self._first_products(levels, parameters), list[Tensor]()
         for parts in self._parts(levels, parameters, count):
             products.clear()  # before the next ones are made
@@ -243,7 +243,8 @@ class TrainFamily(Family[TrainShape]):
     ) -> None:
         """The gradients of the rows' parents; ``grad`` gets those of their slices. By micro-batch both.
 
-        The parents' products are taken from ``products``, which gives them back once they have been used.
+        The parents' products are the last of ``products``, taken out once they have been used: shares take
+        their room where nobody else keeps them.
         """
         last, width = parts[0].last, join_constants(self.shapes[0])["W"]
         rows = self._most_nodes(last, parts[0])

@@ -119,7 +119,7 @@ class Compiled:
 
 
 def test_slices_and_turns_compile_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel is compiled once for one set of constants, whatever part, turn or view it is launched for."""
+    """Each kernel is compiled once for a set of constants, whatever part, turn or view it is launched for."""
     monkeypatch.setattr(triton_frame, "TURN_ROWS", 4)
     shapes = [
         TrainShape((50, 4, 7), (1, 1, 16), (1, 8, 8, 1)),

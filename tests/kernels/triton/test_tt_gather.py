@@ -263,6 +263,17 @@ def test_turns_of_tables_without_rows(without: tuple[int, ...], monkeypatch: pyt
         assert [bool(own.any()) for own in columns] == [f not in without for f in range(3)]
 
 
+def test_a_turn_with_one_row_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others with a whole table's: of 17 rows and 20, by 16."""
+    monkeypatch.setattr(triton_frame, "TURN_ROWS", 4)
+    tables = _tables([SHAPES[0], SHAPES[2]], [FeatureCode(0, True), FeatureCode(1, False)])
+    ids = torch.cat((torch.arange(17) * 3, torch.arange(20) * 2))
+    batch = Batch(ids, torch.cat((torch.arange(17), torch.full((3,), 17), torch.arange(17, 38))), None, 20)
+    assert turn_rows(len(ids)) == 16
+    for rows in (4, MICRO_BATCH_ROWS):
+        assert bool(assert_near(tables, batch, micro_batch_rows=rows)[0][:17].any(1).all())
+
+
 def test_turns_are_of_a_batch_and_slices_end_with_them() -> None:
     for count in (1, 2**17, 2**17 + 1, 2**19, 2**19 + 1, 26 * 65_536, 2**30):
         rows = turn_rows(count)
