@@ -13,14 +13,23 @@ from recemb_kernels.triton_frame.kernels import is_infinite, upper_bound
 
 
 @triton.jit
-def bag_at(offsets, num_bags, at, STEPS: tl.constexpr):
-    """The bag of positions, by 2**STEPS > num_bags + 1.
+def bag_at(offsets, num_bags, at, count, STEPS: tl.constexpr):
+    """The bag of positions of ``count``, by 2**STEPS > num_bags + 1.
 
-    Offsets that are refused must not lead out of bounds before the host knows.
+    Where all bags of a block have as many ids it is where it would be if all of the batch had; else it is
+    searched. Offsets that are refused must not lead out of bounds before the host knows.
     """
     last = tl.zeros((), tl.int64) + num_bags
-    bag = upper_bound(offsets, last + 1, at, STEPS) - 1
-    return tl.minimum(tl.maximum(bag, 0), tl.maximum(last - 1, 0))
+    most = tl.maximum(last - 1, 0)
+    bag = tl.minimum(at * last // tl.maximum(tl.zeros((), tl.int64) + count, 1), most)
+    here = (at < count) & (last > 0)
+    found = (tl.load(offsets + bag, mask=here, other=0) <= at) & (
+        tl.load(offsets + bag + 1, mask=here, other=count) > at
+    )
+    if tl.max((here & (found == 0)).to(tl.int32), 0) != 0:
+        bag = upper_bound(offsets, last + 1, at, STEPS) - 1
+        bag = tl.minimum(tl.maximum(bag, 0), most)
+    return bag
 
 
 @launched
@@ -47,7 +56,7 @@ def check_batch(
     bad = (at < num_bags) & (high < low)
     bad = bad | ((at == 0) & (low != 0)) | ((at == num_bags) & (low != count))
     here = at < count
-    feature = bag_at(offsets, num_bags, at, STEPS) // batch_size
+    feature = bag_at(offsets, num_bags, at, count, STEPS) // batch_size
     id_ = tl.load(ids + at, mask=here, other=0)
     bad = bad | (here & ((id_ < 0) | (id_ >= tl.load(rows + feature, mask=here, other=1))))
     if WEIGHTED:
@@ -87,7 +96,7 @@ def place_ids(
     """
     at = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
     here = at < count
-    own = bag_at(offsets, num_bags, at, STEPS)
+    own = bag_at(offsets, num_bags, at, count, STEPS)
     feature = own // batch_size
     id_ = tl.load(ids + at, mask=here, other=-1)
     stored = (id_ >= 0) & (id_ < tl.load(rows + feature, mask=here, other=0))

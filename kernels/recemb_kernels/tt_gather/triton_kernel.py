@@ -69,9 +69,12 @@ def split_digits(
     before -= tl.load(table_keys + table)
     # A key of an earlier table is negative here, and no quotient of it equals one that is not.
     fresh = ((row - low) % part_rows == 0) | (before < 0)
+    if row_key.dtype.element_ty == tl.int32:  # 64 bits take several times as long to divide
+        key = key.to(tl.int32)
+        before = before.to(tl.int32)
     for down in tl.static_range(ORDER - 1):
         k = ORDER - 1 - down
-        radix = tl.load(radices + table * ORDER + k)
+        radix = tl.load(radices + table * ORDER + k).to(key.dtype)
         entry = tl.load(entry_base + table * ORDER + k) + key % radix
         key = key // radix
         before = before // radix
