@@ -16,19 +16,21 @@ from recemb_kernels.triton_frame.kernels import is_infinite, upper_bound
 def bag_at(offsets, num_bags, at, count, STEPS: tl.constexpr):
     """The bag of positions of ``count``, by 2**STEPS > num_bags + 1.
 
-    Where all bags of a block have as many ids it is where it would be if all of the batch had; else it is
-    searched. Offsets that are refused must not lead out of bounds before the host knows.
+    Where there are as many ids as all bags can have alike, each is first looked for where it would be then.
+    Offsets that are refused must not lead out of bounds before the host knows.
     """
     last = tl.zeros((), tl.int64) + num_bags
-    most = tl.maximum(last - 1, 0)
-    bag = tl.minimum(at * last // tl.maximum(tl.zeros((), tl.int64) + count, 1), most)
-    here = (at < count) & (last > 0)
-    found = (tl.load(offsets + bag, mask=here, other=0) <= at) & (
-        tl.load(offsets + bag + 1, mask=here, other=count) > at
-    )
-    if tl.max((here & (found == 0)).to(tl.int32), 0) != 0:
+    total = tl.zeros((), tl.int64) + count
+    each = total // tl.maximum(last, 1)
+    bag = tl.zeros_like(at)
+    missing = at < total
+    if (each > 0) & (each * last == total):
+        bag = tl.minimum(at, total - 1) // each
+        begin = tl.load(offsets + bag, mask=missing, other=0)
+        missing = missing & ((begin > at) | (tl.load(offsets + bag + 1, mask=missing, other=0) <= at))
+    if tl.max(missing.to(tl.int32), 0) != 0:
         bag = upper_bound(offsets, last + 1, at, STEPS) - 1
-        bag = tl.minimum(tl.maximum(bag, 0), most)
+        bag = tl.minimum(tl.maximum(bag, 0), tl.maximum(last - 1, 0))
     return bag
 
 

@@ -67,7 +67,7 @@ def split_digits(
     table = tl.where(inside, table, 0)
     key -= tl.load(table_keys + table)
     before -= tl.load(table_keys + table)
-    # A key of an earlier table is negative here, and no quotient of it equals one that is not.
+    # A key of an earlier table is negative here: its quotients may be those of this one's all the same.
     fresh = ((row - low) % part_rows == 0) | (before < 0)
     if row_key.dtype.element_ty == tl.int32:  # 64 bits take several times as long to divide
         key = key.to(tl.int32)
@@ -309,7 +309,6 @@ def multiply(
     Otherwise the way back, out[node] [Q, N] = source[node] [Q, K] times the transpose of its slice [N, K].
     ``source`` and ``out`` start at rows ``source_base[0]`` and ``out_base[0]``. Grid (tiles, N / BN).
     """
-    # An argument of 1 is a Python number here.
     first_group = (tl.zeros((), tl.int64) + part) * num_entries
     tile = tl.load(tile_first + first_group) + tl.program_id(0)
     if tile >= tl.load(tile_first + (first_group + num_entries)):
