@@ -46,7 +46,8 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         device: where the parameters live, torch's default device when ``None``; ``meta`` allocates nothing.
         micro_batch_rows: distinct rows (on a GPU of all tables of one shape, else of a table) whose products
             of cores are computed at once, which bounds the workspace whatever the batch; ``None`` for 2**13
-            on the CPU and 2**18 on a GPU.
+            on the CPU and 2**18 on a GPU, where batches of more than 2**17 ids take a power of two that is
+            no more.
 
     Raises:
         ConfigError: a table that cannot be stored as asked, or ``micro_batch_rows`` that is no int in
