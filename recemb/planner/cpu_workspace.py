@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recemb.backends import storages
 from recemb.backends.tt_shapes import table_shapes
@@ -40,10 +40,17 @@ _MOST_IDS = 2**14
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes of one storage: held until its backward, and only while its turn lasts."""
+    """Bytes of one storage: held until its backward, and only while its turn lasts.
+
+    Of a train in slices, ``spare`` has the products of one. Where those of all such trains find ``room``, its
+    ``products`` are held until its backward, and its turn takes so much ``less``.
+    """
 
     kept: float
     spare: float
+    less: float = 0.0
+    products: float = 0.0
+    room: float = 0.0
 
 
 def cpu_workspace(loads: Sequence[Load], others: int, micro_batch_rows: int, *, weighted: bool) -> int:
@@ -61,8 +68,15 @@ def cpu_workspace(loads: Sequence[Load], others: int, micro_batch_rows: int, *, 
     whole = all(load.ids <= _MOST_IDS for load in loads)
     takers = max(1, (len(turns) + others) // 2) if whole else 1
     kept = sum(table.kept + _LINE for table in held.values())
-    spare = takers * max((sum(table.spare + _LINE for table in turn) for turn in turns), default=0)
-    return _grown(kept) + _grown(spare)
+    sliced = sum(table.room > 0 for table in held.values())
+    room = max((table.room for table in held.values()), default=0.0)
+    products = min(sum(table.products for table in held.values()), room)
+    most = 0
+    # All trains in slices keep their products, or one of them does not.
+    for keeps, share in (1, 1.0), (0, 1 - 1 / max(1, sliced)):
+        taken = (sum(table.spare - keeps * table.less + _LINE for table in turn) for turn in turns)
+        most = max(most, _grown(kept + share * products) + _grown(takers * max(taken, default=0.0)))
+    return most
 
 
 def _grown(asked: float) -> int:
@@ -115,7 +129,9 @@ def _train(
         parts *= 2
     most = min(max(micro / 2, subtree), _UNEVEN * distinct_rows / parts)
     cut = _slices(table, train, distinct_rows, most, weighted, parts)
-    return _Held(max(whole.kept, cut.kept), max(whole.spare, cut.spare))
+    spare, kept = max(whole.spare, cut.spare), max(whole.kept, cut.kept)
+    rest = max(whole.spare - whole.less, cut.spare - cut.less)
+    return replace(whole, kept=kept, spare=spare, less=spare - rest)
 
 
 def _slices(
@@ -130,7 +146,8 @@ def _slices(
     rows, dim = min(distinct_rows, most), table.embedding_dim
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
-    prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
+    there = [float(math.prod(row_shape[: k + 1])) for k in range(last + 1)]
+    prefixes = [min(rows, count) for count in there]
     # Of the product at a prefix of k + 1 digits, and of the gradient that it is sent.
     ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
     sizes = [math.prod(dim_shape[: k + 1]) * ranks[k + 1] for k in range(last)]
@@ -150,14 +167,15 @@ def _slices(
         for k in range(last + 1)
     ]
     copied = [slices[k] for k in range(last) if last > 1 or train.ranks[k + 1] % _LANES]
-    kept, spare = products + sum(copied), 0.0
+    kept, less, whole, room = products + sum(copied), 0.0, 0.0, 0.0
     if parts > 1 or distinct_rows > most:
         # They add their gradients up over the batch, or a part; a number says of each whether it has begun.
         touched = sum(min(distinct_rows, float(count)) for count in row_shape[1:])
         sent = parts * (sent + sum(slices[1:]) + touched)
-        kept, spare = kept - products, parts * products
+        kept, less = kept - products, parts * products
+        whole = sum(sizes[k] * min(distinct_rows, there[k]) for k in range(1, last))
+        room = 2 * most * max(dim, *sizes)
     # The batch's rows, whole, where bags hold several: until the backward where these are weighted.
     listed = distinct_rows * dim
-    if weighted:
-        return _Held((kept + listed) * _FLOAT, (spare + sent) * _FLOAT)
-    return _Held(kept * _FLOAT, (spare + max(sent, listed)) * _FLOAT)
+    kept, spare = (kept + listed, less + sent) if weighted else (kept, less + max(sent, listed))
+    return _Held(kept * _FLOAT, spare * _FLOAT, less * _FLOAT, whole * _FLOAT, room * _FLOAT)

@@ -132,11 +132,13 @@ void count_steps(const Call* call) {
       if (call->steps[k]) ++*call->steps[k];
 }
 
-bool holds_one_id_a_bag(const Call* call) {
+// Each thread reads what it has read in check.cpp.
+bool holds_one_id_a_bag(const Call* call, int threads) {
   const int64_t bags = call->num_features * call->batch;
   if (call->num_ids != bags) return false;
-  int64_t wrong = 0;
-  for (int64_t i = 0; i <= bags; i++) wrong |= call->offsets[i] ^ i;
+  int64_t wrong = call->offsets[bags] ^ bags;
+#pragma omp parallel for num_threads(bags < 32 * SERIAL ? 1 : threads) schedule(static) reduction(| : wrong)
+  for (int64_t i = 0; i < bags; i++) wrong |= call->offsets[i] ^ i;
   for (int64_t f = 0; f < call->num_features; f++) wrong |= call->features[f].other >= 0;
   return wrong == 0;
 }
@@ -223,7 +225,7 @@ void plan_tables(const Call* call, State* state, Plan pass) {
 void begin(Call* call, State* state, int threads) {
   if (!state->known) know(call, state);
   state->reserved = state->complete = false;
-  state->one_hot = holds_one_id_a_bag(call);
+  state->one_hot = holds_one_id_a_bag(call, threads);
   if (!state->one_hot) {
     // At least one: null means one id a bag.
     state->bags.room<int32_t>(call->num_ids + 1), state->slots.room<int32_t>(call->num_ids + 1);
@@ -241,9 +243,12 @@ const Functions& kernel_of(const Table& table) { return table.mirrored ? table.c
 void place(const Call* call, State* state, bool forward) {
   int64_t kept = 0, spare = 0;
   const bool whole = state->owners.whole(), shared = !whole && (forward || state->alone.now());
+  const int64_t cut = std::count_if(call->tables, call->tables + call->num_tables,
+                                    [](const Table& table) { return table.slices > 1; });
   for (int64_t t = 0; t < call->num_tables; t++) {
     Table& table = call->tables[t];
     table.workers = shared ? workers(table, omp_get_num_threads()) : 1;
+    table.share_rows = call->slice_rows / std::max<int64_t>(cut, 1);
     table.spare_size = kernel_of(table).spare(&table, call);
     spare = std::max(spare, table.spare_size);
     kept += kernel_of(table).kept(&table, call);

@@ -104,16 +104,18 @@ void plan_level(const Call* call, int64_t index, int64_t base, int64_t l, const 
 
 void plan_levels_together(const Call* call, int64_t index, int64_t base, const PlanRoom& room) {
   Table& table = call->tables[index];
-  // The last levels are the largest: first.
-  const auto level_of = [&](int64_t task) { return table.order - 1 - task / table.slices; };
+  // Slice by slice, for those who are to work on them.
+  const int64_t levels = table.order - 1;
+  if (levels == 0) return;
   const auto nodes_before = [&](int64_t task) {
+    const int64_t s = task / levels, begun = task % levels;
     int64_t nodes = 0;
-    for (int64_t l = table.order - 1; l > std::max<int64_t>(level_of(task), 0); l--) nodes += table.level[l].nodes;
-    return level_of(task) > 0 ? nodes + table.level[level_of(task)].slice_node[task % table.slices] : nodes;
+    for (int64_t l = 1; l <= levels; l++) nodes += table.level[l].slice_node[l <= begun ? s + 1 : s];
+    return nodes;
   };
-  share_tasks(0, (table.order - 1) * table.slices, nodes_before, [&](int64_t task) {
-    const int64_t l = level_of(task);
-    group_slice(table.level[l], task % table.slices, table.slices, rooms_of(table, l, room, index, base));
+  share_tasks(0, levels * table.slices, nodes_before, [&](int64_t task) {
+    const int64_t l = task % levels + 1;
+    group_slice(table.level[l], task / levels, table.slices, rooms_of(table, l, room, index, base));
   });
 }
 

@@ -9,8 +9,8 @@ namespace {
 // Rows that a part has at least, on average, and how much longer than the average the longest may take.
 constexpr int64_t PART_ROWS = 1 << 13;
 constexpr double UNEVEN = 1.15;
-// What a row costs beside products, and an id each of its columns: multiply-adds that take as long.
-constexpr double OF_A_ROW = 2048, OF_AN_ID = 24;
+// What a node costs beside products, and an id each of its columns: multiply-adds that take as long.
+constexpr double OF_A_NODE = 2048, OF_AN_ID = 24;
 // Of a part for each number in the gradients of slices of cores that it has of its own: what is worth them.
 constexpr double OF_A_GRADIENT = 256;
 // Every so many backwards what has been slower is tried, so often: the first of these is not timed.
@@ -27,7 +27,7 @@ double cost_before(const Table& table, int64_t node) {
   const double* product = table.code->product_cost[table.mirrored];
   double all = 0;
   for (int64_t l = 0; l < table.order; node = table.level[l++].first[node])
-    all += static_cast<double>(node) * (l + 1 < table.order ? 3 * product[l] : 2 * product[l] + OF_A_ROW);
+    all += static_cast<double>(node) * ((l + 1 < table.order ? 3 : 2) * product[l] + OF_A_NODE);
   return all + static_cast<double>(node) * OF_AN_ID * static_cast<double>(table.code->dim);
 }
 

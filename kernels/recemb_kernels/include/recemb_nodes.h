@@ -117,14 +117,9 @@ void count_and_grow(const Table& table, Record* records, int64_t n, uint64_t low
   const int64_t last = table.order - 1;
   std::fill_n(next, width, 0);
   for (int64_t i = 0; i < n; i++) next[records[i].key() - low]++;
-  int32_t *const first = to.first[last], before = 0;
-  int64_t rows = 0;
-  for (int64_t k = 0; k < width; k++) {
-    const int32_t ids = next[k];
-    to.keys[rows] = low + static_cast<uint64_t>(k), first[rows] = next[k] = before;
-    rows += ids != 0, before += ids;
-  }
-  first[rows] = before, to.count[last] = rows;
+  int32_t* const first = to.first[last];
+  const int64_t rows = to.count[last] = find_counted(next, width, low, to.keys, first);
+  first[rows] = static_cast<int32_t>(n);
   for (int64_t i = 0; i < n; i++) to.perm[next[records[i].key() - low]++] = records[i].value();
   grow_above(table, to, reinterpret_cast<uint64_t*>(records));
 }

@@ -77,18 +77,21 @@ template <class Record, class Read>
 Record* select_keys(Read read, int64_t begin, int64_t end, uint64_t low, uint64_t width, Record* to) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Record) == sizeof(uint64_t)) {
-    constexpr int64_t AT_ONCE = 8;
+    constexpr int64_t LANES = 8, AT_ONCE = 64;
     const auto all = [](uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); };
     const __m512i from = all(low), wide = all(width);
     for (; begin + AT_ONCE <= end; begin += AT_ONCE) {
-      uint64_t words[AT_ONCE];
+      // A loop of its own, and a long one, is what compilers make vectors of.
+      alignas(64) uint64_t words[AT_ONCE];
       for (int64_t i = 0; i < AT_ONCE; i++) words[i] = read(begin + i).word;
-      const __m512i records = _mm512_loadu_si512(words), keys = _mm512_srli_epi64(records, 32);
-      const __mmask8 mine = _mm512_cmplt_epu64_mask(_mm512_sub_epi64(keys, from), wide);
-      const int count = __builtin_popcount(mine);
-      const __mmask8 first = static_cast<__mmask8>((1u << count) - 1);
-      _mm512_mask_storeu_epi64(to, first, _mm512_maskz_compress_epi64(mine, records));
-      to += count;
+      for (int64_t i = 0; i < AT_ONCE; i += LANES) {
+        const __m512i records = _mm512_load_si512(words + i), keys = _mm512_srli_epi64(records, 32);
+        const __mmask8 mine = _mm512_cmplt_epu64_mask(_mm512_sub_epi64(keys, from), wide);
+        const int count = __builtin_popcount(mine);
+        const __mmask8 first = static_cast<__mmask8>((1u << count) - 1);
+        _mm512_mask_storeu_epi64(to, first, _mm512_maskz_compress_epi64(mine, records));
+        to += count;
+      }
     }
   }
 #endif
@@ -145,6 +148,46 @@ int64_t find_runs(Number number, int64_t n, uint64_t* distinct, int32_t* begin, 
     if (run) run[i] = static_cast<int32_t>(runs - 1);
   }
   return runs;
+}
+
+// Replaces counters by the sums of those before them, and returns how many are not zero: distinct[r] is `low` plus the
+// place of the r-th one of these, begin[r] the sum before it. Counters that are zero need not be replaced.
+inline int64_t find_counted(int32_t* counters, int64_t n, uint64_t low, uint64_t* distinct, int32_t* begin) {
+  int64_t found = 0, k = 0;
+  int32_t before = 0;
+#if defined(__AVX512F__)
+  constexpr int64_t AT_ONCE = 16;
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (; k + AT_ONCE <= n; k += AT_ONCE) {
+    const __m512i own = _mm512_loadu_si512(counters + k);
+    const __mmask16 some = _mm512_test_epi32_mask(own, own);
+    if (some == 0) continue;
+    __m512i sums = own;
+    sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, zero, 15));
+    sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, zero, 14));
+    sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, zero, 12));
+    sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, zero, 8));
+    const __m512i at = _mm512_add_epi32(_mm512_sub_epi32(sums, own), _mm512_set1_epi32(before));
+    _mm512_storeu_si512(counters + k, at);
+    const int count = __builtin_popcount(some);
+    const __mmask16 kept = static_cast<__mmask16>((1u << count) - 1);
+    _mm512_mask_storeu_epi32(begin + found, kept, _mm512_maskz_compress_epi32(some, at));
+    const __m512i places = _mm512_maskz_compress_epi32(some, lanes);
+    const __m512i from = _mm512_set1_epi64(static_cast<int64_t>(low) + k);
+    const auto keys = [&](__m256i of) { return _mm512_add_epi64(_mm512_cvtepu32_epi64(of), from); };
+    _mm512_mask_storeu_epi64(distinct + found, static_cast<__mmask8>(kept), keys(_mm512_castsi512_si256(places)));
+    _mm512_mask_storeu_epi64(distinct + found + 8, static_cast<__mmask8>(kept >> 8),
+                             keys(_mm512_extracti64x4_epi64(places, 1)));
+    found += count, before += _mm_extract_epi32(_mm512_extracti32x4_epi32(sums, 3), 3);
+  }
+#endif
+  for (; k < n; k++) {
+    const int32_t own = counters[k];
+    distinct[found] = low + static_cast<uint64_t>(k), begin[found] = counters[k] = before;
+    found += own != 0, before += own;
+  }
+  return found;
 }
 
 }  // namespace recemb

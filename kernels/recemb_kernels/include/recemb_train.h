@@ -141,23 +141,27 @@ struct Train : Sizes<MIRRORED> {
   const Table& table;
   const Call& call;
   float* packed[ORDER];
-  float* products[ORDER];  // of levels 1 .. d - 2, of this slice when products are not kept
+  float* products[ORDER];  // of levels 1 .. d - 2: of the table where it keeps them, else of this slice
+  const bool keeps;
   float* rows;
   int64_t slice = 0;
 
   // `worker`: in whose workspace, where threads have one each.
-  Train(const Table* t, const Call* c, int64_t worker = 0) : table(*t), call(*c) {
+  Train(const Table* t, const Call* c, int64_t worker = 0) : table(*t), call(*c), keeps(keeps_products(*t, *c)) {
     float *kept = table.kept, *spare = table.spare + worker * worker_size(table, call);
     for (int l = 0; l < ORDER; l++) packed[l] = kept, kept += packed_size(table, l);
-    float*& at = keeps_products(table) ? kept : spare;
-    for (int l = 1; l < LAST; l++) products[l] = at, at += products_size(table, l);
+    float*& at = keeps ? kept : spare;
+    for (int l = 1; l < LAST; l++) products[l] = at, at += products_size(table, l, keeps);
     rows = keeps_rows(call) ? kept : table.spare + table.workers * worker_size(table, call);
   }
 
   static int64_t packed_size(const Table& table, int l) {
     return S::COPIED(l) ? table.level[l].touched * S::PACKED(l) : 0;
   }
-  static bool keeps_products(const Table& table) { return table.slices == 1; }
+  // For the backward: of one slice, and of several where all are no more than twice what rows of its share send.
+  static bool keeps_products(const Table& table, const Call& call) {
+    return table.slices == 1 || (call.keep && all_products_size(table, true) <= 2 * table.share_rows * S::SENT());
+  }
   static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
   static int64_t most_nodes(const Table& table, int l) {
     int64_t most = 0;
@@ -165,22 +169,24 @@ struct Train : Sizes<MIRRORED> {
       most = std::max<int64_t>(most, table.level[l].slice_node[s + 1] - table.level[l].slice_node[s]);
     return most;
   }
-  static int64_t products_size(const Table& table, int l) { return most_nodes(table, l) * S::PRODUCT(l); }
-  static int64_t all_products_size(const Table& table) {
+  static int64_t products_size(const Table& table, int l, bool whole) {  // of the table, or of its largest slice
+    return (whole ? table.level[l].nodes : most_nodes(table, l)) * S::PRODUCT(l);
+  }
+  static int64_t all_products_size(const Table& table, bool whole) {
     int64_t total = 0;
-    for (int l = 1; l < LAST; l++) total += products_size(table, l);
+    for (int l = 1; l < LAST; l++) total += products_size(table, l, whole);
     return total;
   }
 
   static int64_t kept_size(const Table& table, const Call& call) {
     int64_t total = 0;
     for (int l = 0; l < ORDER; l++) total += packed_size(table, l);
-    if (keeps_products(table)) total += all_products_size(table);
+    if (keeps_products(table, call)) total += all_products_size(table, true);
     return total + (keeps_rows(call) ? table.rows() * D : 0);
   }
   // A worker's: products, and what nodes send.
   static int64_t worker_size(const Table& table, const Call& call) {
-    int64_t total = keeps_products(table) ? 0 : all_products_size(table);
+    int64_t total = keeps_products(table, call) ? 0 : all_products_size(table, false);
     if (call.grad_out)
       total += most_nodes(table, S::SENDER) * S::SENT() + (S::ROWS_SEND ? 0 : most_nodes(table, LAST) * D);
     return (total + LINE - 1) / LINE * LINE;
@@ -197,8 +203,8 @@ struct Train : Sizes<MIRRORED> {
     return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
   }
 
-  // Calls act(call, worker, k) for every k < count: each on one thread, whichever is free, within a region of its own,
-  // or one after the other on all threads together.
+  // Calls act(call, worker, k) for every k < count: each on one thread, within a region of its own, or one after the
+  // other on all threads together.
   template <class Act>
   void each_of(int64_t count, Act act) const {
     if (table.workers == 1) {
@@ -208,11 +214,10 @@ struct Train : Sizes<MIRRORED> {
     const int64_t me = omp_get_thread_num();
     Call own = call;
     own.own += me * call.own_stride;
-#pragma omp for schedule(dynamic)
-    for (int64_t k = 0; k < count; k++) {
+    share_large_tasks(count, const_cast<int32_t*>(table.level[0].past_run), [&](int64_t k) {  // that level has none
 #pragma omp parallel num_threads(1)
       act(&own, me, k);
-    }
+    });
   }
 
   int64_t begin(int l) const { return table.level[l].slice_node[slice]; }
@@ -291,7 +296,7 @@ struct Train : Sizes<MIRRORED> {
     return l == 0 ? matrix(0, node) : products[l] + product_at(l, node);
   }
   int64_t product_at(int l, int64_t node) const {
-    return (node - (keeps_products(table) ? 0 : begin(l))) * S::PRODUCT(l);
+    return (node - (keeps ? 0 : begin(l))) * S::PRODUCT(l);
   }
 
   // The products of levels l .. d - 2.

@@ -23,7 +23,7 @@ struct TrainBackward : Train<MIRRORED> {
   TrainBackward(const Table* t, const Call* c, int64_t worker = 0, int64_t part = 0) : Base(t, c, worker) {
     summed = !S::ROWS_SEND || c->batch * c->columns * int64_t{sizeof(float)} > CACHE;
     const int64_t size = Base::worker_size(table, call);
-    sent = table.spare + worker * size + (Base::keeps_products(table) ? 0 : Base::all_products_size(table));
+    sent = table.spare + worker * size + (Base::keeps ? 0 : Base::all_products_size(table, false));
     grad_rows = sent + Base::most_nodes(table, S::SENDER) * S::SENT();
     float* at = table.spare + table.workers * size + part * Base::tiles_size(table);
     for (int l = 1; l < ORDER; l++) tiles[l] = at, at += table.level[l].touched * S::PACKED(l);
@@ -104,10 +104,15 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
-  // The same, or the gradient of a row.
+  // Whether all of a row's gradient is read by the time that what the row sends takes its place.
+  static constexpr bool READ_IN_PLACE = S::ROWS_SEND && S::M(LAST) == 1 && S::Q(LAST) <= 2 * CHAIN &&
+                                        S::KP(LAST) <= PANEL * lanes_of(S::KP(LAST));
+
+  // The same, or the gradient of a row: in `to`, or where it is already.
   template <int l>
-  void node_gradient(const Senders& from, int64_t node, float* to, Turned& turned) const {
+  const float* node_gradient(const Senders& from, int64_t node, float* to, Turned& turned) const {
     if constexpr (l == LAST) {
+      if (summed && READ_IN_PLACE) return grad_row(node);
       if (summed)
         std::copy(grad_row(node), grad_row(node) + D, to);
       else
@@ -119,6 +124,7 @@ struct TrainBackward : Train<MIRRORED> {
     } else {
       gradient_of_rows(node, to, turned);
     }
+    return to;
   }
 
   // Asks for what a node of level l, or the first below it, has been sent or sends, and for the product above a row.
@@ -188,9 +194,8 @@ struct TrainBackward : Train<MIRRORED> {
         for (int64_t k = from; k < to; k++) {
           const int64_t node = level.by_digit[k];
           if (k + NODES_AHEAD < nodes) ask<l>(senders, level.by_digit[k + NODES_AHEAD]);
-          float* grad = grads + (k - from) * (M * N);
-          node_gradient<l>(senders, node, grad, turned);
-          const float* product_above = product(l - 1, level.parent[node]);
+          const float* const grad = node_gradient<l>(senders, node, grads + (k - from) * (M * N), turned);
+          const float* const product_above = product(l - 1, level.parent[node]);
           for (int m = 0; m < M; m++) above[rows + m] = product_above + m * KP, own[rows + m] = grad + m * N;
           if constexpr (SENDS)
             for (int m = 0; m < M; m++) sends[rows + m] = sent_at<l>(node) + m * KP;
@@ -202,12 +207,12 @@ struct TrainBackward : Train<MIRRORED> {
               if (KP > K) std::fill(sends[r], sends[r] + M * KP, 0.0f);
               dot_rows<M, N, K, KP>(own[r], straight, sends[r]);
             }
-        if (SENDS && !few) multiply_rows<N, KP, false>(rows, own, transposed, sends);
         const bool add = from > start || (table.slices > 1 && begun[l][group] != 0);
         if constexpr (TRANSPOSED)
           add_outer<N, KP>(rows, own, above, tile, add);
         else
           add_outer<K, N>(rows, above, own, tile, add);
+        if (SENDS && !few) multiply_rows<N, KP, false>(rows, own, transposed, sends);
       }
       if (table.slices == 1)
         finish<l>(group, tile, slice_room);
@@ -318,7 +323,7 @@ struct TrainBackward : Train<MIRRORED> {
   }
 
   void backward_of_slice() {
-    if (table.slices > 1) Base::template multiply_level<1>();
+    if (!Base::keeps) Base::template multiply_level<1>();
     if (call.grad_weights && !call.bag) one_hot_weight_gradient();
     if (summed) sum_rows();
     all_levels();
