@@ -104,17 +104,17 @@ void plan_level(const Call* call, int64_t index, int64_t base, int64_t l, const 
 
 void plan_levels_together(const Call* call, int64_t index, int64_t base, const PlanRoom& room) {
   Table& table = call->tables[index];
-  // Slice by slice, for those who are to work on them.
+  // Slice by slice, for those who are to work on them; of each its last levels are the largest: first.
   const int64_t levels = table.order - 1;
   if (levels == 0) return;
   const auto nodes_before = [&](int64_t task) {
     const int64_t s = task / levels, begun = task % levels;
     int64_t nodes = 0;
-    for (int64_t l = 1; l <= levels; l++) nodes += table.level[l].slice_node[l <= begun ? s + 1 : s];
+    for (int64_t l = 1; l <= levels; l++) nodes += table.level[l].slice_node[l > levels - begun ? s + 1 : s];
     return nodes;
   };
   share_tasks(0, levels * table.slices, nodes_before, [&](int64_t task) {
-    const int64_t l = task % levels + 1;
+    const int64_t l = levels - task % levels;
     group_slice(table.level[l], task / levels, table.slices, rooms_of(table, l, room, index, base));
   });
 }
