@@ -92,11 +92,13 @@ void cut_slices(Table& table, int64_t most) {
   cut[0] = 0;
   for (int64_t p = 0; p < table.parts; p++) {
     table.part[p] = table.slices;
-    int64_t from = first_row(table, begin[p]);
-    const bool whole = order == 1 || first_row(table, begin[p + 1]) - from <= most;
-    for (int64_t node = begin[p] + 1; node < begin[p + 1] && !whole; node++) {
-      if (first_row(table, node + 1) - from <= most) continue;
-      from = first_row(table, node);
+    const int64_t first = first_row(table, begin[p]), rows = first_row(table, begin[p + 1]) - first;
+    // About alike, with room for a subtree that is more than what is left of a slice's share.
+    const int64_t slices = order == 1 || rows <= most ? 1 : rows / (most - most / 8) + 1;
+    for (int64_t node = begin[p] + 1, from = first, done = 1; node < begin[p + 1] && slices > 1; node++) {
+      const int64_t row = first_row(table, node);
+      if (row - first < rows * done / slices && first_row(table, node + 1) - from <= most) continue;
+      from = row, done = (row - first) * slices / rows + 1;
       cut[++table.slices] = static_cast<int32_t>(node);
     }
     cut[++table.slices] = static_cast<int32_t>(begin[p + 1]);

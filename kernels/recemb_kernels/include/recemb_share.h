@@ -42,18 +42,4 @@ void share_tasks(int64_t first, int64_t last, Cost cost, Act act) {
   for (int64_t i = rest; i < last; i += at_once) take(i, std::min(i + at_once, last));
 }
 
-// The same of few large tasks [0, count); `taken` has room for a number of each. A thread begins at its share, of which
-// it may have more in its cache than others, and then takes what they have left. A barrier follows.
-template <class Act>
-void share_large_tasks(int64_t count, int32_t* taken, Act act) {
-  const int64_t share = omp_get_thread_num() * count / omp_get_num_threads();
-#pragma omp single
-  std::fill_n(taken, count, 0);
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t k = (share + i) % count;
-    if (!__atomic_exchange_n(taken + k, 1, __ATOMIC_RELAXED)) act(k);
-  }
-#pragma omp barrier
-}
-
 }  // namespace recemb

@@ -8,6 +8,7 @@
 #include <array>
 #include <iterator>
 
+#include "recemb_alone.h"
 #include "recemb_bags.h"
 #include "recemb_storage.h"
 #include "recemb_tree.h"
@@ -203,23 +204,6 @@ struct Train : Sizes<MIRRORED> {
     return total + (call.bag && !keeps_rows(call) ? table.rows() * D : 0);
   }
 
-  // Calls act(call, worker, k) for every k < count: each on one thread, within a region of its own, or one after the
-  // other on all threads together.
-  template <class Act>
-  void each_of(int64_t count, Act act) const {
-    if (table.workers == 1) {
-      for (int64_t k = 0; k < count; k++) act(&call, 0, k);
-      return;
-    }
-    const int64_t me = omp_get_thread_num();
-    Call own = call;
-    own.own += me * call.own_stride;
-    share_large_tasks(count, const_cast<int32_t*>(table.level[0].past_run), [&](int64_t k) {  // that level has none
-#pragma omp parallel num_threads(1)
-      act(&own, me, k);
-    });
-  }
-
   int64_t begin(int l) const { return table.level[l].slice_node[slice]; }
   int64_t end(int l) const { return table.level[l].slice_node[slice + 1]; }
 
@@ -333,6 +317,17 @@ struct Train : Sizes<MIRRORED> {
     return of_node * table.level[l].run_start[run] + SLICE_COST * run;
   }
 
+  // What a slice of the table costs in the forward.
+  int64_t cost_of_slice(int64_t of) const {
+    const Level& last = table.level[LAST];
+    int64_t cost = last.first[last.slice_node[of + 1]] - last.first[last.slice_node[of]];
+    for (int l = 1; l < ORDER; l++) {
+      const int64_t nodes = table.level[l].slice_node[of + 1] - table.level[l].slice_node[of];
+      cost += nodes * (l == LAST ? ROW_COST : PRODUCT_COST * S::M(l));
+    }
+    return cost;
+  }
+
   // Rows that share a slice of the last core, each [D], the products above them given.
   static void multiply_last(int64_t n, const float* const* above, const float* slice, float* const* to) {
     constexpr int M = S::M(LAST), KP = S::KP(LAST), Q = S::Q(LAST);
@@ -419,7 +414,8 @@ struct Train : Sizes<MIRRORED> {
   void forward() {
     pack_touched<0>();
 #pragma omp barrier
-    each_of(table.slices, [&](const Call* own, int64_t worker, int64_t of) {
+    const auto cost = [&](int64_t of) { return cost_of_slice(of); };
+    each_alone(table, call, table.slices, cost, [&](const Call* own, int64_t worker, int64_t of) {
       Train train(&table, own, worker);
       train.slice = of;
       train.template multiply_level<1>();

@@ -311,7 +311,8 @@ struct TrainBackward : Train<MIRRORED> {
   void backward() {
     const bool several = table.slices > 1;
     if (call.grad_weights && call.bag) weight_gradient();
-    Base::each_of(table.parts, [&](const Call* own, int64_t worker, int64_t part) {
+    const auto alike = [](int64_t) { return 0; };
+    each_alone(table, call, table.parts, alike, [&](const Call* own, int64_t worker, int64_t part) {
       TrainBackward train(&table, own, worker, part);
       if (several) {
 #pragma omp single
