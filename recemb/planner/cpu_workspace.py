@@ -120,7 +120,11 @@ def _train(
     row_shape, _ = table_shapes(table)
     fewest = distinct_rows / min(row_shape[0], row_shape[-1])
     subtree = min(distinct_rows, fewest + 3 * math.sqrt(fewest) + 1)
-    whole = _slices(table, train, distinct_rows, max(micro, subtree), weighted, 1)
+    largest = max(micro, subtree)
+    if distinct_rows > largest:  # into slices about alike
+        count = distinct_rows // (micro - micro // 8) + 1
+        largest = min(largest, distinct_rows / count + subtree)
+    whole = _slices(table, train, distinct_rows, largest, weighted, 1, micro)
     if distinct_rows < 2 * _PART_ROWS or not max(_PART_ROWS, subtree) <= micro < distinct_rows:
         return whole
     # Where its ids let it be cut into parts about alike.
@@ -128,7 +132,7 @@ def _train(
     while parts < _MOST_PARTS and 2 * parts * _PART_ROWS <= distinct_rows:
         parts *= 2
     most = min(max(micro / 2, subtree), _UNEVEN * distinct_rows / parts)
-    cut = _slices(table, train, distinct_rows, most, weighted, parts)
+    cut = _slices(table, train, distinct_rows, most, weighted, parts, micro)
     spare, kept = max(whole.spare, cut.spare), max(whole.kept, cut.kept)
     rest = max(whole.spare - whole.less, cut.spare - cut.less)
     return replace(whole, kept=kept, spare=spare, less=spare - rest)
@@ -141,6 +145,7 @@ def _slices(
     most: float,
     weighted: bool,
     parts: int,
+    micro: float,
 ) -> _Held:
     """The same in slices of ``most`` rows and so many parts, each of which a thread takes alone."""
     rows, dim = min(distinct_rows, most), table.embedding_dim
@@ -174,7 +179,7 @@ def _slices(
         sent = parts * (sent + sum(slices[1:]) + touched)
         kept, less = kept - products, parts * products
         whole = sum(sizes[k] * min(distinct_rows, there[k]) for k in range(1, last))
-        room = 2 * most * max(dim, *sizes)
+        room = 1.5 * micro * max(dim, *sizes)
     # The batch's rows, whole, where bags hold several: until the backward where these are weighted.
     listed = distinct_rows * dim
     kept, spare = (kept + listed, less + sent) if weighted else (kept, less + max(sent, listed))

@@ -159,9 +159,9 @@ struct Train : Sizes<MIRRORED> {
   static int64_t packed_size(const Table& table, int l) {
     return S::COPIED(l) ? table.level[l].touched * S::PACKED(l) : 0;
   }
-  // For the backward: of one slice, and of several where all are no more than twice what rows of its share send.
+  // For the backward: of one slice, and of several where all are at most 3/2 of what rows of its share send.
   static bool keeps_products(const Table& table, const Call& call) {
-    return table.slices == 1 || (call.keep && all_products_size(table, true) <= 2 * table.share_rows * S::SENT());
+    return table.slices == 1 || (call.keep && 2 * all_products_size(table, true) <= 3 * table.share_rows * S::SENT());
   }
   static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
   static int64_t most_nodes(const Table& table, int l) {
