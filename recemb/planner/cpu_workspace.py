@@ -68,14 +68,13 @@ def cpu_workspace(loads: Sequence[Load], others: int, micro_batch_rows: int, *, 
     whole = all(load.ids <= _MOST_IDS for load in loads)
     takers = max(1, (len(turns) + others) // 2) if whole else 1
     kept = sum(table.kept + _LINE for table in held.values())
-    sliced = sum(table.room > 0 for table in held.values())
-    room = max((table.room for table in held.values()), default=0.0)
-    products = min(sum(table.products for table in held.values()), room)
+    sliced = [table for table in held.values() if table.room]
+    products = [min(table.products, table.room / len(sliced)) for table in sliced]
     most = 0
     # All trains in slices keep their products, or one of them does not.
-    for keeps, share in (1, 1.0), (0, 1 - 1 / max(1, sliced)):
+    for keeps, without in (1, 0.0), (0, min(products, default=0.0)):
         taken = (sum(table.spare - keeps * table.less + _LINE for table in turn) for turn in turns)
-        most = max(most, _grown(kept + share * products) + _grown(takers * max(taken, default=0.0)))
+        most = max(most, _grown(kept + sum(products) - without) + _grown(takers * max(taken, default=0.0)))
     return most
 
 
@@ -120,11 +119,10 @@ def _train(
     row_shape, _ = table_shapes(table)
     fewest = distinct_rows / min(row_shape[0], row_shape[-1])
     subtree = min(distinct_rows, fewest + 3 * math.sqrt(fewest) + 1)
-    largest = max(micro, subtree)
-    if distinct_rows > largest:  # into slices about alike
-        count = distinct_rows // (micro - micro // 8) + 1
-        largest = min(largest, distinct_rows / count + subtree)
-    whole = _slices(table, train, distinct_rows, largest, weighted, 1, micro)
+    whole = _slices(table, train, distinct_rows, max(micro, subtree), weighted, 1)
+    if distinct_rows > max(micro, subtree):
+        products, room = _kept_products(table, train, distinct_rows, micro)
+        whole = replace(whole, products=products, room=room)
     if distinct_rows < 2 * _PART_ROWS or not max(_PART_ROWS, subtree) <= micro < distinct_rows:
         return whole
     # Where its ids let it be cut into parts about alike.
@@ -132,7 +130,7 @@ def _train(
     while parts < _MOST_PARTS and 2 * parts * _PART_ROWS <= distinct_rows:
         parts *= 2
     most = min(max(micro / 2, subtree), _UNEVEN * distinct_rows / parts)
-    cut = _slices(table, train, distinct_rows, most, weighted, parts, micro)
+    cut = _slices(table, train, distinct_rows, most, weighted, parts)
     spare, kept = max(whole.spare, cut.spare), max(whole.kept, cut.kept)
     rest = max(whole.spare - whole.less, cut.spare - cut.less)
     return replace(whole, kept=kept, spare=spare, less=spare - rest)
@@ -145,14 +143,12 @@ def _slices(
     most: float,
     weighted: bool,
     parts: int,
-    micro: float,
 ) -> _Held:
     """The same in slices of ``most`` rows and so many parts, each of which a thread takes alone."""
     rows, dim = min(distinct_rows, most), table.embedding_dim
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
-    there = [float(math.prod(row_shape[: k + 1])) for k in range(last + 1)]
-    prefixes = [min(rows, count) for count in there]
+    prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
     # Of the product at a prefix of k + 1 digits, and of the gradient that it is sent.
     ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
     sizes = [math.prod(dim_shape[: k + 1]) * ranks[k + 1] for k in range(last)]
@@ -172,15 +168,32 @@ def _slices(
         for k in range(last + 1)
     ]
     copied = [slices[k] for k in range(last) if last > 1 or train.ranks[k + 1] % _LANES]
-    kept, less, whole, room = products + sum(copied), 0.0, 0.0, 0.0
+    kept, less = products + sum(copied), 0.0
     if parts > 1 or distinct_rows > most:
         # They add their gradients up over the batch, or a part; a number says of each whether it has begun.
         touched = sum(min(distinct_rows, float(count)) for count in row_shape[1:])
         sent = parts * (sent + sum(slices[1:]) + touched)
         kept, less = kept - products, parts * products
-        whole = sum(sizes[k] * min(distinct_rows, there[k]) for k in range(1, last))
-        room = 1.5 * micro * max(dim, *sizes)
     # The batch's rows, whole, where bags hold several: until the backward where these are weighted.
     listed = distinct_rows * dim
     kept, spare = (kept + listed, less + sent) if weighted else (kept, less + max(sent, listed))
-    return _Held(kept * _FLOAT, spare * _FLOAT, less * _FLOAT, whole * _FLOAT, room * _FLOAT)
+    return _Held(kept * _FLOAT, spare * _FLOAT, less * _FLOAT)
+
+
+def _kept_products(
+    table: TableSpec, train: TensorTrain, distinct_rows: float, micro: float
+) -> tuple[float, float]:
+    """Bytes of all products of a train in slices, and of those that it may keep, read from either end."""
+    row_shape, dim_shape = table_shapes(table)
+    ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
+    last = len(dim_shape) - 1
+    all_products = room = 0.0
+    for step in (1, -1):
+        rows, dims, inner = row_shape[::step], dim_shape[::step], ranks[::step]
+        sizes = [math.prod(dims[: k + 1]) * inner[k + 1] for k in range(last)]
+        prefixes = [min(distinct_rows, float(math.prod(rows[: k + 1]))) for k in range(last)]
+        all_products = max(all_products, sum(sizes[k] * prefixes[k] for k in range(1, last)))
+        sends = math.prod(dims[:-1]) < dims[-1] or (step == 1 and dims[-1] % _LANES == 0)
+        sent = max(table.embedding_dim, *sizes) if sends else table.embedding_dim
+        room = max(room, 1.5 * micro * sent)
+    return all_products * _FLOAT, room * _FLOAT

@@ -237,35 +237,6 @@ def test_tables_in_parts_come_out_with_the_same_bits(
     assert longest > 1 or held[4] > held[2] > held[1] == held[5], "no thread had a workspace of its own"
 
 
-def test_products_of_slices_are_kept_where_all_tables_have_few() -> None:
-    """A train alone keeps them, one of four computes them again: with the same bits, in less memory."""
-    train = TensorTrain(rank=32, row_shape=(100, 100, 10), dim_shape=(1, 1, 16))
-    names, held, outcomes = ("a", "b", "c", "d"), [], []
-    torch.manual_seed(0)
-    ids, start = torch.randint(10**5, (20_000,)), torch.randn(10**5, 16)
-    products = 32 * 4 * ids.div(10, rounding_mode="floor").unique().numel()
-    for count in (1, 4):
-        specs = [
-            TableSpec(
-                name=name, num_embeddings=10**5, embedding_dim=16, feature_names=(name,), compression=train
-            )
-            for name in names[:count]
-        ]
-        torch.manual_seed(0)
-        tables = build(specs, torch.device("cpu"))
-        for table in tables.values():
-            table.reset_parameters()
-        pooled = pooled_native(
-            list(tables.values()), Bags(ids.repeat(count), torch.arange(20_000 * count + 1), count), 2**13
-        )
-        assert pooled is not None
-        wanted = [*tables["a"].parameters()]
-        outcomes.append(torch.autograd.grad(pooled[:, :16], wanted, start[:20_000]))
-        held.append(group_of(tables).workspace_bytes)
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
-    assert held[1] < held[0] + products, (held, products)
-
-
 @pytest.mark.parametrize("longest", [1, 2])
 def test_mirrored_trains_in_parts(
     longest: int, set_threads: Callable[[int], None], set_alone: Callable[[int], None]

@@ -138,3 +138,28 @@ def test_few_first_digits_hold_no_more(
     held = group_of(tables).workspace_bytes
     counted = cpu_workspace([Load(spec, size, size) for spec in specs], 0, micro_batch_rows, weighted=False)
     assert held <= counted
+
+
+@pytest.mark.parametrize(
+    ("rows", "train", "size"),
+    [
+        # Read from its other end, where products are wide and rows send nothing.
+        (10**9, TensorTrain(rank=32, row_shape=(100_000, 110, 110), dim_shape=(1, 1, 16)), 300_000),
+        # Of so many ids as few rows as one slice holds, or as two.
+        (200_000, TensorTrain(rank=16, num_cores=2), 8_350),
+        (200_000, TensorTrain(rank=32), 8_350),
+        (100_000, TensorTrain(rank=32), 15_400),
+    ],
+)
+def test_products_that_are_kept_are_counted(
+    rows: int, train: TensorTrain, size: int, set_threads: Callable[[int], None]
+) -> None:
+    spec = TableSpec(name="t", num_embeddings=rows, embedding_dim=16, feature_names=("f",), compression=train)
+    tables = build([spec], torch.device("cpu"))
+    tables["t"].reset_parameters()
+    ids = torch.randint(rows, (size,), generator=torch.Generator().manual_seed(0))
+    set_threads(2)
+    Engine([spec], micro_batch_rows=2**13)(tables, Bags(ids, torch.arange(size + 1), 1)).sum().backward()
+    assert group_of(tables).workspace_bytes <= cpu_workspace(
+        [Load(spec, size, size)], 0, 2**13, weighted=False
+    )

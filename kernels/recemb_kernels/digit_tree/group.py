@@ -20,8 +20,8 @@ _HERE = Path(__file__).parent
 _DRIVER = ("driver", "check", "plan", "levels", "together", "owners", "parts", "buffer")
 MAX_ORDER = 8
 # A table with more distinct rows in a batch than this is computed in slices that reuse one workspace, or one
-# of each thread's (parts.cpp), and its products of cores are computed once more in the backward instead of
-# being kept: figures of both in bench/results/micro_batches.csv.
+# of each thread's (parts.cpp), and its products of cores, unless they are few, are computed once more in the
+# backward instead of being kept: figures of both in bench/results/micro_batches.csv.
 MICRO_BATCH_ROWS = 2**13
 # What a pass lacks, when it is not bytes of the driver's.
 NO_TENSOR, NOT_FINITE, CHANGED = 0, -1, -2

@@ -21,8 +21,8 @@ int64_t first_row(const Table& table, int64_t node) {
   return node;
 }
 
-// What the backward of the nodes before one of the first level takes: a product once more and two gradients, of a row
-// these alone.
+// What the backward of the nodes before one of the first level takes: a product once more, as if none were kept, and two
+// gradients, of a row these alone.
 double cost_before(const Table& table, int64_t node) {
   const double* product = table.code->product_cost[table.mirrored];
   double all = 0;

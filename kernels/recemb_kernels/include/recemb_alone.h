@@ -9,9 +9,12 @@
 
 namespace recemb {
 
+// Tasks that a thread chooses the next one from.
+constexpr int64_t CHOICE = 16;
+
 // Shares few large tasks [0, count) among the threads of a region; `taken` has room for a number of each. A thread takes
-// those of its share, of which it may have more in its cache than others, then what they have left; of either the largest
-// first, so that all end together: cost(k) is task k's. A barrier follows.
+// those of its share, of which it may have more in its cache than others, then what they have left; of the next ones of
+// either the largest first, so that all end together: cost(k) is task k's. A barrier follows.
 template <class Cost, class Act>
 void share_large_tasks(int64_t count, int32_t* taken, Cost cost, Act act) {
   const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -19,8 +22,10 @@ void share_large_tasks(int64_t count, int32_t* taken, Cost cost, Act act) {
   std::fill_n(taken, count, 0);
   const auto largest = [&](int64_t first, int64_t last) {
     int64_t found = -1;
-    for (int64_t k = first; k < last; k++)
-      if (!__atomic_load_n(taken + k, __ATOMIC_RELAXED) && (found < 0 || cost(k) > cost(found))) found = k;
+    for (int64_t k = first, seen = 0; k < last && seen < CHOICE; k++) {
+      if (__atomic_load_n(taken + k, __ATOMIC_RELAXED)) continue;
+      if (seen++ == 0 || cost(k) > cost(found)) found = k;
+    }
     return found;
   };
   for (int64_t k;;) {

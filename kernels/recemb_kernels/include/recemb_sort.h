@@ -151,7 +151,7 @@ int64_t find_runs(Number number, int64_t n, uint64_t* distinct, int32_t* begin, 
 }
 
 // Replaces counters by the sums of those before them, and returns how many are not zero: distinct[r] is `low` plus the
-// place of the r-th one of these, begin[r] the sum before it. Counters that are zero need not be replaced.
+// place of the r-th one of these, begin[r] the sum before it. Both have room for one more. Counters of zero may stay.
 inline int64_t find_counted(int32_t* counters, int64_t n, uint64_t low, uint64_t* distinct, int32_t* begin) {
   int64_t found = 0, k = 0;
   int32_t before = 0;

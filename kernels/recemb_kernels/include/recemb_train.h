@@ -159,9 +159,11 @@ struct Train : Sizes<MIRRORED> {
   static int64_t packed_size(const Table& table, int l) {
     return S::COPIED(l) ? table.level[l].touched * S::PACKED(l) : 0;
   }
-  // For the backward: of one slice, and of several where all are at most 3/2 of what rows of its share send.
+  // For the backward: of one slice, and of several where all are at most 3/2 of what rows of its share send, or, where
+  // rows send nothing, of their gradients.
   static bool keeps_products(const Table& table, const Call& call) {
-    return table.slices == 1 || (call.keep && 2 * all_products_size(table, true) <= 3 * table.share_rows * S::SENT());
+    const int64_t room = table.share_rows * (S::ROWS_SEND ? S::SENT() : D);
+    return table.slices == 1 || (call.keep && 2 * all_products_size(table, true) <= 3 * room);
   }
   static bool keeps_rows(const Call& call) { return call.bag && call.weights && call.keep; }
   static int64_t most_nodes(const Table& table, int l) {

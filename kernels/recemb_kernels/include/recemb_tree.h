@@ -101,7 +101,7 @@ struct Table {
   // each of its parts, then over these, whoever works on them.
   int64_t parts, part[MAX_PARTS + 1];
   int64_t workers;           // threads that take slices or parts alone, in workspaces of their own; 1: all take each
-  int64_t share_rows;        // of the call's slice_rows, where it is cut into slices, among tables that are
+  int64_t share_rows;        // slice_rows over the tables in several slices: bounds the products it keeps
   Level level[MAX_ORDER];
   int64_t rows() const { return level[order - 1].nodes; }
 };

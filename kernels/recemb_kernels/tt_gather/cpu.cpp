@@ -104,9 +104,9 @@ struct TrainBackward : Train<MIRRORED> {
     }
   }
 
-  // Whether all of a row's gradient is read by the time that what the row sends takes its place.
-  static constexpr bool READ_IN_PLACE = S::ROWS_SEND && S::M(LAST) == 1 && S::Q(LAST) <= 2 * CHAIN &&
-                                        S::KP(LAST) <= PANEL * lanes_of(S::KP(LAST));
+  // Whether all of a row's gradient is read by the time that what the row sends, if anything, takes its place.
+  static constexpr bool READ_IN_PLACE = !S::ROWS_SEND || (S::M(LAST) == 1 && S::Q(LAST) <= 2 * CHAIN &&
+                                                          S::KP(LAST) <= PANEL * lanes_of(S::KP(LAST)));
 
   // The same, or the gradient of a row: in `to`, or where it is already.
   template <int l>
