@@ -148,11 +148,9 @@ def _slices(
     rows, dim = min(distinct_rows, most), table.embedding_dim
     row_shape, dim_shape = table_shapes(table)
     last = len(dim_shape) - 1
-    prefixes = [min(rows, float(math.prod(row_shape[: k + 1]))) for k in range(last + 1)]
-    # Of the product at a prefix of k + 1 digits, and of the gradient that it is sent.
-    ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
-    sizes = [math.prod(dim_shape[: k + 1]) * ranks[k + 1] for k in range(last)]
-    products = sum(sizes[k] * prefixes[k] for k in range(1, last))
+    ranks = _padded(train)
+    prefixes, sizes = _prefixes(row_shape, dim_shape, ranks, rows)
+    products = sum(size * count for size, count in zip(sizes[1:], prefixes[1:], strict=True))
     # A row's gradient gives way to what the row, and then a prefix of it, sends; or prefixes alone send:
     # ROWS_SEND in recemb_train.h, which depends on the machine where the last columns fill vectors.
     rows_send = rows * max(dim, *sizes)
@@ -180,19 +178,31 @@ def _slices(
     return _Held(kept * _FLOAT, spare * _FLOAT, less * _FLOAT)
 
 
+def _padded(train: TensorTrain) -> list[int]:
+    """Its ranks, in whole vectors."""
+    return [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
+
+
+def _prefixes(
+    row_shape: Sequence[int], dim_shape: Sequence[int], ranks: Sequence[int], rows: float
+) -> tuple[list[float], list[int]]:
+    """How many prefixes of 1 .. d - 1 digits so many rows have at most, and numbers in a product at one."""
+    above = range(1, len(dim_shape))
+    prefixes = [min(rows, float(math.prod(row_shape[:k]))) for k in above]
+    return prefixes, [math.prod(dim_shape[:k]) * ranks[k] for k in above]
+
+
 def _kept_products(
     table: TableSpec, train: TensorTrain, distinct_rows: float, micro: float
 ) -> tuple[float, float]:
     """Bytes of all products of a train in slices, and of those that it may keep, read from either end."""
     row_shape, dim_shape = table_shapes(table)
-    ranks = [_LANES * ceil_div(rank, _LANES) for rank in train.ranks]
-    last = len(dim_shape) - 1
     all_products = room = 0.0
     for step in (1, -1):
-        rows, dims, inner = row_shape[::step], dim_shape[::step], ranks[::step]
-        sizes = [math.prod(dims[: k + 1]) * inner[k + 1] for k in range(last)]
-        prefixes = [min(distinct_rows, float(math.prod(rows[: k + 1]))) for k in range(last)]
-        all_products = max(all_products, sum(sizes[k] * prefixes[k] for k in range(1, last)))
+        dims = dim_shape[::step]
+        prefixes, sizes = _prefixes(row_shape[::step], dims, _padded(train)[::step], distinct_rows)
+        products = sum(size * count for size, count in zip(sizes[1:], prefixes[1:], strict=True))
+        all_products = max(all_products, products)
         sends = math.prod(dims[:-1]) < dims[-1] or (step == 1 and dims[-1] % _LANES == 0)
         sent = max(table.embedding_dim, *sizes) if sends else table.embedding_dim
         room = max(room, 1.5 * micro * sent)
