@@ -228,11 +228,19 @@ def _trains(tables: Sequence[TableSpec], train: TensorTrain, rank: _Rank) -> _Ne
     shares = [nodes[k] * columns[k] * ranks[k] * _FLOAT for k in range(1, order - 1)]
     # Nodes with many rows are summed in pieces.
     sums = (capacity / _PIECE + 1) * width
-    then = capacity * width + max(own, sums) if stored else own + sums
-    steps = [above[-1] + max(own + _pieces(rank, dim), then)]
+    gathered = own + _pieces(rank, dim)
+    # The parents' products are given back before their gradients are made, but where those of one tree are
+    # there for several micro-batches. A rank may have such a tree though that of all tables has parts.
+    parents, back = (0.0, 0.0) if whole else (above[-1] * element / _FLOAT, products)
+    if not whole and (rank.world > 1 or prefixes[-1] <= micro):
+        then = capacity * width + max(own, sums) if stored else own + sums
+        steps = [parents + above[-1] + max(gathered, then)]
+    else:
+        then = capacity * width + max(own, above[-1] + sums) if stored else own + above[-1] + sums
+        steps = [max(parents + gathered, then)]
     steps += [above[k] + shares[k - 1] + above[k - 1] for k in range(1, order - 1)]
     gradients = sum(share * width for share, width in zip(slices, widths, strict=True)) * _FLOAT
-    back = (0 if whole else products) + first * _FLOAT + max(steps)
+    back += first * _FLOAT + max(steps) - parents
     return _Needs(
         held=levels + groups + (products if whole else 0) + (pooled if rank.weighted else 0),
         forward=max(planning, pooled + (0 if whole else products)),

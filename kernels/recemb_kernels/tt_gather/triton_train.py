@@ -204,8 +204,7 @@ class TrainFamily(Family[TrainShape]):
         """
         part = parts[0]
         own = list(products) if len(products) == part.last else self._products(part, products[0])
-        grad_node = self._node_gradients(part, part.last - 1, grads[0])
-        self._rows_back(parts, own, places, grad_node, grads[-1])
+        grad_node = self._rows_back(parts, own, places, grads)
         for k in range(part.last - 1, 0, -1):
             self._add_products(part, k, own[k - 1], grad_node, grads[k])
             above = self._node_gradients(part, k - 1, grads[0])
@@ -239,18 +238,18 @@ class TrainFamily(Family[TrainShape]):
         )
 
     def _rows_back(
-        self, parts: Sequence[Part], products: list[Tensor], places: Places, out: Tensor, grad: Tensor
-    ) -> None:
-        """The gradients of the rows' parents; ``grad`` gets those of their slices. By micro-batch both.
+        self, parts: Sequence[Part], products: list[Tensor], places: Places, grads: Sequence[Tensor]
+    ) -> Tensor:
+        """The gradients of the rows' parents; the last of ``grads`` gets their slices'. By micro-batch both.
 
         The parents' products are the last of ``products``, taken out once they have been used: shares take
-        their room where nobody else keeps them.
+        their room where nobody else keeps them, and the parents' gradients that of the rows' own.
         """
         last, width = parts[0].last, join_constants(self.shapes[0])["W"]
-        rows = self._most_nodes(last, parts[0])
+        rows, out = self._most_nodes(last, parts[0]), None
         for part in parts:
             source = places.rows(part.cuts(last), self._dim, rows)
-            self._add_products(part, last, products[-1], source, grad)
+            self._add_products(part, last, products[-1], source, grads[-1])
             if part is parts[-1]:
                 products.pop()
             if self.shapes[0].stores_shares:
@@ -258,8 +257,11 @@ class TrainFamily(Family[TrainShape]):
                 self._multiply(part, last, source, shares, part.cuts(last), forward=False)
                 source = shares
                 del shares
+            out = self._node_gradients(part, last - 1, grads[0]) if out is None else out
             self._sum_children(part, out, source)
             del source  # before the next ones are made
+        assert out is not None  # a batch with ids has a part
+        return out
 
     def _sum_children(self, part: Part, out: Tensor, source: Tensor) -> None:
         """Add the shares of a micro-batch's rows to the gradients of their parents.
