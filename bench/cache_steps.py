@@ -27,6 +27,7 @@ class StepRow:
 
     Args:
         ids: ``zipf`` in frequency order, ``permuted`` the same ids shuffled.
+        hit_rate: like evictions and write-back error, of the timed steps.
         ideal_hit_rate: of the C most frequent ids.
         mean_us: of all timed steps, with the exchanges of rows among them.
         ratio: P50 of the round-by-round ratios to the table without a cache.
@@ -117,7 +118,8 @@ def _rows_of(args: argparse.Namespace, ids: str) -> list[StepRow]:
         if turn == args.steps:
             for case in cases:
                 for cache in case.collection.hot_row_caches().values():
-                    cache.counts[:2] = 0
+                    cache.counts.zero_()
+                    cache.errors.zero_()
         for k in generator.permutation(len(cases)):
             cases[k].step(batch, gradient)
     return [case.row(args, ids, cases[0]) for case in cases]
@@ -149,13 +151,14 @@ def _table_of(rows: Sequence[StepRow]) -> str:
     kind = f"Zipf {EXPONENT:g} ids" + (", permuted" if rows[0].ids == "permuted" else "")
     lines = [
         f"{kind}, N={rows[0].rows:,}, D={DIM}, B={rows[0].batch:,}, TT R={rows[0].rank}",
-        f"{'policy':<11}{'cached':>9}{'part':>8}{'KB':>9}{'hits':>8}{'ideal':>8}{'P50 us':>9}{'mean us':>9}"
-        f"{'x plain':>9}{'x mean':>8}",
+        f"{'policy':<11}{'cached':>9}{'part':>8}{'KB':>9}{'hits':>7}{'ideal':>7}{'out':>7}{'lost':>6}"
+        f"{'P50 us':>8}{'mean us':>9}{'x plain':>9}{'x mean':>8}",
     ]
     for r in rows:
         lines.append(
             f"{r.policy or 'no cache':<11}{r.cached_rows:>9,}{r.fraction:>8.2%}{r.table_bytes / 1e3:>9,.0f}"
-            f"{r.hit_rate:>8.1%}{r.ideal_hit_rate:>8.1%}{r.p50_us:>9,.0f}{r.mean_us:>9,.0f}{r.ratio:>9.2f}"
-            f"{r.mean_ratio:>8.2f}"
+            f"{r.hit_rate:>7.1%}{r.ideal_hit_rate:>7.1%}{r.evictions:>7,}{r.write_back_error:>6.2f}"
+            f"{r.p50_us:>8,.0f}{r.mean_us:>9,.0f}{r.ratio:>9.2f}{r.mean_ratio:>8.2f}"
         )
+    lines.append("out: rows that left in the timed steps; lost: what of what they had learned was not kept")
     return "\n".join(lines)

@@ -34,15 +34,18 @@ class HotRows:
     from the training batches alone; evaluation changes nothing. Rows are exchanged while the cached ones, and
     the parameters that they would be written back to, take a gradient: a frozen table stays as it is.
 
+    A row takes the place of another once it is more than twice as hot; under ``lru``, once it has been looked
+    up since.
+
     Args:
         fraction: how many rows are cached, as a part of the table's N rows (at least one row), or
-        rows: how many (at most N). Give one of the two.
+        rows: how many; a table with fewer has all of its own cached. Give one of the two.
         policy: whose rows are hot: ``lfu`` the most looked up, by counts that decay; ``lru`` the most
             recently looked up; ``importance`` those with the largest sum of gradient norms, which decays too
             (AdaEmbed, OSDI 2023; CAFE, SIGMOD 2024).
         refresh_every: training steps from one exchange of rows to the next.
         warmup: training steps before the first exchange; until then nothing is cached. ``None`` for
-            min(64, refresh_every).
+            min(64, refresh_every). 0 fills a cache of all rows at once, another after its first step.
         decay: what a count keeps at each exchange, in (0, 1].
         write_back: whether a row that leaves is written into the compressed parameters. Without it the row
             falls back to its compressed value, and what it has learned as a plain row is lost.

@@ -18,7 +18,8 @@ Laws (``tests/backends/test_contract.py`` runs them over every method):
    id add up to its row, and cut parameters put together are the whole one's
    (``tests/backends/test_row_split.py``).
 9. ``write_back(ids, values, cost)`` leaves the rows of ``ids`` no further from ``values``, and changes the
-   others by no more than that gain over ``cost`` (``tests/cache/test_write_back.py``).
+   others by no more than that gain over ``cost``; so does ``write_back_together`` of the rows of all its
+   tables (``tests/cache/test_write_back.py``).
 
 With cached rows (:mod:`recemb.cache`) 3 and 5 are of the parameters alone: the engine looks cached rows up
 beside them, and ``to_dense`` puts them in their places.
@@ -29,6 +30,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -58,6 +60,23 @@ class Memo(dict[Any, Any]):
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()
+
+
+@dataclass(frozen=True, eq=False)
+class Leaving:
+    """Rows that leave the cache of a table.
+
+    Attributes:
+        table: theirs.
+        ids: [E] int64, each once.
+        values: [E, D], finite, as are the rows of ``ids`` and :meth:`Backend.read_to_write_back`.
+        cost: how often another row is looked up for each time that one of these is, >= 0.
+    """
+
+    table: Backend
+    ids: Tensor
+    values: Tensor
+    cost: float
 
 
 class Backend(nn.Module, ABC):
@@ -365,17 +384,17 @@ class Backend(nn.Module, ABC):
 
         over parameters that it names, and so leaves the rows together no further from ``values`` than they
         were, and the others changed by no more than that gain over ``cost``. Without a cost the rows are met
-        exactly where that is possible.
-
-        Args:
-            ids: [E] int64, each once.
-            values: [E, D], finite, as are the rows of ``ids`` and :meth:`read_to_write_back`.
-            cost: how often another row is looked up for each time that one of these is, >= 0.
+        exactly where that is possible. Arguments as of :class:`Leaving`.
         """
         raise NotImplementedError(
             f"method {self.table.compression.method!r} does not write rows back; use "
             "cache=HotRows(write_back=False, ...)"
         )
+
+    def write_back_together(self, leaving: Sequence[Leaving]) -> None:
+        """:meth:`write_back` of rows of tables of this storage, at once where one's would move another's."""
+        for own in leaving:
+            own.table.write_back(own.ids, own.values, own.cost)
 
     def written_parameters(self) -> Sequence[str]:
         """Parameters that :meth:`write_back` changes."""

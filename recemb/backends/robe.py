@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recemb.backends.base import Backend
+from recemb.backends.base import Backend, Leaving
 from recemb.backends.stored_settings import SHARED_WITH
 from recemb.errors import ConfigError
 from recemb.id_maps.hashing import UniversalHash, stable_integer
@@ -148,25 +148,37 @@ class ROBEBackend(Backend):
             count.index_add_(0, index.flatten(), torch.ones_like(signed).flatten())
         return {"array": (total / count.clamp(min=1)).view(self.storage.shape)}
 
-    @torch.no_grad()
     def write_back(self, ids: Tensor, values: Tensor, cost: float) -> None:
-        """Damped least squares: each weight moves by what the elements of ``ids`` hashed onto it ask for.
+        self.write_back_together([Leaving(self, ids, values, cost)])
+
+    @torch.no_grad()
+    def write_back_together(self, leaving: Sequence[Leaving]) -> None:
+        """Damped least squares: each weight moves by what the elements of ``leaving`` hashed onto it ask for.
 
         Without a cost that is their mean, exact where no two of them share a weight. How many elements of
-        other rows, and of other tables of the group, share it is taken to be the mean, N * D / |M|.
+        other rows of the group's tables share it is taken to be the mean, N * D / |M|, and what a change of
+        them costs to be the mean over those that ask.
         """
-        slots = self.map_ids(ids)
-        index, negative = self._elements(slots)
-        residual = values.double() - self.rows(slots).double()
-        asked = torch.where(negative, -residual, residual).flatten()
-        weights, inverse, counts = torch.unique(index.flatten(), return_inverse=True, return_counts=True)
+        places, asked, costs = [], [], []
+        for own in leaving:
+            assert isinstance(own.table, ROBEBackend)
+            slots = own.table.map_ids(own.ids)
+            index, negative = own.table._elements(slots)
+            residual = own.values.double() - own.table.rows(slots).double()
+            places.append(index.flatten())
+            asked.append(torch.where(negative, -residual, residual).flatten())
+            costs.append(torch.full_like(asked[-1], own.cost))
+        weights, inverse, counts = torch.unique(torch.cat(places), return_inverse=True, return_counts=True)
         # Of integers and a float torch makes float32.
-        counts = counts.to(asked.dtype)
-        total = asked.new_zeros(len(weights)).index_add_(0, inverse, asked)
+        counts = counts.to(asked[0].dtype)
+        total, cost = (
+            torch.zeros_like(counts).index_add_(0, inverse, torch.cat(each)) for each in (asked, costs)
+        )
         flat = self.storage.view(-1)
         load = sum(peer.dense_numel for peer in self.peers) / flat.numel()
         others = (load - counts).clamp(min=0)
-        flat[weights] = (flat[weights].double() + total / (counts + cost * others)).to(flat.dtype)
+        damped = counts + cost / counts * others
+        flat[weights] = (flat[weights].double() + total / damped).to(flat.dtype)
 
 
 def _compression(table: TableSpec) -> ROBE:

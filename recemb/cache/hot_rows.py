@@ -12,6 +12,7 @@ from torch import Tensor
 from recemb.backends.dense import DenseBackend
 from recemb.cache.before_step import BeforeStep
 from recemb.cache.layout import num_candidates
+from recemb.cache.loading import MARKS, misfit_of_state, policy_misfit
 from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import add, buckets_of, see, times_seen, vote
 from recemb.errors import CheckpointError
@@ -20,9 +21,11 @@ from recemb.spec import CachePolicy, Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
 
 _FLOATS = ("scores", "votes", "errors")
-# Whose counters these are, in place of the spare bucket's owner, which nothing else reads: a state keeps its
-# keys and shapes, and one that was saved before has -1 there. Saved states hold these numbers.
-_MARKS: dict[CachePolicy, int] = {"lfu": -2, "lru": -3, "importance": -4}
+# How many times as hot as a cached row one outside has to be to take its place. At the edge of a cache most
+# rows are looked up about as often, and their counts differ by chance; each exchange costs what the row that
+# leaves has learned and the parameters cannot hold. At 2 a third to a half as many are exchanged as at 1,
+# for hit rates within half a point of those, to either side. Of ``lru`` the later one is the hotter.
+_HOTTER: dict[CachePolicy, float] = {"lfu": 2.0, "lru": 1.0, "importance": 2.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,35 +124,30 @@ class HotRowCache(DenseBackend):
     @torch.no_grad()
     def reset(self) -> None:
         """Forget everything: no row is cached and no step has been taken."""
-        for buffer in (self.scores, self.votes, self.counts, self.errors, self.steps, self.weight):
+        for buffer in (self.counts, self.errors, self.steps, self.weight):
             buffer.zero_()
-        for buffer in (self.ids, self.owners, self.refreshed):
+        for buffer in (self.ids, self.refreshed):
             buffer.fill_(-1)
-        self.owners[-1] = _MARKS[self.settings.policy]
+        self._count_anew()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *context: Any, **named: Any
     ) -> None:
-        owners = state_dict.get(prefix + "owners")
-        if isinstance(owners, Tensor) and owners.shape == self.owners.shape and not owners.is_meta:
-            wrong = self._misfit(owners)
-            if wrong:
-                # torch raises them all together; nothing of this cache is loaded.
-                context[-1].append(wrong)
-                return
+        wrong = misfit_of_state(self.table.name, self.capacity, self.settings.policy, state_dict, prefix)
+        if wrong:
+            # torch raises them all together; nothing of this cache is loaded.
+            context[-1].append(wrong)
+            return
         super()._load_from_state_dict(state_dict, prefix, *context, **named)
+        if prefix + "ids" in state_dict and prefix + "scores" not in state_dict:
+            self._count_anew()  # what has been counted is of other rows
 
-    def _misfit(self, owners: Tensor) -> str:
-        """What is wrong with counters of another policy, which counts other things; empty if nothing is."""
-        mark, own = int(owners[-1]), self.settings.policy
-        theirs = next((policy for policy, known in _MARKS.items() if known == mark), own)
-        if theirs == own:
-            return ""
-        return (
-            f"table {self.table.name!r}: the counters of its cache are of policy={theirs!r}, and it has "
-            f"policy={own!r}, which counts other things. Give it HotRows(policy={theirs!r}); or, to count "
-            "anew, leave the cache's scores, owners and votes out of the state and load it with strict=False"
-        )
+    @torch.no_grad()
+    def _count_anew(self) -> None:
+        self.scores.zero_()
+        self.votes.zero_()
+        self.owners.fill_(-1)
+        self.owners[-1] = MARKS[self.settings.policy]
 
     @property
     def capacity(self) -> int:
@@ -178,7 +176,9 @@ class HotRowCache(DenseBackend):
         """Whether rows should be exchanged before the next training step."""
         steps, last = self.host_value("steps"), self.host_value("refreshed")
         if last < 0:
-            return steps >= self.settings.first_refresh
+            # Until a step has been counted only a cache of all rows knows what to hold.
+            least = 0 if self.capacity == self.num_embeddings else 1
+            return steps >= max(least, self.settings.first_refresh)
         return steps - last >= self.settings.refresh_every
 
     @property
@@ -224,12 +224,12 @@ class HotRowCache(DenseBackend):
         """The hottest ids that are not cached, and the rows that are colder and make room for them.
 
         Free slots are filled first. Then the hottest id outside takes the place of the coldest row while it
-        is strictly hotter. Equal scores go to the lower id.
+        is more than ``_HOTTER`` times as hot. Equal scores go to the lower id.
 
         Raises:
             CheckpointError: the counters are another policy's, from a load that writes to tensors in place.
         """
-        wrong = self._misfit(self.owners)
+        wrong = policy_misfit(self.table.name, self.settings.policy, self.owners)
         if wrong:
             raise CheckpointError(wrong)
         held = self.ids >= 0
@@ -244,7 +244,8 @@ class HotRowCache(DenseBackend):
         slots = slots[torch.argsort(self.scores[slots], stable=True)]
         most = min(slots.numel(), ids.numel() - filled)
         # Hottest against coldest: once one loses, all later ones do.
-        wins = int((scores[filled : filled + most] > self.scores[slots[:most]]).sum())
+        times = _HOTTER[self.settings.policy]
+        wins = int((scores[filled : filled + most] > times * self.scores[slots[:most]]).sum())
         leaving, entering = slots[:wins], ids[: filled + wins]
         taken = torch.cat([leaving, free[:filled]]).sort().values
         order = torch.argsort(entering)
@@ -280,7 +281,7 @@ class HotRowCache(DenseBackend):
             vote(self.owners, self.votes, buckets, evicted, scores)
             self.scores.mul_(self.settings.decay)
             self.votes.mul_(self.settings.decay)
-        self.owners[-1] = _MARKS[self.settings.policy]
+        self.owners[-1] = MARKS[self.settings.policy]
         self.before_step.forget()
         moved = torch.tensor([exchange.ids.numel(), evicted.numel()], device=self.counts.device)
         self.counts[2:] += moved
@@ -291,7 +292,7 @@ class HotRowCache(DenseBackend):
     def metrics(self) -> CacheMetrics:
         """The figures so far, read from the device."""
         lookups, hits, promotions, evictions = self.counts.tolist()
-        after, without = self.errors.tolist()
+        after, learned = self.errors.tolist()
         return CacheMetrics(
             rows=self.capacity,
             cached_rows=int((self.ids >= 0).sum()),
@@ -299,5 +300,6 @@ class HotRowCache(DenseBackend):
             hit_rate=hits / lookups if lookups else 0.0,
             promotions=promotions,
             evictions=evictions,
-            write_back_error=(after / without) ** 0.5 if without else 0.0,
+            write_back_error=(after / learned) ** 0.5 if learned else 0.0,
+            learned=learned**0.5,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class CacheMetrics:
         evictions: rows that have left.
         write_back_error: of the rows that have left, |row just after - cached row| over the same without
             writing back, in the Frobenius norm over all of them: 0 keeps all that was learned, 1 nothing.
+        learned: that norm without writing back, what the error is a part of.
     """
 
     rows: int
@@ -28,18 +30,21 @@ class CacheMetrics:
     promotions: int
     evictions: int
     write_back_error: float
+    learned: float = 0.0  # not in checkpoints from before it was counted
 
 
 def total(metrics: Collection[CacheMetrics]) -> CacheMetrics:
-    """Several caches as one: sums, the hit rate by look-ups, the root mean square error by evictions."""
-    lookups, evictions = sum(m.lookups for m in metrics), sum(m.evictions for m in metrics)
-    squares = sum(m.evictions * m.write_back_error**2 for m in metrics)
+    """Several caches as one: sums, the hit rate by look-ups, errors in the norm over all of their rows."""
+    lookups = sum(m.lookups for m in metrics)
+    lost = math.hypot(*(m.learned * m.write_back_error for m in metrics))
+    learned = math.hypot(*(m.learned for m in metrics))
     return CacheMetrics(
         rows=sum(m.rows for m in metrics),
         cached_rows=sum(m.cached_rows for m in metrics),
         lookups=lookups,
         hit_rate=sum(m.lookups * m.hit_rate for m in metrics) / max(1, lookups),
         promotions=sum(m.promotions for m in metrics),
-        evictions=evictions,
-        write_back_error=(squares / max(1, evictions)) ** 0.5,
+        evictions=sum(m.evictions for m in metrics),
+        write_back_error=lost / learned if learned else 0.0,
+        learned=learned,
     )

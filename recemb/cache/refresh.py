@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from recemb.backends.base import Backend, Leaving
+from recemb.backends.native import owner_of
 from recemb.cache.hot_rows import Exchange, HotRowCache
 from recemb.cache.optimizer_state import reset_in_backward
 from recemb.errors import NonFiniteError
 
-if TYPE_CHECKING:
-    from recemb.backends.base import Backend
-
+_Plan = tuple[Backend, HotRowCache, Exchange]
 # At 10 an exchange moves the mean row outside by at most about a sixth of what the rows that leave lack.
 _CARE = 10
 
@@ -52,27 +51,41 @@ def _exchange(pairs: Sequence[tuple[Backend, HotRowCache]]) -> None:
     plans = [(table, cache, cache.choose()) for table, cache in pairs]
     for table, cache, plan in plans:
         _check_finite(table, cache, plan)
-    left = [evict(table, cache, plan) for table, cache, plan in plans]
+    left = [(cache.ids[plan.leaving], cache.scores[plan.leaving]) for _, cache, plan in plans]
+    storages: dict[Backend, list[_Plan]] = {}
+    for plan_of_table in plans:
+        storages.setdefault(owner_of(plan_of_table[0]), []).append(plan_of_table)
+    for of_storage in storages.values():
+        evict(of_storage)
     for (table, cache, plan), (ids, scores) in zip(plans, left, strict=True):
         promote(table, cache, plan)
         cache.settle(plan, ids, scores)
 
 
-def evict(table: Backend, cache: HotRowCache, plan: Exchange) -> tuple[Tensor, Tensor]:
-    """Write rows back and vacate their slots; their ids [E] and how hot they were [E]."""
-    slots = plan.leaving
-    ids, scores = cache.ids[slots], cache.scores[slots]
-    if not slots.numel():
-        return ids, scores
-    values = cache.weight[slots]
-    without = table.compressed_rows(ids)
-    if cache.settings.write_back:
-        table.write_back(ids, values, write_back_cost(cache, ids.numel()))
-    after = table.compressed_rows(ids)
-    lost = [(rows - values).float().square().sum() for rows in (after, without)]
-    cache.errors += torch.stack(lost)
-    cache.ids[slots] = -1
-    return ids, scores
+def evict(plans: Sequence[_Plan]) -> None:
+    """Write rows of the tables of one storage back, all at once, and vacate their slots."""
+    plans = [(table, cache, plan) for table, cache, plan in plans if plan.leaving.numel()]
+    leaving = [
+        Leaving(
+            table,
+            cache.ids[plan.leaving],
+            cache.weight[plan.leaving],
+            write_back_cost(cache, plan.leaving.numel()),
+        )
+        for table, cache, plan in plans
+    ]
+    without = [_lack(own) for own in leaving]
+    written = [own for own, (_, cache, _) in zip(leaving, plans, strict=True) if cache.settings.write_back]
+    if written:
+        written[0].table.write_back_together(written)
+    for own, before, (_, cache, plan) in zip(leaving, without, plans, strict=True):
+        cache.errors += torch.stack([_lack(own), before])
+        cache.ids[plan.leaving] = -1
+
+
+def _lack(own: Leaving) -> Tensor:
+    """[]: by how much the compressed rows miss those that leave, squared."""
+    return (own.table.compressed_rows(own.ids) - own.values).float().square().sum()
 
 
 def promote(table: Backend, cache: HotRowCache, plan: Exchange) -> None:

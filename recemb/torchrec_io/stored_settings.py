@@ -15,6 +15,7 @@ from typing import Any
 
 from recemb.backends import storages
 from recemb.backends.stored_settings import misfits
+from recemb.cache.loading import misfit_of_state
 from recemb.errors import ConfigError
 from recemb.spec import SETTINGS_KEY, TableSpec
 
@@ -58,3 +59,17 @@ def check_settings(
                 f"{name}={value!r}, by which the same numbers are other rows; build the table as it was "
                 "saved. load_state_dict(dict(state)) loads the numbers all the same"
             )
+
+
+def check_caches(tables: Iterable[TableSpec], state: Mapping[str, Any], prefix: str) -> None:
+    """That the caches in a state are of as many rows as those of these tables, and of the same policies.
+
+    Arguments and errors as of :func:`check_settings`.
+    """
+    for table in tables:
+        cache = table.compression.cache
+        if cache is not None:
+            own = f"{prefix}embedding_bags.{table.name}.cache."
+            wrong = misfit_of_state(table.name, table.cache_rows, cache.policy, state, own)
+            if wrong:
+                raise ConfigError(wrong)

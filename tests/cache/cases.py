@@ -88,7 +88,10 @@ def hold(collection: Collection, ids: Sequence[int], name: str = "t") -> HotRowC
         cache.owners.fill_(-1)
         cache.votes.zero_()
         cache.owners[: len(ids)] = torch.tensor(ids)
-        cache.votes[: len(ids)] = 1e6
+        # Hotter by far than those whose places they take.
+        held = cache.scores[cache.ids >= 0].sort().values
+        taken = len(ids) - (cache.capacity - len(held))
+        cache.votes[: len(ids)] = max(1e6, 4 * float(held[taken - 1]) if taken > 0 else 0.0)
     refresh([collection.backend(name)])
     assert set(ids) <= set(cache.ids.tolist())
     return cache

@@ -25,7 +25,9 @@ class CountModel:
     @property
     def due(self) -> bool:
         if self.last < 0:
-            return self.steps >= self.hot.first_refresh
+            # A cache of some rows knows of none before it has seen a step.
+            least = int(len(self.slots) < self.rows)
+            return self.steps >= max(least, self.hot.first_refresh)
         return self.steps - self.last >= self.hot.refresh_every
 
     def refresh(self) -> tuple[list[int], list[int]]:
@@ -38,9 +40,9 @@ class CountModel:
         free = [k for k, i in enumerate(self.slots) if i is None]
         entering, rest = hottest[: len(free)], hottest[len(free) :]
         coldest = sorted(self.inside, key=lambda i: (self.inside[i], -i))
-        leaving = []
+        leaving, times = [], 1 if self.hot.policy == "lru" else 2
         for new, old in zip(rest, coldest, strict=False):
-            if outside[new] > self.inside[old]:
+            if outside[new] > times * self.inside[old]:
                 entering.append(new)
                 leaving.append(old)
         places = sorted([*(self.slots.index(i) for i in leaving), *free[: len(entering) - len(leaving)]])

@@ -92,7 +92,7 @@ def test_cached_rows_may_train_on_frozen_parameters_that_nothing_is_written_to()
     for core in cores:
         core.requires_grad_(False)
     before = [core.clone() for core in cores]
-    train(collection, [[1, 1, 2, 2], [5, 5, 5, 6, 6, 6], [5, 6]])
+    train(collection, [[1, 1, 2, 2], [5] * 5 + [6] * 5, [5, 6]])
     assert set(collection.cache().ids.tolist()) == {5, 6}
     assert all(torch.equal(*pair) for pair in zip(cores, before, strict=True))
 
@@ -100,7 +100,7 @@ def test_cached_rows_may_train_on_frozen_parameters_that_nothing_is_written_to()
 def test_a_parameter_that_rows_are_not_written_to_may_be_frozen() -> None:
     collection = made(MixedDimension(dim=3, cache=EACH_STEP))
     collection.backend().p.requires_grad_(False)
-    train(collection, [[1, 1, 2, 2], [5, 5, 5, 6, 6, 6], [5, 6]])
+    train(collection, [[1, 1, 2, 2], [5] * 5 + [6] * 5, [5, 6]])
     assert set(collection.cache().ids.tolist()) == {5, 6}
 
 
@@ -148,7 +148,8 @@ def test_counters_count_on_whatever_the_rows_are_stored_in(policy: Any, dtype: t
 
 def test_a_checkpointed_forward_finds_its_rows_again() -> None:
     """Reentrant: it keeps no graph, and is repeated within the backward."""
-    collection = made(TensorTrain(rank=2, cache=HotRows(rows=4, warmup=1, refresh_every=2, track_every=1)))
+    hot = HotRows(rows=4, warmup=1, refresh_every=2, track_every=1, decay=0.3)
+    collection = made(TensorTrain(rank=2, cache=hot))
     optimizer = torch.optim.SGD(collection.parameters(), 0.05)
     for k in range(8):
         bags, seen = one_id_bags([k, k, k, k + 1]), []
@@ -173,7 +174,7 @@ def test_a_checkpoint_that_is_not_reentrant_counts_each_step_once(
     double: bool, policy: Any, before: str
 ) -> None:
     """Its forward keeps a graph, and is repeated wherever the backward first asks for what was not saved."""
-    hot = HotRows(rows=4, policy=policy, warmup=2, refresh_every=3, track_every=1)
+    hot = HotRows(rows=4, policy=policy, warmup=2, refresh_every=3, track_every=1, decay=0.3)
     found = []
     for how in ("plain", "checkpointed"):
         # Plain torch saves what its backward needs, and has the look-up repeated after that of the sum.

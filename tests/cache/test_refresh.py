@@ -240,7 +240,7 @@ def test_going_back_through_a_graph_of_eval_after_an_exchange_says_so() -> None:
     step(collection, [1, 1, 2], sgd(collection))
     out = collection.eval()(one_id_bags([1, 2, 3])).sum()
     collection.train().zero_grad()
-    collection(one_id_bags([3, 3, 3, 4, 4, 4]))
+    collection(one_id_bags([3] * 5 + [4] * 5))
     collection(one_id_bags([3]))
     assert cached(collection) == {3, 4}
     with pytest.raises(RecembError, match=r"exchanged since the forward.*was made in eval\(\)"):
@@ -281,7 +281,7 @@ def test_evaluation_changes_nothing(how: str) -> None:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_ids_are_counted_every_so_many_steps(every: int) -> None:
-    hot = HotRows(rows=2, warmup=0, refresh_every=100, track_every=every)
+    hot = HotRows(rows=2, warmup=100, refresh_every=100, track_every=every)
     collection = Collection([spec(TensorTrain(rank=4, cache=hot), 30)])
     for _ in range(6):
         collection(one_id_bags([4]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recemb.backends.tt_shapes import table_shapes, tt_shapes
 from recemb.backends.tt_write_back import _least_squares
+from recemb.cache.metrics import CacheMetrics, total
 from recemb.cache.refresh import coldness, refresh, write_back_cost
 from recemb.spec import (
     ROBE,
@@ -344,6 +345,70 @@ def test_all_tables_of_an_array_write_back_before_any_row_enters() -> None:
         backend, cache = collection.backend(name), collection.cache(name)
         assert cache.ids.tolist() == [4, 5, 6, 7]
         assert torch.equal(cache.weight, backend.rows(backend.map_ids(cache.ids)))
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_rows_of_all_tables_of_an_array_are_written_back_at_once(names: tuple[str, str]) -> None:
+    """Each weight moves by what the elements of both ask for, and figures are of the rows after that."""
+    torch.manual_seed(0)
+    kinds = {
+        name: ROBE(compress_rate=10, block_size=1, use_sign=True, cache=forever(rows=rows))
+        for name, rows in (("a", 4), ("b", 2))
+    }
+    collection = Collection([spec(kinds[name], 40, name=name) for name in names]).double()
+    for name, ids in (("a", [0, 1, 2, 3]), ("b", [0, 1])):
+        cache = hold(collection, ids, name)
+        with torch.no_grad():
+            cache.weight += torch.randn(cache.weight.shape, dtype=torch.float64)
+            cache.scores.zero_()
+            cache.owners[4:8], cache.votes[4:8] = torch.arange(4, 8), 1e6
+    array = collection.backend("a").own_parameters()["array"]
+    start = array.detach().flatten().clone()
+    asked, reading, cost = (torch.zeros_like(start) for _ in range(3))
+    before = {}
+    for name in names:
+        backend, cache = collection.backend(name), collection.cache(name)
+        target, slots = cache.weight.detach().clone(), backend.map_ids(cache.ids)
+        before[name] = cache.ids.clone(), target, float((backend.rows(slots) - target).norm())
+        for wanted, places in zip(target.tolist(), slots.tolist(), strict=True):
+            for value, place in zip(wanted, places, strict=True):
+                # A block of one weight, from which -1 has the sign.
+                at, sign = (place, 1) if place >= 0 else (~place, -1)
+                asked[at] += sign * value - start[at]
+                reading[at] += 1
+                cost[at] += write_back_cost(cache, len(cache.ids))
+    others = (2 * 40 * 8 / len(start) - reading).clamp(min=0)
+    damped = reading + cost / reading.clamp(min=1) * others
+    expected = start + torch.where(reading > 0, asked / damped.clamp(min=1), 0)
+    refresh([collection.backend(name) for name in names])
+    torch.testing.assert_close(array.detach().flatten(), expected, rtol=1e-12, atol=1e-12)
+    for name, (ids, target, learned) in before.items():
+        backend, figures = collection.backend(name), collection.cache(name).metrics()
+        lost = float((backend.compressed_rows(ids) - target).norm())
+        assert figures.evictions == len(ids)
+        assert figures.learned == pytest.approx(learned, rel=1e-5)
+        assert figures.write_back_error == pytest.approx(lost / learned, rel=1e-5)
+
+
+def test_figures_of_several_caches_are_of_all_their_rows() -> None:
+    several = [
+        CacheMetrics(10, 8, 100, 0.5, 12, 4, write_back_error=0.8, learned=3.0),
+        CacheMetrics(20, 20, 300, 0.1, 40, 900, write_back_error=0.1, learned=4.0),
+        CacheMetrics(5, 0, 0, 0.0, 0, 0, write_back_error=0.0, learned=0.0),
+    ]
+    both = total(several)
+    assert (both.rows, both.cached_rows, both.lookups, both.promotions, both.evictions) == (
+        35,
+        28,
+        400,
+        52,
+        904,
+    )
+    assert both.hit_rate == pytest.approx(0.2)
+    # |2.4, 0.4| of |3, 4|, however many rows that is of each.
+    assert both.learned == pytest.approx(5.0)
+    assert both.write_back_error == pytest.approx(math.hypot(2.4, 0.4) / 5)
+    assert total([]).write_back_error == 0
 
 
 def test_coldness_is_zipfs() -> None:

@@ -106,8 +106,10 @@ class Model(nn.Module):
 
 def compressions(policy: str) -> dict[str, Compression]:
     how = cast(Literal["lfu", "lru", "importance"], policy)
-    hot = HotRows(rows=14, policy=how, warmup=1, refresh_every=2, track_every=1, decay=0.5)
-    slow = HotRows(fraction=0.04, policy=how, warmup=2, refresh_every=3, track_every=2, write_back=False)
+    hot = HotRows(rows=14, policy=how, warmup=1, refresh_every=2, track_every=1, decay=0.1)
+    slow = HotRows(
+        fraction=0.04, policy=how, warmup=2, refresh_every=3, track_every=2, decay=0.1, write_back=False
+    )
     return {
         "d_rw": Dense(),
         "tt": TensorTrain(rank=4, cache=hot),

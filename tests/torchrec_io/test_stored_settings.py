@@ -67,6 +67,28 @@ def parameters(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("theirs", "why"),
+    [
+        ({"rows": 3}, r"its cache has 3 rows in the state to load and 5 here.*HotRows\(rows=3\)"),
+        ({"policy": "lru"}, r"policy='lru', and it has policy='lfu'.*HotRows\(policy='lru'\)"),
+    ],
+    ids=["rows", "policy"],
+)
+def test_a_state_of_another_cache_is_refused_before_any_table_has_changed(
+    theirs: dict[str, Any], why: str, strict: bool
+) -> None:
+    hot = recemb.HotRows(rows=5)
+    state = saved(model(a=QR, t=replace(QR, cache=replace(hot, **theirs))))
+    own = model(a=QR, t=replace(QR, cache=hot))
+    before = {name: value.clone() for name, value in own["sparse"].state_dict().items()}
+    with pytest.raises(ConfigError, match=f"table 't': .*{why}"):
+        own.load_state_dict(state, strict=strict)
+    for name, value in own["sparse"].state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @by_pair
 def test_a_state_of_other_settings_is_refused_before_any_table_has_changed(pair: str) -> None:
     first, second, why = PAIRS[pair]

@@ -1,0 +1,57 @@
+"""Which saved caches a cache can load: those of as many rows, whose counters are of its own policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from recemb.spec import CachePolicy
+
+# Whose counters these are, in place of the spare bucket's owner, which nothing else reads: a state keeps its
+# keys and shapes, and one that was saved before has -1 there. Saved states hold these numbers.
+MARKS: dict[CachePolicy, int] = {"lfu": -2, "lru": -3, "importance": -4}
+
+
+def misfit_of_state(
+    table: str, capacity: int, policy: CachePolicy, state: Mapping[str, Any], prefix: str
+) -> str:
+    """Why a cache cannot load a state; empty where it can, or the state has nothing of it.
+
+    Args:
+        table: its table's name.
+        capacity: C, how many rows it holds.
+        policy: its own.
+        state: what is loaded.
+        prefix: of the cache's keys in it.
+    """
+    ids, owners = (state.get(prefix + name) for name in ("ids", "owners"))
+    # Of a table on another rank a state has tensors without elements.
+    if isinstance(ids, Tensor) and ids.numel() and ids.shape != (capacity,):
+        return (
+            f"table {table!r}: its cache has {ids.numel():,} rows in the state to load and {capacity:,} "
+            f"here; build the table with cache=HotRows(rows={ids.numel()})"
+        )
+    if not isinstance(owners, Tensor) or owners.is_meta or not owners.numel():
+        return ""
+    return policy_misfit(table, policy, owners)
+
+
+def policy_misfit(table: str, own: CachePolicy, owners: Tensor) -> str:
+    """What is wrong with counters of another policy, which counts other things; empty if nothing is.
+
+    Args:
+        table: its name.
+        own: the policy of its cache.
+        owners: [K + 1] of the counters.
+    """
+    mark = int(owners[-1])
+    theirs = next((policy for policy, known in MARKS.items() if known == mark), own)
+    if theirs == own:
+        return ""
+    return (
+        f"table {table!r}: the counters of its cache are of policy={theirs!r}, and it has policy={own!r}, "
+        f"which counts other things. Give it HotRows(policy={theirs!r}); or, to count anew, leave the "
+        "cache's scores, owners and votes out of the state and load it with strict=False"
+    )
