@@ -42,6 +42,36 @@ class _Split:
     key: tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring features of as many tables, whose columns are evenly spaced: one batched product.
+
+    Attributes:
+        tables: [F] theirs, by place in the family.
+        narrow: the first one's column of the narrow bags, and columns from one to the next.
+        wide: the same of the output; 0 columns from one to the next while there is one.
+    """
+
+    tables: tuple[int, ...]
+    narrow: tuple[int, int]
+    wide: tuple[int, int]
+
+    def joined(self, table: int, column: int) -> _Run | None:
+        """With a feature more, or ``None`` where that is not evenly spaced, or has a table twice."""
+        first, known = self.wide
+        spacing = known or column - first
+        if table in self.tables or column != first + spacing * len(self.tables):
+            return None
+        return replace(self, tables=(*self.tables, table), wide=(first, spacing))
+
+    def of(self, tensor: Tensor, columns: tuple[int, int], width: int) -> Tensor:
+        """[F, B, width]: the features' columns of a tensor [B, .]."""
+        first, spacing = columns
+        rows, across = tensor.shape[0], tensor.stride(0)
+        at = tensor.storage_offset() + first
+        return tensor.as_strided((len(self.tables), rows, width), (spacing, across, 1), at)
+
+
 class RowFamily(Family[RowShape]):
     """Tables with the same operation and widths."""
 
@@ -153,10 +183,12 @@ class RowFamily(Family[RowShape]):
             call.batch.size, len(self.own_features) * narrow, dtype=torch.float32, device=self.device
         )
         self._pool_rows(call, parameters, bags)
-        projections = self._projections(parameters)
-        for feature, column in zip(self.own_features, self._columns, strict=True):
-            own = bags[:, feature.column : feature.column + narrow]
-            torch.mm(own, projections[feature.table], out=out[:, column : column + wide])
+        for run in self._runs:
+            torch.bmm(
+                run.of(bags, run.narrow, narrow),
+                self._projections(run, parameters),
+                out=run.of(out, run.wide, wide),
+            )
         return bags
 
     def _back_projected(
@@ -164,21 +196,37 @@ class RowFamily(Family[RowShape]):
     ) -> list[Tensor | None]:
         narrow, wide = self._widths
         bags: Tensor = call.kept[self.index]
-        projections, grad_bags = self._projections(parameters), torch.empty_like(bags)
+        grad_bags = torch.empty_like(bags)
         grad = torch.zeros(len(self.shapes), narrow, wide, dtype=torch.float32, device=self.device)
-        for feature, column in zip(self.own_features, self._columns, strict=True):
-            upstream = asked.grad_out[:, column : column + wide]
-            own = slice(feature.column, feature.column + narrow)
-            torch.mm(upstream, projections[feature.table].T, out=grad_bags[:, own])
-            grad[feature.table].addmm_(bags[:, own].T, upstream)
+        for run in self._runs:
+            upstream = run.of(asked.grad_out, run.wide, wide)
+            projections = self._projections(run, parameters).mT
+            torch.bmm(upstream, projections, out=run.of(grad_bags, run.narrow, narrow))
+            own = torch.bmm(run.of(bags, run.narrow, narrow).mT, upstream)
+            # Each table once: whatever adds them, sums have one order.
+            grad.index_add_(0, self.remembered(run.tables), own)
         # The rows' step comes last: until then every kernel has read what the forward read.
         entries, grad_rows = self._row_entries(call, parameters, replace(asked, grad_out=grad_bags))
         rows = finish(self, entries, grad_rows, parameters, asked, 0)
         projected = finish(self, self._projection_entries, grad.view(-1, wide), parameters, asked, 1)
         return [side for pair in zip(rows, projected, strict=True) for side in pair]
 
-    def _projections(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        return [projection.detach().float() for projection in parameters[1::2]]
+    @staticmethod
+    def _projections(run: _Run, parameters: Sequence[Tensor]) -> Tensor:
+        """[F, d, D] float32: those of a run's tables."""
+        return torch.stack([parameters[2 * table + 1].detach() for table in run.tables]).float()
+
+    @cached_property
+    def _runs(self) -> list[_Run]:
+        narrow = self._widths[0]
+        runs: list[_Run] = []
+        for feature, column in zip(self.own_features, self._columns, strict=True):
+            longer = runs[-1].joined(feature.table, column) if runs else None
+            if longer is None:
+                runs.append(_Run((feature.table,), (feature.column, narrow), (column, 0)))
+            else:
+                runs[-1] = longer
+        return runs
 
     @cached_property
     def _projection_entries(self) -> Entries:

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import native_specialize_impl
@@ -53,8 +54,25 @@ CASES: dict[str, tuple[Any, Callable[[int], Any], Any]] = {
 }
 
 
+class Torch(TorchDispatchMode):
+    """Counts torch's own operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.counted[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# What the interpreter does for each launch of its own; and to steps, which are counted on the host.
+_OTHERS = {"empty", "new_empty", "set_", "copy_", "add_", "_local_scalar_dense"}
+
+
 def _launches(module: Any, shapes: list[Any], kind: Kind | None) -> Counter[str]:
-    """Of each kernel, in one step."""
+    """Of each kernel, and of each operation of torch's, in one step."""
     tables = module._tables(shapes, [FeatureCode(t, t % 2 == 1) for t in range(len(shapes))])
     batch, parameters = make_batch(tables, 2, 2), tables.parameters()
     updates = make_updates(tables, parameters, [kind] * len(shapes))
@@ -65,9 +83,10 @@ def _launches(module: Any, shapes: list[Any], kind: Kind | None) -> Counter[str]
         counted[self.fn.__name__] += 1
         return launch(self, *args, **kwargs)
 
-    with patch.object(GridExecutor, "__call__", count):
+    run(group, parameters, batch, grad, updates)  # what is remembered from then on
+    with patch.object(GridExecutor, "__call__", count), Torch() as of_torch:
         run(group, parameters, batch, grad, updates)
-    return counted
+    return counted + Counter({name: n for name, n in of_torch.counted.items() if name not in _OTHERS})
 
 
 @pytest.mark.parametrize("kind", [Kind.ROWWISE_ADAGRAD, None], ids=["step", "gradients"])
