@@ -20,7 +20,7 @@ Time a training step (forward, backward, fused row-wise Adagrad) of one look-up 
 of steps with no waiting in between, as in training: the slower of host and GPU decides. With --ahead 1 every
 step is waited for. The roofline is the slower of a step's bytes at the copy bandwidth and its arithmetic at
 the float32 GEMM rate, both measured in the same run; bytes and arithmetic are those that no step can do
-without (bench/work.py).
+without (bench/work.py). The column floor is the roofline's share of P50.
 """
 _COPY_BYTES = 2**30
 _GEMM = 4096
@@ -32,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; imports nothing heavy, so that --help is instant."""
     parser = make_parser("gpu", _DESCRIPTION)
     parser.add_argument("--rows", type=positive, default=10_000_000, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--tables", type=positive, default=1, metavar="T", help="of N rows each (default %(default)s)"
+    )
     parser.add_argument("--dim", type=positive, nargs="+", default=[16, 64, 128], metavar="D")
     parser.add_argument("--batch", type=positive, nargs="+", default=[4096, 65536], metavar="B")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[16, 32, 64], metavar="R")
@@ -60,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     print(machine.heading())
     for dim in args.dim:
         for batch in args.batch:
-            setting = Setting(rows=(args.rows,), dim=dim, batch=batch, ids=args.ids)
+            setting = Setting(rows=(args.rows,) * args.tables, dim=dim, batch=batch, ids=args.ids)
             own = measure(setting, args.ranks, args.rounds, "cuda", args.ahead)
             print(f"\n{setting.title()}\n{table(own)}", flush=True)
             rows += own

@@ -21,8 +21,9 @@ def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) ->
     assert "sees no GPU" in capsys.readouterr().err
 
 
-def test_every_case_is_a_row_with_its_share_of_the_roofline() -> None:
-    rows = measure(Setting(rows=(5000,), dim=8, batch=64), [4], rounds=3, device="cpu")
+@pytest.mark.parametrize("tables", [1, 3])
+def test_every_case_is_a_row_with_its_share_of_the_roofline(tables: int) -> None:
+    rows = measure(Setting(rows=(5000,) * tables, dim=8, batch=64), [4], rounds=3, device="cpu")
     assert [row.case for row in rows][:2] == [TBE, "TT R=4"]
     assert len(rows) == 7
     for row in rows:

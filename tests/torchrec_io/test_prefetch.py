@@ -201,6 +201,25 @@ def test_micro_batches_give_the_same_outputs(rows: int) -> None:
         torch.testing.assert_close(first.grad, second.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("methods", METHODS)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_micro_batches_train_alike(rows: int, methods: str) -> None:
+    """Over exchanges of cached rows too, which are the same ones."""
+    plain, sliced = make(methods), make(methods, micro_batch_rows=rows)
+    for ebc in (plain, sliced):
+        apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, ebc.parameters(), {"lr": 0.05})
+    for features in batches(methods, 12):
+        outputs = [ebc(features).values() for ebc in (plain, sliced)]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-6)
+        for pooled in outputs:
+            pooled.square().mean().backward()
+    for first, second in zip(plain.state_dict().values(), sliced.state_dict().values(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    for name, cache in plain.hot_row_caches().items():
+        assert torch.equal(cache.ids, sliced.hot_row_caches()[name].ids)
+        assert cache.metrics().evictions > 0
+
+
 @pytest.mark.parametrize("rows", [0, -1, 2.5, 8192.0, True, "a", [1]])
 def test_micro_batch_rows_must_be_a_positive_int(rows: Any) -> None:
     message = re.escape(f"micro_batch_rows={rows!r} must be an int >= 1, e.g. 8192")
