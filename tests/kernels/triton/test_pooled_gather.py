@@ -234,10 +234,9 @@ def test_any_shape() -> None:
         shape = RowShape(operation, rows[:parts], widths[:parts])
         tables = _tables([shape], [FeatureCode(0, mean), FeatureCode(0, not mean)])
         batch = make_batch(tables, *sizes, weighted=weighted, seed=seed)
-        # A state, which SGD has none of, keeps what a narrow parameter is rounded by.
-        for dtype, kind in ((torch.float32, KINDS[seed % 4]), (narrow, KINDS[1 + seed % 3])):
+        for dtype in (torch.float32, narrow):
             assert_near(tables, batch, dtype)
-            assert_same_steps(tables, batch, [kind], dtype=dtype)
+            assert_same_steps(tables, batch, [KINDS[seed % 4]], dtype=dtype)
         met.update(kinds_of_bags(batch), {operation, narrow})
 
     check()

@@ -234,10 +234,9 @@ def test_any_shape() -> None:
         shape = _shape(dim, block_size, max(rows, -(-dim // block_size)), signed, (0, 5))
         tables = _tables([shape], [FeatureCode(0, mean, 5), FeatureCode(0, not mean)])
         batch = make_batch(tables, *batch_sizes, weighted=weighted, seed=seed, most=30)
-        # A state, which SGD has none of, keeps what a narrow parameter is rounded by.
-        for dtype, kind in ((torch.float32, KINDS[seed % 4]), (narrow, KINDS[1 + seed % 3])):
+        for dtype in (torch.float32, narrow):
             assert_near(tables, batch, dtype)
-            assert_same_steps(tables, batch, [kind], dtype=dtype)
+            assert_same_steps(tables, batch, [KINDS[seed % 4]], dtype=dtype)
         met.update(kinds_of_bags(batch), {signed, narrow})
 
     check()

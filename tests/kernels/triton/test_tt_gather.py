@@ -31,7 +31,6 @@ from tests.kernels.triton.harness import (
     assert_same_steps,
     kinds_of_bags,
     make_batch,
-    make_updates,
     run,
     upstream,
 )
@@ -199,18 +198,7 @@ def test_tables_with_their_own_rules_and_without() -> None:
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_half_precision_steps_in_float32(dtype: torch.dtype, kinds: list[Kind]) -> None:
     """In several slices."""
-    batch = make_batch(ALL, 6, 3)
-    ours, grad = ALL.parameters(dtype), upstream(ALL, batch)
-    theirs = [p.float() for p in ours]
-    mine, updates = (make_updates(ALL, ours, kinds) for _ in range(2))
-    run(ALL.triton(dtype, micro_batch_rows=5), ours, batch, grad, mine)
-    run(ALL.cpu(), theirs, batch, grad, updates)
-    unit = torch.finfo(dtype).eps
-    for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x.float(), y, rtol=unit, atol=unit)
-    for own, other in zip(mine, updates, strict=True):
-        for x, y in zip(getattr(own, "state", ()), getattr(other, "state", ()), strict=True):
-            torch.testing.assert_close(x, y, rtol=4 * unit, atol=4 * unit)
+    assert_same_steps(ALL, make_batch(ALL, 6, 3), kinds, micro_batch_rows=5, dtype=dtype)
 
 
 @pytest.mark.parametrize(("size", "micro_batch_rows"), [(4, (2, 7)), (70, (100,))], ids=["parts", "one part"])
