@@ -21,6 +21,7 @@ from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
 from recemb_kernels.update import Kind, Update
 from tests.kernels.triton.no_host_sync import NoHostSync
+from tests.kernels.triton.program_order import shuffled_programs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -303,26 +304,37 @@ def assert_same_steps(
         assert dtype is not torch.float32 or torch.equal(kept, untouched)
 
 
-def assert_bits_without_waiting(tables: Tables, batch: Batch) -> None:
-    """A second step gives the bits of the first, and the host waits for nothing of the device."""
-    group, grad = tables.triton(), upstream(tables, batch)
-    first = run(group, tables.parameters(), batch, grad)
+def assert_bits_without_waiting(
+    tables: Tables, batch: Batch, micro_batch_rows: int = MICRO_BATCH_ROWS
+) -> None:
+    """A second step gives the bits of the first, in whatever order the programs of a launch run, and the host
+    waits for nothing of the device.
+    """
+    group, grad = tables.triton(micro_batch_rows=micro_batch_rows), upstream(tables, batch)
     kinds = [KINDS[t % 4] for t in range(len(tables.shapes))]
-    updates = [moved(update, DEVICE) for update in make_updates(tables, tables.parameters(), kinds)]
+    stepped = tables.parameters()
+    expected, updates = (make_updates(tables, stepped, kinds) for _ in range(2))
+    first = run(group, stepped, batch, grad)
+    run(group, stepped, batch, grad, expected)
+    updates = [moved(update, DEVICE) for update in updates]
     there, on_device, grad = [p.to(DEVICE) for p in tables.parameters()], batch_on(batch), grad.to(DEVICE)
     counters = [steps for update in updates if update is not None for steps in update.steps]
     asked: dict[str, Any] = {"wanted": [True] * len(there), "want_weights": batch.weights is not None}
     # On CPU tensors an error is looked for at once.
-    with NoHostSync(counters), patch("recemb_kernels.triton_frame.group.note"):
+    with shuffled_programs(), NoHostSync(counters), patch("recemb_kernels.triton_frame.group.note"):
         out, state = group.forward(there, on_device, keep=True)
         free = [None] * len(tables.shapes)
         grads, weights = group.backward(grad, there, on_device, state, updates=free, **asked)
         group.backward(grad, there, on_device, state, updates=updates, **asked)
     with pytest.raises(AssertionError, match="waits"), NoHostSync():
         bool(on_device.ids.any())
-    found = [x.cpu() for x in (out, *grads, weights) if x is not None]
-    for x, y in zip(found, first, strict=True):
-        assert torch.equal(x, y)
+    found = [x for x in (out, *grads, weights) if x is not None]
+    pairs = [*zip(found, first, strict=True), *zip(there, stepped, strict=True)]
+    for own, other in zip(updates, expected, strict=True):
+        for name in ("state", "state2"):
+            pairs += zip(getattr(own, name), getattr(other, name), strict=True)
+    for x, y in pairs:
+        assert torch.equal(x.cpu(), y)
 
 
 def assert_nothing_steps(tables: Tables, batch: Batch, value: float) -> None:

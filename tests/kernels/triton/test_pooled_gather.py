@@ -247,6 +247,13 @@ def test_the_bits_of_two_runs_and_no_waiting_for_the_device() -> None:
     assert_bits_without_waiting(ALL, make_batch(ALL, 2, 3, weighted=True))
 
 
+def test_the_bits_of_a_row_that_programs_share() -> None:
+    """Its places are seven pieces, of which a program takes four."""
+    tables = _tables([RowShape(ROW, (9,), (128,))])
+    ids = torch.cat((torch.arange(9), torch.full((411,), 7)))
+    assert_bits_without_waiting(tables, Batch(ids, torch.arange(0, 421, 10), None, 42))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     assert_nothing_steps(ALL, make_batch(ALL, 2, 2), value)

@@ -349,6 +349,12 @@ def test_the_bits_of_two_runs_and_no_waiting_for_the_device() -> None:
     assert_bits_without_waiting(ALL, make_batch(ALL, 4, 3, weighted=True))
 
 
+def test_the_bits_of_a_prefix_that_programs_share() -> None:
+    """Its rows are three pieces."""
+    tables = _tables([TrainShape((1, 1, 130), (1, 1, 2), (1, 2, 3, 1))])
+    assert_bits_without_waiting(tables, Batch(torch.arange(130), torch.arange(131), None, 130))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert_nothing_steps(ALL, make_batch(ALL, 3, 3), math.inf)
