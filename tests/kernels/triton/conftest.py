@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from triton import language
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder
+
+from tests.kernels.triton.products import dot_of
 
 _is_builtin = language.core.is_builtin
 _find_numpy_type = interpreter._get_np_dtype
@@ -54,14 +55,6 @@ def _without_idle_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product of matrices is a chain of fused multiply-adds over K, which rounds more than numpy's sums."""
-
-    def create_dot(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
-        left, right = a.data.astype(np.float64), b.data.astype(np.float64)
-        added = total.data
-        for k in range(left.shape[1]):
-            added = (left[:, k, None] * right[None, k] + added).astype(np.float32)
-        return TensorHandle(added, total.dtype.scalar)
-
+    """As a GPU's, which round more than numpy's."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of())
