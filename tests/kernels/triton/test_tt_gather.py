@@ -100,6 +100,9 @@ def test_outputs_and_gradients_are_those_of_plain_torch(
         TrainShape((4, 3, 5, 3), (2, 2, 2, 2), (1, 4, 8, 4, 1)),
         TrainShape((7, 1, 9), (1, 1, 1), (1, 1, 3, 1)),
         TrainShape((7, 6, 5), (3, 5, 1), (1, 13, 11, 1)),
+        TrainShape((1, 1, 1), (1, 1, 1), (1, 1, 1, 1)),
+        TrainShape((5, 7, 3, 2), (1, 1, 1, 33), (1, 5, 100, 7, 1)),
+        TrainShape((2, 3, 2, 3), (2, 2, 2, 3), (1, 128, 128, 128, 1)),
     ],
     ids=lambda s: "x".join(map(str, s.ranks)),
 )
