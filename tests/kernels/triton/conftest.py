@@ -22,6 +22,12 @@ _find_numpy_type = interpreter._get_np_dtype
 _numpy_types: dict[str, Any] = {}
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """On a machine with a GPU, what is proved here runs on it: ``-m gpu`` is to find that too."""
+    if torch.cuda.is_available() and not any(mark.args[0] for mark in item.iter_markers("skipif")):
+        item.add_marker("gpu")
+
+
 @cache
 def _builtins(package: Any) -> tuple[str, ...]:
     return tuple(name for name, member in inspect.getmembers(package) if _is_builtin(member))
