@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.pooled_gather import Operation, RowShape, pooled_gather
 from recemb_kernels.update import Kind, Update
+from tests.kernels.triton.examples import examples
 from tests.kernels.triton.harness import (
     DTYPES,
     KINDS,
@@ -205,7 +206,7 @@ def test_any_shape() -> None:
     """In float32 and in one of the narrow types."""
     met: set[object] = set()
 
-    @settings(max_examples=12, phases=[Phase.generate])
+    @examples(12)
     @given(
         operation=st.sampled_from(list(Operation)),
         rows=st.tuples(st.integers(1, 20), st.integers(1, 20)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from recemb_kernels.digit_tree.group import Batch, FeatureCode
 from recemb_kernels.robe_gather import RobeShape, robe_gather
 from recemb_kernels.robe_gather.triton_kernel import hash_row, place
 from recemb_kernels.update import Kind, Update
+from tests.kernels.triton.examples import examples
 from tests.kernels.triton.harness import (
     DEVICE,
     DTYPES,
@@ -106,7 +107,7 @@ def _hashes(out, ids, linear, square, offsets, sizes, reciprocals, N: tl.constex
     tl.store(out + n, placed)
 
 
-@settings(max_examples=20, phases=[Phase.generate])
+@examples(20)
 @given(st.lists(st.integers(0, MERSENNE_61 - 1), min_size=32, max_size=32), st.integers(0, 60))
 def test_hashes_are_exact(numbers: list[int], bits: int) -> None:
     last = MERSENNE_61 - 1
@@ -210,7 +211,7 @@ def test_any_shape() -> None:
     """In float32 and in one of the narrow types."""
     met: set[object] = set()
 
-    @settings(max_examples=8, phases=[Phase.generate])
+    @examples(8)
     @given(
         sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)),
         signed=st.booleans(),

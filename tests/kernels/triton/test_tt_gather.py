@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from recemb_kernels.triton_frame.family import MICRO_BATCH_ROWS
 from recemb_kernels.tt_gather import TrainShape, triton_train, tt_gather
 from recemb_kernels.tt_gather.triton_variants import MOST_PROGRAMS, Tiles, product_of
 from recemb_kernels.update import Kind
+from tests.kernels.triton.examples import examples
 from tests.kernels.triton.harness import (
     DTYPES,
     KINDS,
@@ -134,7 +135,7 @@ def test_any_shape() -> None:
     """
     met: set[object] = set()
 
-    @settings(max_examples=8, phases=[Phase.generate])
+    @examples(9)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         order = data.draw(st.integers(2, 4))
