@@ -40,5 +40,5 @@ def test_products_keep_the_error_law(
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of(read))
     tables = _tables([shape])
-    assert_near(tables, make_batch(tables, 8, 3, weighted=True), dtype)
+    assert_near(tables, make_batch(tables, 5, 3, weighted=True), dtype)
     assert asked == {"IEEE" if dtype is torch.float32 else "TF32"}
