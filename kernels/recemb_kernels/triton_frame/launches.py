@@ -20,9 +20,12 @@ PIECE = 64
 POOL_TILE = (128, 512)
 WEIGH_TILE = (64, 512)
 PIECE_TILE = (128, 512)
+_JOIN_TILE = (256, 512)
+_UPDATE_TILE = (1024, 512)
+# Widths that take less, as compiling them for both architectures has shown: see ``_tile``.
+_NARROW, _WIDE = 4, 128
 # Positions of a piece, and rows of a segment, that are fetched at once.
 _AT_ONCE, _ROWS_AT_ONCE = 4, 8
-_UPDATE_TILE = 512
 
 
 def check_constants(num_bags: int, weighted: bool) -> dict[str, Any]:
@@ -53,16 +56,35 @@ def pool_constants(
 ) -> dict[str, Any]:
     """Of ``pool_rows``; ``dtype`` is that of sources given by address."""
     most, area = POOL_TILE
-    # As many elements a thread; with turns four warps spill registers.
-    bags, block = tile_of(width, most, area // 2 if turns else area)
+    warps = 4
+    if _is_uneven(width):
+        most, area = most // 2, area // 2
+    if turns:
+        # As many elements a thread; with turns four warps spill registers, and of uneven rows two.
+        warps = 1 if _is_uneven(width) else 2
+        most = most // 2 if width > _WIDE else most
+    bags, block = tile_of(width, most, area * warps // 4)
     tiles = {"D": width, "WEIGHTED": weighted, "BB": bags, "BD": block}
-    return {**_source(dtype), "TURNS": turns, **tiles, "num_warps": 2 if turns else 4}
+    return {**_source(dtype), "TURNS": turns, **tiles, "num_warps": warps}
 
 
 def weigh_constants(width: int, dtype: torch.dtype | None) -> dict[str, Any]:
     """Of ``weight_gradients``."""
-    positions, block = tile_of(width, *WEIGH_TILE)
+    # A row wider than the tile is a loop, which keeps more alive; other uneven rows need no less.
+    positions, block = _tile(width, WEIGH_TILE, width <= _NARROW or width > _WIDE)
     return {**_source(dtype), "D": width, "BL": positions, "BD": block, "num_warps": 4}
+
+
+def _is_uneven(width: int) -> bool:
+    """Whether a thread spends registers on each element: an address, as four columns cannot be one load of
+    16 bytes, or what a row has of its own, as rows are so narrow that a tile has very many."""
+    return width <= _NARROW or width % 4 != 0
+
+
+def _tile(width: int, largest: tuple[int, int], halved: bool) -> tuple[int, int]:
+    """Rows and columns of a tile of one of the sizes above, or of half of its elements."""
+    most, area = largest
+    return tile_of(width, most, area // 2 if halved else area)
 
 
 def _source(dtype: torch.dtype | None) -> dict[str, Any]:
@@ -78,7 +100,7 @@ def find_constants(scaled: bool, weighted: bool) -> dict[str, Any]:
 
 def place_constants(dim: int, scaled: bool, relative: bool) -> dict[str, Any]:
     """Of ``sum_places``."""
-    rows, block = tile_of(dim, *PIECE_TILE)
+    rows, block = _tile(dim, PIECE_TILE, _is_uneven(dim))
     tiles = {"BP": rows, "BI": _AT_ONCE, "BD": block}
     own = {"SCALED": scaled, "RELATIVE": relative, "PIECE": PIECE, "D": dim}
     return {**own, **tiles, "num_warps": 4}
@@ -86,21 +108,21 @@ def place_constants(dim: int, scaled: bool, relative: bool) -> dict[str, Any]:
 
 def join_constants(dim: int, relative: bool) -> dict[str, Any]:
     """Of ``join_places``."""
-    cuts, block = tile_of(dim, 256, 512)
+    cuts, block = _tile(dim, _JOIN_TILE, _is_uneven(dim))
     tiles = {"BN": cuts, "BC": _ROWS_AT_ONCE, "BD": block}
     return {"RELATIVE": relative, "PIECE": PIECE, "D": dim, **tiles, "num_warps": 4}
 
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:
     """Of ``segment_sum``."""
-    segments, block = tile_of(width, 256, 512)
+    segments, block = _tile(width, _JOIN_TILE, _is_uneven(width))
     tiles = {"BN": segments, "BC": _ROWS_AT_ONCE, "BW": block}
     return {"RELATIVE": relative, "W": width, **tiles, "num_warps": 4}
 
 
 def update_constants(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | None) -> dict[str, Any]:
     """Of ``update_rows``."""
-    entries, block = tile_of(width, 1024, _UPDATE_TILE)
+    entries, block = _tile(width, _UPDATE_TILE, _is_uneven(width))
     return {
         "KIND": int(kind),
         "W": width,
