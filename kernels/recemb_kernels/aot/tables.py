@@ -64,7 +64,8 @@ _RESOURCES_ARE = (
 )
 _WORK_IS = (
     "Work: instructions in the machine code, .128 those that move 16 bytes a thread; FLOP and bytes",
-    "of one look-up; µs/M, the least time of a million look-ups by the datasheet:",
+    "of one look-up, without a core's slice where a group of rows shares one; µs/M, the least time",
+    "of a million look-ups by the datasheet:",
     "",
 )
 _LEFT = ("arch", "dtype", "limit", "bound")
@@ -98,8 +99,10 @@ def markdown(rows: Sequence[Row]) -> str:
             "Written by `recemb kernels --write`: of each kernel, shape and dtype the worst architecture and",
             "variant; `recemb kernels` prints them one by one. Registers are a thread's, shared memory a",
             "block's, occupancy is a share of an SM's 64 warps (and what CI insists on), MMA whether tensor",
-            "cores are used. FLOP and bytes are one look-up's; µs/M is the least time of a million look-ups",
-            "by the datasheet:",
+            "cores are used. FLOP and bytes are one look-up's. Its bytes have no part of a core's slice",
+            "that a group of rows shares, which a product reads once for each tile of 32 of its rows; they",
+            "have the slice that `sum_children` reads for each row whose share it computes. µs/M is the",
+            "least time of a million look-ups by the datasheet:",
             "",
             *(f"- {line}" for line in _cards(rows)),
             "",

@@ -61,6 +61,12 @@ _UNLISTED = (
     *(((4, 1, 1, 16), (16,)), ((2, 1, 1, 32), (32,)), ((1, 1, 1, 64), (64,))),
     *(((8, 1, 16), (16,)), ((4, 1, 32), (32,)), ((2, 1, 64), (64,))),
 )
+# Stated occupancies of products, by warps and stages, and of those with eight warps. Registers bound them, as
+# a product's total and the tiles of its factors live there: at 80 a thread there is room for three blocks of
+# eight warps, which load tiles ahead of the dots. Of plain products each warp more repeats the addresses of
+# all rows, and of exact ones with a transpose four warps were faster than eight (kernels/README.md, "A step
+# of 65,536 samples"): so few warps take more registers, up to 128 a thread, a single one up to 168.
+_LEAST, _LEAST_OF_EIGHT = {SHORT: 0.18, LONG: 0.25, BACK: 0.25}, 0.37
 _INDEX = "*i64"
 _NUMBER = "*i32"
 _PLAN = {
@@ -83,7 +89,7 @@ def shipped() -> list[Configuration]:
     for shape in (few, *_shapes(_LISTED), most):
         found += _of_dtypes(shape)
     # float16 differs from bfloat16 in nothing but the name of an instruction.
-    found += _of_shape(some, torch.float16)
+    found += of_shape(some, torch.float16)
     for shape in (some, most):
         found += _rounded(shape)
     for order in (3, 2, 4):
@@ -92,7 +98,7 @@ def shipped() -> list[Configuration]:
         found += [replace(c, listed=False) for c in _of_dtypes(shape)]
     # Fewer warps than they are given would not do.
     for shape in (_shape((2, 2, 4, 4), 24), _shape((2, 2, 2, 2), 4), _shape((8, 16), 24)):
-        own = [c for c in _of_shape(shape, torch.float32) if "back" in c.note or "children" in c.kernel]
+        own = [c for c in of_shape(shape, torch.float32) if "back" in c.note or "children" in c.kernel]
         found += [replace(c, listed=False) for c in own]
     once: dict[tuple[object, ...], Configuration] = {}
     for c in found:
@@ -102,7 +108,7 @@ def shipped() -> list[Configuration]:
 
 
 def _of_dtypes(shape: TrainShape) -> list[Configuration]:
-    return [c for dtype in (torch.float32, torch.bfloat16) for c in _of_shape(shape, dtype)]
+    return [c for dtype in (torch.float32, torch.bfloat16) for c in of_shape(shape, dtype)]
 
 
 def _shapes(splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[TrainShape]:
@@ -118,7 +124,7 @@ def _shape(split: tuple[int, ...], rank: int) -> TrainShape:
 def _rounded(shape: TrainShape) -> Iterator[Configuration]:
     """The products of float32 tables for a user who has allowed torch to round them to TF32."""
     every: dict[str, Configuration] = {}
-    for c in _of_shape(shape, torch.float32):
+    for c in of_shape(shape, torch.float32):
         if c.constants.get("DOT"):
             every.setdefault(f"{c.kernel} {c.note}", c)
     for c in every.values():
@@ -126,10 +132,12 @@ def _rounded(shape: TrainShape) -> Iterator[Configuration]:
         of_kernel = multiply_variants if "FORWARD" in constants else gradient_variants
         for warps, stages in of_kernel(constants):
             own = replace(c, constants=constants, num_warps=warps, num_stages=stages)
-            yield replace(own, note=f"{c.note}, TF32", rounds=True)
+            least = _LEAST_OF_EIGHT if c.kernel == "tt_gather.multiply" else c.min_occupancy
+            yield replace(own, note=f"{c.note}, TF32", rounds=True, min_occupancy=least)
 
 
-def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
+def of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Everything that a table of this shape launches but for the kernels that make a batch's tree."""
     size, name, element = dtype.itemsize, NAMES[dtype][0], NAMES[dtype][1]
     note = f"R={shape.ranks[1]}, q=({','.join(map(str, shape.dim_shape))})"
     last = len(shape.dim_shape) - 1
@@ -159,7 +167,7 @@ def _of_shape(shape: TrainShape, dtype: torch.dtype) -> Iterator[Configuration]:
                     num_stages=stages,
                     flops_per_lookup=2.0 * q * inner * outer,
                     bytes_per_lookup=q * (constants["K"] * source + constants["N"] * out) + 16.0,
-                    min_occupancy={SHORT: 0.18, LONG: 0.25, BACK: 0.25}.get((warps, stages), 0.37),
+                    min_occupancy=_LEAST.get((warps, stages), _LEAST_OF_EIGHT),
                     note=f"{note}, core {k + 1}{way}",
                     small=_DESCRIPTORS,
                 )
@@ -200,6 +208,8 @@ def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Conf
     }
     q, k, n = product_of(shape, len(shape.dim_shape) - 1)
     stored = constants["SHARES"]
+    # Shares that are computed take a slice for each row.
+    computed_bytes = 4.0 * q * (n + k) + k * n * dtype.itemsize + 12
     if dtype is torch.float32:
         yield Configuration(
             kernel="tt_gather.join_children",
@@ -216,7 +226,7 @@ def _children(shape: TrainShape, dtype: torch.dtype, note: str) -> Iterator[Conf
         dtype=NAMES[dtype][0],
         **as_compiled(sum_children, constants, types),
         flops_per_lookup=q * k * (1.0 if stored else 2.0 * n),
-        bytes_per_lookup=4.0 * q * k * 2 + 8 if stored else 4.0 * q * (n + k) + 12,
+        bytes_per_lookup=4.0 * q * k * 2 + 8 if stored else computed_bytes,
         min_occupancy=0.5,
         note=note,
         small=("cores", "entry_table", "entry_row", "cuts", "node_cuts"),
@@ -298,7 +308,7 @@ def _nodes(order: int) -> Iterator[Configuration]:
             **compiled,
             flops_per_lookup=0.0,
             bytes_per_lookup=nbytes,
-            min_occupancy=0.43,
+            min_occupancy=0.5,
             note=f"26 tables, d={order}" + ", 64-bit keys" * bool(other),
             small=tuple(name for name in small if name in compiled["signature"]),
         )
