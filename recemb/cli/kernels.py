@@ -28,7 +28,7 @@ _EPILOG = """\
 examples:
   recemb kernels                                      two tables
   recemb kernels --arch sm_90 --kernel tt_gather      one card, one op
-  recemb kernels --check                              exit code 1 if a kernel breaks a law
+  recemb kernels --check                              other widths too; exit code 1 if a kernel breaks a law
   recemb kernels --write kernels/README.md            renew the tables of that file
 """
 
@@ -53,8 +53,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit code 1 if a kernel spills, falls below its stated occupancy, has a 32-bit address, "
-        "or rounds float32",
+        help="compile other widths too; exit code 1 if a kernel spills, falls below its stated occupancy, "
+        "has a 32-bit address, or rounds float32",
     )
     parser.add_argument(
         "--write",
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
     target = Path(args.write) if args.write else None
     before = _read(target) if target else ""
-    rows = _report(_choose(args.kernel), list(dict.fromkeys(args.arch)))
+    archs = list(dict.fromkeys(args.arch))
+    shipped, further = _choose(args.kernel, args.check)
+    rows = _report([*shipped, *further], archs)
     if args.format == "json":
         from json import dumps
 
@@ -86,22 +88,25 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(tables.text(rows))
     if target is not None:
-        target.write_text(tables.replace_between_markers(before, tables.markdown(rows)), encoding="utf-8")
+        written = tables.markdown(rows[: len(shipped) * len(archs)])
+        target.write_text(tables.replace_between_markers(before, written), encoding="utf-8")
         print(f"written: {target}", file=sys.stderr)
     return _verdict(rows) if args.check else 0
 
 
-def _choose(text: str) -> list[Configuration]:
+def _choose(text: str, check: bool) -> tuple[list[Configuration], list[Configuration]]:
+    """What is shipped, and what is checked with it, of the kernels whose name contains a text."""
     from recemb_kernels.aot import registry
 
     shipped = registry.shipped()
-    chosen = [configuration for configuration in shipped if text in configuration.kernel]
+    further = registry.further() if check else []
+    chosen, beside = ([c for c in each if text in c.kernel] for each in (shipped, further))
     if not chosen:
         names = (
             ", ".join(sorted({configuration.kernel for configuration in shipped})) or "none is shipped yet"
         )
         raise ConfigError(f"no kernel's name contains {text!r}; kernels: {names}")
-    return chosen
+    return chosen, beside
 
 
 def _report(configurations: list[Configuration], archs: list[str]) -> list[Row]:

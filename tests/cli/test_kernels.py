@@ -47,7 +47,7 @@ def test_tables_fit_a_terminal(checked: subprocess.CompletedProcess[str]) -> Non
         "arch dtype warps MMA FFMA LDG .128 STG .128 LDS STS atom FLOP bytes µs/M bound",
     ]
     assert "samples.gather_wide (D=32)" in lines
-    assert sum(line.startswith("  sm_90 ") and "GB/s" not in line for line in lines) == 2 * 7
+    assert sum(line.startswith("  sm_90 ") and "GB/s" not in line for line in lines) == 2 * 8
     assert "  sm_80 A100 SXM 80GB: 2,039 GB/s, fp32 19.5 TFLOP/s, tensor 156 (tf32), 312 (16-bit)" in lines
     assert "  sm_90 H100 SXM 80GB: 3,350 GB/s, fp32 67 TFLOP/s, tensor 494.7 (tf32), 989 (16-bit)" in lines
 
@@ -55,7 +55,7 @@ def test_tables_fit_a_terminal(checked: subprocess.CompletedProcess[str]) -> Non
 def test_check_names_each_problem_once(checked: subprocess.CompletedProcess[str]) -> None:
     assert checked.returncode == 1
     lines = checked.stderr.splitlines()
-    assert lines[-1] == "6 of 14 compiled kernels keep the laws"
+    assert lines[-1] == "8 of 16 compiled kernels keep the laws"
     assert len(lines) == len(set(lines))
     low = "occupancy 12.5% is below the stated 25.0%, limited by registers (sm_80, sm_90)"
     assert f"samples.hoard float32, 1 warps, 2 stages: {low}" in lines
@@ -63,8 +63,19 @@ def test_check_names_each_problem_once(checked: subprocess.CompletedProcess[str]
 
 def test_check_passes_clean_kernels_of_one_card() -> None:
     done = _samples("--check", "--kernel", "gather_wide", "--arch", "sm_90", "sm_90")
-    assert (done.returncode, done.stderr) == (0, "1 of 1 compiled kernels keep the laws\n")
+    assert (done.returncode, done.stderr) == (0, "2 of 2 compiled kernels keep the laws\n")
     assert "A100" not in done.stdout
+
+
+def test_what_is_only_checked_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"{tables.BEGIN}\n{tables.END}\n", encoding="utf-8")
+    words = ("--kernel", "gather_wide", "--write", str(path))
+    assert "4 of 4 compiled kernels" in _samples("--check", *words).stderr
+    checked = path.read_text(encoding="utf-8")
+    assert "samples.gather_wide (D=32)" in checked
+    _samples(*words)
+    assert path.read_text(encoding="utf-8") == checked
 
 
 def test_write_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:

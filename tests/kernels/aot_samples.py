@@ -134,6 +134,12 @@ def shipped() -> list[Configuration]:
     ]
 
 
+def further() -> list[Configuration]:
+    """One sample more, which only a check compiles."""
+    gather = {"out": "*fp32", "weight": "*fp32", "rows": "*i64", "count": "i64"}
+    return [_configuration(gather_wide, gather, {"D": 16, "BB": 64}, note="D=16")]
+
+
 if __name__ == "__main__":
     from recemb.cli.main import main
     from recemb_kernels.aot import registry

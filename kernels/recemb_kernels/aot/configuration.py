@@ -30,8 +30,8 @@ class Configuration:
         note: the shape, ``"R=32, q=(2,2,4)"``.
         small: pointer arguments of tensors that can never hold 2**31 elements (descriptors of tables), whose
             offsets may be 32-bit.
-        aligned: pointer arguments that are multiples of 16 bytes, as torch's allocations are; when ``None``
-            all but those that the kernel is not compiled by.
+        aligned: arguments that are multiples of 16: addresses, as torch's allocations are, and integers; when
+            ``None`` all pointers but those that the kernel is not compiled by.
         rounds: it multiplies float32 in TF32 because the user has allowed that.
         listed: a README's table has a line for it; the laws hold for all, and the command prints all.
     """
@@ -65,8 +65,10 @@ class Configuration:
             raise ValueError(f"{where}: num_warps {self.num_warps} is no power of two up to 32")
         if self.flops_per_lookup < 0 or self.bytes_per_lookup <= 0:
             raise ValueError(f"{where}: bytes_per_lookup must be positive and flops_per_lookup not negative")
-        if strange := [name for name in (*self.small, *(self.aligned or ())) if name not in self.pointers]:
+        if strange := [name for name in self.small if name not in self.pointers]:
             raise ValueError(f"{where}: {', '.join(strange)} is no pointer of the signature")
+        if strange := [name for name in self.aligned or () if name not in self.signature]:
+            raise ValueError(f"{where}: {', '.join(strange)} is no argument of the signature")
         if twice := sorted(set(self.signature) & set(self.constants)):
             raise ValueError(f"{where}: {', '.join(twice)} is both in the signature and a constant")
         names = tuple(self.function.arg_names)

@@ -47,7 +47,11 @@ _TYPES = {
 # Rows of a table are numbered by ids.
 _ADDRESSES = {**_TYPES, "sources": "*i64", "index": "*i64"}
 _WIDTHS = (16, 64, 128)
+# Widths that are not shipped: narrow, uneven and wide rows, whose tiles follow other rules, and one plain.
+_FURTHER = (1, 4, 5, 8, 50, 192, 256, 512)
 _FLOAT, _HALF = torch.float32, torch.bfloat16
+# Elements of the cores' slices at D = 16 and R = 32.
+_SLICES = (32, 512, 1024)
 # Floating-point operations an element of one step, and its states.
 _STEPS = {Kind.SGD: (2, 0), Kind.ADAGRAD: (7, 1), Kind.ROWWISE_ADAGRAD: (4, 0), Kind.ADAM: (13, 2)}
 
@@ -80,16 +84,35 @@ def shipped() -> list[Configuration]:
     return [*found, *_entries()]
 
 
+def further() -> list[Configuration]:
+    """Other widths, which ``recemb kernels --check`` compiles too, and CI a few of them."""
+    found = []
+    for width in _FURTHER:
+        found += [
+            _pool(width, None, weighted, turns) for turns in (False, True) for weighted in (False, True)
+        ]
+        found += [_pool(width, dtype, True) for dtype in (_FLOAT, _HALF)]
+        found += [_weigh(width, dtype) for dtype in (None, _FLOAT, _HALF)]
+        found += [*_places(width, relative=True), _segments(width, relative=False)]
+        found += [_update(Kind.ADAM, width, dtype, None) for dtype in (_FLOAT, torch.float16)]
+    return [replace(c, listed=False) for c in found]
+
+
 def _other_widths() -> Iterator[Configuration]:
     """Nodes and slices of default trains up to D = 64, at ranks 16, 32 and 64; rows up to D = 128.
 
-    Steps of row-wise Adagrad, and the others' on slices of D = 16 and R = 32.
+    Steps of row-wise Adagrad, and the others' on slices of D = 16 and R = 32, which all but Adam's have in
+    16 bits too.
     """
     for width in (16, 32, 128, 256, 512, 1024, 2048, 4096):
         yield _update(Kind.ROWWISE_ADAGRAD, width, _FLOAT, None)
     for kind in (Kind.SGD, Kind.ADAGRAD, Kind.ADAM):
-        for width in (32, 512, 1024):
+        for width in _SLICES:
             yield _update(kind, width, _FLOAT, None)
+    for kind in (Kind.SGD, Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD):
+        for dtype in (_HALF, torch.float16):
+            for width in _SLICES:
+                yield _update(kind, width, dtype, None if kind == Kind.SGD else dtype)
 
 
 def _pool(width: int, dtype: torch.dtype | None, weighted: bool, turns: bool = False) -> Configuration:
