@@ -17,7 +17,7 @@ import triton
 
 from recemb.backends.tt_shapes import core_sizes, tt_shapes
 from recemb.spec import TensorTrain
-from recemb_kernels.aot.registry import MODULES
+from recemb_kernels.aot.registry import MAX_VARIANTS, MODULES
 from recemb_kernels.triton_frame.elements import tuned
 from recemb_kernels.triton_frame.launches import join_constants as frame_join_constants
 from recemb_kernels.triton_frame.launches import place_constants, segment_constants, update_constants
@@ -27,6 +27,7 @@ from recemb_kernels.tt_gather.triton_kernel import multiply, slice_gradient
 from recemb_kernels.tt_gather.triton_shipped import shipped
 from recemb_kernels.tt_gather.triton_variants import (
     EVERY,
+    Tiles,
     children_constants,
     gradient_constants,
     gradient_variants,
@@ -90,15 +91,20 @@ def test_trains_of_the_default_shapes_are_shipped(num_cores: int) -> None:
 
 @pytest.mark.parametrize("num_cores", [2, 3, 4])
 def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
-    """Of their slices and of whole rows, and the sums over their nodes: in float32."""
+    """Of their slices and of whole rows, and the sums over their nodes: in float32, few in 16 bits."""
     found = {(c.kernel, repr(dict(c.constants))) for c in frame_shipped()}
 
     def compiled(kernel: str, launch: dict[str, Any]) -> bool:
         constants = {name: value for name, value in launch.items() if name != "num_warps"}
         return (f"frame.{kernel}", repr(constants)) in found
 
-    def steps(kind: Kind, widths: tuple[int, ...]) -> bool:
-        return all(compiled("update_rows", update_constants(kind, w, torch.float32, None)) for w in widths)
+    def steps(
+        kind: Kind,
+        widths: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        state: torch.dtype | None = None,
+    ) -> bool:
+        return all(compiled("update_rows", update_constants(kind, w, dtype, state)) for w in widths)
 
     for dim, rank in product((16, 32, 64), (16, 32, 64)):
         method = TensorTrain(rank=rank, num_cores=num_cores)
@@ -107,6 +113,9 @@ def test_steps_of_the_default_shapes_are_shipped(num_cores: int) -> None:
             assert steps(Kind.ROWWISE_ADAGRAD, (*slices, dim))
             if (dim, rank, num_cores) == (16, 32, 3):
                 assert all(steps(kind, slices) for kind in set(Kind) - {Kind.GRADIENT})
+                for dtype in (torch.bfloat16, torch.float16):
+                    assert steps(Kind.SGD, slices, dtype)
+                    assert all(steps(k, slices, dtype, dtype) for k in (Kind.ADAGRAD, Kind.ROWWISE_ADAGRAD))
             for width in (math.prod(split[:k]) * rank for k in range(1, num_cores - 1)):
                 assert compiled("segment_sum", segment_constants(width, True))
             assert all(compiled("sum_places", place_constants(dim, scaled, True)) for scaled in (False, True))
@@ -180,10 +189,40 @@ def test_the_readme_shows_these_kernels(renewed: tuple[str, str]) -> None:
     assert renewed[1] == README.read_text(encoding="utf-8"), renew
 
 
-def test_integers_of_one_compile(rows: list[dict[str, Any]]) -> None:
-    """Triton makes them Python numbers, without the methods of a tensor; the interpreter does not."""
+def _compiled_apart(program: str) -> dict[str, Any]:
+    """What a program beside this file prints, which a process that interprets Triton cannot do."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("aot_ones.py"))]
+    command = [sys.executable, str(Path(__file__).with_name(program))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == len({row["kernel"] for row in rows})
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_integers_that_triton_specialises(rows: list[dict[str, Any]]) -> None:
+    """1, a Python number without a tensor's methods then, and multiples of 16: nothing spills of either."""
+    found = _compiled_apart("aot_integers.py")
+    assert found["spills"] == []
+    assert found["kernels"] == len({row["kernel"] for row in rows})
+    assert found["compiled"] > found["kernels"]
+
+
+def test_a_few_that_are_not_shipped_keep_the_laws() -> None:
+    """Rows of other widths, all of which ``recemb kernels --check`` compiles, and trains of other shapes."""
+    found = _compiled_apart("aot_unshipped.py")
+    assert found["broken"] == []
+    assert found["compiled"] == 30
+
+
+def test_few_variants_are_tried() -> None:
+    """Of every product that K and N can make: conditions look no further than at 64."""
+    numbers = set()
+    for inner, outer, forward, precision in product(
+        range(1, 129), range(1, 129), (True, False), ("ieee", "tf32")
+    ):
+        dot = Tiles.of(inner, outer).dot
+        constants = {"DOT": dot, "FORWARD": forward, "PRECISION": precision, "K": inner, "N": outer}
+        for tried in (multiply_variants(constants), gradient_variants(constants)):
+            assert set(tried) <= set(EVERY)
+            numbers.add(len(set(tried)))
+    assert numbers == {1, MAX_VARIANTS}
