@@ -26,16 +26,18 @@ def misfit_of_state(
         state: what is loaded.
         prefix: of the cache's keys in it.
     """
-    ids, owners = (state.get(prefix + name) for name in ("ids", "owners"))
-    # Of a table on another rank a state has tensors without elements.
-    if isinstance(ids, Tensor) and ids.numel() and ids.shape != (capacity,):
+    ids, owners = (_flat(state.get(prefix + name)) for name in ("ids", "owners"))
+    if ids is not None and ids.numel() != capacity:
         return (
             f"table {table!r}: its cache has {ids.numel():,} rows in the state to load and {capacity:,} "
             f"here; build the table with cache=HotRows(rows={ids.numel()})"
         )
-    if not isinstance(owners, Tensor) or owners.is_meta or not owners.numel():
-        return ""
-    return policy_misfit(table, policy, owners)
+    return "" if owners is None or owners.is_meta else policy_misfit(table, policy, owners)
+
+
+def _flat(value: Any) -> Tensor | None:
+    """A buffer of a cache; ``None`` for what is none, which torch refuses, and for another rank's, [0]."""
+    return value if isinstance(value, Tensor) and value.dim() == 1 and value.numel() else None
 
 
 def policy_misfit(table: str, own: CachePolicy, owners: Tensor) -> str:

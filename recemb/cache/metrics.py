@@ -30,7 +30,7 @@ class CacheMetrics:
     promotions: int
     evictions: int
     write_back_error: float
-    learned: float = 0.0  # not in checkpoints from before it was counted
+    learned: float
 
 
 def total(metrics: Collection[CacheMetrics]) -> CacheMetrics:

@@ -40,6 +40,8 @@ _RUNS = _INT64 + 4 * _INT32
 _PLACES = _INT32 + _FLOAT
 # Of each row that is stepped: its table, its row and whether it is touched.
 _ENTRIES = 2 * _INT64 + _INT32
+# Arrays of a family that have a few rows more than the batch, whatever that has.
+_FEW = 2**15
 # Pooled rows [B, sum of D]: the graph's, its copy of their gradient, and that with a refused batch's out.
 # What the caller is given, and gives back, is the model's: torchrec counts it among its outputs.
 _POOLED = 3
@@ -103,7 +105,7 @@ def gpu_workspace(loads: Sequence[Load], world: int, micro_batch_rows: int, *, w
         [x.bags for x in streams], world
     )
     within = max(_sorting(key) * ids, *(max(need.forward, need.backward) for need in needs))
-    held = (_PLAN + key) * ids + batch + sum(need.held for need in needs)
+    held = (_PLAN + key) * ids + batch + sum(need.held for need in needs) + _FEW * len(needs)
     return math.ceil(held + _POOLED * pooled + within)
 
 
@@ -160,11 +162,22 @@ def _family(loads: Sequence[Load], rank: _Rank) -> _Needs:
     if isinstance(compression, QuotientRemainder):
         return _pairs([load.table for load in loads], rank)
     if isinstance(compression, MixedDimension):
-        bags = rank.share([load.bags for load in loads]) * compression.dim * _FLOAT
-        return _Needs(bags, 0, bags + _row_gradients(rank, compression.dim, _stepped(rank)))
+        return _projected([load.table for load in loads], compression, loads, rank)
     if isinstance(compression, ROBE):
         return _blocks([load.table for load in loads], compression, rank)
     return _Needs(0, _INT64 * rank.ids, _row_gradients(rank, loads[0].table.embedding_dim, _stepped(rank)))
+
+
+def _projected(
+    tables: Sequence[TableSpec], compression: MixedDimension, loads: Sequence[Load], rank: _Rank
+) -> _Needs:
+    dim, element = compression.dim, DTYPE_BYTES[tables[0].dtype]
+    bags = rank.share([load.bags for load in loads]) * dim * _FLOAT
+    # Projections side by side, as stored and in float32; gradients of all, and beside them of a run's.
+    one = rank.share([dim * table.embedding_dim for table in tables])
+    beside = one * (_FLOAT + (element if element < _FLOAT else 0))
+    rows = _row_gradients(rank, dim, _stepped(rank))
+    return _Needs(bags, beside, bags + one * _FLOAT + max(beside, one * _FLOAT, rows))
 
 
 def _row_gradients(rank: _Rank, dim: int, then: float) -> float:

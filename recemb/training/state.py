@@ -249,11 +249,16 @@ def _outcome_from(saved: Mapping[str, Any]) -> Outcome:
     )
 
 
+def _cache_metrics(saved: Mapping[str, Any]) -> CacheMetrics:
+    # Checkpoints of before it was counted do not have what was learned: each row counts as one.
+    return CacheMetrics(**{"learned": float(saved["evictions"]) ** 0.5, **saved})
+
+
 def _evaluation(saved: Mapping[str, Any]) -> Evaluation:
     parts = {
         "values": _metric_values(saved["values"]),
         "train": _metric_values(saved["train"]),
-        "caches": {name: CacheMetrics(**metrics) for name, metrics in saved["caches"].items()},
+        "caches": {name: _cache_metrics(metrics) for name, metrics in saved["caches"].items()},
     }
     return Evaluation(**{**saved, **parts})
 

@@ -25,9 +25,7 @@ class CountModel:
     @property
     def due(self) -> bool:
         if self.last < 0:
-            # A cache of some rows knows of none before it has seen a step.
-            least = int(len(self.slots) < self.rows)
-            return self.steps >= max(least, self.hot.first_refresh)
+            return self.steps >= self.hot.first_refresh
         return self.steps - self.last >= self.hot.refresh_every
 
     def refresh(self) -> tuple[list[int], list[int]]:
@@ -58,7 +56,8 @@ class CountModel:
             for side in (self.inside, self.outside):
                 for i in side:
                     side[i] *= self.hot.decay
-        self.last = self.steps
+        # Until there is something to hold, the first exchange is still to come.
+        self.last = self.steps if self.last >= 0 or entering else -1
         return leaving, entering
 
     def see(self, ids: list[int]) -> None:

@@ -53,16 +53,18 @@ def test_no_row_is_exchanged_for_equals() -> None:
     assert figures.evictions == 0
 
 
+@pytest.mark.parametrize("empty", [0, 2])
 @pytest.mark.parametrize("warmup", [0, 1])
-def test_a_cache_is_filled_after_the_first_step_at_the_earliest(warmup: int) -> None:
+@pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
+def test_a_cache_is_filled_once_ids_have_been_counted(policy: str, warmup: int, empty: int) -> None:
     """It would be empty until the next exchange, had it been filled by no counts."""
-    collection = cache_of_two(warmup=warmup, refresh_every=1000)
+    collection = cache_of_two(policy, warmup=warmup, refresh_every=1000)
     cache = collection.cache()
     held = []
-    for _ in range(3):
-        collection(one_id_bags([4, 4, 9])).sum().backward()
+    for ids in [*([],) * empty, *([4, 4, 9],) * 3]:
+        collection(one_id_bags(ids)).sum().backward()
         collection.zero_grad()
         held.append({i for i in cache.ids.tolist() if i >= 0})
-    assert held == [set(), {4, 9}, {4, 9}]
+    assert held == [*(set(),) * (empty + 1), {4, 9}, {4, 9}]
     assert cache.metrics().hit_rate == 1
     assert cache.metrics().lookups == 6

@@ -394,7 +394,7 @@ def test_figures_of_several_caches_are_of_all_their_rows() -> None:
     several = [
         CacheMetrics(10, 8, 100, 0.5, 12, 4, write_back_error=0.8, learned=3.0),
         CacheMetrics(20, 20, 300, 0.1, 40, 900, write_back_error=0.1, learned=4.0),
-        CacheMetrics(5, 0, 0, 0.0, 0, 0, write_back_error=0.0, learned=0.0),
+        CacheMetrics(5, 0, 0, 0.0, 0, 0, write_back_error=0.0, learned=0.0),  # none has left
     ]
     both = total(several)
     assert (both.rows, both.cached_rows, both.lookups, both.promotions, both.evictions) == (

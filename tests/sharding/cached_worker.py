@@ -17,6 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from recemb.cache.loading import MARKS
 from recemb.cache.optimizer_state import reset_rows
 from recemb.errors import ConfigError
 from recemb.training.distributed import Launch, World
@@ -218,19 +219,24 @@ def variable(rank: int) -> Found:
 
 
 def another_cache(rank: int) -> Found:
-    """A state with a cache of another size is refused on every rank, before anything is loaded."""
+    """A state with a cache of another size, or policy, is refused on every rank before anything is loaded."""
     case = CachedCase("lfu", "sum", "sgd")
     state = Model(collection(case)).state_dict()
     model = sharded(case, state)
     other = {key: value + 1 for key, value in state.items()}
     other["ebc.embedding_bags.tt.cache.ids"] = torch.full((15,), -1)
-    message = ""
-    try:
-        model.load_state_dict(other)
-    except ConfigError as error:
-        message = str(error)
+    of_policy = {**other, "ebc.embedding_bags.tt.cache.ids": state["ebc.embedding_bags.tt.cache.ids"]}
+    of_policy["ebc.embedding_bags.qr.cache.owners"] = state["ebc.embedding_bags.qr.cache.owners"].clone()
+    of_policy["ebc.embedding_bags.qr.cache.owners"][-1] = MARKS["lru"]
+    messages = []
+    for refused in (other, of_policy):
+        try:
+            model.load_state_dict(refused)
+        except ConfigError as error:
+            messages.append(str(error))
     moved = {key: _difference(value, state[key]) for key, value in model.state_dict().items()}
-    return {"message": message, "moved": {key: by for key, by in moved.items() if by}}
+    message, policy = messages
+    return {"message": message, "of_policy": policy, "moved": {key: by for key, by in moved.items() if by}}
 
 
 def gathered(rank: int) -> Found:

@@ -180,7 +180,8 @@ def test_a_batch_size_per_feature(found: list[Found]) -> None:
 
 def test_a_state_with_another_cache_is_refused_on_every_rank(found: list[Found]) -> None:
     for one in of_case(found, "another_cache"):
-        assert "tt.cache.ids: the state to load has shape (15,), not (14,)" in one["message"]
+        assert "table 'tt': its cache has 15 rows in the state to load and 14 here" in one["message"]
+        assert "table 'qr': the counters of its cache are of policy='lru'" in one["of_policy"]
         assert not one["moved"]
 
 

@@ -202,9 +202,11 @@ class RowFamily(Family[RowShape]):
             upstream = run.of(asked.grad_out, run.wide, wide)
             projections = self._projections(run, parameters).mT
             torch.bmm(upstream, projections, out=run.of(grad_bags, run.narrow, narrow))
+            del projections  # before their gradients are made
             own = torch.bmm(run.of(bags, run.narrow, narrow).mT, upstream)
             # Each table once: whatever adds them, sums have one order.
             grad.index_add_(0, self.remembered(run.tables), own)
+            del own
         # The rows' step comes last: until then every kernel has read what the forward read.
         entries, grad_rows = self._row_entries(call, parameters, replace(asked, grad_out=grad_bags))
         rows = finish(self, entries, grad_rows, parameters, asked, 0)

@@ -45,9 +45,9 @@ from recemb.torchrec_io.sharding.shardings import (
     compressed_sharding,
 )
 from recemb.torchrec_io.sharding.slices import check_slices, sliced, sliced_order
-from recemb.torchrec_io.sharding.state import load_shards, save_shards
+from recemb.torchrec_io.sharding.state import held_of, load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
-from recemb.torchrec_io.stored_settings import check_settings, note_settings
+from recemb.torchrec_io.stored_settings import check_caches, check_settings, note_settings
 
 
 class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # type: ignore[misc] # no types
@@ -432,5 +432,7 @@ def _before_load(
     metadata: dict[str, Any],
     *_: Any,
 ) -> None:
-    check_settings(module._compressed.specs.values(), state_dict, prefix, metadata)
+    tables = module._compressed.specs.values()
+    check_settings(tables, state_dict, prefix, metadata)
+    check_caches(tables, {key: held_of(value) for key, value in state_dict.items()}, prefix)
     load_shards(state_dict, prefix, module._shards)

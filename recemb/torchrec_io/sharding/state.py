@@ -71,6 +71,13 @@ def save_shards(destination: dict[str, Any], prefix: str, shards: Mapping[str, S
         destination[f"{prefix}embedding_bags.{key}"] = tensor
 
 
+def held_of(value: Any) -> Any:
+    """What this rank holds of a tensor of a table on one rank, [0] of another's; others as they are."""
+    if not isinstance(value, ShardedTensor):
+        return value
+    return value.local_shards()[0].tensor if value.local_shards() else torch.empty(0)
+
+
 def load_shards(state: dict[str, Any], prefix: str, shards: Mapping[str, ShardedTensor]) -> None:
     """Replace what is to be loaded, sharded or whole, by what this rank holds of it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,9 +124,9 @@ def group_of(
         for k, peer in enumerate(peers):
             place[peer.name] = t, native.shape.key_bases[k] if len(peers) > 1 else 0
     features = [FeatureCode(place[spec.name][0], False, place[spec.name][1]) for spec in specs]
-    dtypes = [torch.float32] * len(pairs)
-    parameters = [[p.detach() for p in built[peers[0].name].parameters()] for _, peers in stored]
-    return TritonGroup(pairs, features, CPU, dtypes, micro_batch_rows=micro_batch_rows), parameters
+    own = [[p.detach() for p in built[peers[0].name].parameters()] for _, peers in stored]
+    dtypes = [parameters[0].dtype for parameters in own]
+    return TritonGroup(pairs, features, CPU, dtypes, micro_batch_rows=micro_batch_rows), own
 
 
 def peak(
@@ -255,6 +256,36 @@ def test_a_batch_prepared_ahead_takes_less_than_its_step(
     print(f"\nprepared ahead: {beside.most / 1e6:,.0f} MB beside, {copy.most / 1e6:,.0f} MB the copy")
     assert own.plan is not call.plan
     assert beside.most + copy.most <= AT_ONCE_BEFORE / part
+
+
+# Dim d of the rows, D, tables and samples.
+@pytest.mark.parametrize(
+    ("dim", "wide", "tables", "size"),
+    [(64, 128, 26, 64), (32, 128, 26, 64), (128, 512, 26, 256), (4, 64, 3, 64), (8, 128, 1, 1)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_projections_are_counted(
+    dim: int, wide: int, tables: int, size: int, dtype: Any, no_kernels: Callable[[], None]
+) -> None:
+    """Of small batches they are most of what a step takes."""
+    specs = [replace(spec, dtype=dtype) for spec in specs_of([(tables, 1000, wide, MixedDimension(dim=dim))])]
+    group, parameters = group_of(specs, MICRO_BATCH_ROWS)
+    no_kernels()
+    most = peak(group, parameters, torch.zeros(size * tables, dtype=torch.int64), tables, size, False)
+    estimate = gpu_workspace([Load(spec, float(size), float(size)) for spec in specs], 1, MICRO_BATCH_ROWS)
+    # A graph keeps a copy of the pooled rows' gradient too.
+    copies = 4 * size * group.columns
+    assert most <= estimate - copies
+    assert estimate <= 1.6 * (most + copies) + 2**16
+
+
+@pytest.mark.parametrize("compression", [TensorTrain(rank=8), ROBE(compress_rate=10, block_size=4), Dense()])
+def test_the_smallest_steps_are_bounded_too(compression: Compression, no_kernels: Callable[[], None]) -> None:
+    specs = specs_of([(1, 1000, 16, compression)])
+    group, parameters = group_of(specs, MICRO_BATCH_ROWS)
+    no_kernels()
+    most = peak(group, parameters, torch.zeros(1, dtype=torch.int64), 1, 1, False)
+    assert most <= gpu_workspace([Load(specs[0], 1.0, 1.0)], 1, MICRO_BATCH_ROWS)
 
 
 def test_families_with_one_part_and_several_micro_batches(no_kernels: Callable[[], None]) -> None:
