@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_model
 
+from recemb.cache.metrics import total
 from recemb.data.synthetic import write_synthetic
 from recemb.errors import ConfigError
 from recemb.training.config import RunConfig, parse_config
 from recemb.training.report import load_runs, summarise
 from recemb.training.run import train
 from recemb.training.setup import build_model, choose_tables, open_log
+from recemb.training.state import _cache_metrics
 from recemb.training.table_step import find_collection
 
 Make = Callable[..., RunConfig]
@@ -44,6 +47,17 @@ def make(tmp_path: Path) -> Make:
         return parse_config(small | changes)
 
     return build
+
+
+def test_figures_of_older_checkpoints_are_weighed_by_evictions() -> None:
+    """Which do not say what the rows that left had learned."""
+    figures = {"rows": 9, "cached_rows": 9, "lookups": 0, "hit_rate": 0.0, "promotions": 9}
+    older = [
+        _cache_metrics({**figures, "evictions": evictions, "write_back_error": error})
+        for evictions, error in ((30, 0.5), (10, 0.1), (0, 0.0))
+    ]
+    assert total(older).write_back_error == pytest.approx(((30 * 0.5**2 + 10 * 0.1**2) / 40) ** 0.5)
+    assert _cache_metrics(asdict(older[0])) == older[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
