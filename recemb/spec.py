@@ -45,8 +45,8 @@ class HotRows:
             (AdaEmbed, OSDI 2023; CAFE, SIGMOD 2024).
         refresh_every: training steps from one exchange of rows to the next.
         warmup: training steps before the first exchange; until then nothing is cached. ``None`` for
-            min(64, refresh_every). 0 fills a cache of all rows at once. Another is filled once
-            ids have been counted.
+            min(64, refresh_every). 0 fills a cache of all rows at once; any other is filled when ids have
+            been counted.
         decay: what a count keeps at each exchange, in (0, 1].
         write_back: whether a row that leaves is written into the compressed parameters. Without it the row
             falls back to its compressed value, and what it has learned as a plain row is lost.
