@@ -63,7 +63,7 @@ def test_two_ranks_equal_one_process(
 # Adagrad's eps keeps gradients near rounding from steps of the full rate, which differ from CPU to CPU.
 CACHED = [
     ("tt", 4, "adagrad", "importance", {"eps": 1e-5}),
-    ("robe", 8, "rowwise_adagrad", "lfu", {}),
+    ("robe", 8, "rowwise_adagrad", "lfu", {"limit_train_batches": 30}),
     ("md", 3, "adam", "lru", {}),
 ]
 
