@@ -29,13 +29,11 @@ SETTINGS_KEY = "recemb"
 class HotRows:
     """A cache of a compressed table's hottest rows, which live uncompressed and train as plain rows.
 
-    Rows enter and leave by themselves, between two training steps: a new one starts at its compressed value,
-    and one that leaves is written back into the compressed parameters, so that its training is kept. Ids come
-    from the training batches alone; evaluation changes nothing. Rows are exchanged while the cached ones, and
-    the parameters that they would be written back to, take a gradient: a frozen table stays as it is.
-
-    A row takes the place of another once it is more than twice as hot; under ``lru``, once it has been looked
-    up since.
+    Rows enter and leave by themselves, between two training steps, one for another less than half as hot
+    (under ``lru``, looked up before it): a new one starts at its compressed value, and one that leaves is
+    written back into the compressed parameters, so that its training is kept. Ids come from the training
+    batches alone; evaluation changes nothing. Rows are exchanged while the cached ones, and the parameters
+    that they would be written back to, take a gradient: a frozen table stays as it is.
 
     Args:
         fraction: how many rows are cached, as a part of the table's N rows (at least one row), or

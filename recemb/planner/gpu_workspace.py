@@ -162,19 +162,17 @@ def _family(loads: Sequence[Load], rank: _Rank) -> _Needs:
     if isinstance(compression, QuotientRemainder):
         return _pairs([load.table for load in loads], rank)
     if isinstance(compression, MixedDimension):
-        return _projected([load.table for load in loads], compression, loads, rank)
+        return _projected(loads, compression, rank)
     if isinstance(compression, ROBE):
         return _blocks([load.table for load in loads], compression, rank)
     return _Needs(0, _INT64 * rank.ids, _row_gradients(rank, loads[0].table.embedding_dim, _stepped(rank)))
 
 
-def _projected(
-    tables: Sequence[TableSpec], compression: MixedDimension, loads: Sequence[Load], rank: _Rank
-) -> _Needs:
-    dim, element = compression.dim, DTYPE_BYTES[tables[0].dtype]
+def _projected(loads: Sequence[Load], compression: MixedDimension, rank: _Rank) -> _Needs:
+    dim, element = compression.dim, DTYPE_BYTES[loads[0].table.dtype]
     bags = rank.share([load.bags for load in loads]) * dim * _FLOAT
     # Projections side by side, as stored and in float32; gradients of all, and beside them of a run's.
-    one = rank.share([dim * table.embedding_dim for table in tables])
+    one = rank.share([dim * load.table.embedding_dim for load in loads])
     beside = one * (_FLOAT + (element if element < _FLOAT else 0))
     rows = _row_gradients(rank, dim, _stepped(rank))
     return _Needs(bags, beside, bags + one * _FLOAT + max(beside, one * _FLOAT, rows))
