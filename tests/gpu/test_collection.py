@@ -1,4 +1,4 @@
-"""The whole collection on a GPU against the CPU: these run where there is one."""
+"""The whole collection on a GPU against the CPU."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ from recemb import (
 )
 from recemb.errors import BatchError, NonFiniteError
 from recemb_kernels.triton_frame.verdict import poll
+from tests.gpu.device import BATCH
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 METHODS = {
     "tt": TensorTrain(rank=16),
@@ -69,7 +67,7 @@ def collection(device: str, weighted: bool = False, rows: int = 5000) -> Embeddi
     return made.to(device)
 
 
-def features(seed: int, batch: int = 256, weighted: bool = False, rows: int = 5000) -> KeyedJaggedTensor:
+def features(seed: int, batch: int = BATCH, weighted: bool = False, rows: int = 5000) -> KeyedJaggedTensor:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 5, (len(METHODS) * batch,), generator=generator)
     values = (torch.rand(int(lengths.sum()), generator=generator) ** 2 * rows).long()

@@ -17,6 +17,7 @@ from recemb import EmbeddingBagCollection
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.group import TritonGroup
 from recemb_kernels.triton_frame.verdict import poll
+from tests.gpu.device import BATCH, needs_gpu, takes_minutes
 from tests.gpu.test_collection import (
     METHODS,
     OPTIMIZERS,
@@ -27,13 +28,10 @@ from tests.gpu.test_collection import (
     trained,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, takes_minutes]
 
 
-def batch(seed: int, size: int = 256, weighted: bool = False) -> KeyedJaggedTensor:
+def batch(seed: int, size: int = BATCH, weighted: bool = False) -> KeyedJaggedTensor:
     """Two ids a bag, so that all batches of one size have a shape."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.full((len(METHODS) * size,), 2)
@@ -62,7 +60,7 @@ def run(gpu: EmbeddingBagCollection, weighted: bool) -> list[Tensor]:
         loss_of(out).backward()
         found += [out.detach(), *(p.grad for p in gpu.parameters() if p.grad is not None)]
         if seed == 5:  # another shape between two replays
-            loss_of(gpu(batch(seed, size=64, weighted=weighted)).values()).backward()
+            loss_of(gpu(batch(seed, size=BATCH // 4, weighted=weighted)).values()).backward()
     return [*found, *(p.detach().clone() for p in gpu.parameters())]
 
 
@@ -91,23 +89,24 @@ def test_shapes_whose_steps_overlap() -> None:
             patch.setenv("RECEMB_CUDA_GRAPHS", graphs)
             gpu = made("adagrad")
             for seed in range(6):
-                loss_of(gpu(batch(seed, size=64)).values()).backward()
+                loss_of(gpu(batch(seed, size=BATCH // 4)).values()).backward()
             for seed in range(6):
                 loss_of(gpu(batch(seed)).values()).backward()
             for seed in range(4):
-                one, two = gpu(batch(seed)).values(), gpu(batch(seed, size=64)).values()
+                one, two = gpu(batch(seed)).values(), gpu(batch(seed, size=BATCH // 4)).values()
                 with torch.no_grad():
-                    gpu(batch(seed, size=32))
+                    gpu(batch(seed, size=BATCH // 8))
                 loss_of(one).backward()
                 loss_of(two).backward()
             states.append([p.detach().clone() for p in gpu.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+@needs_gpu
 def test_nothing_is_written_to_what_a_dropped_graph_has_held(groups_made: list[GraphedGroup]) -> None:
     """As cuBLAS's workspace would be, were graphs of two shapes captured on one stream."""
     gpu = made("adagrad")
-    for size in (64, 256):
+    for size in (BATCH // 4, BATCH):
         for seed in range(6):
             loss_of(gpu(batch(seed, size=size)).values()).backward()
     (group,) = groups_made
@@ -123,6 +122,7 @@ def test_nothing_is_written_to_what_a_dropped_graph_has_held(groups_made: list[G
     assert bool((held == 7).all())
 
 
+@needs_gpu
 def test_a_failed_capture_leaves_the_look_up_eager(
     monkeypatch: pytest.MonkeyPatch, groups_made: list[GraphedGroup]
 ) -> None:
@@ -203,6 +203,7 @@ with torch.no_grad():
 """
 
 
+@needs_gpu
 def test_memory_of_a_dropped_graph_outlives_its_replay() -> None:
     """Under expandable segments, whose memory is unmapped without waiting for all streams."""
     path, setting = os.pathsep.join(filter(None, sys.path)), "expandable_segments:True"

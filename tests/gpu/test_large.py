@@ -19,12 +19,10 @@ from recemb import (
     QuotientRemainder,
     TensorTrain,
 )
+from tests.gpu.device import needs_gpu
 from tests.gpu.test_collection import loss_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 MANY = 2**33 + 5
 NEAR = [0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1, 2**33, MANY - 1]
@@ -66,6 +64,7 @@ def test_ids_beyond_32_bits() -> None:
         assert float((other.detach() - old).abs().max()) > 1e-3
 
 
+@needs_gpu
 def test_parameters_beyond_2_31_elements() -> None:
     """Parameters of 9 GB, looked up and stepped, against torch's own indexing and its dense gradients."""
     torch.cuda.empty_cache()

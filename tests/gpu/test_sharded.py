@@ -26,13 +26,11 @@ from recemb import EmbeddingBagCollection, EmbeddingBagConfig, HotRows, MixedDim
 from recemb.torchrec_io import EmbeddingBagCollectionSharder
 from recemb_kernels.triton_frame.graphs import GraphedGroup
 from recemb_kernels.triton_frame.verdict import poll
+from tests.gpu.device import needs_gpu
 from tests.gpu.test_collection import METHODS, collection, features, loss_of
 from tests.gpu.test_graphs import batch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 PIPELINES = [TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist]
 DENSE_LR = 0.1
 HOT = HotRows(rows=100, policy="lfu", refresh_every=2, warmup=1)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.triton_frame.verdict import poll
+from tests.gpu.device import needs_gpu
 from tests.gpu.test_collection import trained
 from tests.gpu.test_graphs import batch, made
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 
 
 @pytest.mark.parametrize("graphs", ["0", "1"])

@@ -1,66 +1,16 @@
-"""The interpreter adds the products of float32 up as a GPU does, and others no better; and it does nothing
-that no test sees.
-"""
+"""Where there is no GPU every kernel here is interpreted; where there is one, it runs on that."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import replace
-from functools import cache
-from typing import Any
-
 import pytest
 import torch
-from triton import language
-from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder
 
-from tests.kernels.triton.products import dot_of
+from tests.kernels.triton.interpreting import products_in_order, without_idle_work
 
-_is_builtin = language.core.is_builtin
-_find_numpy_type = interpreter._get_np_dtype
-_numpy_types: dict[str, Any] = {}
+__all__ = ["products_in_order", "without_idle_work"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """On a machine with a GPU, what is proved here runs on it: ``-m gpu`` is to find that too."""
     if torch.cuda.is_available() and not any(mark.args[0] for mark in item.iter_markers("skipif")):
         item.add_marker("gpu")
-
-
-@cache
-def _builtins(package: Any) -> tuple[str, ...]:
-    return tuple(name for name, member in inspect.getmembers(package) if _is_builtin(member))
-
-
-def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-    """As the interpreter's own, which lists a package at every launch and at every call of a function."""
-    for name in _builtins(package):
-        if _is_builtin(member := getattr(package, name)):
-            interpreter._patch_attr(package, name, member, builder, scope)
-
-
-def _numpy_type(dtype: Any) -> Any:
-    """As the interpreter's own, which makes a table of all types each time; a block's is its elements'."""
-    name = dtype.scalar.name
-    if name not in _numpy_types:
-        _numpy_types[name] = _find_numpy_type(dtype)
-    return _numpy_types[name]
-
-
-@pytest.fixture(autouse=True)
-def _without_idle_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes more than half of the interpreter's time."""
-    monkeypatch.setattr(interpreter, "_patch_builtin", _patch_builtin)
-    monkeypatch.setattr(interpreter, "_get_np_dtype", _numpy_type)
-    # Sums of int32 are made a second time, in int64, for an assertion that is dropped where nobody debugs.
-    builder = interpreter.interpreter_builder
-    options = replace(builder.options, sanitize_overflow=builder.options.debug)
-    monkeypatch.setattr(builder, "options", options)
-
-
-@pytest.fixture(autouse=True)
-def _products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU's, which round more than numpy's."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of())

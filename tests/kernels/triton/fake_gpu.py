@@ -107,7 +107,8 @@ class FakeGpu(Gpu):
         """Run an operation of torch's, or record it."""
         name, capture = func.overloadpacket.__name__, self.capture()
         reads, writes = self._accesses(func, args, kwargs)
-        if _waits(name, args) and any(not memory.pinned for memory in reads):
+        waits = _waits(name, args) and any(not memory.pinned for memory in reads)
+        if waits:
             self.host_waits(name)
         if name in _PRODUCTS and (reads or writes):
             self.take_workspace()
@@ -133,7 +134,8 @@ class FakeGpu(Gpu):
             self._record(capture, func, (args, kwargs), fills, reads, [*writes, *filled])
             return out
         self.launch(name, reads, [*writes, *filled])
-        if name == "copy_" and (pageable or len(touched) > 1) and not kwargs.get("non_blocking", args[2:3]):
+        over = name == "copy_" and (pageable or len(touched) > 1)
+        if waits or (over and not kwargs.get("non_blocking", args[2:3])):
             self.host_waits(name)
         return out
 
@@ -321,10 +323,9 @@ class _Devices(TorchFunctionMode):
             args = tuple("cpu" if isinstance(x, torch.device | str) and kind == "cuda" else x for x in args)
             return func(*args, **kwargs)
         others = [x for x in args[1:] if isinstance(x, torch.dtype)] + [tensor.dtype]
-        made = torch.empty_like(tensor, dtype=kwargs.get("dtype", others[0]), device=torch.device("cpu"))
-        if kind == "cuda":
-            gpu.adopt(made)
-        return made.copy_(tensor, non_blocking=bool(kwargs.get("non_blocking", False)))
+        with gpu.wanting(kind):
+            made = torch.empty_like(tensor, dtype=kwargs.get("dtype", others[0]), device=torch.device("cpu"))
+            return made.copy_(tensor, non_blocking=bool(kwargs.get("non_blocking", False)))
 
 
 @contextmanager
@@ -357,6 +358,8 @@ def on_gpu() -> Iterator[FakeGpu]:
         "set_stream": gpu.set_stream,
         "stream": gpu.stream,
         "synchronize": gpu.synchronize,
+        "_sleep": lambda _: None,  # the device is late anyway
+        "set_sync_debug_mode": gpu.set_sync_debug_mode,
         "is_available": lambda: True,
         "is_current_stream_capturing": gpu.capturing,
         "graph_pool_handle": Pool,

@@ -212,6 +212,7 @@ class Graph:
             memory.spoilt = "no replay has filled it yet"
         own = set(map(id, capture.allocated))
         self._reused = [memory for memory in self._pool.memories if memory.dead and id(memory) not in own]
+        del capture.graph  # which events of the capture, and its own launches, must not keep
 
     def replay(self) -> None:
         if self._gpu.capturing():
@@ -251,6 +252,7 @@ class Gpu:
         self._lock = threading.RLock()
         self._local = threading.local()
         self._default = Stream(self, 0)
+        self._waiting_is_an_error = False
         self.clocks.create_stream(HOST)
 
     # What is asked of the device.
@@ -292,8 +294,13 @@ class Gpu:
         self.may_wait("synchronize")
         self.clocks.sync_all_streams()
 
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self._waiting_is_an_error = mode == "error"
+
     def host_waits(self, what: str) -> None:
         """For the current stream."""
+        if self._waiting_is_an_error:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         self.may_wait(what)
         self.clocks.all_streams_wait_for_stream(self.current().cuda_stream)
 
