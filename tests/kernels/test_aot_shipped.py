@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from itertools import product
@@ -36,6 +35,7 @@ from recemb_kernels.tt_gather.triton_variants import (
     multiply_variants,
 )
 from recemb_kernels.update import Kind
+from tests.kernels.apart import compiled_apart
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
@@ -189,19 +189,9 @@ def test_the_readme_shows_these_kernels(renewed: tuple[str, str]) -> None:
     assert renewed[1] == README.read_text(encoding="utf-8"), renew
 
 
-def _compiled_apart(program: str) -> dict[str, Any]:
-    """What a program beside this file prints, which a process that interprets Triton cannot do."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name(program))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def test_integers_that_triton_specialises(rows: list[dict[str, Any]]) -> None:
     """1, a Python number without a tensor's methods then, and multiples of 16: nothing spills of either."""
-    found = _compiled_apart("aot_integers.py")
+    found = compiled_apart("aot_integers.py")
     assert found["spills"] == []
     assert found["kernels"] == len({row["kernel"] for row in rows})
     assert found["compiled"] > found["kernels"]
@@ -209,7 +199,7 @@ def test_integers_that_triton_specialises(rows: list[dict[str, Any]]) -> None:
 
 def test_a_few_that_are_not_shipped_keep_the_laws() -> None:
     """Rows of other widths, all of which ``recemb kernels --check`` compiles, and trains of other shapes."""
-    found = _compiled_apart("aot_unshipped.py")
+    found = compiled_apart("aot_unshipped.py")
     assert found["broken"] == []
     assert found["compiled"] == 47
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -10,9 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime.interpreter import GridExecutor, InterpretedFunction
-from triton.runtime.jit import native_specialize_impl
+from triton.runtime.interpreter import GridExecutor
 
 from recemb_kernels import triton_frame
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
@@ -21,6 +19,7 @@ from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.update import Kind
 from tests.kernels.triton import test_pooled_gather, test_robe_gather, test_tt_gather
 from tests.kernels.triton.harness import make_batch, make_updates, run, upstream
+from tests.kernels.triton.launch_keys import Compiled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 
@@ -102,41 +101,6 @@ def test_launches_do_not_depend_on_the_number_of_tables(op: str, kind: Kind | No
     assert two.total() > one.total()
 
 
-class Compiled:
-    """What a GPU would compile of a ``with`` block's launches: by kernel and constants, Triton's keys."""
-
-    def __init__(self) -> None:
-        self.found: defaultdict[object, set[object]] = defaultdict(set)
-
-    def __enter__(self) -> Compiled:
-        self._patch = patch.object(InterpretedFunction, "run", self._seen_by(InterpretedFunction.run))
-        self._patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.stop()
-
-    def _seen_by(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def seen(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-            fixed = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
-            plain, unaligned = (
-                kernel.kwargs.get(f"do_not_specialize{what}") or () for what in ("", "_on_alignment")
-            )
-            key = tuple(
-                native_specialize_impl(
-                    CUDABackend, given[name], False, name not in plain, name not in unaligned
-                )
-                for name in kernel.arg_names
-                if name not in fixed
-            )
-            constants = tuple((name, repr(given[name])) for name in sorted(fixed))
-            self.found[kernel.fn.__module__, kernel.fn.__name__, constants].add(key)
-            return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
-
-        return seen
-
-
 def test_slices_and_turns_compile_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel is compiled once for a set of constants, whatever part, turn or view it is launched for."""
     monkeypatch.setattr(triton_frame, "TURN_ROWS", 4)
@@ -151,5 +115,6 @@ def test_slices_and_turns_compile_nothing_of_their_own(monkeypatch: pytest.Monke
     updates = make_updates(tables, parameters, [Kind.ADAGRAD] * 2)
     with Compiled() as sliced:
         run(tables.triton(micro_batch_rows=4), parameters, batch, grad, updates)
-    assert len(sliced.found) > 20
-    assert [kernel for kernel, keys in sliced.found.items() if len(keys) > 1] == []
+    kernels = Counter((launch.module, launch.name, launch.constants) for launch in sliced.found)
+    assert len(kernels) > 20
+    assert [kernel for kernel, number in kernels.items() if number > 1] == []
