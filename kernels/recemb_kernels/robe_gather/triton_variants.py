@@ -53,7 +53,9 @@ def place_constants(shape: RobeShape, num_tables: int) -> dict[str, Any]:
 
 def read_constants(shape: RobeShape, dtype: torch.dtype, num_arrays: int) -> dict[str, Any]:
     """Of ``read_rows``."""
-    rows, block = tile_of(shape.dim, *_READ_TILE)
+    most, area = _READ_TILE
+    # An address for each element: of as many, blocks of single elements spill registers.
+    rows, block = tile_of(shape.dim, most, area // 2 if shape.dim % 2 else area)
     sizes = {"D": shape.dim, "Z": shape.block_size, "BR": rows, "BD": block}
     return {**_blocks(shape), **sizes, "ELEMENT": ELEMENTS[dtype], "STEPS": num_arrays.bit_length()}
 
