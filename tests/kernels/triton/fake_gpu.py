@@ -297,9 +297,12 @@ class _Devices(TorchFunctionMode):
             gpu.host_waits(name)
         elif name in ("to", "cpu", "cuda"):
             return self._move(func, name, args, kwargs)
+        elif name == "pin_memory":
+            with gpu.wanting("pinned"):
+                return args[0].clone()
         asked = kwargs.get("device")
         pinned = bool(kwargs.pop("pin_memory", False))
-        if asked is None and not pinned:
+        if not (isinstance(asked, torch.device | str) or pinned):  # a tracer's may be unknown yet
             return func(*args, **kwargs)
         kind = "pinned" if pinned else torch.device(asked).type
         if kind == "cuda":
@@ -320,7 +323,9 @@ class _Devices(TorchFunctionMode):
         targets += [torch.device(name)] if name != "to" else []
         kind = torch.device(targets[0]).type if targets else ""
         if not targets or kind == "meta" or (kind == "cuda") == gpu.is_on(tensor):
-            args = tuple("cpu" if isinstance(x, torch.device | str) and kind == "cuda" else x for x in args)
+            if kind == "cuda":  # where it says that it is
+                here = torch.device("cpu")
+                args, kwargs = tree_map_only(torch.device | str, lambda _: here, (args, kwargs))
             return func(*args, **kwargs)
         others = [x for x in args[1:] if isinstance(x, torch.dtype)] + [tensor.dtype]
         with gpu.wanting(kind):
