@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,12 @@ def wait_for_outside(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
     capture(gpu, graph, lambda: gpu.current().wait_event(done))
 
 
+def wait_where_that_is_refused(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    gpu.synchronize()  # as torch's own, which tells of operations alone
+    x.sum().item()
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -108,6 +115,7 @@ def wait_for_outside(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
         (copy_a_list, "broken off"),
         (leave_a_stream, "has not come back"),
         (wait_for_outside, "broken off"),
+        (wait_where_that_is_refused, "synchronizing"),
     ],
 )
 def test_the_check_itself(run: Callable[[FakeGpu, Tensor, Any], None], message: str) -> None:
@@ -137,3 +145,22 @@ def pass_on_what_is_ordered(gpu: FakeGpu) -> None:
 def test_what_is_ordered_passes() -> None:
     with on_gpu() as gpu:
         pass_on_what_is_ordered(gpu)
+
+
+def test_a_graph_is_gone_once_nobody_has_it_and_the_host_has_seen_its_results() -> None:
+    """Whatever events of its capture there still are."""
+    with on_gpu() as gpu:
+        x, graph, events = torch.tensor([1.0, 2.0], device=CUDA), torch.cuda.CUDAGraph(), []
+
+        def run() -> Tensor:
+            events.append(gpu.current().record_event())
+            return x + 1
+
+        with torch.cuda.graph(graph, stream=gpu.draw()):
+            y = run()
+        graph.replay()
+        assert torch.equal(y, torch.tensor([2.0, 3.0], device=CUDA))
+        known = weakref.ref(graph)
+        del graph, y
+        assert known() is None
+        assert len(events) == 1
