@@ -60,7 +60,7 @@ def set_alone() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def groups_made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedGroup]:
+def groups_made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphedGroup]]:
     """The groups of tables whose look-ups on a GPU may be captured, as they are made in a test."""
     from recemb_kernels.triton_frame.graphs import GraphedGroup
 
@@ -72,7 +72,8 @@ def groups_made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedGroup]:
         made.append(self)
 
     monkeypatch.setattr(GraphedGroup, "__init__", watched)
-    return made
+    yield made
+    made.clear()  # while there still is what stands in for a GPU: pytest keeps the list
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ PIPELINES = [TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist]
 # A GPU's stand-in has gloo, and none of fbgemm's kernels for uncompressed tables.
 BACKEND, NAMES = ("nccl", [*METHODS]) if IS_REAL else ("gloo", [name for name in METHODS if name != "dense"])
 DENSE_LR = 0.1
-HOT = HotRows(rows=BATCH // 4, policy="lfu", refresh_every=2, warmup=1)
+HOT = HotRows(rows=100 if IS_REAL else BATCH // 4, policy="lfu", refresh_every=2, warmup=1)
 CACHED = {"tt": TensorTrain(rank=8, cache=HOT), "md": MixedDimension(dim=4, cache=HOT), "qr": METHODS["qr"]}
 
 
@@ -174,7 +174,7 @@ def on_host(seeds: int, same_shape: bool) -> list[KeyedJaggedTensor]:
 
 
 def test_a_rank_equals_the_unsharded_module() -> None:
-    given = on_host(4, same_shape=False)
+    given = on_host(6 if IS_REAL else 4, same_shape=False)
     reference = attached(Model(uncached()), torch.optim.SGD)
     own = sharded(attached(Model(uncached()), torch.optim.SGD))
     for one, other in zip(plain(reference, given), plain(own, given), strict=True):

@@ -33,6 +33,8 @@ def configurations(launch: dict[str, Any]) -> Iterator[Configuration]:
         name: tl.dtype(value.removeprefix("tl.")) if name in of_type else value
         for name, value in launch["constants"]
     }
+    if constants.get("FORWARD") and constants["ELEMENT"] == tl.bfloat16:
+        constants["COMPUTE"] = tl.bfloat16  # which the interpreter has in float32
     made = {name: granted for name, kind, granted in launch["arguments"] if kind == "constexpr"}
     own = [(launch["num_warps"], launch["num_stages"] or _STAGES)]
     for warps, stages in _TRIED.get(launch["name"], lambda _: own)(constants):

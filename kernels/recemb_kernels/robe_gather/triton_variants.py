@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def place_constants(shape: RobeShape, num_tables: int) -> dict[str, Any]:
 def read_constants(shape: RobeShape, dtype: torch.dtype, num_arrays: int) -> dict[str, Any]:
     """Of ``read_rows``."""
     most, area = _READ_TILE
-    # An address for each element: of as many, blocks of single elements spill registers.
-    rows, block = tile_of(shape.dim, most, area // 2 if shape.dim % 2 else area)
+    # Addresses of blocks of one element in rows of odd length: of one array, where the number of arrays is a
+    # constant, a whole tile spills registers.
+    halved = shape.block_size == 1 and shape.dim % 2 == 1
+    rows, block = tile_of(shape.dim, most, area // 2 if halved else area)
     sizes = {"D": shape.dim, "Z": shape.block_size, "BR": rows, "BD": block}
     return {**_blocks(shape), **sizes, "ELEMENT": ELEMENTS[dtype], "STEPS": num_arrays.bit_length()}
 
@@ -131,6 +134,18 @@ def _pool(shape: RobeShape, dtype: torch.dtype, weighted: bool) -> Configuration
         note=_note(shape) + (", weighted" if weighted else ""),
         small=("arrays", "tables", "features", "lookups"),
     )
+
+
+def further() -> list[Configuration]:
+    """Rows of odd length in blocks of one element of one array, whose number Triton makes a constant."""
+    found = []
+    for dtype in NAMES:
+        c = _read(_shape(5, 1, False), dtype)
+        signature = {name: kind for name, kind in c.signature.items() if name != "num_arrays"}
+        found.append(
+            replace(c, signature=signature, constants={**c.constants, "num_arrays": 1}, listed=False)
+        )
+    return found
 
 
 def _read(shape: RobeShape, dtype: torch.dtype) -> Configuration:

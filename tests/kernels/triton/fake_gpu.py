@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from recemb_kernels.triton_frame import recorder, streams, verdict
+from tests.kernels.triton.no_host_sync import what_waits
 from tests.kernels.triton.stream_order import (
     CUDA,
     HOST,
@@ -42,8 +43,6 @@ from tests.kernels.triton.stream_order import (
     function_off,
 )
 
-# Operations after which the host knows a value or a size.
-_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
 # Those that cuBLAS multiplies for.
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "addmv_"}
 
@@ -107,7 +106,7 @@ class FakeGpu(Gpu):
         """Run an operation of torch's, or record it."""
         name, capture = func.overloadpacket.__name__, self.capture()
         reads, writes = self._accesses(func, args, kwargs)
-        waits = _waits(name, args) and any(not memory.pinned for memory in reads)
+        waits = what_waits(func, args, kwargs) and any(not memory.pinned for memory in reads)
         if waits:
             self.host_waits(name)
         if name in _PRODUCTS and (reads or writes):
@@ -216,11 +215,6 @@ def _is_write(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
-def _waits(name: str, args: Any) -> bool:
-    by_mask = any(isinstance(x, Tensor) and x.dtype is torch.bool for x in tree_leaves(args[1:2]))
-    return name in _WAITING or (name in ("index", "index_put_", "_index_put_impl_") and by_mask)
-
-
 def _opened(given: Any) -> Any:
     return tree_map_only(Place, Place.tensor, given)
 
@@ -297,12 +291,14 @@ class _Devices(TorchFunctionMode):
             gpu.host_waits(name)
         elif name in ("to", "cpu", "cuda"):
             return self._move(func, name, args, kwargs)
-        elif name == "pin_memory":
+        elif name == "pin_memory" and not gpu.is_pinned(args[0]):
             with gpu.wanting("pinned"):
                 return args[0].clone()
+        elif name in ("pin_memory", "is_pinned"):
+            return args[0] if name == "pin_memory" else gpu.is_pinned(args[0])
         asked = kwargs.get("device")
         pinned = bool(kwargs.pop("pin_memory", False))
-        if not (isinstance(asked, torch.device | str) or pinned):  # a tracer's may be unknown yet
+        if not (isinstance(asked, torch.device | str | int) or pinned):  # a tracer's may be unknown yet
             return func(*args, **kwargs)
         kind = "pinned" if pinned else torch.device(asked).type
         if kind == "cuda":
@@ -323,6 +319,8 @@ class _Devices(TorchFunctionMode):
         targets += [torch.device(name)] if name != "to" else []
         kind = torch.device(targets[0]).type if targets else ""
         if not targets or kind == "meta" or (kind == "cuda") == gpu.is_on(tensor):
+            if name == "cuda":
+                return tensor
             if kind == "cuda":  # where it says that it is
                 here = torch.device("cpu")
                 args, kwargs = tree_map_only(torch.device | str, lambda _: here, (args, kwargs))
@@ -363,7 +361,7 @@ def on_gpu() -> Iterator[FakeGpu]:
         "set_stream": gpu.set_stream,
         "stream": gpu.stream,
         "synchronize": gpu.synchronize,
-        "_sleep": lambda _: None,  # the device is late anyway
+        "_sleep": lambda _: None,
         "set_sync_debug_mode": gpu.set_sync_debug_mode,
         "is_available": lambda: True,
         "is_current_stream_capturing": gpu.capturing,

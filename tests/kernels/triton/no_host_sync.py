@@ -13,6 +13,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "unique",
+    "masked_select",
+    "is_nonzero",
+    "bincount",
+    "equal",
+    "allclose",
+)
+
+
+def what_waits(func: Any, args: Any, kwargs: Any) -> str:
+    """How an operation makes the host wait for a value or a size, or nothing."""
+    name = func.overloadpacket.__name__
+    if any(name.startswith(word) or name == f"_{word}2" for word in _WAITING):
+        return name
+    masks = [x for x in tree_leaves(args[1:2]) if isinstance(x, Tensor) and x.dtype is torch.bool]
+    if name.lstrip("_").startswith("index") and masks:
+        return f"{name} by a mask"
+    if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+        return f"{name} without a size"
+    return ""
+
 
 class NoHostSync(TorchDispatchMode):
     """Raises where an operation would wait for the device to learn a value or a size.
@@ -20,16 +44,6 @@ class NoHostSync(TorchDispatchMode):
     Args:
         host: tensors that lie on the host whatever the device is.
     """
-
-    _WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "unique",
-        "masked_select",
-        "is_nonzero",
-        "bincount",
-        "equal",
-    )
 
     # On a CPU these reach no dispatcher.
     _READING = ("tolist", "numpy", "cpu")
@@ -60,13 +74,7 @@ class NoHostSync(TorchDispatchMode):
         return guarded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        waits = any(name.startswith(word) or name == f"_{word}2" for word in self._WAITING)
-        if waits and args[0].data_ptr() not in self._host:
-            raise AssertionError(f"{func} waits for the device")
-        masks = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dtype is torch.bool]
-        if name.startswith("index") and masks:
-            raise AssertionError(f"{func} by a mask waits for the device")
-        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
-            raise AssertionError(f"{func} without a size waits for the device")
+        what = what_waits(func, args, kwargs)
+        if what and args[0].data_ptr() not in self._host:
+            raise AssertionError(f"{what} waits for the device")
         return func(*args, **(kwargs or {}))

@@ -129,6 +129,7 @@ class Stream:
             theirs.forked.discard(event.stream)
 
     def synchronize(self) -> None:
+        self._gpu.refuse_waiting("Stream.synchronize")
         self._gpu.may_wait("Stream.synchronize")
         self._gpu.clocks.all_streams_wait_for_stream(self.cuda_stream)
 
@@ -169,9 +170,9 @@ class Event:
 
 @dataclass(eq=False)
 class Capture:
-    """One under way."""
+    """One under way; ``graph``, a :class:`Graph`, is ``None`` once it is over."""
 
-    graph: Graph
+    graph: Any
     stream: int
     pool: Pool
     allocated: list[Memory] = field(default_factory=list)
@@ -202,7 +203,7 @@ class Graph:
 
     def capture_end(self) -> None:
         gpu, capture = self._gpu, self._gpu.captures[self._stream]
-        capture.ended = True
+        capture.ended, capture.graph = True, None  # which events and launches of the capture must not keep
         gpu.captures = {key: other for key, other in gpu.captures.items() if other is not capture}
         gpu.sweep()
         if capture.broken or capture.forked:
@@ -212,7 +213,6 @@ class Graph:
             memory.spoilt = "no replay has filled it yet"
         own = set(map(id, capture.allocated))
         self._reused = [memory for memory in self._pool.memories if memory.dead and id(memory) not in own]
-        del capture.graph  # which events of the capture, and its own launches, must not keep
 
     def replay(self) -> None:
         if self._gpu.capturing():
@@ -297,10 +297,14 @@ class Gpu:
     def set_sync_debug_mode(self, mode: str) -> None:
         self._waiting_is_an_error = mode == "error"
 
-    def host_waits(self, what: str) -> None:
-        """For the current stream."""
+    def refuse_waiting(self, what: str) -> None:
+        """As torch does for operations and streams; not for the device and events."""
         if self._waiting_is_an_error:
             raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+
+    def host_waits(self, what: str) -> None:
+        """For the current stream."""
+        self.refuse_waiting(what)
         self.may_wait(what)
         self.clocks.all_streams_wait_for_stream(self.current().cuda_stream)
 
@@ -311,6 +315,10 @@ class Gpu:
             if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
                 return None
             return self.memories.get(tensor.untyped_storage()._cdata)
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        memory = self.of(tensor)
+        return memory is not None and memory.pinned
 
     def is_on(self, tensor: Tensor) -> bool:
         memory = self.of(tensor)

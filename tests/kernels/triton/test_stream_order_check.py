@@ -95,10 +95,21 @@ def wait_for_outside(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
     capture(gpu, graph, lambda: gpu.current().wait_event(done))
 
 
+def read_where_that_is_refused(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    gpu.synchronize()  # as torch's own, which tells of operations and streams
+    x.sum().item()
+
+
+def repeat_where_that_is_refused(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    torch.repeat_interleave(x, x.long(), output_size=3)
+    torch.repeat_interleave(x, x.long())
+
+
 def wait_where_that_is_refused(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
     torch.cuda.set_sync_debug_mode("error")
-    gpu.synchronize()  # as torch's own, which tells of operations alone
-    x.sum().item()
+    gpu.draw().synchronize()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +126,9 @@ def wait_where_that_is_refused(gpu: FakeGpu, x: Tensor, graph: Any) -> None:
         (copy_a_list, "broken off"),
         (leave_a_stream, "has not come back"),
         (wait_for_outside, "broken off"),
-        (wait_where_that_is_refused, "synchronizing"),
+        (read_where_that_is_refused, "synchronizing.*scalar"),
+        (repeat_where_that_is_refused, "synchronizing.*repeat"),
+        (wait_where_that_is_refused, "synchronizing.*Stream"),
     ],
 )
 def test_the_check_itself(run: Callable[[FakeGpu, Tensor, Any], None], message: str) -> None:
