@@ -14,34 +14,32 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-import triton.language as tl
+import torch
 
 from recemb.cli.kernels import ARCHS
 from recemb_kernels.aot.configuration import Configuration
 from recemb_kernels.aot.report import report
+from recemb_kernels.triton_frame.elements import ELEMENTS, NAMES, factor
 from recemb_kernels.tt_gather.triton_variants import gradient_variants, multiply_variants
 
 _TRIED = {"multiply": multiply_variants, "slice_gradient": gradient_variants}
-_STAGES = 3  # Triton's choice
-_DTYPES = {"tl.fp32": "float32", "tl.bf16": "bfloat16", "tl.fp16": "float16"}
+_DTYPES = {f"tl.{element.name}": dtype for dtype, element in ELEMENTS.items()}
 
 
 def configurations(launch: dict[str, Any]) -> Iterator[Configuration]:
     """One of each number of warps and stages."""
-    of_type = {name: value for name, value in launch["constants"] if value in _DTYPES}
-    constants = {
-        name: tl.dtype(value.removeprefix("tl.")) if name in of_type else value
-        for name, value in launch["constants"]
-    }
-    if constants.get("FORWARD") and constants["ELEMENT"] == tl.bfloat16:
-        constants["COMPUTE"] = tl.bfloat16  # which the interpreter has in float32
+    dtypes = {name: _DTYPES[value] for name, value in launch["constants"] if value in _DTYPES}
+    constants = dict(launch["constants"]) | {name: ELEMENTS[dtype] for name, dtype in dtypes.items()}
+    stored = dtypes.get("ELEMENT", torch.float32)
+    if constants.get("FORWARD"):
+        constants["COMPUTE"] = factor(stored)  # a GPU's; the interpreter has another of bfloat16
     made = {name: granted for name, kind, granted in launch["arguments"] if kind == "constexpr"}
-    own = [(launch["num_warps"], launch["num_stages"] or _STAGES)]
+    own = [(launch["num_warps"], launch["num_stages"])]
     for warps, stages in _TRIED.get(launch["name"], lambda _: own)(constants):
         yield Configuration(
             kernel=launch["name"],
             function=getattr(import_module(launch["module"]), launch["name"]),
-            dtype=_DTYPES[of_type.get("ELEMENT", "tl.fp32")],
+            dtype=NAMES[stored][0],
             signature={name: kind for name, kind, _ in launch["arguments"] if name not in made},
             constants={**constants, **made},
             num_warps=warps,

@@ -18,7 +18,16 @@ from recemb_kernels.robe_gather.triton_kernel import (
     read_rows,
     sum_blocks,
 )
-from recemb_kernels.triton_frame.elements import ELEMENTS, KEYS, NAMES, as_compiled, cdiv, tile, tile_of
+from recemb_kernels.triton_frame.elements import (
+    ELEMENTS,
+    KEYS,
+    NAMES,
+    as_compiled,
+    cdiv,
+    tile,
+    tile_of,
+    tile_or_half,
+)
 
 # Elements of a program's tile of pooled bags: twice as many take 160 registers a thread.
 _POOL_AREA = 512
@@ -54,11 +63,10 @@ def place_constants(shape: RobeShape, num_tables: int) -> dict[str, Any]:
 
 def read_constants(shape: RobeShape, dtype: torch.dtype, num_arrays: int) -> dict[str, Any]:
     """Of ``read_rows``."""
-    most, area = _READ_TILE
     # Addresses of blocks of one element in rows of odd length: of one array, where the number of arrays is a
     # constant, a whole tile spills registers.
     halved = shape.block_size == 1 and shape.dim % 2 == 1
-    rows, block = tile_of(shape.dim, most, area // 2 if halved else area)
+    rows, block = tile_or_half(shape.dim, _READ_TILE, halved)
     sizes = {"D": shape.dim, "Z": shape.block_size, "BR": rows, "BD": block}
     return {**_blocks(shape), **sizes, "ELEMENT": ELEMENTS[dtype], "STEPS": num_arrays.bit_length()}
 

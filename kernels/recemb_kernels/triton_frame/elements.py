@@ -18,7 +18,7 @@ ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 KEYS = (("*i32", 4), ("*i64", 8))
 
 # What Triton takes when a launch does not say how many stages its pipelines have.
-_STAGES = 3
+STAGES = 3
 # Names in reports, and pointer types in Triton's signatures.
 NAMES = {
     torch.float32: ("float32", "*fp32"),
@@ -102,6 +102,12 @@ def tile_of(width: int, most: int, area: int) -> tuple[int, int]:
     return max(1, area // columns), columns
 
 
+def tile_or_half(width: int, largest: tuple[int, int], halved: bool) -> tuple[int, int]:
+    """The same of (columns, area), or of half of that area."""
+    most, area = largest
+    return tile_of(width, most, area // 2 if halved else area)
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     """ceil(numerator / denominator)."""
     return -(-numerator // denominator)
@@ -149,5 +155,5 @@ def as_compiled(kernel: Any, launch: Mapping[str, Any], types: Mapping[str, str]
         "signature": signature,
         "constants": constants,
         "num_warps": launch["num_warps"],
-        "num_stages": _STAGES,
+        "num_stages": STAGES,
     }

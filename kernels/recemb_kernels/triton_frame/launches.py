@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from recemb_kernels.triton_frame.elements import ELEMENTS, tile, tile_of
+from recemb_kernels.triton_frame.elements import ELEMENTS, tile, tile_of, tile_or_half
 from recemb_kernels.update import Kind
 
 # Positions of one row that are summed by one program; longer rows are sums of such pieces.
@@ -22,7 +22,7 @@ WEIGH_TILE = (64, 512)
 PIECE_TILE = (128, 512)
 _JOIN_TILE = (256, 512)
 _UPDATE_TILE = (1024, 512)
-# Widths that take less, as compiling them for both architectures has shown: see ``_tile``.
+# Widths that take less, as compiling them for both architectures has shown.
 _NARROW, _WIDE = 4, 128
 # Positions of a piece, and rows of a segment, that are fetched at once.
 _AT_ONCE, _ROWS_AT_ONCE = 4, 8
@@ -71,7 +71,7 @@ def pool_constants(
 def weigh_constants(width: int, dtype: torch.dtype | None) -> dict[str, Any]:
     """Of ``weight_gradients``."""
     # A row wider than the tile is a loop, which keeps more alive; other uneven rows need no less.
-    positions, block = _tile(width, WEIGH_TILE, width <= _NARROW or width > _WIDE)
+    positions, block = tile_or_half(width, WEIGH_TILE, width <= _NARROW or width > _WIDE)
     return {**_source(dtype), "D": width, "BL": positions, "BD": block, "num_warps": 4}
 
 
@@ -79,12 +79,6 @@ def _is_uneven(width: int) -> bool:
     """Whether a thread spends registers on each element: an address, as four columns cannot be one load of
     16 bytes, or what a row has of its own, as rows are so narrow that a tile has very many."""
     return width <= _NARROW or width % 4 != 0
-
-
-def _tile(width: int, largest: tuple[int, int], halved: bool) -> tuple[int, int]:
-    """Rows and columns of a tile of one of the sizes above, or of half of its elements."""
-    most, area = largest
-    return tile_of(width, most, area // 2 if halved else area)
 
 
 def _source(dtype: torch.dtype | None) -> dict[str, Any]:
@@ -100,7 +94,7 @@ def find_constants(scaled: bool, weighted: bool) -> dict[str, Any]:
 
 def place_constants(dim: int, scaled: bool, relative: bool) -> dict[str, Any]:
     """Of ``sum_places``."""
-    rows, block = _tile(dim, PIECE_TILE, _is_uneven(dim))
+    rows, block = tile_or_half(dim, PIECE_TILE, _is_uneven(dim))
     tiles = {"BP": rows, "BI": _AT_ONCE, "BD": block}
     own = {"SCALED": scaled, "RELATIVE": relative, "PIECE": PIECE, "D": dim}
     return {**own, **tiles, "num_warps": 4}
@@ -108,21 +102,21 @@ def place_constants(dim: int, scaled: bool, relative: bool) -> dict[str, Any]:
 
 def join_constants(dim: int, relative: bool) -> dict[str, Any]:
     """Of ``join_places``."""
-    cuts, block = _tile(dim, _JOIN_TILE, _is_uneven(dim))
+    cuts, block = tile_or_half(dim, _JOIN_TILE, _is_uneven(dim))
     tiles = {"BN": cuts, "BC": _ROWS_AT_ONCE, "BD": block}
     return {"RELATIVE": relative, "PIECE": PIECE, "D": dim, **tiles, "num_warps": 4}
 
 
 def segment_constants(width: int, relative: bool) -> dict[str, Any]:
     """Of ``segment_sum``."""
-    segments, block = _tile(width, _JOIN_TILE, _is_uneven(width))
+    segments, block = tile_or_half(width, _JOIN_TILE, _is_uneven(width))
     tiles = {"BN": segments, "BC": _ROWS_AT_ONCE, "BW": block}
     return {"RELATIVE": relative, "W": width, **tiles, "num_warps": 4}
 
 
 def update_constants(kind: Kind, width: int, dtype: torch.dtype, state: torch.dtype | None) -> dict[str, Any]:
     """Of ``update_rows``."""
-    entries, block = _tile(width, _UPDATE_TILE, _is_uneven(width))
+    entries, block = tile_or_half(width, _UPDATE_TILE, _is_uneven(width))
     return {
         "KIND": int(kind),
         "W": width,

@@ -12,6 +12,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import native_specialize_impl
 
+from recemb_kernels.triton_frame.elements import STAGES
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -24,7 +26,7 @@ class Launch:
         arguments: name, Triton's type (``constexpr`` of what it makes a constant), and what it takes for
             granted: such a constant's value, or ``"D"`` of a multiple of 16.
         num_warps: of a block.
-        num_stages: of its pipelines, 0 for Triton's own choice.
+        num_stages: of its pipelines.
     """
 
     module: str
@@ -69,8 +71,8 @@ class Compiled:
                     kernel.fn.__name__,
                     tuple((name, _plain(given[name])) for name in sorted(fixed)),
                     tuple((name, kind, granted) for name, (kind, granted) in specialised.items()),
-                    kwargs.get("num_warps") or 4,
-                    kwargs.get("num_stages") or 0,
+                    kwargs["num_warps"],
+                    kwargs.get("num_stages", STAGES),
                 )
             )
             return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
