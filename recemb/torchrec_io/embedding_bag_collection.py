@@ -26,7 +26,7 @@ from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
 from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
-from recemb.torchrec_io.stored_settings import check_caches, check_settings, note_settings
+from recemb.torchrec_io.stored_settings import check_caches, check_settings, check_shapes, note_settings
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 
@@ -302,6 +302,7 @@ def _before_load(
 ) -> None:
     check_settings(module._specs, state_dict, prefix, metadata)
     check_caches(module._specs, state_dict, prefix)
+    check_shapes(module.embedding_bags.state_dict(keep_vars=True), state_dict, prefix)
 
 
 def _check_weighted_mean(specs: Sequence[TableSpec], is_weighted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Settings by which a table reads its parameters, kept beside them in state dicts.
+"""Whether a state dict is of these tables: its shapes, and settings by which a table reads its parameters.
 
 Parameters of two tables may have the same names and shapes and be other rows all the same: of
 ``QuotientRemainder`` with another operation, of ``ROBE`` with another seed. A state dict of torch's says what
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from recemb.backends import storages
 from recemb.backends.stored_settings import misfits
@@ -73,3 +75,26 @@ def check_caches(tables: Iterable[TableSpec], state: Mapping[str, Any], prefix: 
             wrong = misfit_of_state(table.name, table.cache_rows, cache.policy, state, own)
             if wrong:
                 raise ConfigError(wrong)
+
+
+def check_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str) -> None:
+    """That what a state holds for these tables has the shapes that theirs have; torch loads what fits first.
+
+    Args:
+        own: ``<table>.<key>`` -> the tensor that is loaded into.
+        state: what is loaded.
+        prefix: of the collection's keys in it.
+
+    Raises:
+        ConfigError: of the first that has not; nothing of the collection has been loaded.
+    """
+    for key, tensor in own.items():
+        name = f"{prefix}embedding_bags.{key}"
+        given = state.get(name, tensor)
+        if not isinstance(given, Tensor):
+            raise ConfigError(f"{name}: the state to load has a {type(given).__name__}, not a tensor")
+        if tuple(given.size()) != tuple(tensor.size()):
+            raise ConfigError(
+                f"{name}: the state to load has shape {tuple(given.size())}, not {tuple(tensor.size())}; it "
+                "is of another table or compression; build the table as it was saved"
+            )

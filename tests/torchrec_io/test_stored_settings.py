@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from recemb.torchrec_io import get_sharders, quantize_embeddings
 from tests.checkpoint.ranks import on_ranks
 
 QR = recemb.QuotientRemainder(collisions=4, operation="mult")
+DENSE = recemb.Dense()
 ROBE = recemb.ROBE(compress_rate=4, block_size=4)
 PAIRS: dict[str, tuple[Compression, Compression, str]] = {
     "qr": (QR, replace(QR, operation="add"), r"operation='mult'.*operation='add'"),
@@ -87,6 +88,45 @@ def test_a_state_of_another_cache_is_refused_before_any_table_has_changed(
         own.load_state_dict(state, strict=strict)
     for name, value in own["sparse"].state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "why"),
+    [
+        ("t.q", lambda own: own[:-1], r"has shape \(9, 8\), not \(10, 8\)"),
+        ("t.r", lambda own: own.tolist(), "has a list, not a tensor"),
+        ("z.weight", lambda own: own[:, :4], r"has shape \(40, 4\), not \(40, 8\)"),
+        ("t.cache.scores", lambda own: own.repeat(2), r"has shape \(10,\), not \(5,\)"),
+        ("t.cache.owners", lambda own: own[:0], r"has shape \(0,\), not \(33,\)"),
+        ("t.cache.steps", lambda own: own[0], r"has shape \(\), not \(1,\)"),
+    ],
+    ids=["rows", "no tensor", "dim", "scores", "owners", "steps"],
+)
+def test_a_state_of_other_shapes_is_refused_before_any_table_has_changed(
+    key: str, change: Callable[[Tensor], Any], why: str
+) -> None:
+    """Though the tables before it, and the others of its arrays, fit."""
+    methods: dict[str, Compression] = {"a": QR, "t": replace(QR, cache=recemb.HotRows(rows=5)), "z": DENSE}
+    refused(model(**methods), model(**methods).state_dict(), f"sparse.embedding_bags.{key}", change, why)
+
+
+@pytest.mark.parametrize("key", ["t.q", "z.weight"])
+def test_a_quantised_state_of_other_shapes_is_refused_likewise(key: str) -> None:
+    own, other = (quantize_embeddings(model(a=QR, t=QR, z=DENSE), torch.int8) for _ in range(2))
+    refused(own, other.state_dict(), f"sparse.embedding_bags.{key}", lambda own: own[:-1], "has shape ")
+
+
+def refused(
+    own: nn.Module, state: dict[str, Any], key: str, change: Callable[[Tensor], Any], why: str
+) -> None:
+    """Loading ``state`` with one value changed raises and changes nothing; without that it loads."""
+    before = {name: value.clone() for name, value in own.state_dict().items() if "sparse" in name}
+    with pytest.raises(ConfigError, match=f"{key}: the state to load {why}"):
+        own.load_state_dict({**state, key: change(state[key])})
+    for name, value in before.items():
+        assert torch.equal(own.state_dict()[name], value), name
+    own.load_state_dict(state)
+    assert not all(torch.equal(own.state_dict()[name], value) for name, value in before.items())
 
 
 @by_pair

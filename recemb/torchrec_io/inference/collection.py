@@ -38,7 +38,7 @@ from recemb.torchrec_io.inference.dense import (
 )
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
-from recemb.torchrec_io.stored_settings import check_settings, note_settings
+from recemb.torchrec_io.stored_settings import check_settings, check_shapes, note_settings
 
 
 class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyMixin):  # type: ignore[misc]
@@ -290,6 +290,8 @@ def _before_load(
     *_: object,
 ) -> None:
     check_settings(module._specs, state, prefix, metadata)
+    tables = {key.removeprefix(_BAGS): tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+    check_shapes(tables, state, prefix)
     if metadata.get("assign_to_params_buffers") and module.dense is not None:
         raise ConfigError(
             "torchrec's quantised tables look up the memory they were made with, not tensors that are "

@@ -16,6 +16,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 
 from recemb.errors import ConfigError
+from recemb.torchrec_io.stored_settings import check_shapes
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,13 @@ def load_shards(state: dict[str, Any], prefix: str, shards: Mapping[str, Sharded
     Raises:
         ConfigError: another rank holds it, or its shape differs; nothing has been loaded into these tables.
     """
+    check_shapes(shards, state, prefix)
     local = {}
     for key, own in shards.items():
         name = f"{prefix}embedding_bags.{key}"
         if name not in state:
             continue
         given = state[name]
-        if tuple(given.size()) != tuple(own.size()):
-            raise ConfigError(
-                f"{name}: the state to load has shape {tuple(given.size())}, not {tuple(own.size())}; it is "
-                "of another table or compression"
-            )
         if not own.local_shards():
             local[name] = torch.empty(0)
             continue
