@@ -1,7 +1,9 @@
-"""A small synthetic log and configurations that train on it in a second."""
+"""A small synthetic log, configurations that train on it in a second, and signals that stop them."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from recemb.data.synthetic import write_synthetic
+from recemb.training import loop as loop_module
 from recemb.training.config import RunConfig, parse_config
 
 
@@ -37,3 +40,22 @@ def make_config(log_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         return parse_config(small | changes)
 
     return make
+
+
+@pytest.fixture
+def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Have a signal come in a method of the trainer, after so many steps; not again."""
+    left: dict[str, Any] = {}
+
+    def at(method: str, steps: int) -> None:
+        original = left.setdefault(method, getattr(loop_module.Trainer, method))
+
+        def patched(self: loop_module.Trainer, *args: Any) -> Any:
+            if self.outcome.steps == steps:
+                monkeypatch.setattr(loop_module.Trainer, method, original)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args)
+
+        monkeypatch.setattr(loop_module.Trainer, method, patched)
+
+    return at

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,25 +30,6 @@ MakeConfig = Callable[..., RunConfig]
 METHODS = {"dense": None, "tt": 5, "qr": 2, "robe": 20, "md": 3}
 # 8 steps an epoch, with evaluations after 5, 8, 13 and 16.
 RUN: dict[str, Any] = {"epochs": 2, "limit_train_batches": 8}
-
-
-@pytest.fixture
-def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """Have a signal come in a method of the trainer, after so many steps; not again."""
-    left: dict[str, Any] = {}
-
-    def at(method: str, steps: int) -> None:
-        original = left.setdefault(method, getattr(loop_module.Trainer, method))
-
-        def patched(self: loop_module.Trainer, *args: Any) -> Any:
-            if self.outcome.steps == steps:
-                monkeypatch.setattr(loop_module.Trainer, method, original)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, *args)
-
-        monkeypatch.setattr(loop_module.Trainer, method, patched)
-
-    return at
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,13 @@ def on_gpu() -> Iterator[FakeGpu]:
         "get_device_properties": lambda _: SimpleNamespace(total_memory=2**40),
         "memory_reserved": lambda _: 0,
         "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "set_device": lambda _: None,
+        # Random numbers are the host's, which fork and seed theirs beside a device's.
+        "get_rng_state": lambda _: torch.empty(0, dtype=torch.uint8),
+        "set_rng_state": lambda *_: None,
+        "manual_seed": lambda _: None,
+        "manual_seed_all": lambda _: None,
         "device": lambda _: nullcontext(),
         "empty_cache": lambda: None,
     }
