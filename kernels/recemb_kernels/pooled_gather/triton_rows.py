@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recemb_kernels.pooled_gather import Operation, RowShape
+from recemb_kernels.pooled_gather.batched import Run, over_samples
 from recemb_kernels.pooled_gather.triton_kernel import pair_rows, pool_pairs, split_rows, sum_sides
 from recemb_kernels.pooled_gather.triton_variants import (
     pair_constants,
@@ -40,36 +41,6 @@ class _Split:
 
     part: tuple[Tensor, Tensor]
     key: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Neighbouring features of as many tables, whose columns are evenly spaced: one batched product.
-
-    Attributes:
-        tables: [F] theirs, by place in the family.
-        narrow: the first one's column of the narrow bags, and columns from one to the next.
-        wide: the same of the output; 0 columns from one to the next while there is one.
-    """
-
-    tables: tuple[int, ...]
-    narrow: tuple[int, int]
-    wide: tuple[int, int]
-
-    def joined(self, table: int, column: int) -> _Run | None:
-        """With a feature more, or ``None`` where that is not evenly spaced, or has a table twice."""
-        first, known = self.wide
-        spacing = known or column - first
-        if table in self.tables or column != first + spacing * len(self.tables):
-            return None
-        return replace(self, tables=(*self.tables, table), wide=(first, spacing))
-
-    def of(self, tensor: Tensor, columns: tuple[int, int], width: int) -> Tensor:
-        """[F, B, width]: the features' columns of a tensor [B, .]."""
-        first, spacing = columns
-        rows, across = tensor.shape[0], tensor.stride(0)
-        at = tensor.storage_offset() + first
-        return tensor.as_strided((len(self.tables), rows, width), (spacing, across, 1), at)
 
 
 class RowFamily(Family[RowShape]):
@@ -203,8 +174,8 @@ class RowFamily(Family[RowShape]):
             projections = self._projections(run, parameters).mT
             torch.bmm(upstream, projections, out=run.of(grad_bags, run.narrow, narrow))
             del projections  # before their gradients are made
-            own = torch.bmm(run.of(bags, run.narrow, narrow).mT, upstream)
             # Each table once: whatever adds them, sums have one order.
+            own = over_samples(run.of(bags, run.narrow, narrow), upstream)
             grad.index_add_(0, self.remembered(run.tables), own)
             del own
         # The rows' step comes last: until then every kernel has read what the forward read.
@@ -214,18 +185,18 @@ class RowFamily(Family[RowShape]):
         return [side for pair in zip(rows, projected, strict=True) for side in pair]
 
     @staticmethod
-    def _projections(run: _Run, parameters: Sequence[Tensor]) -> Tensor:
+    def _projections(run: Run, parameters: Sequence[Tensor]) -> Tensor:
         """[F, d, D] float32: those of a run's tables."""
         return torch.stack([parameters[2 * table + 1].detach() for table in run.tables]).float()
 
     @cached_property
-    def _runs(self) -> list[_Run]:
+    def _runs(self) -> list[Run]:
         narrow = self._widths[0]
-        runs: list[_Run] = []
+        runs: list[Run] = []
         for feature, column in zip(self.own_features, self._columns, strict=True):
             longer = runs[-1].joined(feature.table, column) if runs else None
             if longer is None:
-                runs.append(_Run((feature.table,), (feature.column, narrow), (column, 0)))
+                runs.append(Run((feature.table,), (feature.column, narrow), (column, 0)))
             else:
                 runs[-1] = longer
         return runs

@@ -71,6 +71,22 @@ def test_outputs_and_gradients(weighted: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_rounds_nothing(fused: bool) -> None:
+    """Not of the kernels' own, forward or backward; what comes after them is the user's."""
+    found = []
+    for enabled in (False, True):
+        engine, tables = make_engine()
+        if fused:
+            apply_optimizer_in_backward(torch.optim.Adagrad, _parameters(tables), {"lr": 0.1})
+        with by_triton() as groups, torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append([*_step(engine, tables, _bags(engine, 1)), *_parameters(tables)])
+        assert groups
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
 def _trained(name: str, *, ahead: bool = False) -> Tables:
     """Tables after two fused steps."""
     engine, tables = make_engine()

@@ -14,11 +14,11 @@ from triton.runtime.interpreter import GridExecutor
 
 from recemb_kernels import triton_frame
 from recemb_kernels.digit_tree.group import Batch, FeatureCode
-from recemb_kernels.pooled_gather import Operation, RowShape
+from recemb_kernels.pooled_gather import Operation, RowShape, batched
 from recemb_kernels.tt_gather import TrainShape
 from recemb_kernels.update import Kind
 from tests.kernels.triton import test_pooled_gather, test_robe_gather, test_tt_gather
-from tests.kernels.triton.harness import make_batch, make_updates, run, upstream
+from tests.kernels.triton.harness import assert_near, make_batch, make_updates, run, upstream
 from tests.kernels.triton.launch_keys import Compiled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
@@ -99,6 +99,21 @@ def test_launches_do_not_depend_on_the_number_of_tables(op: str, kind: Kind | No
     )
     assert three == one
     assert two.total() > one.total()
+
+
+def test_projections_gradients_of_long_batches_are_a_product_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, shape, _ = CASES["project"]
+    tables = test_pooled_gather._tables([shape(k) for k in range(3)])
+    batch = make_batch(tables, 6, 3)
+    parameters, grad = tables.parameters(), upstream(tables, batch)
+    for most, products in ((6, (3, 0)), (5, (2, 3))):
+        monkeypatch.setattr(batched, "_BATCHED_SAMPLES", most)
+        with Torch() as of_torch:
+            run(tables.triton(), parameters, batch, grad)
+        assert (of_torch.counted["bmm"], of_torch.counted["mm"]) == products
+        assert_near(tables, batch)
 
 
 def test_slices_and_turns_compile_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
