@@ -100,6 +100,8 @@ def shipped() -> list[Configuration]:
     for shape in (_shape((2, 2, 4, 4), 24), _shape((2, 2, 2, 2), 4), _shape((8, 16), 24)):
         own = [c for c in of_shape(shape, torch.float32) if "back" in c.note or "children" in c.kernel]
         found += [replace(c, listed=False) for c in own]
+    long = [c for c in of_shape(_shape((1, 3), 128), torch.float32) if c.kernel == "tt_gather.multiply"]
+    found += [replace(c, listed=False) for c in long]
     once: dict[tuple[object, ...], Configuration] = {}
     for c in found:
         values = (repr(dict(part)) for part in (c.signature, c.constants))

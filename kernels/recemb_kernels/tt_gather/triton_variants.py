@@ -35,11 +35,14 @@ def multiply_variants(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ..
     """Warps and pipeline stages of ``multiply`` that are tried at the first product of each shape.
 
     Triton pipelines the operands of ``tl.dot`` alone. Plain tiles are narrow, and each warp more repeats the
-    addresses: one is the fastest (kernels/README.md), but beyond K = 32 it spills. In exact products with a
-    slice's transpose a third stage spills, and four warps are faster than eight.
+    addresses: one is the fastest (kernels/README.md), but beyond K = 32 it spills, and beyond 64 two do where
+    rows of 3, 5 or 7 columns are loaded one by one. In exact products with a slice's transpose a third stage
+    spills, and four warps are faster than eight.
     """
     if not constants["DOT"]:
-        return (SHORT,) if constants["K"] <= 32 else (LONG,)
+        if constants["K"] <= 32:
+            return (SHORT,)
+        return (BACK,) if constants["K"] > 64 and constants["N"] in (3, 5, 7) else (LONG,)
     if constants["FORWARD"] or constants["PRECISION"] != "ieee":
         return _DOT
     # Whole loads of 16 bytes that end within the second tile: on sm_80 four warps spill.
