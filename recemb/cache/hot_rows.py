@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recemb.backends.dense import DenseBackend
 from recemb.cache.before_step import BeforeStep
-from recemb.cache.layout import num_candidates
+from recemb.cache.layout import NEVER, num_candidates, tried_at
 from recemb.cache.loading import MARKS, misfit_of_state, policy_misfit
 from recemb.cache.metrics import CacheMetrics
 from recemb.cache.tracker import add, buckets_of, see, times_seen, vote
@@ -27,6 +27,8 @@ _FLOATS = ("scores", "votes", "errors")
 # 2 exchanges 0.4 of what 1 does, of 5 % 0.5-0.8, for hit rates within half a point. Of ``lru`` the later one
 # is the hotter.
 _HOTTER: dict[CachePolicy, float] = {"lfu": 2.0, "lru": 1.0, "importance": 2.0}
+# A cache that nothing has been counted for is tried again once that has lasted longer by a part of this size.
+_LATER = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +129,8 @@ class HotRowCache(DenseBackend):
         """Forget everything: no row is cached and no step has been taken."""
         for buffer in (self.counts, self.errors, self.steps, self.weight):
             buffer.zero_()
-        for buffer in (self.ids, self.refreshed):
-            buffer.fill_(-1)
+        self.ids.fill_(-1)
+        self.refreshed.fill_(NEVER)
         self._count_anew()
 
     def _load_from_state_dict(
@@ -179,10 +181,15 @@ class HotRowCache(DenseBackend):
     @property
     def due(self) -> bool:
         """Whether rows should be exchanged before the next training step."""
-        steps, last = self.host_value("steps"), self.host_value("refreshed")
-        if last < 0:
-            return steps >= self.settings.first_refresh
-        return steps - last >= self.settings.refresh_every
+        hot, steps, last = self.settings, self.host_value("steps"), self.host_value("refreshed")
+        if last >= 0:
+            return steps - last >= hot.refresh_every
+        if last == NEVER:
+            return steps >= hot.first_refresh
+        tried = tried_at(last)
+        # Soon at first, and then ever more rarely: a table may see no id for long.
+        waits = max(hot.track_every, (tried - hot.first_refresh) // _LATER)
+        return steps - tried >= min(hot.refresh_every, waits)
 
     @property
     def tracks(self) -> bool:
@@ -270,7 +277,8 @@ class HotRowCache(DenseBackend):
     def settle(self, exchange: Exchange, evicted: Tensor, scores: Tensor) -> None:
         """What is left to do after an exchange: counters, and counts decay.
 
-        The first one is still to come where it has found nothing to hold, as nothing has been counted yet.
+        The first one is still to come where it has found nothing to hold, as nothing has been counted yet;
+        that it has been tried is noted.
 
         Args:
             exchange: what has been exchanged.
@@ -278,7 +286,9 @@ class HotRowCache(DenseBackend):
             scores: [E] how hot they were.
         """
         self.before_step.forget()
+        now = self.host_value("steps")
         if self.host_value("refreshed") < 0 and not exchange.ids.numel():
+            self._note_refreshed(tried_at(now))
             return
         gone = torch.isin(self.owners, exchange.ids)
         self.owners.masked_fill_(gone, -1)
@@ -292,9 +302,11 @@ class HotRowCache(DenseBackend):
         self.owners[-1] = MARKS[self.settings.policy]
         moved = torch.tensor([exchange.ids.numel(), evicted.numel()], device=self.counts.device)
         self.counts[2:] += moved
-        now = self.host_value("steps")
-        self.refreshed.fill_(now)
-        self.remember("refreshed", now)
+        self._note_refreshed(now)
+
+    def _note_refreshed(self, value: int) -> None:
+        self.refreshed.fill_(value)
+        self.remember("refreshed", value)
 
     def metrics(self) -> CacheMetrics:
         """The figures so far, read from the device."""

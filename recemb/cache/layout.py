@@ -7,6 +7,7 @@
     steps   [1] int64     training steps so far                   refreshed [1] int64, at the last exchange
     counts  [4] int64     look-ups, hits, promotions, evictions   errors [2] float32, of write-backs
 
+``refreshed`` is below 0 before a row has entered: ``NEVER``, or when that was tried (:func:`tried_at`).
 The last owner says whose policy's counters these are, -1 in a state from before that was noted.
 
 None is a scalar: torch cannot gather a ``ShardedTensor`` without dimensions.
@@ -20,6 +21,7 @@ from recemb.spec import TableSpec
 CANDIDATES_PER_ROW = 2
 # So that a cache of a few rows sees further than its own size.
 LEAST_CANDIDATES = 32
+NEVER = -1
 # steps, refreshed, counts, errors.
 _FIXED_BYTES = 8 + 8 + 4 * 8 + 2 * 4
 
@@ -28,6 +30,11 @@ def num_candidates(table: TableSpec) -> int:
     """K, how many ids outside the cache are watched."""
     wanted = max(LEAST_CANDIDATES, CANDIDATES_PER_ROW * table.cache_rows)
     return min(table.num_embeddings, wanted)
+
+
+def tried_at(steps: int) -> int:
+    """What ``refreshed`` is once a first exchange after ``steps`` has found nothing counted, and back."""
+    return NEVER - 1 - steps
 
 
 def buffer_bytes(table: TableSpec) -> int:

@@ -18,15 +18,19 @@ class CountModel:
 
     def __init__(self, capacity: int, hot: HotRows, rows: int) -> None:
         self.hot, self.rows, self.steps, self.last = hot, rows, 0, -1
+        self.tried: int | None = None
         self.slots: list[int | None] = [None] * capacity
         self.inside: dict[int, float] = {}
         self.outside: dict[int, float] = {}
 
     @property
     def due(self) -> bool:
-        if self.last < 0:
+        if self.last >= 0:
+            return self.steps - self.last >= self.hot.refresh_every
+        if self.tried is None:
             return self.steps >= self.hot.first_refresh
-        return self.steps - self.last >= self.hot.refresh_every
+        waited = max(self.hot.track_every, (self.tried - self.hot.first_refresh) // 16)
+        return self.steps - self.tried >= min(self.hot.refresh_every, waited)
 
     def refresh(self) -> tuple[list[int], list[int]]:
         """Exchange rows; the ids that leave and those that enter."""
@@ -57,7 +61,10 @@ class CountModel:
                 for i in side:
                     side[i] *= self.hot.decay
         # Until there is something to hold, the first exchange is still to come.
-        self.last = self.steps if self.last >= 0 or entering else -1
+        if self.last >= 0 or entering:
+            self.last = self.steps
+        else:
+            self.tried = self.steps
         return leaving, entering
 
     def see(self, ids: list[int]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from recemb.cache.hot_rows import Exchange, HotRowCache
 from recemb.spec import HotRows, TensorTrain
 from tests.cache.cases import Collection, hold, one_id_bags, spec
 
 
 def cache_of_two(policy: Any = "lfu", **settings: Any) -> Collection:
     torch.manual_seed(0)
-    hot = HotRows(rows=2, policy=policy, track_every=1, **settings)
+    hot = HotRows(rows=2, policy=policy, **{"track_every": 1} | settings)
     return Collection([spec(TensorTrain(rank=4, cache=hot), 40)])
 
 
@@ -68,3 +71,26 @@ def test_a_cache_is_filled_once_ids_have_been_counted(policy: str, warmup: int, 
     assert held == [*(set(),) * (empty + 1), {4, 9}, {4, 9}]
     assert cache.metrics().hit_rate == 1
     assert cache.metrics().lookups == 6
+
+
+@pytest.mark.parametrize("late", [5, 100, 1000])
+def test_a_table_that_no_id_is_looked_up_in_is_rarely_tried(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as ids are counted at first, later when it has lasted a 16th longer; then it is filled."""
+    collection = cache_of_two(warmup=1, refresh_every=1000, track_every=4)
+    cache, tried, choose = collection.cache(), [], HotRowCache.choose
+
+    def counted(self: HotRowCache) -> Exchange:
+        tried.append(self.host_value("steps"))
+        return choose(self)
+
+    monkeypatch.setattr(HotRowCache, "choose", counted)
+    for ids in [*([],) * late, *([4, 9],) * (4 + max(4, late // 16))]:
+        collection(one_id_bags(ids)).sum().backward()
+        collection.zero_grad()
+    assert {i for i in cache.ids.tolist() if i >= 0} == {4, 9}
+    waits = [after - before for before, after in itertools.pairwise(tried)]
+    assert all(wait == max(4, (at - 1) // 16) for at, wait in zip(tried, waits, strict=False))
+    assert tried[0] == 1
+    assert len(tried) <= 18 + 20 * math.log(1 + late / 64)
