@@ -71,10 +71,12 @@ def collection(
     return made.to(device)
 
 
-def features(seed: int, batch: int = BATCH, weighted: bool = False, rows: int = 5000) -> KeyedJaggedTensor:
+def features(
+    seed: int, batch: int = BATCH, weighted: bool = False, rows: int = 5000, shift: int = 0
+) -> KeyedJaggedTensor:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 5, (len(METHODS) * batch,), generator=generator)
-    values = (torch.rand(int(lengths.sum()), generator=generator) ** 2 * rows).long()
+    values = (torch.rand(int(lengths.sum()), generator=generator) ** 2 * rows).long().add(shift) % rows
     weights = torch.rand(values.numel(), generator=generator) if weighted else None
     return KeyedJaggedTensor(keys=list(METHODS), values=values, lengths=lengths, weights=weights)
 
@@ -170,7 +172,7 @@ def test_several_micro_batches(micro_batch_rows: int) -> None:
 @pytest.mark.parametrize("policy", ["lfu", "lru", "importance"])
 def test_cached_rows(policy: str) -> None:
     torch.manual_seed(0)
-    hot = HotRows(rows=100, policy=policy, refresh_every=2, warmup=1)
+    hot = HotRows(rows=100, policy=policy, refresh_every=2, warmup=1, decay=0.25, track_every=1)
     tables = [
         EmbeddingBagConfig(
             name="t_tt",
@@ -185,7 +187,8 @@ def test_cached_rows(policy: str) -> None:
     for module in (cpu, gpu):
         apply_optimizer_in_backward(torch.optim.Adagrad, module.parameters(), {"lr": 0.1})
     for seed in range(6):
-        kjt = features(seed)
+        # Other rows are hot from the fourth batch on.
+        kjt = features(seed, shift=2500 * (seed > 2))
         ours, theirs = gpu(kjt.to("cuda")).values(), cpu(kjt).values()
         # Adagrad's first step divides a gradient by its own size: one near rounding may point anywhere, and
         # the least squares of a write-back carry that into the rows beside it.
@@ -196,10 +199,16 @@ def test_cached_rows(policy: str) -> None:
             assert torch.equal(*held)
         loss_of(ours).backward()
         loss_of(theirs).backward()
-    assert cpu.cache_metrics()["t_tt"].promotions > 0
-    assert gpu.cache_metrics()["t_tt"].hit_rate == pytest.approx(
-        cpu.cache_metrics()["t_tt"].hit_rate, abs=0.02
-    )
+    own, other = (module.cache_metrics()["t_tt"] for module in (gpu, cpu))
+    assert other.promotions > 100
+    assert own.promotions == pytest.approx(other.promotions, rel=0.05)
+    assert other.evictions > 10
+    assert own.evictions == pytest.approx(other.evictions, rel=0.05)
+    assert own.lookups == other.lookups > 0
+    assert own.hit_rate == pytest.approx(other.hit_rate, abs=0.02)
+    assert own.hit_rate > 0
+    assert own.write_back_error == pytest.approx(other.write_back_error, rel=0.05)
+    assert 0 < own.write_back_error < 0.99
 
 
 def trained(gpu: EmbeddingBagCollection, given: Sequence[KeyedJaggedTensor], ahead: bool) -> list[Tensor]:
