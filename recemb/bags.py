@@ -72,6 +72,13 @@ class Bags:
     @cached_property
     def feature_bounds(self) -> list[int]:
         """F + 1 positions: the ids of feature f are ``ids[bounds[f] : bounds[f + 1]]``."""
+        return self.find_bounds()
+
+    def find_bounds(self) -> list[int]:
+        """``feature_bounds`` worked out without a lock, for a thread beside.
+
+        In Python 3.11 all batches share the property's, and a forked child would wait for one that is held.
+        """
         positions = torch.arange(self.num_features + 1, device=self.offsets.device) * self.batch_size
         bounds: list[int] = self.offsets[positions].tolist()
         return bounds
@@ -80,8 +87,7 @@ class Bags:
         """The bags of some features, in the order given; no copy when they are neighbours."""
         if list(features) == list(range(self.num_features)):
             return self
-        runs = _runs(features)
-        parts = [self._run(first, last) for first, last in runs]
+        parts = [self._run(first, last) for first, last in runs_of(features)]
         if len(parts) == 1:
             return parts[0]
         offsets, base = [parts[0].offsets[:1]], 0
@@ -318,7 +324,7 @@ def _where(bags: Bags, targets: Sequence[LookupTarget], position: int) -> str:
     )
 
 
-def _runs(features: Sequence[int]) -> list[tuple[int, int]]:
+def runs_of(features: Sequence[int]) -> list[tuple[int, int]]:
     """Split a list of features into maximal runs of consecutive ones, as (first, last)."""
     runs: list[tuple[int, int]] = []
     for feature in features:

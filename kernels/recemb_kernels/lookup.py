@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import compress
 from threading import Lock
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -254,13 +254,37 @@ def beside(run: Callable[[], _T]) -> Callable[[], _T]:
     Returns:
         What waits for its result.
     """
-    training = torch.is_grad_enabled()
+    return _Job(run)
 
-    def as_here() -> _T:
-        with torch.set_grad_enabled(training):
-            return run()
 
-    return _beside().submit(as_here).result
+class _Job(Generic[_T]):
+    """What the thread beside has been given to run; a call waits for its result.
+
+    A forked child has no such thread: what was done by the fork is there, and all else the child runs itself
+    when it asks for it. Of what that thread may have held then, a lock of its future's say, nothing is
+    touched.
+    """
+
+    def __init__(self, run: Callable[[], _T]) -> None:
+        self._run: Callable[[], _T] | None = run
+        self._made: list[_T] = []
+        self._training = torch.is_grad_enabled()
+        self._thread = _beside()
+        self._future = self._thread.submit(self._make)
+
+    def __call__(self) -> _T:
+        if not self._made:
+            if self._thread is _beside():
+                self._future.result()
+            else:
+                self._make()
+        return self._made[0]
+
+    def _make(self) -> None:
+        assert self._run is not None
+        with torch.set_grad_enabled(self._training):
+            self._made.append(self._run())
+        self._run = None  # it may hold what holds this
 
 
 @cache

@@ -22,7 +22,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from recemb.bags import Bags
+from recemb.bags import Bags, runs_of
 from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
@@ -195,6 +195,7 @@ class Streams:
         def split() -> Split:
             if splitter is None:
                 both = self._split_in_torch(keys, slots, bags)
+                both.feature_bounds = both.find_bounds()
             else:
                 both = self._split_natively(splitter, bags, threads)
             edges = both.feature_bounds
@@ -224,8 +225,8 @@ class Streams:
         return both
 
     def _split_in_torch(self, keys: Tensor, slots: Tensor, bags: Bags) -> Bags:
-        bounds, mask, ids = bags.feature_bounds, None, bags.ids
-        segments = self._segments
+        bounds, mask, ids = bags.find_bounds(), None, bags.ids
+        segments = runs_of(self.cached)
         parts = [ids[bounds[first] : bounds[last + 1]] for first, last in segments]
         wanted = parts[0] if len(parts) == 1 else torch.cat(parts)
         if len(self.firsts) > 1:
@@ -258,14 +259,6 @@ class Streams:
             num_features=bags.num_features + len(self.cached),
             weights=None if weights is None else torch.cat([weights[mask], weights[miss]]),
         )
-
-    @cached_property
-    def _segments(self) -> list[tuple[int, int]]:
-        """Runs of neighbouring cached features, as (first, last)."""
-        runs: list[tuple[int, int]] = []
-        for f in self.cached:
-            runs = [*runs[:-1], (runs[-1][0], f)] if runs and runs[-1][1] == f - 1 else [*runs, (f, f)]
-        return runs
 
     def _index(self, caches: Sequence[HotRowCache]) -> tuple[Tensor, Tensor]:
         """Sorted keys of all cached rows, ending with one that no id has, and their slots.

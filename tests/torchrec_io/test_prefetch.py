@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from threading import current_thread
+from threading import Event, current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,11 +27,14 @@ from recemb import (
     QuotientRemainder,
     TensorTrain,
 )
+from recemb.bags import Bags
 from recemb.errors import BatchError, ConfigError
 from recemb.torchrec_io.kjt import state_of
+from recemb_kernels import lookup
 from recemb_kernels.cache_split import Splitter
 from recemb_kernels.digit_tree.group import Group
 from recemb_kernels.lookup import Ahead
+from tests.processes import fork, status_of
 
 ROWS = 3000
 HOT = HotRows(rows=40, refresh_every=3, warmup=1)
@@ -145,6 +149,73 @@ def test_a_thread_beside_prepares_what_is_used(methods: str, monkeypatch: pytest
     ebc(given[0])
     assert len(plans) == 2
     assert seen == 2 * once + (["Splitter in MainThread"] if methods == "cached" else [])
+
+
+BUSY: list[tuple[str, type, str]] = [
+    ("plain", Group, "prepare"),
+    ("cached", Group, "prepare"),
+    ("cached", Splitter, "__call__"),
+    ("cached", Bags, "find_bounds"),
+]
+
+
+@pytest.mark.parametrize(("methods", "owner", "name"), BUSY, ids=[f"{m}-{n}" for m, _, n in BUSY])
+def test_a_child_prepares_anew_what_its_fork_has_cut_short(
+    methods: str, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch that a thread is busy with, the one that waits behind it, and one that comes after both."""
+    if owner is Bags:
+        monkeypatch.setattr(Splitter, "of", lambda *args: None)  # split by torch
+    ebc, given = make(methods), batches(methods, 3)
+    train(ebc, batches(methods, 3), 0)
+    monkeypatch.setattr(ebc, "forward", torch.no_grad()(ebc.forward))  # no more rows are exchanged
+    expected = [ebc(features).values() for features in given]
+    busy, go_on, real = Event(), Event(), getattr(owner, name)
+
+    def slow(self: Any, *args: Any) -> Any:
+        if current_thread() is not main_thread():
+            busy.set()
+            go_on.wait()
+        return real(self, *args)
+
+    def look_up() -> None:
+        found = [ebc(features).values() for features in given]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def work() -> None:
+        signal.alarm(30)
+        torch.set_num_threads(1)  # of the parent's OpenMP threads there are none here
+        look_up()
+        go_on.set()
+        ebc.prefetch(given[0])
+        ebc(given[0])
+
+    monkeypatch.setattr(owner, name, slow)
+    for features in given[:2]:
+        ebc.prefetch(features)
+    assert busy.wait(30)
+    child = fork(work)
+    try:
+        assert status_of(child) == 0
+    finally:
+        go_on.set()
+    look_up()
+
+
+@torch.no_grad()
+def test_a_child_finds_what_was_done_before_its_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    ebc, (features,) = make("cached"), batches("cached", 1)
+    expected = ebc(features).values()
+    ebc.prefetch(features)
+    lookup._beside().submit(int).result()  # behind what prepares the batch
+
+    def work() -> None:
+        signal.alarm(30)
+        torch.set_num_threads(1)
+        Group.prepare = Splitter.__call__ = None  # type: ignore[assignment, method-assign]
+        assert torch.equal(ebc(features).values(), expected)
+
+    assert status_of(fork(work)) == 0
 
 
 def test_a_bad_batch_is_named_when_it_is_prepared() -> None:
