@@ -53,14 +53,14 @@ class BeforeStep:
         """Keep nothing."""
         self._seen = []
 
-    def pending(self) -> bool:
-        """Whether one of them has a gradient, and none has moved; reads from the device."""
-        held = False
+    def pending(self) -> list[nn.Parameter]:
+        """Those that have a gradient, unless one such has moved; reads from the device."""
+        held = []
         for parameter, version, values in self._seen:
             if parameter.grad is None or stepping(parameter) or not bool(parameter.grad.any()):
                 continue
             same = parameter._version == version if values is None else torch.equal(parameter, values)
             if not same:
-                return False
-            held = True
+                return []
+            held.append(parameter)
         return held

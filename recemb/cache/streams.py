@@ -13,21 +13,20 @@ n_c / n times that of its cold part. Where all are cached, both are a plain tabl
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recemb.bags import Bags, runs_of
 from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.kept_back import KeptBack
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
 from recemb.cache.split import Split, SplitAhead
-from recemb.optim.attached import stepping
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
 from recemb_kernels.cache_split import Splitter
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
 
 # Above every id plus its table's base.
 NO_KEY = torch.iinfo(torch.int64).max
-# An exchange that is kept back over as many times ``refresh_every`` steps will not come by itself. A period
-# counts as so many steps at least: a pipeline may hold a few.
-_MANY_TIMES, _FEW = 4, 16
 
 
 class Streams:
@@ -72,10 +68,7 @@ class Streams:
         self._open: list[ref[Token]] = []
         # Whether an exchange is due since a look-up within a backward.
         self._put_off = False
-        # Steps after which one was due, and at the next look-up another's graph had still to go backward; and
-        # by what the last of them is told from the next.
-        self._kept_back = 0
-        self._kept_at: list[int | None] | None = None
+        self._kept_back = KeptBack()
         # Graphs that have gone backward.
         self.backwards = 0
         # The backward that the last graph of a forward outside of any has gone through.
@@ -87,8 +80,7 @@ class Streams:
             "_keys": None,
             "_splitter": None,
             "_open": [],
-            "_kept_back": 0,
-            "_kept_at": None,
+            "_kept_back": KeptBack(),
             "left_in": -1,
         }
 
@@ -131,29 +123,20 @@ class Streams:
             return False
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not is_frozen(backend)]
-        if due and not self._waiting(caches):
+        if not due:
+            return training
+        self._open = [token for token in self._open if token() is not None]
+        waiting = [] if self._open else self._unstepped(caches)
+        if not self._open and not waiting:
             self._put_off = backward_under_way() != -1
             if not self._put_off:
                 refresh(due)
-                self._kept_back, self._kept_at = 0, None
-        elif due and self._open and training:
-            self._count_kept_back(due)
+                self._kept_back.over()
+        elif training and self._open:
+            self._kept_back.by_graphs(due, self.backwards)
+        elif training:
+            self._kept_back.by_gradients(due, backends, waiting)
         return training
-
-    def _count_kept_back(self, due: Sequence[Backend]) -> None:
-        """Warn where an optimizer has stepped many times, each time before a graph had gone backward.
-
-        However many look-ups a step has, rows can be exchanged after it. Of torch's fused optimizers, which
-        do not raise the version of what they write to, nothing is seen.
-        """
-        held = [p for b in due for p in (cache_of(b).weight, *b.own_parameters().values())]
-        at = [self.backwards if stepping(p) else version_of(p) for p in held]
-        before, self._kept_at = self._kept_at, at
-        if before is None or before == at:
-            return
-        self._kept_back += 1
-        if self._kept_back == _MANY_TIMES * max(_FEW, *(cache_of(b).settings.refresh_every for b in due)):
-            _warn_of_waiting(due[0])
 
     def _repeats(self) -> bool:
         """Whether a look-up is the repeat of one whose graph counts as a step already."""
@@ -163,9 +146,9 @@ class Streams:
         held = (token() for token in self._open)
         return task == self.left_in or any(token is not None and token.task == -1 for token in held)
 
-    def _waiting(self, caches: Sequence[HotRowCache]) -> bool:
-        self._open = [token for token in self._open if token() is not None]
-        return bool(self._open) or any(cache.before_step.pending() for cache in caches)
+    def _unstepped(self, caches: Sequence[HotRowCache]) -> list[nn.Parameter]:
+        """Parameters of the first table that has gradients no optimizer has stepped on."""
+        return next(filter(None, (cache.before_step.pending() for cache in caches)), [])
 
     def split(self, tables: Sequence[Backend], bags: Bags) -> Split:
         """Send every position to one of the two streams.
@@ -383,17 +366,6 @@ class Streams:
             else:
                 joined.append(piece)
         return joined
-
-
-def _warn_of_waiting(table: Backend) -> None:
-    warnings.warn(
-        f"table {table.table.name!r}: its cached rows are due to be exchanged (refresh_every="
-        f"{cache_of(table).settings.refresh_every}) and cannot be: after each of many steps the output of an "
-        "earlier look-up, which has found its rows in the cache, had still to go backward. Call backward() "
-        "before the next look-up, and prefetch(features) to prepare a batch ahead of that; look up under "
-        "torch.no_grad() what is not to go backward",
-        stacklevel=6,
-    )
 
 
 def replace_by_rows(table: TableSpec) -> TableSpec:

@@ -298,6 +298,53 @@ def test_gradients_that_wait_for_a_step_are_no_reason_to_warn() -> None:
     assert collection.cache().due
 
 
+@pytest.mark.parametrize(
+    ("every", "how", "first"), [(1, "outside", 64), (20, "outside", 80), (1, "fused", 16 * 64)]
+)
+def test_a_cache_that_no_optimizer_was_given_is_told_of_once(every: int, how: str, first: int) -> None:
+    """The parameters beside it are stepped, outside or in the backward, and its gradients wait for ever."""
+    cache = HotRows(rows=2, warmup=1, refresh_every=every, track_every=1)
+    collection = made(QuotientRemainder(collisions=6, operation="add", cache=cache))
+    own = list(collection.backend().own_parameters().values())
+    optimizer = torch.optim.SGD(own, 1e-6)
+    if how == "fused":
+        apply_optimizer_in_backward(torch.optim.SGD, own, {"lr": 1e-6})
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            collection(one_id_bags([1, 2, 3])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The first row is cached at the second look-up, and its gradient there is waited for ever after.
+        train(every + first)
+    assert collection.cache().exchanges == 1
+    said = rf"'t': .*refresh_every={every}\) and cannot be: .* gradients of t\.cache\.weight, .*Give an opt"
+    with pytest.warns(UserWarning, match=said) as told:
+        train(20)
+    assert len(told) == 1
+    assert collection.cache().exchanges == 1
+
+
+@pytest.mark.parametrize("how", ["outside", "fused"])
+def test_long_accumulations_that_are_stepped_on_are_no_reason_to_warn(how: str) -> None:
+    collection = made(QuotientRemainder(collisions=6, operation="add", cache=EACH_STEP))
+    optimizer = torch.optim.SGD(collection.parameters(), 1e-6)
+    if how == "fused":
+        own = collection.backend().own_parameters().values()
+        apply_optimizer_in_backward(torch.optim.SGD, own, {"lr": 1e-6})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 1201):
+            collection(one_id_bags([1, 2, 3, 4])).sum().backward()
+            if step % 400 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert collection.cache().refreshed == 800
+
+
 def test_look_ups_without_gradients_are_no_reason_to_warn() -> None:
     """Not even where the exchange has been put off from within a backward to any look-up after it."""
     collection = made(TensorTrain(rank=4, cache=EACH_STEP))
