@@ -110,11 +110,12 @@ class Step:
             RecembError: rows have been exchanged since the forward.
         """
         if self.exchanges != [cache.exchanges for cache in self.caches]:
-            why = (
-                "has gone backward once already (retain_graph=True)"
-                if self.held
-                else "was made in eval(), where it does not hold them"
-            )
+            if not self.held:
+                why = "was made in eval(), where it does not hold them"
+            elif self.token is None:
+                why = "has gone backward once already (retain_graph=True)"
+            else:
+                why = "has not gone backward yet: another thread has trained these tables, and only one may"
             raise RecembError(
                 f"the cached rows have been exchanged since the forward of this graph, which {why}; run the "
                 "forward again"

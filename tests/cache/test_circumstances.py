@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from recemb.bags import Bags
 from recemb.cache.hot_rows import HotRowCache
+from recemb.errors import RecembError
 from recemb.spec import HotRows, MixedDimension, QuotientRemainder, TensorTrain
-from tests.cache.cases import METHODS, Collection, forever, one_id_bags, spec
+from tests.cache.cases import METHODS, Collection, forever, hold, one_id_bags, spec
 
 EACH_STEP = HotRows(rows=2, warmup=1, refresh_every=1, track_every=1)
 
@@ -343,6 +345,19 @@ def test_long_accumulations_that_are_stepped_on_are_no_reason_to_warn(how: str) 
                 optimizer.step()
                 optimizer.zero_grad()
     assert collection.cache().refreshed == 800
+
+
+def test_a_graph_whose_rows_another_thread_has_exchanged_says_so() -> None:
+    collection = made(TensorTrain(rank=4, cache=EACH_STEP))
+    collection(one_id_bags([1, 2])).sum().backward()
+    out = collection(one_id_bags([1, 2])).sum()
+    other = Thread(target=hold, args=(collection, [3, 4]))
+    other.start()
+    other.join()
+    with pytest.raises(
+        RecembError, match=r"exchanged since the forward.*not gone backward yet: another thread"
+    ):
+        out.backward()
 
 
 def test_look_ups_without_gradients_are_no_reason_to_warn() -> None:
