@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from recemb.errors import ConfigError
 
@@ -434,12 +434,12 @@ def is_int(value: object) -> bool:
 def _plain(settings: object, *names: str) -> None:
     """Store numpy's numbers, which overflow where Python's do not, as Python's; frozen settings too."""
     for name in names:
-        object.__setattr__(settings, name, _as_python(getattr(settings, name)))
+        object.__setattr__(settings, name, as_python(getattr(settings, name)))
 
 
-def _as_python(value: object) -> object:
+def as_python(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(map(_as_python, value))
+        return tuple(map(as_python, value))
     if isinstance(value, Real) and not isinstance(value, bool):
         return int(value) if isinstance(value, Integral) else float(value)
     return value

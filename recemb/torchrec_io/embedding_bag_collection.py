@@ -21,7 +21,7 @@ from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.metrics import CacheMetrics
 from recemb.engine import Engine
 from recemb.errors import ConfigError
-from recemb.spec import TableSpec, is_int
+from recemb.spec import TableSpec, as_python, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
@@ -81,6 +81,7 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         device: torch.device | str | None = None,
         micro_batch_rows: int | None = None,
     ) -> None:
+        micro_batch_rows = as_python(micro_batch_rows)
         if micro_batch_rows is not None and not (is_int(micro_batch_rows) and micro_batch_rows >= 1):
             raise ConfigError(f"micro_batch_rows={micro_batch_rows!r} must be an int >= 1, e.g. 8192")
         if micro_batch_rows is not None and micro_batch_rows >= 2**31:

@@ -11,6 +11,7 @@ from threading import Event, current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchrec
@@ -291,7 +292,12 @@ def test_micro_batches_train_alike(rows: int, methods: str) -> None:
         assert cache.metrics().evictions > 0
 
 
-@pytest.mark.parametrize("rows", [0, -1, 2.5, 8192.0, True, "a", [1]])
+def test_micro_batch_rows_may_be_numpys() -> None:
+    rows = make("plain", micro_batch_rows=np.int64(16)).micro_batch_rows  # type: ignore[arg-type]
+    assert (rows, type(rows)) == (16, int)
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.5, 8192.0, True, np.True_, "a", [1]])
 def test_micro_batch_rows_must_be_a_positive_int(rows: Any) -> None:
     message = re.escape(f"micro_batch_rows={rows!r} must be an int >= 1, e.g. 8192")
     with pytest.raises(ConfigError, match=message):
