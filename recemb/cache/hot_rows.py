@@ -178,6 +178,10 @@ class HotRowCache(DenseBackend):
             self._known[name] = (tensor, version, value)
         return value
 
+    def read_again(self) -> None:
+        """Forget what ``steps`` and ``refreshed`` were: they have been written to, and do not count that."""
+        self._known.clear()
+
     @property
     def due(self) -> bool:
         """Whether rows should be exchanged before the next training step."""

@@ -26,6 +26,7 @@ from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.kept_back import KeptBack
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
+from recemb.cache.replicas import Replicas
 from recemb.cache.split import Split, SplitAhead
 from recemb.optim.state import version_of
 from recemb.spec import Dense, TableSpec
@@ -104,9 +105,10 @@ class Streams:
         """Exchange rows where that is due; whether this is a training step.
 
         Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
-        has stepped on yet: those belong to the rows as they are. It is made up for afterwards. A frozen table
-        stays as it is: where its cached rows, or parameters that they would be written to, take no gradient.
-        One in ``eval()`` is not counted either, whatever the others are in.
+        has stepped on yet: those belong to the rows as they are. It is made up for afterwards. All replicas
+        exchange rows, or none. A frozen table stays as it is: where its cached rows, or parameters that they
+        would be written to, take no gradient. One in ``eval()`` is not counted either, whatever the others
+        are in.
 
         A look-up within a backward repeats that of a checkpointed forward (``torch.utils.checkpoint``), and
         must find its rows. A reentrant one's forward keeps no graph and is no training step: the repeat is,
@@ -121,20 +123,25 @@ class Streams:
         training = torch.is_grad_enabled()
         if not (any(cache.training for cache in caches) and (training or self._put_off)):
             return False
+        replicas = Replicas.of(caches[0].ids)
+        if replicas is not None and replicas.are_synced:
+            for cache in caches:
+                cache.read_again()
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not is_frozen(backend)]
         if not due:
             return training
         self._open = [token for token in self._open if token() is not None]
         waiting = [] if self._open else self._unstepped(caches)
-        if not self._open and not waiting:
+        waits = bool(self._open or waiting)
+        if not waits if replicas is None else replicas.all_may(waits, caches[0].ids.device):
             self._put_off = backward_under_way() != -1
             if not self._put_off:
                 refresh(due)
                 self._kept_back.over()
         elif training and self._open:
             self._kept_back.by_graphs(due, self.backwards)
-        elif training:
+        elif training and waiting:
             self._kept_back.by_gradients(due, backends, waiting)
         return training
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from recemb.backends.base import Backend
 from recemb.cache.refresh import is_frozen
+from recemb.cache.replicas import ddp_around
 from recemb.errors import ConfigError
 
 
@@ -26,8 +26,7 @@ def warn_of_replication(collection: nn.Module) -> bool:
     Returns:
         whether the question is settled.
     """
-    # torch leaves this one untyped.
-    around = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    around = ddp_around()
     if around is None:
         return False
     left = getattr(around.module, "_ddp_params_and_buffers_to_ignore", None)
@@ -64,8 +63,7 @@ def refuse_to_drift(tables: Sequence[Backend]) -> None:
     Raises:
         ConfigError: one that trains is on several ranks, and buffers are not broadcast. Nothing has changed.
     """
-    # torch leaves this one untyped.
-    around = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    around = ddp_around()
     if around is None or around.broadcast_buffers:
         return
     training = [table for table in tables if not is_frozen(table)]

@@ -297,15 +297,45 @@ def left_whole(rank: int) -> Found:
                 optimizer.step()
         except ConfigError as error:
             message = str(error)
-        apart = 0.0
-        for table in CACHED:
-            mine = own.ebc.to_dense(table)
-            first = mine.clone()
-            dist.broadcast(first, 0)
-            apart = max(apart, float((mine - first).abs().max()))
         moved = {key for key, value in own.state_dict().items() if not torch.equal(value, start[key])}
         filled = min(cache.cached_rows for cache in own.ebc.cache_metrics().values())
-        found[name] = {"message": message, "apart": apart, "moved": sorted(moved), "filled": filled}
+        found[name] = {"message": message, "apart": apart(own), "moved": sorted(moved), "filled": filled}
+    return found
+
+
+def apart(own: Model) -> float:
+    """How far this rank's tables are from the first one's."""
+    tables = torch.stack([own.ebc.to_dense(table).sum(1) for table in CACHED])
+    first = tables.clone()
+    dist.broadcast(first, 0)
+    return float((tables - first).abs().max())
+
+
+def kept_back(rank: int) -> Found:
+    """Replicas of which one alone has to wait with an exchange, or has looked up more than the other."""
+    case = CachedCase("lru", "sum", None)
+    found: Found = {}
+    for name in ("kept", "no gradient", "more"):
+        own = Model(collection(case))
+        model = DistributedDataParallel(own)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        exchanged: list[int] = []
+        graph: Tensor | None = None
+        for at in range(2 * STEPS):
+            features = batch(10 * at + rank, case)
+            if name == "kept" and rank == 0:
+                # Beside the model, and not to go backward: rows are held while it is there.
+                graph = own(features)[0] if STEPS // 2 <= at < STEPS else None
+            with model.no_sync():
+                for _ in range(1 + (name == "more" and rank)) if name != "kept" else ():
+                    scale = float(name != "no gradient" or rank == at % 2)
+                    (model(features)[0] * scale).backward()
+            model(features)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            exchanged.append(own.ebc.hot_row_caches()["tt"].exchanges)
+        assert graph is None
+        found[name] = {"apart": apart(own), "exchanged": exchanged}
     return found
 
 
@@ -338,7 +368,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     }
     runs["frozen"] = lambda: parity(rank, CachedCase("lfu", "sum", "adagrad"), ("qr", "tt"))
     runs["accumulated"] = lambda: parity(rank, CachedCase("lfu", "sum", None), accumulate=3)
-    for run in (pipeline, left_whole, looking_up, variable, another_cache, gathered, fresh):
+    for run in (pipeline, left_whole, kept_back, looking_up, variable, another_cache, gathered, fresh):
         runs[run.__name__] = lambda run=run: run(rank)
     for kind in FORMATS:
         runs[kind] = lambda kind=kind: resharded(rank, kind, folder)

@@ -15,6 +15,7 @@ from tests.sharding.cached_cases import (
     CACHED,
     CASES,
     PLACES,
+    STEPS,
     TABLES,
     CachedCase,
     Model,
@@ -197,6 +198,17 @@ def test_ranks_that_would_drift_apart_are_refused(found: list[Found]) -> None:
             assert one[how]["message"] == ""
             assert one[how]["apart"] == 0
         assert one["broadcast"]["filled"] > 3
+
+
+def test_replicas_exchange_rows_together(found: list[Found]) -> None:
+    both = of_case(found, "kept_back")
+    for name in ("kept", "no gradient", "more"):
+        exchanged = [one[name]["exchanged"] for one in both]
+        assert exchanged[0] == exchanged[1]
+        assert exchanged[0][-1] > 4
+        assert [one[name]["apart"] for one in both] == [0, 0]
+    held = both[0]["kept"]["exchanged"][STEPS // 2 : STEPS]
+    assert len(set(held)) == 1
 
 
 def test_whole_weights_are_exact(found: list[Found]) -> None:
