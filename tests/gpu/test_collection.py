@@ -35,7 +35,9 @@ METHODS = {
     "wide": TensorTrain(rank=8, num_cores=2),
     "qr": QuotientRemainder(collisions=7),
     "robe": ROBE(compress_rate=10, block_size=8),
+    # Their products are one.
     "md": MixedDimension(dim=4),
+    "md too": MixedDimension(dim=4),
     "dense": Dense(),
 }
 # Of sizes that the others have none of: a train's compression, and the table's dim.
