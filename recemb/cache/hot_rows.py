@@ -20,6 +20,8 @@ from recemb.optim.state import version_of
 from recemb.spec import CachePolicy, Dense, HotRows, TableSpec
 from recemb_kernels.cache_split import Counters, count
 
+# Native code reads and writes them by pointer: integers are int64, floats float32; float64 is left to torch.
+_INTEGERS = ("ids", "owners", "steps", "refreshed", "counts")
 _FLOATS = ("scores", "votes", "errors")
 # How many times as hot as a cached row one outside has to be to take its place. At the edge of a cache most
 # rows are looked up about as often, and their counts differ by chance; each exchange costs what the row that
@@ -96,13 +98,7 @@ class HotRowCache(DenseBackend):
         self.before_step = BeforeStep()
         self._known: dict[str, tuple[Tensor, int, int]] = {}
         capacity, watched = table.cache_rows, num_candidates(table) + 1
-        integers = {
-            "ids": (capacity,),
-            "owners": (watched,),
-            "steps": (1,),
-            "refreshed": (1,),
-            "counts": (4,),
-        }
+        integers = dict(zip(_INTEGERS, ((capacity,), (watched,), (1,), (1,), (4,)), strict=True))
         floats = dict(zip(_FLOATS, ((capacity,), (watched,), (2,)), strict=True))
         for sizes, dtype in ((integers, torch.int64), (floats, torch.float32)):
             for name, shape in sizes.items():
@@ -115,12 +111,13 @@ class HotRowCache(DenseBackend):
         return super().__getstate__() | {"on_replace": [], "_known": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept: dict[str, Tensor] = {name: getattr(self, name) for name in _FLOATS}
+        kept: dict[str, Tensor] = {name: getattr(self, name) for name in (*_INTEGERS, *_FLOATS)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's
         for name, before in kept.items():
             after: Tensor = getattr(self, name)
-            if after.dtype in (torch.float16, torch.bfloat16):
-                # Whatever rows are stored in: float16 counts to 2,048.
+            stays = (torch.int64,) if name in _INTEGERS else (torch.float32, torch.float64)
+            if after.dtype not in stays:
+                # Whatever rows are stored in: float16 counts to 2,048, and an id is no float.
                 self._buffers[name] = before.to(after.device)
         return self
 

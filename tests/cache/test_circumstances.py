@@ -148,6 +148,19 @@ def test_counters_count_on_whatever_the_rows_are_stored_in(policy: Any, dtype: t
     assert bool(torch.isfinite(cache.scores).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ids_and_counts_stay_integers_whatever_the_module_is_converted_to(dtype: torch.dtype) -> None:
+    collection = made(QuotientRemainder(collisions=4, cache=HotRows(rows=2)))
+    hold(collection, [1, 7])
+    before = {name: value.clone() for name, value in collection.cache().named_buffers()}
+    collection.type(dtype)
+    assert collection.cache().weight.dtype == dtype
+    for name, value in collection.cache().named_buffers():
+        wide = torch.float64 if value.is_floating_point() and dtype is torch.float64 else before[name].dtype
+        assert value.dtype == wide, name
+        assert torch.equal(value, before[name].to(wide)), name
+
+
 def test_a_checkpointed_forward_finds_its_rows_again() -> None:
     """Reentrant: it keeps no graph, and is repeated within the backward."""
     hot = HotRows(rows=4, warmup=1, refresh_every=2, track_every=1, decay=0.3)

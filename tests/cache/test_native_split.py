@@ -22,7 +22,7 @@ from recemb.cache.streams import Split, Streams
 from recemb.spec import ROBE, Dense, HotRows, Pooling, QuotientRemainder, TableSpec
 from recemb_kernels import native
 from recemb_kernels.build import compiler
-from recemb_kernels.cache_split import Splitter
+from recemb_kernels.cache_split import Counters, Splitter, count, library
 from tests.cache.cases import METHODS, Collection, spec
 
 pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
@@ -174,6 +174,23 @@ def test_counts_are_those_of_torch(rows: int, batches: list[tuple[list[int], lis
         in_torch(lambda hit=hit, missed=missed, weights=weights: caches[1].observe(hit, missed, weights))
         for name in ("scores", "owners", "votes"):
             assert torch.equal(getattr(caches[0], name), getattr(caches[1], name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_other_types_are_not_read_by_pointer(dtype: torch.dtype) -> None:
+    whole = torch.arange(4)
+    of_other = whole.to(dtype)
+    assert Splitter.of(of_other, whole, [0]) is None
+    assert Splitter.of(whole, of_other, [0]) is None
+    splitter = Splitter(library(), whole, whole, [0])
+    for ids, offsets in ((of_other, whole), (whole, of_other)):
+        with pytest.raises(TypeError, match="must be int64"):
+            splitter(ids, offsets, 3, want_order=False)
+    for k in range(3):
+        owners, slots, misses = (of_other if j == k else whole for j in range(3))
+        counters = Counters(torch.zeros(4), owners, torch.zeros(4), 100)
+        assert not count(counters, slots, misses)
+        assert not bool(counters.scores.any() or counters.votes.any())
 
 
 @pytest.mark.parametrize("weighted", [False, True])

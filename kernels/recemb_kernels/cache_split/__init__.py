@@ -87,8 +87,10 @@ class Splitter:
 
     @staticmethod
     def of(keys: Tensor, slots: Tensor, bases: Sequence[int]) -> Splitter | None:
-        """A splitter, or ``None`` where there can be none: other devices, no compiler, torch.compile."""
+        """A splitter, or ``None`` where there can be none: other devices or types, no compiler, compiling."""
         if torch.compiler.is_compiling() or not keys.is_cpu or keys.numel() > _MOST:
+            return None
+        if not _are_int64(keys, slots) or keys.numel() != slots.numel():
             return None
         return attempt("cache_split", lambda: Splitter(library(), keys, slots, bases))
 
@@ -103,7 +105,12 @@ class Splitter:
             batch_size: B.
             want_order: whether to make ``Parts.order``, to bring other numbers of the batch into its order.
             threads: how many; torch's number when ``None``.
+
+        Raises:
+            TypeError: ids or offsets that are not int64.
         """
+        if not _are_int64(ids, offsets):
+            raise TypeError(f"ids and offsets must be int64, not {ids.dtype} and {offsets.dtype}")
         ids, offsets = ids.contiguous(), offsets.contiguous()
         features = self._template.num_features + self._num_cached
         bounds = (ctypes.c_int64 * (features + 1))()
@@ -161,6 +168,8 @@ def count(
         return False
     if not (slots.is_cpu and misses.is_cpu) or any(t.dtype is not torch.float32 for t in floats):
         return False
+    if not _are_int64(counters.owners, slots, misses):
+        return False
     compiled = attempt("cache_split", library)
     if compiled is None:
         return False
@@ -181,6 +190,11 @@ def count(
     )
     lacks: int = compiled.recemb_split_count(ctypes.addressof(call))
     return not lacks
+
+
+def _are_int64(*tensors: Tensor) -> bool:
+    """Whether C++ may read them by pointer."""
+    return all(tensor.dtype is torch.int64 for tensor in tensors)
 
 
 @cache
