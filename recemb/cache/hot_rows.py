@@ -93,8 +93,6 @@ class HotRowCache(DenseBackend):
         self.settings: HotRows = table.compression.cache
         self.num_embeddings = table.num_embeddings
         self.on_replace: list[Callable[[HotRowCache, Tensor], None]] = []
-        # Of this process: a graph made before the last exchange cannot be gone back through.
-        self.exchanges = 0
         self.before_step = BeforeStep()
         self._known: dict[str, tuple[Tensor, int, int]] = {}
         capacity, watched = table.cache_rows, num_candidates(table) + 1

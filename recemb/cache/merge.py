@@ -17,7 +17,7 @@ from recemb.errors import RecembError
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
     from recemb.cache.split import Split
-    from recemb.cache.streams import Streams
+    from recemb.cache.streams import Index, Streams
 
 
 # Told apart by identity: slices cannot be hashed.
@@ -86,6 +86,7 @@ class Step:
         split: the batch.
         watching: per table, whether its gradients are to be measured.
         token: lives as long as its cached rows are held.
+        index: which those are.
     """
 
     streams: Streams
@@ -94,31 +95,31 @@ class Step:
     split: Split
     watching: list[bool]
     token: Token | None
+    index: Index
     shares: dict[Piece, tuple[Tensor, ...]] = field(default_factory=dict)
-    exchanges: list[int] = field(init=False)
     # Whether rows have been held for its backward.
     held: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.exchanges = [cache.exchanges for cache in self.caches]
         self.held = self.token is not None
 
     def begin_backward(self, grad: Tensor | None) -> None:
         """What comes before the gradient [B, W] of the sum, ``None`` for zeros, goes back to both streams.
 
         Raises:
-            RecembError: rows have been exchanged since the forward.
+            RecembError: other rows are cached than at the forward.
         """
-        if self.exchanges != [cache.exchanges for cache in self.caches]:
-            if not self.held:
-                why = "was made in eval(), where it does not hold them"
-            elif self.token is None:
-                why = "has gone backward once already (retain_graph=True)"
+        if not self.streams.still_holds(self.index):
+            # What holds its rows keeps them from being exchanged, not from what is loaded over them.
+            if self.token is not None:
+                why = "; where none of that was done here, another thread trains these tables, and only one may"
+            elif self.held:
+                why = ", which has gone backward once already (retain_graph=True)"
             else:
-                why = "has not gone backward yet: another thread has trained these tables, and only one may"
+                why = ", which was made in eval(), where it does not hold them"
             raise RecembError(
-                f"the cached rows have been exchanged since the forward of this graph, which {why}; run the "
-                "forward again"
+                "the cached rows have been exchanged, or a state loaded or the cache reset, since the "
+                f"forward of this graph{why}; run the forward again"
             )
         # From here to the optimizer's step, accumulated gradients are of the rows as they are.
         if self.token is not None and self.token.task == -1:

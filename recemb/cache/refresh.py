@@ -99,7 +99,6 @@ def promote(table: Backend, cache: HotRowCache, plan: Exchange) -> None:
     cache.scores[plan.slots] = plan.scores
     reset_in_backward(cache.weight, plan.slots)
     cache.ids[plan.slots] = plan.ids
-    cache.exchanges += 1
     for callback in cache.on_replace:
         callback(cache, plan.slots)
 

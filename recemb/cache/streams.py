@@ -37,6 +37,8 @@ from recemb_kernels.triton_frame.streams import HandOver
 if TYPE_CHECKING:
     from recemb.backends.base import Backend
 
+# Ids of each cache and how often they had been written to, sorted keys of all, their slots.
+Index = tuple[list[tuple[Tensor, int | None]], Tensor, Tensor, HandOver | None]
 # Above every id plus its table's base.
 NO_KEY = torch.iinfo(torch.int64).max
 
@@ -63,7 +65,7 @@ class Streams:
         # An id plus its table's base is distinct over all cached tables.
         rows = [lookups[f].num_embeddings for f in self.firsts]
         self.bases = tuple(sum(rows[:t]) for t in self.owner)
-        self._keys: tuple[list[tuple[Tensor, int | None]], Tensor, Tensor, HandOver | None] | None = None
+        self._keys: Index | None = None
         self._splitter: tuple[Tensor, Splitter | None] | None = None
         # Graphs whose backward is still to come; they hold slots that must keep their rows until then.
         self._open: list[ref[Token]] = []
@@ -265,16 +267,27 @@ class Streams:
             if handed is not None and not capturing():
                 handed.take((keys, slots))
             return keys, slots
-        bases = dict(zip(self.owner, self.bases, strict=True))
-        parts = []
-        for t, cache in enumerate(caches):
-            taken = (cache.ids >= 0).nonzero().flatten()
-            parts.append((cache.ids[taken] + bases[t], taken))
-        end = caches[0].ids.new_tensor([NO_KEY])
-        keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
-        slots = torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
+        keys, slots = self._sorted([cache.ids for cache in caches])
         self._keys = seen, keys, slots, HandOver.now(keys.device)
         return keys, slots
+
+    def _sorted(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        bases = dict(zip(self.owner, self.bases, strict=True))
+        parts = []
+        for t, ids in enumerate(held):
+            taken = (ids >= 0).nonzero().flatten()
+            parts.append((ids[taken] + bases[t], taken))
+        end = held[0].new_tensor([NO_KEY])
+        keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
+        return keys, torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
+
+    def still_holds(self, index: Index) -> bool:
+        """Whether the ids that an index was made of are what they were; DDP writes them anew as they are."""
+        seen, keys, slots, _ = index
+        if all(version is not None and version_of(ids) == version for ids, version in seen):
+            return True
+        now = self._sorted([ids for ids, _ in seen])
+        return torch.equal(now[0], keys) and torch.equal(now[1], slots)
 
     def merge(self, tables: Sequence[Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:
         """Add the streams up unless kernels have: [B, W + W_cold] -> [B, W]. In training, count the ids."""
@@ -286,7 +299,8 @@ class Streams:
         watching = [
             now and cache.settings.policy == "importance" for now, cache in zip(tracked, caches, strict=True)
         ]
-        step = Step(self, backends, caches, split, watching, Token() if training else None)
+        assert self._keys is not None
+        step = Step(self, backends, caches, split, watching, Token() if training else None, self._keys)
         if step.token is not None:
             self._open.append(ref(step.token))
         if pooled.shape[1] > self.width:

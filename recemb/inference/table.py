@@ -157,7 +157,6 @@ class QuantizedRows(QuantizedBackend):
     def __init__(self, table: TableSpec, kind: StoredAs, device: torch.device) -> None:
         rows = replace_by_rows(table)
         super().__init__(rows, (rows,), None, kind, device)
-        self.exchanges = 0
         self.register_buffer("ids", torch.full((table.cache_rows,), -1, device=device))
 
 

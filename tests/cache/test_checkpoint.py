@@ -18,10 +18,10 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 
 from recemb.cache import refresh as refresh_module
 from recemb.cache.hot_rows import HotRowCache
-from recemb.errors import CheckpointError
+from recemb.errors import CheckpointError, RecembError
 from recemb.spec import HotRows, TableSpec
 from tests.backends.cases import make_bags
-from tests.cache.cases import METHODS, Collection, one_id_bags, spec
+from tests.cache.cases import METHODS, Collection, forever, hold, one_id_bags, spec
 
 
 def table(method: str, policy: Any = "lfu", **settings: Any) -> TableSpec:
@@ -248,3 +248,47 @@ def test_a_state_from_before_policies_were_noted_is_loaded() -> None:
     train(other, range(5, 12))
     for name, value in live.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def _load_in_place(collection: Collection, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in collection.state_dict().items():
+            value.copy_(state[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own, state: own.load_state_dict(state),
+        _load_in_place,
+        lambda own, state: own.cache().reset(),
+    ],
+    ids=["load", "in place", "reset"],
+)
+@pytest.mark.parametrize("method", ["tt", "mult"])
+def test_a_gradient_does_not_go_to_rows_loaded_since_the_forward(
+    method: str, change: Callable[[Collection, dict[str, Tensor]], object]
+) -> None:
+    own, other = (built(spec(METHODS[method](forever(rows=2)), 60), seed) for seed in (0, 9))
+    hold(own, [1, 2])
+    hold(other, [50, 51])
+    loss = own(one_id_bags([1, 2])).sum()
+    change(own, snapshot(other))
+    before = snapshot(own)
+    with pytest.raises(
+        RecembError, match="a state loaded or the cache reset, since the forward of this graph;"
+    ):
+        loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
+def test_ids_written_anew_as_they_were_are_no_other_rows() -> None:
+    """As DDP does with the buffers of every rank before each forward."""
+    own, alone = (built(spec(METHODS["tt"](forever(rows=2)), 60)) for _ in range(2))
+    for collection in (own, alone):
+        hold(collection, [1, 2])
+        loss = collection(one_id_bags([1, 2, 3])).sum()
+        if collection is own:
+            collection.cache().ids.copy_(collection.cache().ids.clone())
+        loss.backward()
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in alone.state_dict().items())

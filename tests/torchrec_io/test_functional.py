@@ -110,7 +110,7 @@ def test_no_rows_are_exchanged_while_weights_are_lent(write_back: bool) -> None:
     loss(own, lent).backward()
     assert all(torch.equal(value, kept[name]) for name, value in lent.items())
     assert torch.equal(own.to_dense("t"), before)
-    assert not cache.exchanges
+    assert not cache.metrics().promotions
     own(BATCH)
-    assert cache.exchanges
+    assert cache.metrics().promotions
     torch.testing.assert_close(own.to_dense("t"), before)
