@@ -1,8 +1,8 @@
-"""Which saved caches a cache can load: those of as many rows, whose counters are of its own policy."""
+"""Which saved caches a cache can load: ids with their rows, as many, and counters of its own policy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,24 +15,40 @@ MARKS: dict[CachePolicy, int] = {"lfu": -2, "lru": -3, "importance": -4}
 
 
 def misfit_of_state(
-    table: str, capacity: int, policy: CachePolicy, state: Mapping[str, Any], prefix: str
+    table: str, capacity: int, policy: CachePolicy | None, state: Mapping[str, Any], prefix: str
 ) -> str:
     """Why a cache cannot load a state; empty where it can, or the state has nothing of it.
 
     Args:
         table: its table's name.
         capacity: C, how many rows it holds.
-        policy: its own.
+        policy: its own; ``None`` for one that counts nothing, as when quantised.
         state: what is loaded.
         prefix: of the cache's keys in it.
     """
+    has_ids, has_rows = holds_part_of(state, prefix)
+    if has_ids != has_rows:
+        held, lacks = ("ids", "rows (weight)") if has_ids else ("rows (weight)", "ids")
+        return (
+            f"table {table!r}: the state to load has the {held} of its cache and not the {lacks}, by which "
+            "other rows would be looked up; load both, or leave out all of the cache and load with "
+            "strict=False, which starts an empty one"
+        )
     ids, owners = (_flat(state.get(prefix + name)) for name in ("ids", "owners"))
     if ids is not None and ids.numel() != capacity:
         return (
             f"table {table!r}: its cache has {ids.numel():,} rows in the state to load and {capacity:,} "
             f"here; build the table with cache=HotRows(rows={ids.numel()})"
         )
-    return "" if owners is None or owners.is_meta else policy_misfit(table, policy, owners)
+    if policy is None or owners is None or owners.is_meta:
+        return ""
+    return policy_misfit(table, policy, owners)
+
+
+def holds_part_of(state: Iterable[str], prefix: str) -> tuple[bool, bool]:
+    """Whether a state has the ids of a cache, and its rows, which have longer names where they are pruned."""
+    names = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    return "ids" in names, any("weight" in name for name in names)
 
 
 def _flat(value: Any) -> Tensor | None:

@@ -159,6 +159,11 @@ class QuantizedRows(QuantizedBackend):
         super().__init__(rows, (rows,), None, kind, device)
         self.register_buffer("ids", torch.full((table.cache_rows,), -1, device=device))
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Free all slots."""
+        self.ids.fill_(-1)
+
 
 def build_quantized(
     tables: Sequence[TableSpec], kinds: Mapping[str, StoredAs], device: torch.device

@@ -26,7 +26,14 @@ from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
 from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
-from recemb.torchrec_io.stored_settings import check_caches, check_settings, check_shapes, note_settings
+from recemb.torchrec_io.stored_settings import (
+    check_caches,
+    check_keys,
+    check_settings,
+    check_tensors,
+    empty_caches,
+    note_settings,
+)
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 
@@ -237,6 +244,22 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
         """Per cached table: hit rate, promotions, evictions and write-back error since training began."""
         return {name: cache.metrics() for name, cache in self.hot_row_caches().items()}
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's; a state of other keys is refused before anything is loaded.
+
+        Within a model it is torch that finds them, when it has loaded the others: modules are not told
+        whether a load is strict.
+
+        Raises:
+            ConfigError: a state of other tables, compressions or caches; nothing has changed.
+        """
+        if strict:
+            own = self.embedding_bags.state_dict(prefix="embedding_bags.", keep_vars=True)
+            check_keys(self, own, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def reset_parameters(self) -> None:
         """Draw fresh parameters for every table; uncompressed tables use their config's ``init_fn``."""
         # torchrec's __init__ calls this before the tables exist.
@@ -303,7 +326,9 @@ def _before_load(
 ) -> None:
     check_settings(module._specs, state_dict, prefix, metadata)
     check_caches(module._specs, state_dict, prefix)
-    check_shapes(module.embedding_bags.state_dict(keep_vars=True), state_dict, prefix)
+    own = module.embedding_bags.state_dict(keep_vars=True)
+    check_tensors(own, state_dict, prefix, assign=bool(metadata.get("assign_to_params_buffers")))
+    empty_caches(module._specs, module.hot_row_caches(), state_dict, prefix)
 
 
 def _check_weighted_mean(specs: Sequence[TableSpec], is_weighted: bool) -> None:

@@ -38,7 +38,14 @@ from recemb.torchrec_io.inference.dense import (
 )
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
-from recemb.torchrec_io.stored_settings import check_settings, check_shapes, note_settings
+from recemb.torchrec_io.stored_settings import (
+    check_caches,
+    check_keys,
+    check_settings,
+    check_tensors,
+    empty_caches,
+    note_settings,
+)
 
 
 class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyMixin):  # type: ignore[misc]
@@ -232,6 +239,21 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         names = [name for names in get_embedding_names_by_table(configs) for name in names]
         return dict(zip(self._others, names, strict=True))
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's; a state of other keys is refused before anything is loaded.
+
+        Within a model it is torch that finds them, when it has loaded the others: modules are not told
+        whether a load is strict.
+
+        Raises:
+            ConfigError: a state of other tables, compressions or caches; nothing has changed.
+        """
+        if strict:
+            check_keys(self, self.state_dict(keep_vars=True), state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def memory(self) -> MemoryReport:
         """Per table the bytes it takes now, and those of the uncompressed float32 table."""
         own = stored_bytes(cast(Mapping[str, Any], self.embedding_bags))
@@ -291,13 +313,17 @@ def _before_load(
 ) -> None:
     check_settings(module._specs, state, prefix, metadata)
     tables = {key.removeprefix(_BAGS): tensor for key, tensor in module.state_dict(keep_vars=True).items()}
-    check_shapes(tables, state, prefix)
-    if metadata.get("assign_to_params_buffers") and module.dense is not None:
+    assign = bool(metadata.get("assign_to_params_buffers"))
+    check_caches(module._specs, state, prefix, counted=False)
+    check_tensors(tables, state, prefix, assign=assign)
+    if assign and module.dense is not None:
         raise ConfigError(
             "torchrec's quantised tables look up the memory they were made with, not tensors that are "
             "assigned in its place; load without assign=True"
         )
     own = module.embedding_bags
+    caches = {name: table.cache for name, table in own.items() if table.cache is not None}
+    empty_caches(module._specs, caches, state, prefix)
     for key in [key for key in state if key.startswith(prefix + _BAGS)]:
         rest = key[len(prefix + _BAGS) :]
         if rest.split(".")[0] not in own:

@@ -47,7 +47,7 @@ from recemb.torchrec_io.sharding.shardings import (
 from recemb.torchrec_io.sharding.slices import check_slices, sliced, sliced_order
 from recemb.torchrec_io.sharding.state import held_of, load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
-from recemb.torchrec_io.stored_settings import check_caches, check_settings, note_settings
+from recemb.torchrec_io.stored_settings import check_caches, check_settings, empty_caches, note_settings
 
 
 class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # type: ignore[misc] # no types
@@ -436,3 +436,4 @@ def _before_load(
     check_settings(tables, state_dict, prefix, metadata)
     check_caches(tables, {key: held_of(value) for key, value in state_dict.items()}, prefix)
     load_shards(state_dict, prefix, module._shards)
+    empty_caches(tables, module.hot_row_caches(), state_dict, prefix)

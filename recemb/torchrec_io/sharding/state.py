@@ -16,7 +16,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 
 from recemb.errors import ConfigError
-from recemb.torchrec_io.stored_settings import check_shapes
+from recemb.torchrec_io.stored_settings import check_tensors
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def load_shards(state: dict[str, Any], prefix: str, shards: Mapping[str, Sharded
     Raises:
         ConfigError: another rank holds it, or its shape differs; nothing has been loaded into these tables.
     """
-    check_shapes(shards, state, prefix)
+    check_tensors(shards, state, prefix)
     local = {}
     for key, own in shards.items():
         name = f"{prefix}embedding_bags.{key}"
