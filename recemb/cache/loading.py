@@ -56,6 +56,12 @@ def _flat(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.dim() == 1 and value.numel() else None
 
 
+def policy_of(owners: Tensor) -> CachePolicy | None:
+    """Whose counters these are, [K + 1] or the last of them; ``None`` where that was not noted yet."""
+    mark = int(owners[-1])
+    return next((policy for policy, known in MARKS.items() if known == mark), None)
+
+
 def policy_misfit(table: str, own: CachePolicy, owners: Tensor) -> str:
     """What is wrong with counters of another policy, which counts other things; empty if nothing is.
 
@@ -64,8 +70,7 @@ def policy_misfit(table: str, own: CachePolicy, owners: Tensor) -> str:
         own: the policy of its cache.
         owners: [K + 1] of the counters.
     """
-    mark = int(owners[-1])
-    theirs = next((policy for policy, known in MARKS.items() if known == mark), own)
+    theirs = policy_of(owners) or own
     if theirs == own:
         return ""
     return (

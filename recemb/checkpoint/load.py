@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from recemb.backends.stored_settings import SHARED_WITH, misfits
+from recemb.cache.loading import policy_of
 from recemb.checkpoint import folder
 from recemb.checkpoint.boxes import Box
 from recemb.checkpoint.manifest import Manifest, StoredShard, StoredTensor
@@ -60,9 +61,9 @@ class Checkpoint:
                 only the model is loaded.
 
         Raises:
-            CheckpointError: before anything is written: all differences in keys, shapes, types and tables'
-                settings (see :mod:`recemb.torchrec_io.stored_settings`), on every rank. After that only when
-                a file has been damaged since it was verified.
+            CheckpointError: before anything is written: all differences in keys, shapes, types, tables'
+                settings (see :mod:`recemb.torchrec_io.stored_settings`) and policies of caches, on every
+                rank. After that only when a file has been damaged since it was verified.
         """
         told = self._ranks.together(lambda: self._compare(flatten(state)))
         wanted = {key for each in told for key in each["keys"]}
@@ -102,7 +103,7 @@ class Checkpoint:
                 wrong.append(f"{key}: missing: {other}")
             elif not value.replaceable():
                 wrong.append(f"{key}: lies in a {type(value.parent).__name__}, which cannot be written to")
-        wrong += self._other_settings(flat)
+        wrong += self._other_settings(flat) + self._other_policies(flat)
         return {"keys": flat.keys, "wrong": wrong}
 
     def _other_settings(self, flat: FlatState) -> list[str]:
@@ -118,6 +119,29 @@ class Checkpoint:
                 wrong.append(
                     f"{key}: table {table!r}: {name} {theirs!r} in the checkpoint, {value!r} in the state"
                 )
+        return wrong
+
+    def _other_policies(self, flat: FlatState) -> list[str]:
+        """Caches whose counters are of another policy, read from the files; no settings say so."""
+        wrong = []
+        for key, entry in flat.tensors.items():
+            stored = self._manifest.tensors.get(key)
+            if not key.endswith(".cache.owners") or stored is None or len(entry.shape) != 1:
+                continue
+            if (tuple(stored.shape), stored.dtype) != (entry.shape, entry.dtype):
+                continue
+            # The rank that holds the last of them; each of them, where they are replicated.
+            held = [p.tensor for p in entry.pieces if p.offsets[0] + p.sizes[0] == entry.shape[0]]
+            own = policy_of(held[0]) if held else None
+            if own is None:
+                continue
+            mark = Piece(torch.empty(1, dtype=held[0].dtype), (entry.shape[0] - 1,))
+            for shard, piece in _overlapping(stored, [mark]):
+                with self._manifest.open_file(self.path, shard.file) as file:
+                    _copy(file, stored.dtype, shard, piece)
+            theirs = policy_of(mark.tensor)
+            if theirs not in (own, None):
+                wrong.append(f"{key}: policy {theirs!r} in the checkpoint, {own!r} in the state")
         return wrong
 
     def _misfit(self, wrong: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from torchrec.distributed.sharding_plan import construct_module_sharding_plan, t
 from torchrec.distributed.types import ShardingPlan
 
 import recemb
-from recemb.errors import ConfigError
+from recemb.checkpoint import latest_checkpoint, save_checkpoint
+from recemb.errors import CheckpointError, ConfigError
 from recemb.spec import Compression
 from recemb.torchrec_io import quantize_embeddings
 from recemb.torchrec_io.sharding.sharder import EmbeddingBagCollectionSharder
@@ -231,6 +233,37 @@ def test_a_state_without_a_table_leaves_its_cache_alone() -> None:
     own.load_state_dict({k: v for k, v in other.items() if ".t." not in k}, strict=False)
     for name, value in own.state_dict().items():
         assert torch.equal(value, (before if ".t." in name else other)[name]), name
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["a state dict", "a plain dict"])
+def test_a_checkpoint_with_a_cache_of_another_policy_is_refused_before_anything_has_changed(
+    plain: bool, tmp_path: Path
+) -> None:
+    def made(seed: int, policy: Any) -> recemb.EmbeddingBagCollection:
+        own = collection(seed, a=QR, t=replace(TT, cache=replace(HOT, policy=policy)))
+        train(own, "at", range(seed, seed + 5))
+        return own
+
+    def state(own: nn.Module) -> dict[str, Any]:
+        return {"model": dict(own.state_dict()) if plain else own.state_dict()}
+
+    saved, other, same = made(0, "lru"), made(9, "lfu"), made(9, "lru")
+    save_checkpoint(tmp_path, 1, state(saved), {})
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    before = tensors(other)
+    said = r"embedding_bags\.t\.cache\.owners: policy 'lru' in the checkpoint, 'lfu' in the state"
+    with pytest.raises(CheckpointError, match=said):
+        found.load(state(other))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    found.load(state(same))
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in same.state_dict().items())
+    # From before policies were noted.
+    saved.hot_row_caches()["t"].owners[-1] = -1
+    save_checkpoint(tmp_path, 2, state(saved), {})
+    old = latest_checkpoint(tmp_path)
+    assert old is not None
+    old.load(state(other))
 
 
 def test_sharded_collections_empty_their_caches_likewise() -> None:
