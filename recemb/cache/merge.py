@@ -112,7 +112,7 @@ class Step:
         if not self.streams.still_holds(self.index):
             # What holds its rows keeps them from being exchanged, not from what is loaded over them.
             if self.token is not None:
-                why = "; where none of that was done here, another thread trains these tables, and only one may"
+                why = "; where none of that was done, another thread trains these tables, and only one may"
             elif self.held:
                 why = ", which has gone backward once already (retain_graph=True)"
             else:

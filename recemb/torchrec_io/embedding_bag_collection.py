@@ -25,15 +25,9 @@ from recemb.spec import TableSpec, as_python, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
+from recemb.torchrec_io.loading import check_caches, check_keys, check_tensors, empty_caches
 from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
-from recemb.torchrec_io.stored_settings import (
-    check_caches,
-    check_keys,
-    check_settings,
-    check_tensors,
-    empty_caches,
-    note_settings,
-)
+from recemb.torchrec_io.stored_settings import check_settings, note_settings
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 

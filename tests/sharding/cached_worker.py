@@ -333,7 +333,7 @@ def kept_back(rank: int) -> Found:
             model(features)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
-            exchanged.append(own.ebc.hot_row_caches()["tt"].exchanges)
+            exchanged.append(int(own.ebc.hot_row_caches()["tt"].refreshed))
         assert graph is None
         found[name] = {"apart": apart(own), "exchanged": exchanged}
     return found

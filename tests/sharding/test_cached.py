@@ -205,7 +205,7 @@ def test_replicas_exchange_rows_together(found: list[Found]) -> None:
     for name in ("kept", "no gradient", "more"):
         exchanged = [one[name]["exchanged"] for one in both]
         assert exchanged[0] == exchanged[1]
-        assert exchanged[0][-1] > 4
+        assert len(set(exchanged[0])) > 4
         assert [one[name]["apart"] for one in both] == [0, 0]
     held = both[0]["kept"]["exchanged"][STEPS // 2 : STEPS]
     assert len(set(held)) == 1

@@ -33,6 +33,7 @@ METHODS: dict[str, Compression] = {
     "md": MixedDimension(dim=4),
 }
 BATCH = KeyedJaggedTensor(keys=["f"], values=torch.arange(12), lengths=torch.full((6,), 2))
+BATCH.offsets()  # which it keeps: not those of a transform, where that is the first to ask
 by_method = pytest.mark.parametrize("method", METHODS)
 
 

@@ -38,14 +38,8 @@ from recemb.torchrec_io.inference.dense import (
 )
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
-from recemb.torchrec_io.stored_settings import (
-    check_caches,
-    check_keys,
-    check_settings,
-    check_tensors,
-    empty_caches,
-    note_settings,
-)
+from recemb.torchrec_io.loading import check_caches, check_keys, check_tensors, empty_caches
+from recemb.torchrec_io.stored_settings import check_settings, note_settings
 
 
 class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyMixin):  # type: ignore[misc]

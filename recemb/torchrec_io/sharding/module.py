@@ -34,6 +34,7 @@ from recemb.torchrec_io.embedding_bag_collection import (
     reset_tables,
 )
 from recemb.torchrec_io.kjt import check_kjt, check_weighted
+from recemb.torchrec_io.loading import check_caches, empty_caches
 from recemb.torchrec_io.sharding.even import EVEN
 from recemb.torchrec_io.sharding.kernel import CompressedKernel, kernels_of
 from recemb.torchrec_io.sharding.mean import SplitMeans
@@ -47,7 +48,7 @@ from recemb.torchrec_io.sharding.shardings import (
 from recemb.torchrec_io.sharding.slices import check_slices, sliced, sliced_order
 from recemb.torchrec_io.sharding.state import held_of, load_shards, save_shards
 from recemb.torchrec_io.sharding.tables import CompressedTables, LogicalTables
-from recemb.torchrec_io.stored_settings import check_caches, check_settings, empty_caches, note_settings
+from recemb.torchrec_io.stored_settings import check_settings, note_settings
 
 
 class ShardedEmbeddingBagCollection(TorchrecShardedEmbeddingBagCollection):  # type: ignore[misc] # no types

@@ -16,7 +16,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 
 from recemb.errors import ConfigError
-from recemb.torchrec_io.stored_settings import check_tensors
+from recemb.torchrec_io.loading import check_tensors
 
 
 @dataclass(frozen=True)
