@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -173,10 +173,6 @@ class HotRowCache(DenseBackend):
             self._known[name] = (tensor, version, value)
         return value
 
-    def read_again(self) -> None:
-        """Forget what ``steps`` and ``refreshed`` were: they have been written to, and do not count that."""
-        self._known.clear()
-
     @property
     def due(self) -> bool:
         """Whether rows should be exchanged before the next training step."""
@@ -321,3 +317,11 @@ class HotRowCache(DenseBackend):
             write_back_error=(after / learned) ** 0.5 if learned else 0.0,
             learned=learned**0.5,
         )
+
+
+def read_again(caches: Sequence[HotRowCache]) -> None:
+    """Read ``steps`` and ``refreshed`` of all at once: they have been written to, and do not count that."""
+    found = torch.cat([value for cache in caches for value in (cache.steps, cache.refreshed)]).tolist()
+    for cache, steps, refreshed in zip(caches, found[::2], found[1::2], strict=True):
+        cache.remember("steps", steps)
+        cache.remember("refreshed", refreshed)

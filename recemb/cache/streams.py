@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.bags import Bags, runs_of
-from recemb.cache.hot_rows import HotRowCache
+from recemb.cache.hot_rows import HotRowCache, read_again
 from recemb.cache.kept_back import KeptBack
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
@@ -127,8 +127,7 @@ class Streams:
             return False
         replicas = Replicas.of(caches[0].ids)
         if replicas is not None and replicas.are_synced:
-            for cache in caches:
-                cache.read_again()
+            read_again(caches)
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not is_frozen(backend)]
         if not due:
