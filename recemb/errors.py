@@ -21,6 +21,10 @@ class ConfigError(RecembError, ValueError):
     exit_code = 2
 
 
+class StateError(ConfigError, RuntimeError):
+    """A state dict of other tables (exit code 2); a RuntimeError too, as what torch raises of such a one."""
+
+
 class BatchError(RecembError, ValueError):
     """A batch whose keys, ids, lengths or weights cannot be looked up (exit code 3)."""
 

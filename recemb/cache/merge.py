@@ -109,14 +109,14 @@ class Step:
         Raises:
             RecembError: other rows are cached than at the forward.
         """
-        if not self.streams.still_holds(self.index):
+        if not self.streams.still_holds(self.index, self.caches):
             # What holds its rows keeps them from being exchanged, not from what is loaded over them.
             if self.token is not None:
                 why = "; where none of that was done, another thread trains these tables, and only one may"
             elif self.held:
                 why = ", which has gone backward once already (retain_graph=True)"
             else:
-                why = ", which was made in eval(), where it does not hold them"
+                why = ", which was made in eval() or beside DDP's forward, where it does not hold them"
             raise RecembError(
                 "the cached rows have been exchanged, or a state loaded or the cache reset, since the "
                 f"forward of this graph{why}; run the forward again"
@@ -126,6 +126,7 @@ class Step:
             self.streams.left_in = backward_under_way()
         self.streams.backwards += self.token is not None
         self.token = None
+        self.streams.replicas.have_counted()
         pairs = list(zip(self.caches, self.tables, strict=True))
         due = any(cache.due and not is_frozen(table) for cache, table in pairs)
         # One of each parameter, which several tables may share.

@@ -1,13 +1,26 @@
-"""Replicas of cached tables under DistributedDataParallel, which all exchange rows or none."""
+"""Replicas of cached tables under DistributedDataParallel, which exchange the same rows at the same steps.
+
+Each rank counts the ids of its own batches, and the first rank's buffers are broadcast at the first forward
+after a backward that has averaged gradients. From there to the next look-up that counts, all ranks have equal
+caches, parameters and gradients: an exchange then is the same on all of them, and none has to ask another. At
+any other time there is none.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from recemb.cache.hot_rows import HotRowCache, read_again
+from recemb.errors import ConfigError
+
+# Forwards that have begun.
+_forwards: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def ddp_around() -> DistributedDataParallel | None:
@@ -18,38 +31,80 @@ def ddp_around() -> DistributedDataParallel | None:
 
 
 class Replicas:
-    """Those of a collection in a look-up: of several ranks, whose buffers are the first one's.
+    """What the look-ups of one collection know of the other ranks'.
 
-    Buffers are broadcast at the first look-up after a backward that has averaged gradients: then all ranks
-    have one cache, and find together that an exchange is due.
+    Attributes:
+        are_beside: whether the look-up under way is not of a forward that all ranks run, though they train
+            together: by it nothing is counted or exchanged.
+        may_differ: whether the other ranks' caches may be others than this one's.
     """
 
-    def __init__(self, around: DistributedDataParallel) -> None:
-        self._around = around
-        # torch leaves this one untyped.
-        self.are_synced = bool(around.will_sync_module_buffers())  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self.are_beside = self.may_differ = False
+        self._around: ref[DistributedDataParallel] | None = None
+        self._forward = -1
 
-    @classmethod
-    def of(cls, buffer: Tensor) -> Replicas | None:
-        """Of the collection that a buffer belongs to; ``None`` where each rank's is its own."""
-        around = ddp_around()
-        # It leaves out what a sharded collection has, say.
-        if around is None or not any(buffer is other for other in around.modules_buffers):
-            return None
-        return cls(around) if dist.get_world_size(around.process_group) > 1 else None
+    def __reduce__(self) -> tuple[type[Replicas], tuple[()]]:
+        return Replicas, ()  # a copy is nobody's replica yet
 
-    def all_may(self, waits: bool, device: torch.device) -> bool:
-        """Whether none of them has to wait before rows are exchanged; all ask together.
+    def look_up(self, caches: Sequence[HotRowCache]) -> bool:
+        """See where a look-up runs, outside of any backward; read what the first rank has broadcast.
 
-        What one waits for, a graph that it holds or a gradient that is not zero, others need not have. A rank
-        whose data have ended (``join()``) could not answer: nothing is exchanged from then on.
+        Returns:
+            Whether there have been other ranks' from this one on.
 
-        Args:
-            waits: whether this one has to.
-            device: of the buffers.
+        Raises:
+            ConfigError: rows have been exchanged on one rank that another one has not exchanged.
         """
-        if self._around._join_config.enable or not self.are_synced:
+        known, around = self._around and self._around(), ddp_around()
+        if known is None:
+            self._around, self.may_differ = None, False
+        self.are_beside = known is not None and around is not known
+        if around is None:
             return False
-        waiting = torch.tensor([waits], dtype=torch.int32, device=device)
-        dist.all_reduce(waiting, dist.ReduceOp.MAX, group=self._around.process_group)
-        return not int(waiting)
+        begins = around is not known
+        if begins:
+            if not _replicates(around, caches):
+                return False
+            self._around, self.are_beside = ref(around), False
+            if around not in _forwards:
+                _forwards[around] = 0
+                around.register_forward_pre_hook(_begun)
+        if self._forward == _forwards[around] and not begins:
+            return False
+        self._forward = _forwards[around]
+        # torch leaves this one untyped.
+        if around.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            _refuse_drift(caches, dist.get_rank(around.process_group))
+            self.may_differ = False
+        return begins
+
+    def have_counted(self) -> None:
+        """Ids of this rank have been counted, in a look-up or a backward."""
+        self.may_differ = self._around is not None
+
+
+def _replicates(around: DistributedDataParallel, caches: Sequence[HotRowCache]) -> bool:
+    """Whether several ranks have these caches: it leaves out what a sharded collection has, say."""
+    ids = caches[0].ids
+    return dist.get_world_size(around.process_group) > 1 and any(b is ids for b in around.modules_buffers)
+
+
+def _begun(around: nn.Module, _: Any) -> None:
+    _forwards[around] = _forwards.get(around, 0) + 1
+
+
+def _refuse_drift(caches: Sequence[HotRowCache], rank: int) -> None:
+    """Refuse to go on where this rank has exchanged other rows than the first, whose buffers it now has."""
+    own = [cache.known_value("refreshed") for cache in caches]
+    read_again(caches)
+    for cache, here in zip(caches, own, strict=True):
+        there = cache.host_value("refreshed")
+        if here is not None and here != there:
+            raise ConfigError(
+                f"table {cache.table.name!r}: the cached rows of rank {rank} have been exchanged at other "
+                f"steps than those of the first rank (the last time: {here}, {there}), as ranks have looked "
+                "the collection up in different forwards: their tables have drifted apart. Look it up in "
+                "each forward of every rank, or shard it (recemb.torchrec_io.get_sharders()), and go on from "
+                "a checkpoint"
+            )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recemb.bags import Bags, runs_of
-from recemb.cache.hot_rows import HotRowCache, read_again
+from recemb.cache.hot_rows import HotRowCache
 from recemb.cache.kept_back import KeptBack
 from recemb.cache.merge import Merge, Piece, Step, Token, backward_under_way
 from recemb.cache.refresh import cache_of, is_frozen, refresh
@@ -72,6 +72,7 @@ class Streams:
         # Whether an exchange is due since a look-up within a backward.
         self._put_off = False
         self._kept_back = KeptBack()
+        self.replicas = Replicas()
         # Graphs that have gone backward.
         self.backwards = 0
         # The backward that the last graph of a forward outside of any has gone through.
@@ -107,10 +108,10 @@ class Streams:
         """Exchange rows where that is due; whether this is a training step.
 
         Nothing is exchanged while a backward is to come, or while gradients are accumulated that no optimizer
-        has stepped on yet: those belong to the rows as they are. It is made up for afterwards. All replicas
-        exchange rows, or none. A frozen table stays as it is: where its cached rows, or parameters that they
-        would be written to, take no gradient. One in ``eval()`` is not counted either, whatever the others
-        are in.
+        has stepped on yet: those belong to the rows as they are. It is made up for afterwards. Replicas
+        exchange the same rows, or none. A frozen table stays as it is: where its cached rows, or parameters
+        that they would be written to, take no gradient. One in ``eval()`` is not counted either, whatever the
+        others are in.
 
         A look-up within a backward repeats that of a checkpointed forward (``torch.utils.checkpoint``), and
         must find its rows. A reentrant one's forward keeps no graph and is no training step: the repeat is,
@@ -122,29 +123,36 @@ class Streams:
             return False
         backends = [tables[f] for f in self.firsts]
         caches = [cache_of(backend) for backend in backends]
-        training = torch.is_grad_enabled()
+        training, task = torch.is_grad_enabled(), backward_under_way()
+        if task == -1:
+            if self.replicas.look_up(caches):
+                self._open = []  # of this rank alone: what holds rows has to hold them on all
+            if self.replicas.are_beside:
+                return False
         if not (any(cache.training for cache in caches) and (training or self._put_off)):
             return False
-        replicas = Replicas.of(caches[0].ids)
-        if replicas is not None and replicas.are_synced:
-            read_again(caches)
         due = [backend for backend, cache in zip(backends, caches, strict=True) if cache.due]
         due = [backend for backend in due if not is_frozen(backend)]
-        if not due:
-            return training
+        if due and task != -1:
+            self._put_off = True
+        elif due and not self.replicas.may_differ:
+            self._exchange(due, backends, training)
+        if training:
+            self.replicas.have_counted()
+        return training
+
+    def _exchange(self, due: Sequence[Backend], tables: Sequence[Backend], training: bool) -> None:
+        """Exchange rows unless something has to come before."""
         self._open = [token for token in self._open if token() is not None]
-        waiting = [] if self._open else self._unstepped(caches)
-        waits = bool(self._open or waiting)
-        if not waits if replicas is None else replicas.all_may(waits, caches[0].ids.device):
-            self._put_off = backward_under_way() != -1
-            if not self._put_off:
-                refresh(due)
-                self._kept_back.over()
+        waiting = [] if self._open else self._unstepped([cache_of(table) for table in tables])
+        if not self._open and not waiting:
+            refresh(due)
+            self._put_off = False
+            self._kept_back.over()
         elif training and self._open:
             self._kept_back.by_graphs(due, self.backwards)
-        elif training and waiting:
-            self._kept_back.by_gradients(due, backends, waiting)
-        return training
+        elif training:
+            self._kept_back.by_gradients(due, tables, waiting)
 
     def _repeats(self) -> bool:
         """Whether a look-up is the repeat of one whose graph counts as a step already."""
@@ -280,12 +288,15 @@ class Streams:
         keys, order = torch.cat([*(key for key, _ in parts), end]).sort()
         return keys, torch.cat([*(slot for _, slot in parts), torch.zeros_like(end)])[order]
 
-    def still_holds(self, index: Index) -> bool:
-        """Whether the ids that an index was made of are what they were; DDP writes them anew as they are."""
-        seen, keys, slots, _ = index
-        if all(version is not None and version_of(ids) == version for ids, version in seen):
+    def still_holds(self, index: Index, caches: Sequence[HotRowCache]) -> bool:
+        """Whether the ids that an index was made of are what they were, maybe written anew."""
+        (seen, keys, slots, _), held = index, [cache.ids for cache in caches]
+        if all(
+            ids is own and version is not None and version_of(own) == version
+            for (ids, version), own in zip(seen, held, strict=True)
+        ):
             return True
-        now = self._sorted([ids for ids, _ in seen])
+        now = self._sorted(held)
         return torch.equal(now[0], keys) and torch.equal(now[1], slots)
 
     def merge(self, tables: Sequence[Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recemb.backends import storages
 from recemb.cache.loading import holds_part_of, misfit_of_state
-from recemb.errors import ConfigError
+from recemb.errors import StateError
 from recemb.spec import TableSpec
 
 BAGS = "embedding_bags"
@@ -31,7 +31,7 @@ def check_caches(
         counted: whether these tables' caches have counters, which are of a policy.
 
     Raises:
-        ConfigError: they are not; nothing of the collection has been loaded.
+        StateError: they are not; nothing of the collection has been loaded.
     """
     for table in tables:
         cache = table.compression.cache
@@ -40,7 +40,7 @@ def check_caches(
             policy = cache.policy if counted else None
             wrong = misfit_of_state(table.name, table.cache_rows, policy, state, own)
             if wrong:
-                raise ConfigError(wrong)
+                raise StateError(wrong)
 
 
 def check_keys(module: nn.Module, own: Iterable[str], state: Mapping[str, Any]) -> None:
@@ -55,8 +55,10 @@ def check_keys(module: nn.Module, own: Iterable[str], state: Mapping[str, Any]) 
         state: what is loaded.
 
     Raises:
-        ConfigError: of the first table whose keys differ; nothing of the collection has been loaded.
+        StateError: of the first table whose keys differ; nothing of the collection has been loaded.
     """
+    if not isinstance(state, Mapping):
+        return
     parts = [module, *module.get_submodule(BAGS).modules()]
     hooks = sum(len(m._load_state_dict_pre_hooks) + len(m._load_state_dict_post_hooks) for m in parts)
     here, there = _by_table(own), _by_table(state)
@@ -67,7 +69,7 @@ def check_keys(module: nn.Module, own: Iterable[str], state: Mapping[str, Any]) 
         if names[0] != names[1]:
             ids = state.get(f"{BAGS}.{table}.cache.ids")
             rows = ids.numel() if isinstance(ids, Tensor) else 0
-            raise ConfigError(f"table {table!r}: the state to load {_of_other_keys(*names, rows)}")
+            raise StateError(f"table {table!r}: the state to load {_of_other_keys(*names, rows)}")
 
 
 def _by_table(keys: Iterable[str]) -> dict[str, set[str]]:
@@ -156,23 +158,25 @@ def check_tensors(
         assign: whether its tensors take the place of the own ones, and are not converted.
 
     Raises:
-        ConfigError: of the first that has not; nothing of the collection has been loaded.
+        StateError: of the first that has not; nothing of the collection has been loaded.
     """
     for key, tensor in own.items():
         name = f"{prefix}{BAGS}.{key}"
         given = state.get(name, tensor)
         if not isinstance(given, Tensor):
-            raise ConfigError(f"{name}: the state to load has a {type(given).__name__}, not a tensor")
+            raise StateError(f"{name}: the state to load has a {type(given).__name__}, not a tensor")
         if tuple(given.size()) != tuple(tensor.size()):
-            raise ConfigError(
+            raise StateError(
                 f"{name}: the state to load has shape {tuple(given.size())}, not {tuple(tensor.size())}; it "
                 "is of another table or compression; build the table as it was saved"
             )
-        if given.dtype == tensor.dtype or (isinstance(tensor, nn.Parameter) and tensor.is_floating_point()):
+        if given.dtype == tensor.dtype:
+            continue
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and given.is_floating_point():
             continue
         if assign or not torch.can_cast(given.dtype, tensor.dtype):
             how = " and assign=True takes it as it is" if assign else ""
-            raise ConfigError(
+            raise StateError(
                 f"{name}: the state to load has {given.dtype}, not {tensor.dtype}{how}; convert it, e.g. "
                 f"state[{name!r}] = state[{name!r}].to({tensor.dtype})"
             )

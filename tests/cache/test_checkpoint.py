@@ -260,10 +260,11 @@ def _load_in_place(collection: Collection, state: dict[str, Tensor]) -> None:
     "change",
     [
         lambda own, state: own.load_state_dict(state),
+        lambda own, state: own.load_state_dict(state, assign=True),
         _load_in_place,
         lambda own, state: own.cache().reset(),
     ],
-    ids=["load", "in place", "reset"],
+    ids=["load", "assign", "in place", "reset"],
 )
 @pytest.mark.parametrize("method", ["tt", "mult"])
 def test_a_gradient_does_not_go_to_rows_loaded_since_the_forward(
@@ -283,7 +284,7 @@ def test_a_gradient_does_not_go_to_rows_loaded_since_the_forward(
 
 
 def test_ids_written_anew_as_they_were_are_no_other_rows() -> None:
-    """As DDP does with the buffers of every rank before each forward."""
+    """As when a state that has been loaded is loaded again."""
     own, alone = (built(spec(METHODS["tt"](forever(rows=2)), 60)) for _ in range(2))
     for collection in (own, alone):
         hold(collection, [1, 2])

@@ -311,32 +311,70 @@ def apart(own: Model) -> float:
     return float((tables - first).abs().max())
 
 
-def kept_back(rank: int) -> Found:
-    """Replicas of which one alone has to wait with an exchange, or has looked up more than the other."""
+class Sometimes(nn.Module):
+    """A model whose tables a rank may leave out of a forward, or look up more than once."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model, self.bias = model, nn.Parameter(torch.ones(1))
+
+    def forward(self, features: KeyedJaggedTensor, times: int = 1) -> Tensor:
+        return self.bias.sum() + sum(self.model(features)[0] for _ in range(times))
+
+
+# What one rank alone does at a step; or all of them ("evaluated").
+ALONE = ("holds a graph", "has no gradient", "accumulates more", "looks up twice", "beside", "evaluated")
+
+
+def replicas(rank: int) -> Found:
+    """Two ranks under DistributedDataParallel, which differ in what would keep an exchange back."""
     case = CachedCase("lru", "sum", None)
     found: Found = {}
-    for name in ("kept", "no gradient", "more"):
+    for name in ALONE:
         own = Model(collection(case))
-        model = DistributedDataParallel(own)
+        model = DistributedDataParallel(Sometimes(own), find_unused_parameters=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         exchanged: list[int] = []
         graph: Tensor | None = None
         for at in range(2 * STEPS):
-            features = batch(10 * at + rank, case)
-            if name == "kept" and rank == 0:
-                # Beside the model, and not to go backward: rows are held while it is there.
-                graph = own(features)[0] if STEPS // 2 <= at < STEPS else None
-            with model.no_sync():
-                for _ in range(1 + (name == "more" and rank)) if name != "kept" else ():
-                    scale = float(name != "no gradient" or rank == at % 2)
-                    (model(features)[0] * scale).backward()
-            model(features)[0].backward()
+            features, turn = batch(10 * at + rank, case), rank == at % 2
+            if name in ("beside", "holds a graph") and rank == 0:
+                graph = own(features)[0] if name == "holds a graph" else None
+                own(features)
+            if name in ("has no gradient", "accumulates more"):
+                with model.no_sync():
+                    for _ in range(1 + (name == "accumulates more" and rank)):
+                        (model(features) * float(name == "accumulates more" or turn)).backward()
+            model(features, 1 + (name == "looks up twice" and turn)).backward()
             optimizer.step()
             optimizer.zero_grad()
+            if name == "evaluated":
+                with torch.no_grad():
+                    model(features)
             exchanged.append(int(own.ebc.hot_row_caches()["tt"].refreshed))
-        assert graph is None
-        found[name] = {"apart": apart(own), "exchanged": exchanged}
+        found[name] = {"apart": apart(own), "exchanged": exchanged, "held": graph is not None}
     return found
+
+
+def left_out(rank: int) -> Found:
+    """A rank that leaves the tables out of a forward in which the other one exchanges rows."""
+    own = Model(collection(CachedCase("lru", "sum", None)))
+    model, message = DistributedDataParallel(Sometimes(own), find_unused_parameters=True), ""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for at in range(2 * STEPS):
+        times = 0 if rank and at == STEPS else 1
+        try:
+            loss = model(batch(10 * at + rank, CachedCase("lru", "sum", None)), times)
+        except ConfigError as error:
+            message = str(error)
+        told = torch.tensor([len(message)])
+        dist.all_reduce(told)
+        if int(told):
+            return {"message": message, "at": at}
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"message": "", "at": -1}
 
 
 def pipeline(rank: int) -> Found:
@@ -368,7 +406,17 @@ def main(rank: int, world: int, folder: Path) -> None:
     }
     runs["frozen"] = lambda: parity(rank, CachedCase("lfu", "sum", "adagrad"), ("qr", "tt"))
     runs["accumulated"] = lambda: parity(rank, CachedCase("lfu", "sum", None), accumulate=3)
-    for run in (pipeline, left_whole, kept_back, looking_up, variable, another_cache, gathered, fresh):
+    for run in (
+        pipeline,
+        left_whole,
+        replicas,
+        left_out,
+        looking_up,
+        variable,
+        another_cache,
+        gathered,
+        fresh,
+    ):
         runs[run.__name__] = lambda run=run: run(rank)
     for kind in FORMATS:
         runs[kind] = lambda kind=kind: resharded(rank, kind, folder)

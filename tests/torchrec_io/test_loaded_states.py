@@ -100,6 +100,22 @@ def test_counters_are_not_assigned_in_another_type(name: str, dtype: torch.dtype
         assert torch.equal(own.state_dict()[key], live.state_dict()[key])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_parameters_are_not_assigned_as_anything_but_floats(dtype: torch.dtype) -> None:
+    key, state = "embedding_bags.t.cache.weight", tensors(cached())
+    state[key] = state[key].to(dtype)
+    refused(cached(9), state, rf"{key}: .*{dtype}, not torch\.float32 and assign=True", assign=True)
+
+
+def test_what_torch_would_have_refused_is_still_its_error() -> None:
+    state = tensors(cached())
+    state["embedding_bags.t.cache.weight"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="has shape"):
+        cached(9).load_state_dict(state)
+    with pytest.raises(TypeError, match="state_dict to be dict-like"):
+        cached(9).load_state_dict(None)  # type: ignore[arg-type]
+
+
 def test_parameters_may_be_assigned_in_another_type() -> None:
     state, own = tensors(cached()), cached(9)
     state["embedding_bags.t.cache.weight"] = state["embedding_bags.t.cache.weight"].double()
