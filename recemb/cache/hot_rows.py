@@ -158,17 +158,12 @@ class HotRowCache(DenseBackend):
 
     def host_value(self, name: str) -> int:
         """``steps`` or ``refreshed`` as an int, read from the device only after a write to it."""
-        known = self.known_value(name)
-        return self.remember(name, int(getattr(self, name))) if known is None else known
-
-    def known_value(self, name: str) -> int | None:
-        """The same where this process has read or written it last; ``None`` where it has not."""
-        tensor: Tensor = getattr(self, name)
+        tensor: Tensor = self._buffers[name]  # type: ignore[assignment] # registered, never None
         known = self._known.get(name)
         # What is known is of a tensor that counts its writes.
         if known is not None and known[0] is tensor and known[1] == tensor._version:
             return known[2]
-        return None
+        return self.remember(name, int(tensor))
 
     def remember(self, name: str, value: int) -> int:
         """Say what ``steps`` or ``refreshed`` holds now, to save reading it."""

@@ -96,11 +96,11 @@ def _begun(around: nn.Module, _: Any) -> None:
 
 def _refuse_drift(caches: Sequence[HotRowCache], rank: int) -> None:
     """Refuse to go on where this rank has exchanged other rows than the first, whose buffers it now has."""
-    own = [cache.known_value("refreshed") for cache in caches]
+    own = [cache.host_value("refreshed") for cache in caches]  # as it is, if a state has been loaded since
     read_again(caches)
     for cache, here in zip(caches, own, strict=True):
         there = cache.host_value("refreshed")
-        if here is not None and here != there:
+        if here != there:
             raise ConfigError(
                 f"table {cache.table.name!r}: the cached rows of rank {rank} have been exchanged at other "
                 f"steps than those of the first rank (the last time: {here}, {there}), as ranks have looked "

@@ -290,13 +290,13 @@ class Streams:
 
     def still_holds(self, index: Index, caches: Sequence[HotRowCache]) -> bool:
         """Whether the ids that an index was made of are what they were, maybe written anew."""
-        (seen, keys, slots, _), held = index, [cache.ids for cache in caches]
-        if all(
-            ids is own and version is not None and version_of(own) == version
-            for (ids, version), own in zip(seen, held, strict=True)
-        ):
+        seen, keys, slots, _ = index
+        for (ids, version), cache in zip(seen, caches, strict=True):
+            if cache.ids is not ids or version is None or version_of(ids) != version:
+                break
+        else:
             return True
-        now = self._sorted(held)
+        now = self._sorted([cache.ids for cache in caches])
         return torch.equal(now[0], keys) and torch.equal(now[1], slots)
 
     def merge(self, tables: Sequence[Backend], pooled: Tensor, split: Split, training: bool) -> Tensor:
