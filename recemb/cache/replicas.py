@@ -31,7 +31,7 @@ def ddp_around() -> DistributedDataParallel | None:
 
 
 class Replicas:
-    """What the look-ups of one collection know of the other ranks'.
+    """What the look-ups of one collection know of those of the other ranks.
 
     Attributes:
         are_beside: whether the look-up under way is not of a forward that all ranks run, though they train
@@ -51,7 +51,7 @@ class Replicas:
         """See where a look-up runs, outside of any backward; read what the first rank has broadcast.
 
         Returns:
-            Whether there have been other ranks' from this one on.
+            Whether it is the first that is known to have replicas.
 
         Raises:
             ConfigError: rows have been exchanged on one rank that another one has not exchanged.
@@ -66,7 +66,7 @@ class Replicas:
         if begins:
             if not _replicates(around, caches):
                 return False
-            self._around, self.are_beside = ref(around), False
+            self._around, self.are_beside, self.may_differ = ref(around), False, True
             if around not in _forwards:
                 _forwards[around] = 0
                 around.register_forward_pre_hook(_begun)
