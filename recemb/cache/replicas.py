@@ -85,9 +85,10 @@ class Replicas:
 
 
 def _replicates(around: DistributedDataParallel, caches: Sequence[HotRowCache]) -> bool:
-    """Whether several ranks have these caches: it leaves out what a sharded collection has, say."""
-    ids = caches[0].ids
-    return dist.get_world_size(around.process_group) > 1 and any(b is ids for b in around.modules_buffers)
+    """Whether several ranks have these caches, the first one's: of a sharded collection each has its own."""
+    if not around.broadcast_buffers or dist.get_world_size(around.process_group) == 1:
+        return False
+    return any(buffer is caches[0].ids for buffer in around.modules_buffers)
 
 
 def _begun(around: nn.Module, _: Any) -> None:
