@@ -25,14 +25,14 @@ from recemb.spec import TableSpec, as_python, is_int
 from recemb.torchrec_io.configs import as_recemb_config, table_spec
 from recemb.torchrec_io.fused_optimizer import CollectionOptimizer
 from recemb.torchrec_io.kjt import bags_from_kjt, state_of
-from recemb.torchrec_io.loading import check_caches, check_keys, check_tensors, empty_caches
+from recemb.torchrec_io.loading import StrictKeys, check_caches, check_tensors, empty_caches
 from recemb.torchrec_io.replicated import refuse_to_drift, warn_of_replication
 from recemb.torchrec_io.stored_settings import check_settings, note_settings
 from recemb_kernels.triton_frame.captures import capturing
 from recemb_kernels.triton_frame.verdict import poll
 
 
-class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[misc] # torchrec ships no types
+class EmbeddingBagCollection(StrictKeys, TorchrecEmbeddingBagCollection):  # type: ignore[misc] # torchrec ships no types
     """A drop-in for ``torchrec.EmbeddingBagCollection`` whose tables may be compressed.
 
     With F features, B samples and table dimensions D_f, it maps a ``KeyedJaggedTensor`` of F keys to a
@@ -237,22 +237,6 @@ class EmbeddingBagCollection(TorchrecEmbeddingBagCollection):  # type: ignore[mi
     def cache_metrics(self) -> dict[str, CacheMetrics]:
         """Per cached table: hit rate, promotions, evictions and write-back error since training began."""
         return {name: cache.metrics() for name, cache in self.hot_row_caches().items()}
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """torch's; a state of other keys is refused before anything is loaded.
-
-        Within a model it is torch that finds them, when it has loaded the others: modules are not told
-        whether a load is strict.
-
-        Raises:
-            ConfigError: a state of other tables, compressions or caches; nothing has changed.
-        """
-        if strict:
-            own = self.embedding_bags.state_dict(prefix="embedding_bags.", keep_vars=True)
-            check_keys(self, own, state_dict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def reset_parameters(self) -> None:
         """Draw fresh parameters for every table; uncompressed tables use their config's ``init_fn``."""

@@ -19,6 +19,27 @@ from recemb.spec import TableSpec
 BAGS = "embedding_bags"
 
 
+class StrictKeys:
+    """A base of collections, before torch's: a state of other keys is refused before anything is loaded.
+
+    Within a model it is torch that finds them, when it has loaded the others: modules are not told whether a
+    load is strict.
+    """
+
+    def load_state_dict(
+        self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's.
+
+        Raises:
+            StateError: a state of other tables, compressions or caches; nothing has changed.
+        """
+        if strict:
+            check_keys(self, self.state_dict(keep_vars=True), state_dict)
+        loaded: Any = super()
+        return loaded.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
 def check_caches(
     tables: Iterable[TableSpec], state: Mapping[str, Any], prefix: str, *, counted: bool = True
 ) -> None:

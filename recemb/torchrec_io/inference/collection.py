@@ -38,11 +38,11 @@ from recemb.torchrec_io.inference.dense import (
 )
 from recemb.torchrec_io.inference.export import Traced
 from recemb.torchrec_io.kjt import bags_from_kjt
-from recemb.torchrec_io.loading import check_caches, check_keys, check_tensors, empty_caches
+from recemb.torchrec_io.loading import StrictKeys, check_caches, check_tensors, empty_caches
 from recemb.torchrec_io.stored_settings import check_settings, note_settings
 
 
-class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyMixin):  # type: ignore[misc]
+class QuantEmbeddingBagCollection(StrictKeys, EmbeddingBagCollectionInterface, ModuleNoCopyMixin):  # type: ignore[misc]
     """A trained :class:`recemb.EmbeddingBagCollection` for serving; made by :meth:`from_float`.
 
     Uncompressed tables are torchrec's own quantised ones, in the child ``dense``, which torchrec's
@@ -232,21 +232,6 @@ class QuantEmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyM
         configs = [config for config in self._configs if config.name not in self.embedding_bags]
         names = [name for names in get_embedding_names_by_table(configs) for name in names]
         return dict(zip(self._others, names, strict=True))
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """torch's; a state of other keys is refused before anything is loaded.
-
-        Within a model it is torch that finds them, when it has loaded the others: modules are not told
-        whether a load is strict.
-
-        Raises:
-            ConfigError: a state of other tables, compressions or caches; nothing has changed.
-        """
-        if strict:
-            check_keys(self, self.state_dict(keep_vars=True), state_dict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def memory(self) -> MemoryReport:
         """Per table the bytes it takes now, and those of the uncompressed float32 table."""
