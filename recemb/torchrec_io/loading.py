@@ -35,7 +35,7 @@ class StrictKeys:
             StateError: a state of other tables, compressions or caches; nothing has changed.
         """
         if strict:
-            check_keys(self, self.state_dict(keep_vars=True), state_dict)
+            check_keys(self, state_dict)
         loaded: Any = super()
         return loaded.load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -64,7 +64,7 @@ def check_caches(
                 raise StateError(wrong)
 
 
-def check_keys(module: nn.Module, own: Iterable[str], state: Mapping[str, Any]) -> None:
+def check_keys(module: nn.Module, state: Mapping[str, Any]) -> None:
     """That a state has the keys of a collection's tables, as a strict load asks; torch loads what fits first.
 
     Where others' hooks are, which may rename keys or forgive them, torch is left to find out; so it is of a
@@ -72,7 +72,6 @@ def check_keys(module: nn.Module, own: Iterable[str], state: Mapping[str, Any]) 
 
     Args:
         module: the collection, which has one hook of its own.
-        own: the keys of its state.
         state: what is loaded.
 
     Raises:
@@ -82,9 +81,10 @@ def check_keys(module: nn.Module, own: Iterable[str], state: Mapping[str, Any]) 
         return
     parts = [module, *module.get_submodule(BAGS).modules()]
     hooks = sum(len(m._load_state_dict_pre_hooks) + len(m._load_state_dict_post_hooks) for m in parts)
-    here, there = _by_table(own), _by_table(state)
+    there = _by_table(state)
     if hooks > 1 or not there:
         return
+    here = _by_table(module.state_dict(keep_vars=True))
     for table in dict.fromkeys([*here, *there]):
         names = here.get(table, set()), there.get(table, set())
         if names[0] != names[1]:
@@ -156,6 +156,8 @@ def empty_caches(
         prefix: of the collection's keys in it.
     """
     for _, peers in storages(tables):
+        if not any(table.name in caches for table in peers):
+            continue
         first = f"{prefix}{BAGS}.{peers[0].name}."
         if not any(key.startswith(first) and not key.startswith(f"{first}cache.") for key in state):
             continue
